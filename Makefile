@@ -1,0 +1,44 @@
+# Everything from a bare clone: each job makes .venv and the pinned install first; a second call is quick.
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread per test process: the tests are many and small, so processes use the cores better.
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.installed-demo ## train a small GPT on text that every install holds, and print what was found
+	$(BIN)/inrun train
+
+test: lint ## lint, types and tests (those marked gpu run where there is a GPU)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 \
+	  $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10
+
+lint: .venv/.installed-dev ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: .venv/.installed-dev ## time kernels and whole steps against the peers; JSON under runs/bench
+	mkdir -p runs/bench
+	$(BIN)/python -m pytest bench --benchmark-json=runs/bench/bench.json
+
+clean: ## remove .venv and caches (runs/ is kept)
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+# pip is the last thing that `venv` writes, so a half-made environment is made again.
+define install
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(1)]'
+endef
+
+.venv/.installed-demo: pyproject.toml constraints.txt
+	$(call install,report)
+	touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt
+	$(call install,dev)
+	touch .venv/.installed-demo $@
