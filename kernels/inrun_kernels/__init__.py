@@ -1,0 +1,28 @@
+"""Per-sample gradient products: what a sample's weight gradient says along a given direction.
+
+Tensors in, tensors out; no modules, no hooks. Each function is one registered custom op with a Triton kernel
+(GPU) and a torch/BLAS path (CPU), float32 accumulation and float32 results, and no per-sample gradient in
+memory. Importing this package does not import triton.
+"""
+
+from inrun_kernels.api import (
+    bias_dot,
+    bias_wgrad_dot,
+    embedding_dot,
+    ghost_dot,
+    ghost_dot_pairwise,
+    ghost_wgrad_dot,
+    norm_dot,
+    norm_wgrad_dot,
+)
+
+__all__ = [
+    "bias_dot",
+    "bias_wgrad_dot",
+    "embedding_dot",
+    "ghost_dot",
+    "ghost_dot_pairwise",
+    "ghost_wgrad_dot",
+    "norm_dot",
+    "norm_wgrad_dot",
+]

@@ -1,0 +1,282 @@
+"""The public functions: each validates what it was given and makes one call of its registered op.
+
+Throughout, B is the batch size, T tokens per sample, I inputs, O outputs, M directions, S segments; inputs are
+float32, float16, bfloat16, or float64 (torch path only). Sums are kept in float32 (float64 for float64) and
+results come in that type. The unit of a dot is the loss's unit times the direction's: with the direction
+`lr * g_v`, a dot is the sample's first-order contribution in nats, positive where it lowered the loss.
+Any strides are accepted. An empty batch gives an empty result, a sample without tokens zero.
+"""
+
+from torch import Tensor
+
+from inrun_kernels import ops
+from inrun_kernels.validation import (
+    check_backend,
+    check_direction,
+    check_grouping,
+    check_ids,
+    check_tokens,
+    check_width,
+)
+
+_MATRIX, _VECTOR = "[outputs, inputs]", "[features]"
+
+
+def ghost_dot(
+    acts: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    *,
+    segments: Tensor | None = None,
+    per_token: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Dot of every sample's linear-layer weight gradient with a direction, without forming that gradient.
+
+        dots[b] = <grads_b^T acts_b, val_grad> = sum_{t,o} (acts @ val_grad^T)[b,t,o] * grads[b,t,o]
+
+    2*B*T*I*O FLOPs per direction; reads acts, grads and val_grad once, writes B (or B*T) numbers.
+
+    Args:
+        acts: `[B, T, I]`, the layer's input.
+        grads: `[B, T, O]`, the loss's gradient at the layer's output; dtype of `acts`.
+        val_grad: `[O, I]`, the direction, shaped like the weight; or `[M, O, I]` for M directions. Dtype of
+            `acts`, or float32.
+        segments: int32 or int64 `[S + 1]` offsets into the B*T flattened tokens, from 0 to B*T, never
+            decreasing (as `cu_seqlens`): one dot per segment in place of one per row.
+        per_token: one dot per token. Excludes `segments`.
+        backend: "triton", "torch", or None: triton for CUDA tensors where it is installed, else torch.
+
+    Returns:
+        `[B]`, `[S]` with segments, `[B, T]` with per_token; one more trailing axis M where val_grad has it.
+
+    Raises:
+        TypeError, ValueError: names the argument, what was expected and what was received.
+
+    Source: arXiv 2406.11011, section 4.2 and appendix D ("ghost dot-product").
+
+    Example:
+        >>> dots = ghost_dot(torch.randn(8, 256, 64), torch.randn(8, 256, 32), torch.randn(32, 64))
+        >>> dots.shape
+        torch.Size([8])
+    """
+    _check_linear(acts, grads, val_grad, segments, per_token, backend)
+    dots = ops.ghost_dot(acts, grads, _with_m(val_grad, 3), segments, per_token, backend)
+    return dots if val_grad.dim() == 3 else dots.squeeze(-1)
+
+
+def ghost_wgrad_dot(
+    acts: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    *,
+    segments: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weight gradient of a linear layer and, from the same pass, every sample's dot with a direction.
+
+        weight_grad = sum_b grads_b^T acts_b        dots[b] = <grads_b^T acts_b, val_grad>
+
+    2*B*T*I*O FLOPs for the gradient, 2*S*M*I*O more for the dots (T times fewer); the bytes of the weight
+    gradient GEMM, and val_grad once per sample, mostly from cache. A tile of one sample's gradient exists at a
+    time (one scratch weight on the torch path).
+
+    Args, Raises, Source: as `ghost_dot`; there is no per_token.
+
+    Returns:
+        `(weight_grad [O, I], dots)`, dots as in `ghost_dot`.
+
+    Example:
+        >>> weight_grad, dots = ghost_wgrad_dot(acts, grads, val_grad)
+        >>> torch.testing.assert_close(dots.sum(), (weight_grad * val_grad).sum())
+    """
+    _check_linear(acts, grads, val_grad, segments, False, backend)
+    weight_grad, dots = ops.ghost_wgrad_dot(acts, grads, _with_m(val_grad, 3), segments, backend)
+    return weight_grad, dots if val_grad.dim() == 3 else dots.squeeze(-1)
+
+
+def ghost_dot_pairwise(
+    acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Dot of every sample's weight gradient with every validation sample's, from activations alone.
+
+        dots[b, v] = sum_{t,s} (acts[b,t] . val_acts[v,s]) * (grads[b,t] . val_grads[v,s])
+
+    2*B*T*V*S*(I+O) FLOPs: cheaper than `ghost_dot` where V*S < I*O/(I+O). Tiled like attention: no matrix of
+    token pairs is stored.
+
+    Args:
+        acts: `[B, T, I]`.  grads: `[B, T, O]`.
+        val_acts: `[V, S, I]`.  val_grads: `[V, S, O]`. All of one dtype.
+        backend: as in `ghost_dot`.
+
+    Returns:
+        `[B, V]`.
+
+    Raises, Source: as `ghost_dot`.
+
+    Example:
+        >>> dots = ghost_dot_pairwise(acts, grads, val_acts, val_grads)
+        >>> dots.sum(1)      # equals ghost_dot with the summed validation gradient
+    """
+    check_tokens("acts", acts)
+    check_tokens("grads", grads, acts, "acts")
+    check_tokens("val_acts", val_acts)
+    check_tokens("val_grads", val_grads, val_acts, "val_acts")
+    check_width("val_acts", val_acts, "acts", acts)
+    check_width("val_grads", val_grads, "grads", grads)
+    check_backend(backend)
+    return ops.ghost_dot_pairwise(acts, grads, val_acts, val_grads, backend)
+
+
+def embedding_dot(
+    ids: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    *,
+    segments: Tensor | None = None,
+    per_token: bool = False,
+    padding_idx: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Dot of every sample's embedding-table gradient with a direction.
+
+        dots[b] = sum_t <val_grad[ids[b,t]], grads[b,t]>       (tokens equal to padding_idx count for nothing)
+
+    2*B*T*I FLOPs per direction; reads grads once and one row of val_grad per token.
+
+    Args:
+        ids: int32 or int64 `[B, T]`, from 0 to V - 1.
+        grads: `[B, T, I]`, the loss's gradient at the embedding's output.
+        val_grad: `[V, I]` or `[M, V, I]`; dtype of `grads`, or float32.
+        padding_idx: the id whose row gets no gradient, as in `torch.nn.Embedding`.
+        segments, per_token, backend: as in `ghost_dot`.
+
+    Returns, Raises: as `ghost_dot`.
+
+    Example:
+        >>> dots = embedding_dot(ids, grads, val_grad, padding_idx=0)
+    """
+    check_tokens("grads", grads)
+    check_ids(ids, grads)
+    check_direction(val_grad, grads, (None, grads.shape[2]), "[vocabulary, features]")
+    check_grouping(segments, per_token, grads)
+    check_backend(backend)
+    table = _with_m(val_grad, 3)
+    dots = ops.embedding_dot(ids, grads, table, segments, per_token, padding_idx, backend)
+    return dots if val_grad.dim() == 3 else dots.squeeze(-1)
+
+
+def norm_dot(
+    normed: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    *,
+    segments: Tensor | None = None,
+    per_token: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Dot of every sample's norm-weight gradient (LayerNorm, RMSNorm) with a direction.
+
+        dots[b] = sum_{t,i} normed[b,t,i] * grads[b,t,i] * val_grad[i]
+
+    3*B*T*I FLOPs per direction; reads normed and grads once.
+
+    Args:
+        normed: `[B, T, I]`, the normalised input before the affine map.
+        grads: `[B, T, I]`, the loss's gradient at the norm's output; dtype of `normed`.
+        val_grad: `[I]` or `[M, I]`; dtype of `grads`, or float32.
+        segments, per_token, backend: as in `ghost_dot`.
+
+    Returns, Raises: as `ghost_dot`.
+
+    Example:
+        >>> dots = norm_dot(normed, grads, val_grad)
+    """
+    _check_rows(normed, grads, val_grad, segments, per_token, backend)
+    dots = ops.row_dot(normed, grads, _with_m(val_grad, 2), segments, per_token, backend)
+    return dots if val_grad.dim() == 2 else dots.squeeze(-1)
+
+
+def norm_wgrad_dot(
+    normed: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    *,
+    segments: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The norm-weight gradient `[I]`, and from the same pass the dots of `norm_dot`.
+
+    Example:
+        >>> weight_grad, dots = norm_wgrad_dot(normed, grads, val_grad)
+    """
+    _check_rows(normed, grads, val_grad, segments, False, backend)
+    weight_grad, dots = ops.row_wgrad_dot(normed, grads, _with_m(val_grad, 2), segments, backend)
+    return weight_grad, dots if val_grad.dim() == 2 else dots.squeeze(-1)
+
+
+def bias_dot(
+    grads: Tensor,
+    val_grad: Tensor,
+    *,
+    segments: Tensor | None = None,
+    per_token: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Dot of every sample's bias gradient with a direction: `dots[b] = sum_{t,o} grads[b,t,o] * val_grad[o]`.
+
+    2*B*T*O FLOPs per direction; reads grads once.
+
+    Args:
+        grads: `[B, T, O]`, the loss's gradient where the bias is added.
+        val_grad: `[O]` or `[M, O]`; dtype of `grads`, or float32.
+        segments, per_token, backend: as in `ghost_dot`.
+
+    Returns, Raises: as `ghost_dot`.
+
+    Example:
+        >>> dots = bias_dot(grads, val_grad)
+    """
+    _check_rows(None, grads, val_grad, segments, per_token, backend)
+    dots = ops.row_dot(None, grads, _with_m(val_grad, 2), segments, per_token, backend)
+    return dots if val_grad.dim() == 2 else dots.squeeze(-1)
+
+
+def bias_wgrad_dot(
+    grads: Tensor,
+    val_grad: Tensor,
+    *,
+    segments: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The bias gradient `[O]`, and from the same pass the dots of `bias_dot`.
+
+    Example:
+        >>> bias_grad, dots = bias_wgrad_dot(grads, val_grad)
+    """
+    _check_rows(None, grads, val_grad, segments, False, backend)
+    bias_grad, dots = ops.row_wgrad_dot(None, grads, _with_m(val_grad, 2), segments, backend)
+    return bias_grad, dots if val_grad.dim() == 2 else dots.squeeze(-1)
+
+
+def _check_linear(acts, grads, val_grad, segments, per_token, backend) -> None:
+    check_tokens("acts", acts)
+    check_tokens("grads", grads, acts, "acts")
+    check_direction(val_grad, acts, (grads.shape[2], acts.shape[2]), _MATRIX)
+    check_grouping(segments, per_token, acts)
+    check_backend(backend)
+
+
+def _check_rows(normed, grads, val_grad, segments, per_token, backend) -> None:
+    check_tokens("grads", grads)
+    if normed is not None:
+        check_tokens("normed", normed, grads, "grads")
+        check_width("normed", normed, "grads", grads)
+    check_direction(val_grad, grads, (grads.shape[2],), _VECTOR)
+    check_grouping(segments, per_token, grads)
+    check_backend(backend)
+
+
+def _with_m(val_grad: Tensor, dims: int) -> Tensor:
+    return val_grad if val_grad.dim() == dims else val_grad.unsqueeze(0)

@@ -1,0 +1,179 @@
+"""Second derivatives: the gradient of every product with respect to its inputs, in plain torch ops.
+
+A dot is linear in each of its inputs, so with `u` the incoming gradient of the dots, spread over tokens,
+
+    d/d acts = sum_m u_m (grads @ D_m)    d/d grads = sum_m u_m (acts @ D_m^T)    d/d D_m = (u_m grads)^T acts
+
+Nothing is stored per sample here either. Gradients come back in the dtype of their input.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def save_ghost_dot(ctx: Any, inputs: tuple, output: Any) -> None:
+    acts, grads, val_grad, segments, _per_token, _backend = inputs
+    _save(ctx, acts, grads, val_grad, segments)
+
+
+def ghost_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
+    acts, grads, val_grad, segments = ctx.saved_tensors
+    return (*_linear(ctx.needs_input_grad, acts, grads, val_grad, segments, None, grad_dots), None, None, None)
+
+
+def save_ghost_wgrad_dot(ctx: Any, inputs: tuple, output: Any) -> None:
+    acts, grads, val_grad, segments, _backend = inputs
+    _save(ctx, acts, grads, val_grad, segments)
+
+
+def ghost_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_dots: Tensor | None) -> tuple:
+    acts, grads, val_grad, segments = ctx.saved_tensors
+    return (*_linear(ctx.needs_input_grad, acts, grads, val_grad, segments, grad_weight, grad_dots), None, None)
+
+
+def save_pairwise(ctx: Any, inputs: tuple, output: Any) -> None:
+    _save(ctx, *inputs[:4])
+
+
+def pairwise(ctx: Any, grad_dots: Tensor | None) -> tuple:
+    """One validation sample at a time: token-pair products `[B*T, S]`, weighted by that sample's gradient."""
+    inputs = ctx.saved_tensors
+    if grad_dots is None:
+        return (None,) * 5
+    acts, grads, val_acts, val_grads = inputs
+    tokens = acts.shape[1]
+    flat_acts, flat_grads = _widen(acts).flatten(0, 1), _widen(grads).flatten(0, 1)
+    weights = grad_dots.repeat_interleave(tokens, 0)  # [B*T, V]
+    acts_grad, grads_grad = torch.zeros_like(flat_acts), torch.zeros_like(flat_grads)
+    val_acts_grad, val_grads_grad = [], []
+    for v, (va, vg) in enumerate(zip(_widen(val_acts).unbind(0), _widen(val_grads).unbind(0), strict=True)):
+        of_acts = (flat_acts @ va.T) * weights[:, v : v + 1]
+        of_grads = (flat_grads @ vg.T) * weights[:, v : v + 1]
+        acts_grad = acts_grad + of_grads @ va
+        grads_grad = grads_grad + of_acts @ vg
+        val_acts_grad.append(of_grads.T @ flat_acts)
+        val_grads_grad.append(of_acts.T @ flat_grads)
+    found = (
+        acts_grad.view_as(acts),
+        grads_grad.view_as(grads),
+        torch.stack(val_acts_grad) if val_acts_grad else torch.zeros_like(val_acts),
+        torch.stack(val_grads_grad) if val_grads_grad else torch.zeros_like(val_grads),
+    )
+    return (*_like(ctx.needs_input_grad, found, inputs), None)
+
+
+def save_embedding_dot(ctx: Any, inputs: tuple, output: Any) -> None:
+    ids, grads, val_grad, segments, _per_token, padding_idx, _backend = inputs
+    ctx.padding_idx = padding_idx
+    _save(ctx, ids, grads, val_grad, segments)
+
+
+def embedding_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
+    ids, grads, val_grad, segments = ctx.saved_tensors
+    if grad_dots is None:
+        return (None,) * 7
+    weights = _per_token(grad_dots, *ids.shape, segments)
+    if ctx.padding_idx is not None:
+        weights = weights.masked_fill((ids == ctx.padding_idx)[..., None], 0)
+    _, need_grads, need_direction, *_ = ctx.needs_input_grad
+    grads_grad = direction_grad = None
+    if need_grads:
+        grads_grad = sum(weights[..., m : m + 1] * d[ids] for m, d in enumerate(_widen(val_grad).unbind(0)))
+    if need_direction:
+        zero = torch.zeros_like(_widen(val_grad)[0])
+        flat_ids, wide = ids.flatten(), _widen(grads)
+        direction_grad = torch.stack(
+            [
+                zero.index_add(0, flat_ids, (weights[..., m : m + 1] * wide).flatten(0, 1))
+                for m in range(val_grad.shape[0])
+            ]
+        )
+    found = _like((need_grads, need_direction), (grads_grad, direction_grad), (grads, val_grad))
+    return (None, *found, None, None, None, None)
+
+
+def save_row_dot(ctx: Any, inputs: tuple, output: Any) -> None:
+    normed, grads, val_grad, segments, _per_token, _backend = inputs
+    _save(ctx, normed, grads, val_grad, segments)
+
+
+def row_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
+    return (*_rows(ctx, None, grad_dots), None, None, None)
+
+
+def save_row_wgrad_dot(ctx: Any, inputs: tuple, output: Any) -> None:
+    normed, grads, val_grad, segments, _backend = inputs
+    _save(ctx, normed, grads, val_grad, segments)
+
+
+def row_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_dots: Tensor | None) -> tuple:
+    return (*_rows(ctx, grad_weight, grad_dots), None, None)
+
+
+def _linear(
+    needed: tuple, acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None,
+    grad_weight: Tensor | None, grad_dots: Tensor | None,
+) -> tuple:  # fmt: skip
+    """Gradients of (acts, grads, val_grad), given those of the weight gradient and of the dots."""
+    a, g = _widen(acts), _widen(grads)
+    parts: list[tuple[Tensor, Tensor]] = []  # (weight on each token, weight matrix) for each linear term
+    acts_grad, grads_grad, direction_grad = torch.zeros_like(a), torch.zeros_like(g), None
+    if grad_weight is not None:
+        parts.append((a.new_ones(1, 1, 1), grad_weight))
+    if grad_dots is not None:
+        weights = _per_token(grad_dots, acts.shape[0], acts.shape[1], segments)
+        columns = [weights[..., m : m + 1] for m in range(val_grad.shape[0])]
+        parts.extend(zip(columns, _widen(val_grad).unbind(0), strict=True))
+        if needed[2]:
+            flat = a.flatten(0, 1)
+            products = [(g * column).flatten(0, 1).T @ flat for column in columns]
+            direction_grad = torch.stack(products) if products else torch.zeros_like(val_grad)
+    for weight, matrix in parts:
+        if needed[0]:
+            acts_grad = acts_grad + (g * weight) @ matrix
+        if needed[1]:
+            grads_grad = grads_grad + (a * weight) @ matrix.T
+    return _like(needed, (acts_grad, grads_grad, direction_grad), (acts, grads, val_grad))
+
+
+def _rows(ctx: Any, grad_weight: Tensor | None, grad_dots: Tensor | None) -> tuple:
+    """Gradients of (normed, grads, val_grad) of the norm (or, without `normed`, bias) products."""
+    normed, grads, val_grad, segments = ctx.saved_tensors
+    g = _widen(grads)
+    row = g.new_zeros(grads.shape[2]) if grad_weight is None else grad_weight  # what multiplies normed * grads
+    product, direction_grad = g if normed is None else g * normed, None
+    if grad_dots is not None:
+        weights = _per_token(grad_dots, grads.shape[0], grads.shape[1], segments)
+        row = row + weights @ _widen(val_grad)
+        direction_grad = weights.flatten(0, 1).T @ product.flatten(0, 1)
+    normed_grad, grads_grad = (None, row.expand_as(g)) if normed is None else (row * g, row * normed)
+    return _like(ctx.needs_input_grad, (normed_grad, grads_grad, direction_grad), (normed, grads, val_grad))
+
+
+def _per_token(grad_dots: Tensor, batch: int, tokens: int, segments: Tensor | None) -> Tensor:
+    """Spread the gradient of dots (`[B,T,M]`, `[B,M]` or `[S,M]`) over tokens: `[B, T, M]`."""
+    if grad_dots.dim() == 3:
+        return grad_dots
+    if segments is None:
+        return grad_dots[:, None].expand(-1, tokens, -1)
+    spread = grad_dots.repeat_interleave(segments.diff(), 0, output_size=batch * tokens)
+    return spread.view(batch, tokens, -1)
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _like(needed: tuple, found: tuple, inputs: tuple) -> tuple:
+    """Keep what is needed, in the dtype of its input."""
+    return tuple(
+        grad.to(x.dtype) if need and grad is not None else None
+        for need, grad, x in zip(needed, found, inputs, strict=False)
+    )

@@ -1,0 +1,178 @@
+"""The registered ops: schema, fake, second derivative and dispatch of every product.
+
+Ops are canonical: `val_grad` always carries its leading M, dots always end in M, outputs are fresh contiguous
+tensors. `api.py` holds the public functions. Derivatives are plain torch ops, hence differentiable again.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from inrun_kernels import derivatives, torch_path
+from inrun_kernels.torch_path import accumulate_dtype
+from inrun_kernels.validation import check_id_values, check_segment_values
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@torch.library.custom_op("inrun::ghost_dot", mutates_args=())
+def ghost_dot(
+    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool, backend: str | None
+) -> Tensor:
+    check_segment_values(segments, acts.shape[0] * acts.shape[1])
+    with _full_precision(acts):
+        if _use_triton(backend, acts, grads):
+            from inrun_kernels.dot import launch_dot as run
+        else:
+            run = torch_path.ghost_dot
+        return run(acts, grads, val_grad, segments, per_token)
+
+
+@torch.library.custom_op("inrun::ghost_wgrad_dot", mutates_args=())
+def ghost_wgrad_dot(
+    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    check_segment_values(segments, acts.shape[0] * acts.shape[1])
+    with _full_precision(acts):
+        if _use_triton(backend, acts, grads):
+            from inrun_kernels.wgrad_dot import launch_wgrad_dot as run
+        else:
+            run = torch_path.ghost_wgrad_dot
+        return run(acts, grads, val_grad, segments)
+
+
+@torch.library.custom_op("inrun::ghost_dot_pairwise", mutates_args=())
+def ghost_dot_pairwise(
+    acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, backend: str | None
+) -> Tensor:
+    with _full_precision(acts):
+        if _use_triton(backend, acts, grads, val_acts, val_grads):
+            from inrun_kernels.pairwise import launch_pairwise as run
+        else:
+            run = torch_path.ghost_dot_pairwise
+        return run(acts, grads, val_acts, val_grads)
+
+
+@torch.library.custom_op("inrun::embedding_dot", mutates_args=())
+def embedding_dot(
+    ids: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    segments: Tensor | None,
+    per_token: bool,
+    padding_idx: int | None,
+    backend: str | None,
+) -> Tensor:
+    check_segment_values(segments, ids.numel())
+    check_id_values(ids, val_grad.shape[1])
+    with _full_precision(grads):
+        if _use_triton(backend, grads):
+            from inrun_kernels.rows import launch_embedding_dot as run
+        else:
+            run = torch_path.embedding_dot
+        return run(ids, grads, val_grad, segments, per_token, padding_idx)
+
+
+@torch.library.custom_op("inrun::row_dot", mutates_args=())
+def row_dot(
+    normed: Tensor | None,
+    grads: Tensor,
+    val_grad: Tensor,
+    segments: Tensor | None,
+    per_token: bool,
+    backend: str | None,
+) -> Tensor:
+    check_segment_values(segments, grads.shape[0] * grads.shape[1])
+    with _full_precision(grads):
+        if _use_triton(backend, grads):
+            from inrun_kernels.rows import launch_row_dot as run
+        else:
+            run = torch_path.row_dot
+        return run(normed, grads, val_grad, segments, per_token)
+
+
+@torch.library.custom_op("inrun::row_wgrad_dot", mutates_args=())
+def row_wgrad_dot(
+    normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    check_segment_values(segments, grads.shape[0] * grads.shape[1])
+    with _full_precision(grads):
+        if _use_triton(backend, grads):
+            from inrun_kernels.rows import launch_row_wgrad_dot as run
+        else:
+            run = torch_path.row_wgrad_dot
+        return run(normed, grads, val_grad, segments)
+
+
+@ghost_dot.register_fake
+def _(acts, grads, val_grad, segments, per_token, backend):
+    return _fake_dots(acts, val_grad, segments, per_token)
+
+
+@ghost_wgrad_dot.register_fake
+def _(acts, grads, val_grad, segments, backend):
+    weight_grad = acts.new_empty(val_grad.shape[1:], dtype=accumulate_dtype(acts))
+    return weight_grad, _fake_dots(acts, val_grad, segments, False)
+
+
+@ghost_dot_pairwise.register_fake
+def _(acts, grads, val_acts, val_grads, backend):
+    return acts.new_empty(acts.shape[0], val_acts.shape[0], dtype=accumulate_dtype(acts))
+
+
+@embedding_dot.register_fake
+def _(ids, grads, val_grad, segments, per_token, padding_idx, backend):
+    return _fake_dots(grads, val_grad, segments, per_token)
+
+
+@row_dot.register_fake
+def _(normed, grads, val_grad, segments, per_token, backend):
+    return _fake_dots(grads, val_grad, segments, per_token)
+
+
+@row_wgrad_dot.register_fake
+def _(normed, grads, val_grad, segments, backend):
+    weight_grad = grads.new_empty(val_grad.shape[1], dtype=accumulate_dtype(grads))
+    return weight_grad, _fake_dots(grads, val_grad, segments, False)
+
+
+def _fake_dots(x: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool) -> Tensor:
+    if per_token:
+        groups = x.shape[:2]
+    else:
+        groups = (x.shape[0] if segments is None else segments.shape[0] - 1,)
+    return x.new_empty((*groups, val_grad.shape[0]), dtype=accumulate_dtype(x))
+
+
+ghost_dot.register_autograd(derivatives.ghost_dot, setup_context=derivatives.save_ghost_dot)
+ghost_wgrad_dot.register_autograd(derivatives.ghost_wgrad_dot, setup_context=derivatives.save_ghost_wgrad_dot)
+ghost_dot_pairwise.register_autograd(derivatives.pairwise, setup_context=derivatives.save_pairwise)
+embedding_dot.register_autograd(derivatives.embedding_dot, setup_context=derivatives.save_embedding_dot)
+row_dot.register_autograd(derivatives.row_dot, setup_context=derivatives.save_row_dot)
+row_wgrad_dot.register_autograd(derivatives.row_wgrad_dot, setup_context=derivatives.save_row_wgrad_dot)
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Autocast stays active inside a custom op; it would round our float32 products to half precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _use_triton(backend: str | None, *tensors: Tensor) -> bool:
+    """Whether to run the Triton kernels. Empty input needs no kernel; what is asked for and impossible raises."""
+    x = tensors[0]
+    if backend == "torch":
+        return False
+    if backend is None and (not x.is_cuda or not _HAS_TRITON or x.dtype == torch.float64):
+        return False
+    if not _HAS_TRITON:
+        raise RuntimeError("backend: expected triton to be installed for backend='triton', found no such package")
+    if x.dtype == torch.float64:
+        raise TypeError("backend: expected 'torch' for torch.float64 input, received 'triton'")
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend: expected 'torch' for tensors on {x.device} (or TRITON_INTERPRET=1 in the environment "
+            "before triton is imported, to interpret the kernels), received 'triton'"
+        )
+    return all(tensor.numel() for tensor in tensors)

@@ -1,0 +1,173 @@
+"""The products on plain torch and BLAS: what runs on the CPU, and anywhere `backend="torch"` is asked for.
+
+Every function takes what the registered op takes (`val_grad` always with its leading M) and returns float32,
+or float64 for float64 input. Half-precision input is widened sample by sample or chunk by chunk, so products
+and sums are float32 throughout. Temporaries hold a few `_CHUNK` elements, apart from one weight: the scratch of
+`ghost_wgrad_dot`, the widened direction of `ghost_dot`.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 20  # elements of a temporary: 4 MB in float32, about an L2 cache
+_BLOCK = 1 << 21  # elements of the block of weight-gradient rows that ghost_wgrad_dot fills at a time
+_SHORT_SAMPLE = 32  # tokens per sample; measured, two-core x86, 384x1536 and 768x3072
+
+
+def ghost_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool) -> Tensor:
+    """sum_o (acts @ val_grad^T) * grads, or the other association where it needs the narrower temporary."""
+    batch, tokens, _ = acts.shape
+    wide = accumulate_dtype(acts)
+    out = acts.new_empty(batch * tokens, val_grad.shape[0], dtype=wide)
+    flat_acts, flat_grads = acts.flatten(0, 1), grads.flatten(0, 1)
+    narrow_acts = acts.shape[2] <= grads.shape[2]
+    for m, direction in enumerate(val_grad):
+        weight = direction.to(wide)
+        for part in _chunks(batch * tokens, min(acts.shape[2], grads.shape[2])):
+            a, g = flat_acts[part].to(wide), flat_grads[part].to(wide)
+            product = (g @ weight).mul_(a) if narrow_acts else (a @ weight.T).mul_(g)
+            torch.sum(product, -1, out=out[part, m])
+    return reduce_tokens(out, batch, tokens, segments, per_token)
+
+
+def ghost_wgrad_dot(
+    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Per sample: GEMM into one scratch weight, contract it with each direction, add it to the total.
+
+    Each sample costs three passes over a weight, as much as the GEMM of some 30 tokens; below that a second
+    GEMM over all tokens is cheaper. So it is where reading the offsets would synchronise a GPU.
+    """
+    wide = accumulate_dtype(acts)
+    n_tokens = acts.shape[0] * acts.shape[1]
+    n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
+    reads_device = segments is not None and segments.is_cuda
+    if reads_device or n_tokens < _SHORT_SAMPLE * n_samples:
+        return _weight_grad(acts, grads, wide), ghost_dot(acts, grads, val_grad, segments, False)
+    total = acts.new_zeros(val_grad.shape[1:], dtype=wide)
+    dots = acts.new_zeros(n_samples, val_grad.shape[0], dtype=wide)
+    samples = list(zip(_split_tokens(acts, segments), _split_tokens(grads, segments), strict=True))
+    for rows in _chunks(*total.shape, _BLOCK):
+        block, directions = total[rows], val_grad[:, rows].to(wide).flatten(1)
+        scratch = torch.empty_like(block)
+        for s, (a, g) in enumerate(samples):
+            product = scratch.zero_() if s else block
+            product.addmm_(g[:, rows].to(wide).T, a.to(wide))  # MKL adds to zeros faster than it overwrites
+            for m, direction in enumerate(directions):
+                dots[s, m] += torch.dot(direction, product.flatten())
+            if s:
+                block += product
+    return total, dots
+
+
+def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor) -> Tensor:
+    """sum_{t,s} (a_t . a_s)(b_t . b_s), a bounded chunk of token pairs at a time."""
+    (batch, tokens, _), (n_val, val_tokens, _) = acts.shape, val_acts.shape
+    wide = accumulate_dtype(acts)
+    out = acts.new_zeros(batch * tokens, n_val, dtype=wide)
+    flat_acts, flat_grads = acts.flatten(0, 1), grads.flatten(0, 1)
+    for v_part in _chunks(n_val, max(1, val_tokens) * 64):
+        va = val_acts[v_part].to(wide).flatten(0, 1)
+        vg = val_grads[v_part].to(wide).flatten(0, 1)
+        for part in _chunks(batch * tokens, len(va)):
+            pairs = (flat_acts[part].to(wide) @ va.T).mul_(flat_grads[part].to(wide) @ vg.T)
+            out[part, v_part] = pairs.unflatten(1, (len(val_acts[v_part]), val_tokens)).sum(-1)
+    return reduce_tokens(out, batch, tokens, None, False)
+
+
+def embedding_dot(
+    ids: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    segments: Tensor | None,
+    per_token: bool,
+    padding_idx: int | None,
+) -> Tensor:
+    """Gather the direction's row of each token and contract it with the token's gradient."""
+    batch, tokens, width = grads.shape
+    wide = accumulate_dtype(grads)
+    flat_ids, flat_grads = ids.flatten(), grads.flatten(0, 1)
+    out = grads.new_empty(batch * tokens, val_grad.shape[0], dtype=wide)
+    for part in _chunks(batch * tokens, width):
+        g = flat_grads[part].to(wide)
+        for m, direction in enumerate(val_grad):
+            torch.sum(direction[flat_ids[part]].to(wide).mul_(g), -1, out=out[part, m])
+    if padding_idx is not None:
+        out.masked_fill_((flat_ids == padding_idx)[:, None], 0)
+    return reduce_tokens(out, batch, tokens, segments, per_token)
+
+
+def row_dot(
+    normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool
+) -> Tensor:
+    """sum_i normed * grads * val_grad (bias: no `normed`), per token, then per sample."""
+    out = grads.new_empty(grads.shape[0] * grads.shape[1], val_grad.shape[0], dtype=accumulate_dtype(grads))
+    directions = val_grad.to(out.dtype).T
+    for part, product in _row_products(normed, grads):
+        torch.mm(product, directions, out=out[part])
+    return reduce_tokens(out, grads.shape[0], grads.shape[1], segments, per_token)
+
+
+def row_wgrad_dot(
+    normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `row_dot`, and the column sums of the same products."""
+    out = grads.new_empty(grads.shape[0] * grads.shape[1], val_grad.shape[0], dtype=accumulate_dtype(grads))
+    total = grads.new_zeros(grads.shape[2], dtype=out.dtype)
+    directions = val_grad.to(out.dtype).T
+    for part, product in _row_products(normed, grads):
+        torch.mm(product, directions, out=out[part])
+        total += product.sum(0)
+    return total, reduce_tokens(out, grads.shape[0], grads.shape[1], segments, False)
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 input, float32 for all else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def reduce_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor | None, keep: bool) -> Tensor:
+    """`[B*T, M]` -> `[B, T, M]` (keep), `[S, M]` (segments) or `[B, M]`; sums are float64, in a fixed order."""
+    n_directions = per_token.shape[1]
+    if keep:
+        return per_token.view(batch, tokens, n_directions)
+    if segments is None:
+        total = per_token.view(batch, tokens, n_directions).sum(1, dtype=torch.float64)
+    else:
+        total = torch.segment_reduce(per_token.double(), "sum", offsets=segments.long(), axis=0, initial=0)
+    return total.to(per_token.dtype)
+
+
+def _weight_grad(acts: Tensor, grads: Tensor, wide: torch.dtype) -> Tensor:
+    """grads^T acts over all tokens, widened a chunk at a time."""
+    total = acts.new_zeros(grads.shape[2], acts.shape[2], dtype=wide)
+    flat_acts, flat_grads = acts.flatten(0, 1), grads.flatten(0, 1)
+    for part in _chunks(len(flat_acts), acts.shape[2] + grads.shape[2], 4 * _CHUNK):
+        total.addmm_(flat_grads[part].to(wide).T, flat_acts[part].to(wide))
+    return total
+
+
+def _row_products(normed: Tensor | None, grads: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of normed * grads (or of grads alone), flattened to rows and widened."""
+    wide = accumulate_dtype(grads)
+    flat_grads, flat_normed = grads.flatten(0, 1), None if normed is None else normed.flatten(0, 1)
+    for part in _chunks(len(flat_grads), grads.shape[2]):
+        rows = flat_grads[part].to(wide)
+        yield part, rows if flat_normed is None else rows * flat_normed[part]
+
+
+def _split_tokens(x: Tensor, segments: Tensor | None) -> list[Tensor]:
+    """One `[tokens, features]` view per sample, or per segment of the flattened tokens."""
+    if segments is None:
+        return list(x.unbind(0))
+    flat, bounds = x.flatten(0, 1), segments.tolist()
+    return [flat[low:high] for low, high in pairwise(bounds)]
+
+
+def _chunks(count: int, width: int, elements: int = _CHUNK) -> Iterator[slice]:
+    """Slices that cut `count` rows of `width` into pieces of at most `elements` (at least one row)."""
+    step = max(1, elements // max(1, width))
+    return (slice(low, min(low + step, count)) for low in range(0, count, step))

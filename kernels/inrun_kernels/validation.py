@@ -1,0 +1,128 @@
+"""Checks of what a caller passes: metadata before the op is called, values inside the op.
+
+Metadata checks (type, dtype, shape, device) read no data, so `torch.compile(fullgraph=True)` traces them.
+Value checks (offsets, token ids) read data and therefore run inside the registered op, which a compiler does
+not look into. On the CPU they raise `ValueError`; on a GPU they are asserted on the device, without
+synchronisation.
+"""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTS = (torch.int32, torch.int64)
+
+
+def check_tokens(name: str, x: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
+    """Require a floating-point `[B, T, features]` tensor, matching `like` in B, T, dtype and device."""
+    _check_tensor(name, x, FLOATS)
+    if x.dim() != 3:
+        raise ValueError(f"{name}: expected 3 dimensions [batch, tokens, features], received {_shape(x)}")
+    if like is None:
+        return
+    if x.shape[:2] != like.shape[:2]:
+        raise ValueError(
+            f"{name}: expected the batch and token sizes of {like_name} {_shape(like)}, received {_shape(x)}"
+        )
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name}: expected the dtype of {like_name} ({like.dtype}), received {x.dtype}")
+    check_device(name, x, like)
+
+
+def check_width(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Require the two token tensors to agree in feature count, dtype and device."""
+    if x.shape[2] != like.shape[2]:
+        raise ValueError(f"{name}: expected {like.shape[2]} features, as {like_name}, received {x.shape[2]}")
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name}: expected the dtype of {like_name} ({like.dtype}), received {x.dtype}")
+    check_device(name, x, like)
+
+
+def check_direction(val_grad: Tensor, like: Tensor, tail: tuple[int | None, ...], tail_name: str) -> None:
+    """Require `val_grad` to be `[*tail]` or `[M, *tail]` (None: any size), in the dtype of `like` or float32."""
+    _check_tensor("val_grad", val_grad, FLOATS)
+    shape, n = val_grad.shape, len(tail)
+    sizes_agree = val_grad.dim() in (n, n + 1) and all(
+        want is None or want == got for want, got in zip(tail, shape[-n:], strict=True)
+    )
+    if not sizes_agree:
+        sizes = [("any" if size is None else size) for size in tail]
+        raise ValueError(
+            f"val_grad: expected {tail_name} = {sizes}, or the same with a leading M for M directions, "
+            f"received {_shape(val_grad)}"
+        )
+    if val_grad.dtype != like.dtype and (val_grad.dtype != torch.float32 or like.dtype == torch.float64):
+        wide = "" if like.dtype in (torch.float32, torch.float64) else " or torch.float32"
+        raise TypeError(f"val_grad: expected {like.dtype}{wide}, received {val_grad.dtype}")
+    check_device("val_grad", val_grad, like)
+
+
+def check_grouping(segments: Tensor | None, per_token: bool, like: Tensor) -> None:
+    """Require `segments` to be a 1-D integer tensor of at least one offset, and not given with `per_token`."""
+    if segments is None:
+        return
+    if per_token:
+        raise ValueError("per_token: expected False when segments is given, received True")
+    _check_tensor("segments", segments, INTS)
+    if segments.dim() != 1 or segments.shape[0] == 0:
+        raise ValueError(f"segments: expected 1 dimension [S + 1] of offsets, received {_shape(segments)}")
+    check_device("segments", segments, like)
+
+
+def check_ids(ids: Tensor, grads: Tensor) -> None:
+    """Require integer `ids [B, T]` beside `grads [B, T, I]`."""
+    _check_tensor("ids", ids, INTS)
+    if ids.shape != grads.shape[:2]:
+        raise ValueError(f"ids: expected [batch, tokens] = {_shape(grads)[:2]}, received {_shape(ids)}")
+    check_device("ids", ids, grads)
+
+
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    """Require the two tensors on one device."""
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, received {x.device}")
+
+
+def check_backend(backend: str | None) -> None:
+    """Require a known backend name."""
+    if backend not in (None, "triton", "torch"):
+        raise ValueError(f"backend: expected None, 'triton' or 'torch', received {backend!r}")
+
+
+def check_segment_values(segments: Tensor | None, n_tokens: int) -> None:
+    """Require offsets that begin at 0, never decrease and end at `n_tokens` (reads data: only inside an op)."""
+    if segments is None:
+        return
+    good = (segments[0] == 0) & (segments[-1] == n_tokens) & (segments.diff() >= 0).all()
+    _require(
+        good,
+        segments,
+        f"segments: expected non-decreasing offsets from 0 to batch * tokens = {n_tokens}, received {{values}}",
+    )
+
+
+def check_id_values(ids: Tensor, vocabulary: int) -> None:
+    """Require token ids inside the vocabulary (reads data: only inside an op)."""
+    if ids.numel():
+        good = ((ids >= 0) & (ids < vocabulary)).all()
+        _require(good, ids, f"ids: expected values from 0 to {vocabulary - 1}, received {{values}}")
+
+
+def _require(good: Tensor, values: Tensor, message: str) -> None:
+    if good.is_cuda:
+        torch._assert_async(good, message.format(values="values outside this range"))
+    elif not good:
+        low, high = int(values.min()), int(values.max())
+        shown = values.tolist() if values.numel() <= 16 else f"{values.numel()} values from {low} to {high}"
+        raise ValueError(message.format(values=shown))
+
+
+def _check_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, received {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected one of {', '.join(map(str, dtypes))}, received {x.dtype}")
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)
