@@ -1,0 +1,200 @@
+"""The rows of a ledger and their files: Parquet shards that appear whole and say what they hold.
+
+A shard is named ``rank00000-step000000000000.parquet`` after its writer's rank and its first step. It is
+written under a name that does not end in ``.parquet``, fsynced and renamed. Its schema metadata holds, under
+the key ``inrun``, a JSON object: schema version, sign, unit, rank, versions, and what the run adds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import operator
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from inrun.errors import InRunError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+_KEY = "inrun"
+
+
+def make_schema(id_type: pa.DataType | None) -> pa.Schema:
+    """The columns of a shard; `id_type` is int64 (also while no id is known) or string."""
+    import pyarrow as pa
+
+    target = pa.dictionary(pa.int32(), pa.string())
+    return pa.schema(
+        {"step": pa.int64(), "sample_id": id_type or pa.int64(), "target": target, "value": pa.float32()}
+    )
+
+
+def as_int(value: Any, name: str) -> int:
+    """`value` as an int, if it is an integer of any kind."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"expected {name} to be an integer, received {value!r}") from None
+
+
+def as_ids(ids: Any) -> pa.Array:
+    """Sample ids as an int64 or string array with memory of its own."""
+    import pyarrow as pa
+
+    if hasattr(ids, "detach"):
+        ids = ids.detach().cpu().numpy()
+    if isinstance(ids, np.ndarray):
+        if ids.ndim != 1:
+            raise ValueError(f"expected ids of shape [B], received shape {ids.shape}")
+        if ids.dtype.kind in "iu":
+            return pa.array(ids.copy()).cast(pa.int64())
+        ids = ids.tolist()
+    if isinstance(ids, str | bytes):
+        raise TypeError(f"expected a sequence of ids, received the single {ids!r}")
+    ids = list(ids)
+    if ids and all(isinstance(each, str) for each in ids):
+        return pa.array(ids, pa.string())
+    return pa.array([as_int(each, "each id (where not all are str)") for each in ids], pa.int64())
+
+
+def make_rows(step: int, ids: pa.Array, values: np.ndarray, targets: tuple[str, ...]) -> pa.RecordBatch:
+    """The rows of one step, target by target.
+
+    Args:
+        step: of all rows.
+        ids: [B], from `as_ids`.
+        values: float32 [B] or [B, M].
+        targets: the M names.
+
+    Raises:
+        InRunError: values that are not finite, with the ids of their samples.
+    """
+    import pyarrow as pa
+
+    values = values.reshape(len(ids), len(targets))
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        bad = ids.filter(pa.array(~finite)).to_pylist()
+        raise InRunError(
+            f"step {step}: expected finite values, received NaN or infinity for {len(bad)} of {len(ids)} "
+            f"samples, ids {bad[:10]}; the step was not recorded"
+        )
+    codes = np.repeat(np.arange(len(targets), dtype=np.int32), len(ids))
+    columns = [
+        pa.array(np.full(values.size, step, dtype=np.int64)),
+        pa.concat_arrays([ids] * len(targets)),
+        pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(targets, pa.string())),
+        pa.array(values.T.reshape(-1)),
+    ]
+    return pa.record_batch(columns, schema=make_schema(ids.type))
+
+
+def describe(table: pa.Table, rank: int, metadata: dict[str, Any]) -> pa.Table:
+    """`table` with the metadata of its shard; what is not JSON is written as str: no row is lost to it."""
+    versions = {}
+    for name in ("inrun", "torch", "triton", "numpy", "pyarrow"):
+        with contextlib.suppress(PackageNotFoundError):  # inrun itself may be used uninstalled
+            versions[name] = version(name)
+    facts = {
+        "schema": SCHEMA_VERSION,
+        "sign": "value > 0: the sample lowered the validation loss",
+        "unit": "nats",
+        "rank": rank,
+        "versions": versions,
+    }
+    return table.replace_schema_metadata({_KEY: json.dumps({**metadata, **facts}, default=str)})
+
+
+def write(table: pa.Table, shard: Path) -> None:
+    """Put `table` in the place of `shard` at once: readers see the old file or the new one, whole."""
+    import pyarrow.parquet as pq
+
+    temporary = shard.with_name(f"{shard.name}.tmp")
+    columns: Any = ["step", "target"]  # the other two hardly repeat within a shard
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table, file, compression="zstd", use_dictionary=columns)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, shard)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(shard.parent)
+
+
+def remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove what a killed writer, whose shards begin with `prefix`, had not renamed yet."""
+    for leftover in folder.glob(f"{prefix}*.tmp"):
+        leftover.unlink()
+
+
+def sync(folder: Path) -> None:
+    """Make the renames and removals in `folder` outlive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def inspect(folder: Path | None, id_type: pa.DataType | None) -> tuple[list[Path], pa.DataType | None]:
+    """All shards of `folder`, sorted, and the type of their ids.
+
+    Raises:
+        InRunError: a file is not a shard, of a schema version we do not know, or with ids not of `id_type`.
+    """
+    shards = []
+    for shard in [] if folder is None else sorted(folder.glob("*.parquet")):
+        try:
+            schema = _read_schema(shard)
+        except FileNotFoundError:  # another writer resumes and drops it just now
+            continue
+        if (found := _metadata(schema).get("schema")) != SCHEMA_VERSION:
+            raise InRunError(
+                f"expected a shard of schema version {SCHEMA_VERSION}, received {found} in {shard}"
+            )
+        type_here = schema.field("sample_id").type
+        if id_type not in (None, type_here):
+            raise InRunError(
+                f"expected ids of type {id_type} in every shard, received {type_here} in {shard}"
+            )
+        id_type = type_here
+        shards.append(shard)
+    return shards, id_type
+
+
+def read_metadata(shard: Path) -> dict[str, Any]:
+    """The JSON object that `describe` put there."""
+    return _metadata(_read_schema(shard))
+
+
+def last_step(shard: Path) -> int:
+    """The last step of a shard; its rows are in order of steps."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(shard, columns=["step"])["step"][-1].as_py()
+
+
+def _read_schema(shard: Path) -> pa.Schema:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(shard)
+    except pa.ArrowInvalid as error:
+        raise InRunError(
+            f"expected a ledger shard, received {shard}, which is not Parquet: {error}"
+        ) from error
+
+
+def _metadata(schema: pa.Schema) -> dict[str, Any]:
+    return json.loads((schema.metadata or {}).get(_KEY.encode(), b"{}"))

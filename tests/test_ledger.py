@@ -1,0 +1,484 @@
+"""The ledger: what was appended comes back, whole and once, whatever is killed, resumed or merged."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inrun import InRunError, Ledger
+from inrun.ledger import _SETTLE_STEPS
+
+ROOT = Path(__file__).parents[1]
+
+
+def fill(ledger: Ledger, steps: range, batch: int = 4, offset: int = 0) -> None:
+    """Step s gives the samples offset.. the values s + id / 16, exact in float32."""
+    for step in steps:
+        ids = np.arange(offset, offset + batch)
+        ledger.append(step, ids, step + ids / 16)
+
+
+def steps_of(ledger: Ledger) -> list[int]:
+    return sorted(ledger.rows()["step"].to_pylist())
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    return {each.name: (each.stat().st_mtime_ns, each.stat().st_size) for each in folder.iterdir()}
+
+
+# A run: the samples of each step, and after which steps it was flushed.
+runs = st.lists(
+    st.tuples(st.lists(st.integers(0, 5), max_size=5), st.booleans()), min_size=1, max_size=12
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(run=runs, targets=st.integers(1, 3), strings=st.booleans(), disk=st.booleans(), data=st.data())
+def test_queries_equal_plain_python(tmp_path_factory, run, targets, strings, disk, data):
+    ledger = Ledger(tmp_path_factory.mktemp("ledger") / "shards" if disk else None)
+    names = [f"target {index}" for index in range(targets)]
+    rows = []
+    for step, (numbers, flush) in enumerate(run):
+        ids = [f"sample {number}" for number in numbers] if strings else numbers
+        values = np.arange(len(ids) * targets, dtype=np.float32).reshape(-1, targets) / 8 - step
+        ledger.append(step, ids, torch.from_numpy(values), names)
+        rows += [
+            (step, ids[b], names[m], float(values[b, m])) for m in range(targets) for b in range(len(ids))
+        ]
+        if flush:
+            ledger.flush()
+    if not rows and not disk:
+        assert len(ledger) == 0 and ledger.totals().num_rows == 0 and ledger.over_time().num_rows == 0
+    if not rows:
+        return
+    assert [tuple(row.values()) for row in ledger.rows().to_pylist()] == rows
+    assert len(ledger) == len(rows)
+
+    def expect(*key):
+        """Sums and counts by the columns of (step, id, target), each through a function or left out."""
+        sums: dict = defaultdict(lambda: [0.0, 0])
+        for *columns, value in rows:
+            group = tuple(each(column) for each, column in zip(key, columns, strict=True) if each)
+            sums[group][0] += value
+            sums[group][1] += 1
+        return {group: tuple(found) for group, found in sums.items()}
+
+    def received(table, keys):
+        return {tuple(row[key] for key in keys): (row["value"], row["count"]) for row in table.to_pylist()}
+
+    same = lambda each: each  # noqa: E731
+    totals = ledger.totals()
+    assert received(totals, ["sample_id", "target"]) == expect(None, same, same)
+    assert totals.column_names == ["sample_id", "target", "value", "count"]
+    assert totals["sample_id"].to_pylist() == sorted(totals["sample_id"].to_pylist())
+
+    known = {
+        ids: ("even", "odd")[index % 2] for index, ids in enumerate(sorted({row[1] for row in rows})[1:])
+    }
+    by_source = ledger.by_source(known)
+    assert received(by_source, ["source", "target"]) == expect(None, known.get, same)
+    assert all(row["mean"] == row["value"] / row["count"] for row in by_source.to_pylist())
+    as_table = pa.table({"sample_id": list(known), "source": pa.array(known.values(), pa.string())})
+    assert not known or ledger.by_source(as_table) == by_source
+
+    bins = data.draw(st.integers(1, 15))
+    first, last = rows[0][0], rows[-1][0]
+    width = -(-(last - first + 1) // bins)
+    stretch = lambda step: (step - first) // width * width + first  # noqa: E731
+    assert received(ledger.over_time(bins=bins), ["step", "target"]) == expect(stretch, None, same)
+    over_time = ledger.over_time(known, bins=bins)
+    assert received(over_time, ["step", "source", "target"]) == expect(stretch, known.get, same)
+
+    ranked = sorted((row for row in expect(None, same, same).items()), key=lambda row: (-row[1][0], row[0]))
+    ranked = [group[0] for group, _ in ranked if group[1] == names[0]]
+    assert ledger.top(3, names[0])["sample_id"].to_pylist() == ranked[:3]
+    assert ledger.bottom(100, names[0])["value"].to_pylist() == sorted(
+        ledger.totals(names[0])["value"].to_pylist()
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(flushed=st.lists(st.booleans(), min_size=1, max_size=12), at=st.integers(0, 14), disk=st.booleans())
+def test_resume_leaves_exactly_the_steps_before(tmp_path_factory, flushed, at, disk):
+    path = tmp_path_factory.mktemp("ledger") if disk else None
+    ledger = Ledger(path, flush_rows=10**6)
+    for step, flush in enumerate(flushed):
+        fill(ledger, range(step, step + 1), batch=1)
+        if flush:
+            ledger.flush()
+    left = [step for step in range(len(flushed)) if step < at]
+    for _ in range(2):
+        ledger.resume(at)
+        assert steps_of(ledger) == left and ledger.last_step == (left[-1] if left else None)
+    fill(ledger, range(at, at + 2), batch=1)
+    ledger.close()
+    assert steps_of(ledger) == [*left, at, at + 1]
+    if path is not None:
+        assert steps_of(Ledger(path)) == steps_of(ledger)
+        assert pq.read_table(sorted(path.iterdir()))["step"].to_pylist() == steps_of(ledger)
+
+
+def test_resume_replaces_only_the_straddling_shard(tmp_path):
+    with Ledger(tmp_path, flush_rows=12) as ledger:
+        fill(ledger, range(10))  # shards of 3 steps: 0, 3, 6 and 9
+    before = listing(tmp_path)
+    assert len(before) == 4
+    Ledger(tmp_path).resume(5)
+    after = listing(tmp_path)
+    assert list(sorted(after)) == sorted(before)[:2]
+    first, straddling = sorted(after)
+    assert after[first] == before[first] and after[straddling] != before[straddling]
+    assert steps_of(Ledger(tmp_path)) == [step for step in range(5) for _ in range(4)]
+    Ledger(tmp_path).resume(5)
+    assert listing(tmp_path) == after
+
+
+def test_several_writers_are_one_ledger(tmp_path):
+    for rank in range(3):
+        with Ledger(tmp_path, rank=rank, flush_rows=8) as ledger:
+            fill(ledger, range(5), offset=4 * rank)
+    assert len(Ledger(tmp_path)) == 60
+    assert Ledger(tmp_path).totals()["sample_id"].to_pylist() == list(range(12))
+    with Ledger(tmp_path, rank=1) as ledger:
+        ledger.resume(2)
+        assert ledger.last_step == 1
+        fill(ledger, range(2, 5), offset=4)
+    totals = Ledger(tmp_path).totals()
+    assert totals["count"].to_pylist() == [5] * 12
+    assert totals["value"].to_pylist() == [10 + 5 * sample / 16 for sample in range(12)]
+
+
+def test_same_ledger_same_bits(tmp_path):
+    rng = np.random.default_rng(0)
+    with Ledger(tmp_path, flush_rows=1000) as ledger:
+        for step in range(200):
+            ledger.append(step, rng.integers(0, 50, 64), rng.standard_normal(64))
+    sources = {number: str(number % 3) for number in range(50)}
+    for query in (Ledger.totals, lambda each: each.by_source(sources), lambda each: each.over_time(sources)):
+        assert all(query(Ledger(tmp_path)).equals(query(ledger)) for _ in range(5))
+
+
+def test_opening_and_reading_change_nothing(tmp_path):
+    with Ledger(tmp_path) as ledger:
+        fill(ledger, range(3))
+    mine, other = (tmp_path / f"rank0000{rank}-step000000000003.parquet.tmp" for rank in (0, 1))
+    mine.write_bytes(b"half a shard")
+    other.write_bytes(b"half a shard")
+    before = listing(tmp_path)
+    ledger = Ledger(tmp_path)
+    assert len(ledger) == 12 and ledger.top(1).num_rows == 1 and ledger.last_step == 2
+    ledger.close()
+    assert listing(tmp_path) == before
+    fill(ledger, range(3, 4))
+    ledger.flush()
+    assert not mine.exists() and other.exists()
+    assert len(Ledger(tmp_path)) == 16
+
+
+def test_shards_say_what_they_hold(tmp_path):
+    ledger = Ledger(tmp_path, rank=2, metadata={"lr": 0.1, "path": Path("data")})
+    ledger.metadata["coverage"] = ["head.weight"]
+    fill(ledger, range(2))
+    ledger.close()
+    (shard,) = tmp_path.iterdir()
+    assert shard.name == "rank00002-step000000000000.parquet"
+    schema = pq.read_schema(shard)
+    assert [(field.name, str(field.type)) for field in schema] == [
+        ("step", "int64"),
+        ("sample_id", "int64"),
+        ("target", "dictionary<values=string, indices=int32, ordered=0>"),
+        ("value", "float"),
+    ]
+    stored = json.loads(schema.metadata[b"inrun"])
+    assert stored["unit"] == "nats" and "lowered the validation loss" in stored["sign"]
+    assert stored["versions"]["pyarrow"] == pa.__version__ and stored["rank"] == 2
+    assert (stored["lr"], stored["path"], stored["coverage"]) == (0.1, "data", ["head.weight"])
+    assert Ledger(tmp_path).metadata == stored
+    assert Ledger(tmp_path, metadata={"lr": 0.2}).metadata == {"lr": 0.2}
+
+
+def test_a_failed_write_loses_nothing(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path)
+    fill(ledger, range(3))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            ledger.flush()
+    assert not list(tmp_path.iterdir()) and len(ledger) == 12
+    ledger.flush()
+    assert len(Ledger(tmp_path)) == 12
+
+
+def test_a_second_writer_of_one_rank_is_noticed(tmp_path):
+    first, second = Ledger(tmp_path), Ledger(tmp_path)
+    fill(first, range(2))
+    fill(second, range(2))
+    first.flush()
+    with pytest.raises(InRunError, match="another process writes with rank 0"):
+        second.flush()
+    assert len(Ledger(tmp_path)) == 8
+
+
+def test_a_step_is_recorded_once(tmp_path):
+    with Ledger(tmp_path) as ledger:
+        fill(ledger, range(6))
+    for each in (ledger, Ledger(tmp_path)):
+        with pytest.raises(InRunError, match=r"step 3 .* up to 5; call resume\(3\)"):
+            fill(each, range(3, 4))
+    ledger.resume(3)
+    fill(ledger, range(3, 4))
+    assert steps_of(ledger) == [step for step in range(4) for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, [1, 2, 3], [1.0, 2.0]), ValueError, r"shape \(3,\) or \(3, 1\) for 3 ids .* received \(2,\)"),
+        ((0, [1], [[1.0, 2.0]]), ValueError, r"received \(1, 2\)"),
+        ((0, [1, 2], [1.0, 2.0], ("a", "b")), ValueError, r"shape \(2, 2\)"),
+        ((0, [1], [[1.0, 2.0]], ("a", "a")), ValueError, "distinct target names"),
+        ((-1, [1], [1.0]), ValueError, "step=-1"),
+        ((1.5, [1], [1.0]), TypeError, "step to be an integer, received 1.5"),
+        ((True, [1], [1.0]), TypeError, "received True"),
+        ((0, [1, "a"], [1.0, 2.0]), TypeError, "received 'a'"),
+        ((0, [0.5], [1.0]), TypeError, "received 0.5"),
+        ((0, torch.tensor([0.5]), [1.0]), TypeError, "received 0.5"),
+        ((0, torch.tensor([True]), [1.0]), TypeError, "received True"),
+        ((0, "ab", [1.0, 2.0]), TypeError, "single 'ab'"),
+        ((0, np.zeros((2, 1), dtype=int), [1.0, 2.0]), ValueError, r"\[B\], received shape \(2, 1\)"),
+        ((0, np.array([2**63], dtype=np.uint64), [1.0]), ValueError, "9223372036854775808"),
+        ((0, [5, 6, 7], [1.0, np.nan, np.inf]), InRunError, r"2 of 3 samples, ids \[6, 7\]"),
+        ((0, ["x", "y"], torch.tensor([1e39, 1.0], dtype=torch.float64)), InRunError, r"ids \['x'\]"),
+        ((0, [5, 6], [[1.0, 2.0], [1.0, np.nan]], ("a", "b")), InRunError, r"1 of 2 samples, ids \[6\]"),
+    ],
+)
+def test_bad_input_is_an_error_and_records_nothing(tmp_path, arguments, error, message):
+    ledger = Ledger(tmp_path)
+    with pytest.raises(error, match=message):
+        ledger.append(*arguments)
+    ledger.close()
+    assert not list(tmp_path.iterdir()) and ledger.last_step is None
+    ledger.append(0, ["strings", "still fit"], torch.ones(2, dtype=torch.bfloat16))
+    assert len(ledger) == 2
+
+
+def test_ids_are_of_one_kind(tmp_path):
+    with Ledger(tmp_path) as ledger:
+        fill(ledger, range(2))
+    for each in (ledger, Ledger(tmp_path), Ledger(tmp_path, rank=1)):
+        with pytest.raises(InRunError, match="int64 as in this ledger, received string"):
+            each.append(2, ["a"], [1.0])
+    # Two ranks that start together do not see each other's ids; the reader does.
+    other = tmp_path / "other"
+    with Ledger(other, rank=1) as strings:
+        strings.append(0, ["a"], [1.0])
+    (other / "rank00001-step000000000000.parquet").rename(tmp_path / "rank00001-step000000000000.parquet")
+    with pytest.raises(InRunError, match="ids of type int64 in every shard, received string in .*rank00001"):
+        Ledger(tmp_path)
+
+
+def test_foreign_files_and_versions_are_refused(tmp_path):
+    shard = tmp_path / "rank00000-step000000000000.parquet"
+    table = pa.table({"step": [0], "sample_id": [0]})
+    for metadata, found in ((None, "None"), ({"inrun": json.dumps({"schema": 99})}, "99")):
+        pq.write_table(table.replace_schema_metadata(metadata), shard)
+        with pytest.raises(InRunError, match=f"schema version 1, received {found}"):
+            Ledger(tmp_path)
+    shard.write_bytes(b"not Parquet")
+    with pytest.raises(InRunError, match="which is not Parquet"):
+        Ledger(tmp_path)
+    with pytest.raises(InRunError, match="missing, which does not exist"):
+        Ledger(tmp_path / "missing").totals()
+
+
+def test_bad_questions(tmp_path):
+    ledger = Ledger()
+    ledger.append(0, [1, 2], [[1.0, 2.0], [3.0, 4.0]], ("code", "prose"))
+    with pytest.raises(ValueError, match=r"one of \['code', 'prose'\]"):
+        ledger.top(1)
+    with pytest.raises(ValueError, match="target of this ledger, received 'maths'"):
+        ledger.totals("maths")
+    with pytest.raises(ValueError, match="k >= 0"):
+        ledger.bottom(-1, "code")
+    with pytest.raises(ValueError, match="bins >= 1"):
+        ledger.over_time(bins=0)
+    with pytest.raises(ValueError, match=r"names? each id once, received 1 twice: \[1\]"):
+        ledger.by_source(pa.table({"sample_id": [1, 1, 2], "source": ["a", "b", "c"]}))
+    with pytest.raises(ValueError, match=r"columns sample_id and source, received \['id'\]"):
+        ledger.by_source(pa.table({"id": [1]}))
+    with pytest.raises(TypeError, match="by int64, as the ledger, received string"):
+        ledger.by_source({"1": "a"})
+
+
+def test_what_was_appended_is_a_copy():
+    ledger, ids, values = Ledger(), np.array([1, 2]), torch.tensor([1.0, 2.0])
+    ledger.append(0, ids, values)
+    ids[:], values[:] = 9, 9.0
+    assert ledger.rows()["sample_id"].to_pylist() == [1, 2] and ledger.rows()["value"].to_pylist() == [
+        1.0,
+        2.0,
+    ]
+
+
+class OnDevice:
+    """Stands for a tensor on a GPU: counts how often its values are read back."""
+
+    reads = 0
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.shape, self.device = tensor, tensor.shape, torch.device("cuda")
+
+    def detach(self):
+        return self
+
+    clone = float = detach
+
+    def cpu(self):
+        OnDevice.reads += 1
+        return self.tensor
+
+
+def test_values_on_a_device_are_read_back_seldom(tmp_path):
+    ledger = Ledger(tmp_path)
+    OnDevice.reads = 0
+    for step in range(_SETTLE_STEPS):
+        ledger.append(step, [1, 2], OnDevice(torch.tensor([step, torch.nan if step == 7 else 1.0])))
+    assert OnDevice.reads == 0
+    with pytest.raises(InRunError, match=r"step 7: .* ids \[2\]"):
+        ledger.append(_SETTLE_STEPS, [1, 2], OnDevice(torch.ones(2)))
+    ledger.append(_SETTLE_STEPS, [1, 2], OnDevice(torch.ones(2)))
+    ledger.close()
+    assert sorted(set(steps_of(Ledger(tmp_path)))) == [each for each in range(_SETTLE_STEPS + 1) if each != 7]
+    assert len(ledger) == 2 * _SETTLE_STEPS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_values_on_a_gpu():
+    ledger = Ledger()
+    for step in range(3):
+        values = torch.full((2,), float(step), device="cuda")
+        ledger.append(step, torch.tensor([1, 2], device="cuda"), values)
+        values.zero_()
+    assert ledger.totals()["value"].to_pylist() == [3.0, 3.0]
+
+
+def test_duckdb_reads_the_folder_and_the_dataset(tmp_path):
+    duckdb = pytest.importorskip("duckdb")
+    with Ledger(tmp_path, flush_rows=8) as ledger:
+        fill(ledger, range(7))
+    ledger.resume(4)
+    fill(ledger, range(4, 9))
+    ledger.close()
+    query = "select sample_id, sum(value), count(*) from {} group by sample_id order by sample_id"
+    expected = [
+        tuple(row.values()) for row in ledger.totals().select(["sample_id", "value", "count"]).to_pylist()
+    ]
+    assert duckdb.sql(query.format(f"'{tmp_path}/*.parquet'")).fetchall() == expected
+    rows = ledger.dataset()  # DuckDB finds it by its name
+    assert duckdb.sql(query.format("rows")).fetchall() == expected
+    del rows
+
+
+# One writer after another is killed with SIGKILL at a moment of chance, in appends, flushes and resumes; after each,
+# the folder is read as any reader would.
+CRASH = """
+import os, random, signal, sys, time
+from collections import Counter
+from pathlib import Path
+import pyarrow.parquet as pq
+from inrun import Ledger
+
+folder, random = Path(sys.argv[1]), random.Random(0)
+committed, kills_seen = -1, 0
+for round in range(60):
+    start = random.randint(max(0, committed - 7), committed + 1)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        ledger = Ledger(folder, flush_rows=10**6)
+        ledger.resume(start)
+        os.write(writer, f"R{start - 1}\\n".encode())
+        for step in range(start, start + 400):
+            ledger.append(step, [step, step + 1], [1.0, 2.0])
+            if random.random() < 0.4:
+                ledger.flush()
+                os.write(writer, f"F{step}\\n".encode())
+        os._exit(0)
+    os.close(writer)
+    time.sleep(random.expovariate(40))
+    os.kill(child, signal.SIGKILL)
+    killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    said = os.read(reader, 1 << 20).decode().split()
+    os.close(reader)
+    # Before the child said that it had resumed, it may have dropped any of the steps from `start` on.
+    committed = int(said[-1][1:]) if said else start - 1
+    shards = sorted(folder.glob("*.parquet"))
+    steps = Counter(step for shard in shards for step in pq.read_table(shard)["step"].to_pylist())
+    assert sorted(steps) == list(range(len(steps))), (round, said, "a step is missing", sorted(steps))
+    assert len(steps) > committed, (round, said, "a committed step is lost", len(steps), committed)
+    assert set(steps.values()) <= {2}, (round, said, "a step is doubled", steps)
+    assert len(Ledger(folder)) == 2 * len(steps)
+    kills_seen += killed
+    committed = len(steps) - 1
+ledger = Ledger(folder)
+ledger.resume(0)
+assert len(ledger) == 0 and not list(folder.iterdir())
+print(kills_seen)
+"""
+
+
+def run_python(script: str, *arguments: object) -> str:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kill_9_loses_and_doubles_nothing(tmp_path):
+    assert int(run_python(CRASH, tmp_path)) > 40
+
+
+def test_two_million_rows_in_bounded_time_and_memory(tmp_path):
+    steps, batch = 1000, 2000
+    rng = np.random.default_rng(0)
+    ids, values = (
+        rng.integers(0, 10_000, (steps, batch)),
+        rng.standard_normal((steps, batch), dtype=np.float32),
+    )
+    start = time.perf_counter()
+    with Ledger(tmp_path, flush_rows=1 << 15) as ledger:
+        for step in range(steps):
+            ledger.append(step, ids[step], values[step])
+    wrote = time.perf_counter() - start
+    script = """
+        import sys, time
+        import pyarrow as pa
+        from inrun import Ledger
+        ledger = Ledger(sys.argv[1])
+        start = time.perf_counter()
+        totals = ledger.totals()
+        ledger.over_time({number: str(number % 7) for number in range(10_000)})
+        print(time.perf_counter() - start, pa.default_memory_pool().max_memory(), *totals["value"].to_pylist())
+    """
+    read, peak, *totals = map(float, run_python(script, tmp_path).split())
+    np.testing.assert_allclose(totals, np.bincount(ids.ravel(), values.ravel()), atol=1e-9)
+    assert wrote < 20 and read < 20, (wrote, read)  # about 0.5 s each on two idle cores
+    assert peak < 24 * steps * batch / 2  # half of what the rows take in memory
