@@ -1,0 +1,437 @@
+"""Drop-in layer functions whose backward also returns per-sample gradient dots.
+
+Every function here computes the ordinary layer, and is the honest derivative of one written with a *probe*:
+
+    y[b] = f(x[b]; W + sum_m probe[b, m] * D[m])          at probe = 0
+
+so the gradient of `probe` is the dot of each sample's own parameter gradient with the direction D,
+
+    dL/dprobe[b, m] = <dL/dW through sample b, D[m]>.
+
+Autograd itself then adds layers, reuses, tied weights and microbatches up. Nothing of size B x O x I is formed.
+
+Shapes: `x` is `[B, ..., I]`, dimension 0 being the sample (a leading 1 is broadcast over the samples). With one
+direction, `probe` is `[B]` and a direction has its parameter's shape; with M of them, `[B, M]` and `[M, *shape]`.
+`directions` pairs the weight's with the bias's; either may be None. Gradients have the dtypes torch would give
+them; the probe's is float32 (float64 for float64 layers). With `probe=None` each function is exactly torch's own.
+
+Second derivatives and forward-mode AD go through the written-out expression above, in plain torch operations.
+
+Source: In-Run Data Shapley, arXiv 2406.11011, section 4.2 (ghost dot-product), as one autograd function.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+
+from inrun_kernels import bias_wgrad_dot, embedding_dot, ghost_dot, ghost_wgrad_dot, norm_wgrad_dot
+
+Directions = tuple[Tensor | None, Tensor | None]
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    directions: Directions | None = None,
+    probe: Tensor | None = None,
+) -> Tensor:
+    """`torch.nn.functional.linear` that scores its samples.
+
+    Args:
+        x: `[B, ..., I]` (or `[1, ..., I]`, shared by all samples).
+        weight: `[O, I]`.
+        bias: `[O]` or None.
+        directions: `(weight_direction, bias_direction)`, each the parameter's shape (or `[M, *shape]`) or None.
+        probe: `[B]` (or `[B, M]`) zeros with `requires_grad=True`; None computes the plain layer.
+
+    Returns:
+        `[B, ..., O]`, in the dtype torch (and autocast) would give.
+
+    Raises:
+        ValueError: the leading dimension of `x` is neither the probe's number of samples nor 1.
+
+    Example:
+        >>> probe = torch.zeros(len(x), requires_grad=True)
+        >>> linear(x, weight, bias, (weight_direction, bias_direction), probe).square().sum().backward()
+        >>> probe.grad                                      # [B]: <this sample's gradient, the direction>
+    """
+    if probe is None or directions is None:
+        return F.linear(x, weight, bias)
+    x = _samples_first(x, probe)
+    x, weight, bias = _autocast(x, weight, bias)
+    return _apply(_Linear, x, weight, bias, *directions, probe)
+
+
+def conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    directions: Directions | None = None,
+    probe: Tensor | None = None,
+) -> Tensor:
+    """Hugging Face's `Conv1D` layer, `x @ weight + bias`, that scores its samples.
+
+    Args, returns and errors as in `linear`, but `weight` and its direction are `[I, O]` (`[M, I, O]`).
+    """
+    if directions is not None and directions[0] is not None:
+        directions = (directions[0].mT, directions[1])
+    return linear(x, weight.t(), bias, directions, probe)
+
+
+def embedding(
+    ids: Tensor,
+    weight: Tensor,
+    direction: Tensor | None = None,
+    probe: Tensor | None = None,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """`torch.nn.functional.embedding` that scores its samples.
+
+    Args:
+        ids: `[B, ...]` integers in `[0, V)`. Position ids that lack the sample axis (`[1, T]`, or `[T]` with T
+            other than B) are expanded to `[B, T]`.
+        weight: `[V, I]`; `direction`: `[V, I]` (or `[M, V, I]`).
+        probe: `[B]` (or `[B, M]`); None computes the plain layer.
+        padding_idx: this row gets no gradient and no score, as in torch.
+
+    Returns:
+        `[B, ..., I]` in the dtype of `weight`.
+
+    Raises:
+        ValueError: the leading dimension of `ids` is neither the number of samples nor 1.
+        RuntimeError: `ids` is `0, 1, ..., B-1`, which could be positions or one id for each sample.
+    """
+    if probe is None or direction is None:
+        return F.embedding(ids, weight, padding_idx)
+    batch = probe.shape[0]
+    if ids.dim() == 1:
+        if ids.shape[0] != batch:
+            ids = ids.unsqueeze(0)
+        elif batch > 1:
+            positions = torch.arange(batch, device=ids.device)
+            message = (
+                f"ids: expected [B, ...], or positions [T] with T other than B; got 0..{batch - 1} for {batch} "
+                "samples, which could be either. Pass positions as [1, T], one id for each sample as [B, 1]."
+            )
+            torch._assert_async((ids != positions).any(), message)
+    ids = _samples_first(ids, probe)
+    return _apply(_Embedding, ids, weight, direction, probe, padding_idx)
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: tuple[int, ...] | list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    directions: Directions | None = None,
+    probe: Tensor | None = None,
+) -> Tensor:
+    """`torch.nn.functional.layer_norm` that scores its samples; `x` is `[B, ..., *normalized_shape]`.
+
+    Args, returns and errors as in `linear`; weight, bias and their directions are `normalized_shape`-shaped.
+    """
+    shape = tuple(normalized_shape)
+    if probe is None or directions is None or weight is None:
+        return F.layer_norm(x, shape, weight, bias, eps)
+    normed = F.layer_norm(_samples_first(x, probe), shape, None, None, eps)
+    return _apply(_Affine, normed, weight, bias, *directions, probe).to(_norm_dtype(x, normed))
+
+
+def rms_norm(
+    x: Tensor,
+    normalized_shape: tuple[int, ...] | list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    direction: Tensor | None = None,
+    probe: Tensor | None = None,
+) -> Tensor:
+    """`torch.nn.functional.rms_norm` that scores its samples; `x` is `[B, ..., *normalized_shape]`.
+
+    Args, returns and errors as in `linear`; `weight` and `direction` are `normalized_shape`-shaped.
+    """
+    shape = list(normalized_shape)
+    if probe is None or direction is None or weight is None:
+        return F.rms_norm(x, shape, weight, eps)
+    normed = F.rms_norm(_samples_first(x, probe), shape, None, eps)
+    return _apply(_Affine, normed, weight, None, direction, None, probe).to(_norm_dtype(x, normed))
+
+
+def bias(x: Tensor, bias: Tensor, direction: Tensor | None = None, probe: Tensor | None = None) -> Tensor:
+    """`x + bias` over the last dimensions, that scores its samples; `x` is `[B, ..., *bias.shape]`.
+
+    Args, returns and errors as in `linear`; `direction` has the bias's shape (or `[M, *shape]`).
+    """
+    if probe is None or direction is None:
+        return x + bias
+    return _apply(_Bias, _samples_first(x, probe), bias, direction, probe)
+
+
+def attach(out: Tensor, tangents: Tensor, probe: Tensor) -> Tensor:
+    """Score samples by forward-mode tangents: `out`, with `dL/dprobe[b] = <dL/dout[b], tangents[b]>`.
+
+    Args:
+        out: `[B, ...]`, any layer's output whose rows belong to samples.
+        tangents: the derivative of `out` along the direction: `out`'s shape (or `[M, *out.shape]`).
+        probe: `[B]` (or `[B, M]`).
+
+    Returns:
+        `out` itself, with the dots added to its backward.
+    """
+    return _apply(_Attach, out, tangents, probe)
+
+
+# Each layer is one autograd function. `written_out` is the layer with its probe in place, in plain torch operations:
+# the fast backward is its gradient at probe = 0, and what a derivative of the backward goes through.
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias, direction, bias_direction, probe):
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def written_out(x, weight, bias, direction, bias_direction, probe):
+        y = F.linear(x, weight, bias)
+        if direction is not None:
+            y = y + _shifted(probe, lambda d: F.linear(x, d), direction, weight.dim())
+        if bias_direction is not None:
+            y = y + _shifted(probe, lambda d: d.expand(y.shape), bias_direction, 1)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            return _written_out_backward(_Linear.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
+        x, weight, _, direction, bias_direction, probe = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, _, need_probe = ctx.needs_input_grad
+        acts, grads = _rows(x, 1), _rows(grad, 1)
+        grad_x = grad @ weight if need_x else None
+        grad_weight, dots = _weight_gradient(acts, grads, direction if need_probe else None, need_weight, weight.dtype)
+        grad_bias, bias_dots = _bias_gradient(grads, bias_direction if need_probe else None, need_bias, grad.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, _add(dots, bias_dots, probe)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ids, weight, direction, probe, padding_idx):
+        return F.embedding(ids, weight, padding_idx)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.padding_idx = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def written_out(ids, weight, direction, probe, padding_idx):
+        moved = _shifted(probe, lambda d: F.embedding(ids, d), direction, 2)
+        if padding_idx is not None:
+            moved = moved * (ids != padding_idx).unsqueeze(-1)
+        return F.embedding(ids, weight, padding_idx) + moved
+
+    @staticmethod
+    def backward(ctx, grad):
+        ids, weight, direction, probe = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = (ids, weight, direction, probe, ctx.padding_idx)
+            return _written_out_backward(_Embedding.written_out, inputs, ctx.needs_input_grad, grad)
+        _, need_weight, _, need_probe, _ = ctx.needs_input_grad
+        pad = -1 if ctx.padding_idx is None else ctx.padding_idx % weight.shape[0]
+        grad_weight = dots = None
+        if need_weight:
+            grad_weight = torch.ops.aten.embedding_dense_backward(grad, ids, weight.shape[0], pad, False)
+        if need_probe:
+            tokens = ids.reshape(ids.shape[0], -1)
+            dots = embedding_dot(tokens, _rows(grad, 1), direction, padding_idx=None if pad < 0 else pad)
+        return None, grad_weight, None, _add(dots, None, probe), None
+
+
+class _Affine(torch.autograd.Function):
+    """`normed * weight + bias`, the learned part of a norm layer."""
+
+    @staticmethod
+    def forward(normed, weight, bias, direction, bias_direction, probe):
+        return normed * weight if bias is None else torch.addcmul(bias, normed, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def written_out(normed, weight, bias, direction, bias_direction, probe):
+        y = normed * weight if bias is None else normed * weight + bias
+        if direction is not None:
+            y = y + _shifted(probe, lambda d: normed * d, direction, weight.dim())
+        if bias_direction is not None:
+            y = y + _shifted(probe, lambda d: d.expand(y.shape), bias_direction, weight.dim())
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            return _written_out_backward(_Affine.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
+        normed, weight, bias, direction, bias_direction, probe = ctx.saved_tensors
+        need_normed, need_weight, need_bias, _, _, need_probe = ctx.needs_input_grad
+        last = weight.dim()
+        grad_normed = (grad * weight).to(normed.dtype) if need_normed else None
+        grads = _rows(grad, last)
+        grad_weight = grad_bias = dots = bias_dots = None
+        if direction is not None and need_probe:
+            normed_rows = _rows(normed, last).to(grads.dtype)
+            grad_weight, dots = norm_wgrad_dot(normed_rows, grads, _flat(direction, last))
+            grad_weight = grad_weight.view(weight.shape).to(weight.dtype) if need_weight else None
+        elif need_weight:
+            grad_weight = (normed * grad).flatten(0, -last - 1).sum(0).to(weight.dtype)
+        if bias is not None:
+            flat = None if bias_direction is None or not need_probe else _flat(bias_direction, last)
+            grad_bias, bias_dots = _bias_gradient(grads, flat, need_bias, bias.dtype)
+            grad_bias = None if grad_bias is None else grad_bias.view(bias.shape)
+        return grad_normed, grad_weight, grad_bias, None, None, _add(dots, bias_dots, probe)
+
+
+class _Bias(torch.autograd.Function):
+    @staticmethod
+    def forward(x, bias, direction, probe):
+        return x + bias
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def written_out(x, bias, direction, probe):
+        y = x + bias
+        return y + _shifted(probe, lambda d: d.expand(y.shape), direction, bias.dim())
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            return _written_out_backward(_Bias.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
+        x, bias, direction, probe = ctx.saved_tensors
+        need_x, need_bias, _, need_probe = ctx.needs_input_grad
+        last = bias.dim()
+        flat = _flat(direction, last) if need_probe else None
+        grad_bias, dots = _bias_gradient(_rows(grad, last), flat, need_bias, bias.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.view(bias.shape)
+        return grad.to(x.dtype) if need_x else None, grad_bias, None, _add(dots, None, probe)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(out, tangents, probe):
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def written_out(out, tangents, probe):
+        return out + _shifted(probe, lambda d: d, tangents, out.dim())
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            return _written_out_backward(_Attach.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
+        _, tangents, probe = ctx.saved_tensors
+        if probe.dim() == 1:
+            dots = (grad * tangents).flatten(1).sum(1, dtype=probe.dtype)
+        else:
+            dots = torch.stack([(grad * t).flatten(1).sum(1, dtype=probe.dtype) for t in tangents], 1)
+        return grad, None, dots
+
+
+def _written_out_backward(written_out, inputs, needs_input_grad, grad):
+    wanted = [i for i, needed in enumerate(needs_input_grad) if needed]
+    y = written_out(*inputs)
+    found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True, materialize_grads=True)
+    by_index = dict(zip(wanted, found, strict=True))
+    return tuple(by_index.get(i) for i in range(len(inputs)))
+
+
+def _apply(function: type[torch.autograd.Function], *inputs):
+    # Inside a forward-mode pass the written-out layer carries tangents through torch's own formulas.
+    if forward_ad._current_level >= 0:
+        return function.written_out(*inputs)
+    return function.apply(*inputs)
+
+
+def _samples_first(x: Tensor, probe: Tensor) -> Tensor:
+    batch = probe.shape[0]
+    if x.dim() >= 1 and x.shape[0] == batch:
+        return x
+    if x.dim() >= 2 and x.shape[0] == 1:
+        return x.expand(batch, *x.shape[1:])
+    raise ValueError(
+        f"input: expected shape [B, ...] with B = {batch}, the number of sample ids (or 1, shared by all "
+        f"samples); got {tuple(x.shape)}"
+    )
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The casts autocast makes before a matrix product, made where autograd sees them."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return x, weight, bias
+
+
+def _norm_dtype(x: Tensor, normed: Tensor) -> torch.dtype:
+    """Torch's norms keep the input's dtype, or the one autocast normalised in, whatever the weight's is."""
+    return normed.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _rows(x: Tensor, last: int) -> Tensor:
+    """`[B, ..., *last dims]` as `[B, T, I]`."""
+    x = x.flatten(-last) if last > 1 else x
+    return x.reshape(x.shape[0], x[0, ..., 0].numel() if x.shape[0] else 0, x.shape[-1])
+
+
+def _flat(direction: Tensor, last: int) -> Tensor:
+    return direction.flatten(-last) if last > 1 else direction
+
+
+def _shifted(probe: Tensor, layer, direction: Tensor, ndim: int) -> Tensor:
+    """`sum_m probe[b, m] * layer(direction[m])`."""
+    if direction.dim() == ndim:
+        pairs = [(probe, direction)]
+    else:
+        pairs = list(zip(probe.unbind(1), direction.unbind(0), strict=True))
+    terms = []
+    for weights, one in pairs:
+        y = layer(one)
+        terms.append(weights.to(y.dtype).view(-1, *[1] * (y.dim() - 1)) * y)
+    return sum(terms[1:], terms[0])
+
+
+def _weight_gradient(acts, grads, direction, need_weight, dtype):
+    if direction is None:
+        return (grads.flatten(0, 1).t() @ acts.flatten(0, 1) if need_weight else None), None
+    if not need_weight:
+        return None, ghost_dot(acts, grads, direction)
+    if direction.stride(-1) != 1:  # a transposed weight (conv1d): exchange the factors, keep memory in order
+        grad_weight, dots = ghost_wgrad_dot(grads, acts, direction.mT)
+        return grad_weight.t().to(dtype), dots
+    grad_weight, dots = ghost_wgrad_dot(acts, grads, direction)
+    return grad_weight.to(dtype), dots
+
+
+def _bias_gradient(grads, direction, need_bias, dtype):
+    if direction is None:
+        return (grads.flatten(0, 1).sum(0).to(dtype) if need_bias else None), None
+    grad_bias, dots = bias_wgrad_dot(grads, direction)
+    return (grad_bias.to(dtype) if need_bias else None), dots
+
+
+def _add(a: Tensor | None, b: Tensor | None, probe: Tensor) -> Tensor | None:
+    total = b if a is None else a if b is None else a + b
+    return None if total is None else total.to(probe.dtype)

@@ -1,0 +1,113 @@
+"""One training step: the probes of its batches, and the values that come out of them."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import InRunError
+
+if TYPE_CHECKING:
+    from .tracker import Tracker
+
+
+class Step:
+    """One training step, made by `Tracker.step`.
+
+    Attributes:
+        number: the step's number in the ledger.
+        ids: the ids of the step's samples, all its batches in order.
+        values: `[B]`, or `[B, M]` for M targets, float32 on the model's device, nats; ready when the block has
+            ended. > 0: the sample lowered the validation loss. Zero where the optimizer made no update.
+    """
+
+    def __init__(self, tracker: Tracker, ids: Any) -> None:
+        self._tracker = tracker
+        self._first = None if ids is None else _as_ids(ids)
+        self._values: Tensor | None = None
+        self.number = tracker.steps
+        self.probes: list[dict[Any, Tensor]] = []  # of each batch: tap or device -> probe
+        self.ids: list[int] | list[str] = []
+        self.factor: Tensor | None = None  # set when the optimizer begins its update
+        self.uneven: Tensor | None = None
+
+    def __enter__(self) -> Step:
+        self._tracker.begin(self)
+        if self._first is not None:
+            self.batch(self._first)
+        return self
+
+    def batch(self, ids: Any) -> None:
+        """Announce the samples of the next forward.
+
+        Args:
+            ids: one id per sample, in batch order: integers or strings; a sequence, 1-D array or tensor.
+
+        Raises:
+            InRunError: outside the step block.
+            TypeError, ValueError: ids that are none of these, or of no sample.
+        """
+        ids = _as_ids(ids)
+        self.probes.append(self._tracker.new_probes(self, len(ids)))
+        self.ids = [*self.ids, *ids]
+
+    @property
+    def values(self) -> Tensor:
+        if self._values is None:
+            raise InRunError("values: expected after the step block has ended, asked for before")
+        return self._values
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self._tracker.end(self)
+        if kind is not None:
+            return
+        start = time.perf_counter()
+        values = self._dots()
+        if self.factor is None:
+            warnings.warn("optimizer.step() did not run in the step block; its values are zero", stacklevel=2)
+            values = torch.zeros_like(values)
+        else:
+            if self.uneven is not None and bool(self.uneven):
+                raise InRunError(
+                    "optimizer.step(): expected the gradients of the backward up to one common factor (clipping by "
+                    "norm, unscaling); got gradients changed element by element"
+                )
+            values = torch.where(self.factor == 0, torch.zeros_like(values), values * self.factor)
+        self._tracker.record(self, values)
+        self._values = values
+        self._tracker.seconds["harvest"] += time.perf_counter() - start
+
+    def _dots(self) -> Tensor:
+        if not self.probes:
+            raise InRunError("step: expected ids, by step(ids) or by batch(ids) before each forward; got neither")
+        parts = []
+        for i, probes in enumerate(self.probes):
+            grads = [p.grad for p in dict.fromkeys(probes.values()) if p.grad is not None]
+            if not grads:
+                raise InRunError(
+                    f"step: no backward pass reached the tracked layers for batch {i + 1} of {len(self.probes)} "
+                    "(torch.autograd.grad does so only with the probe among its inputs; use backward())"
+                )
+            parts.append(sum((g.to(grads[0].device) for g in grads[1:]), grads[0]).float())
+        return torch.cat(parts)
+
+
+def _as_ids(ids: Any) -> list[int] | list[str]:
+    """Sample ids as a list of integers or of strings."""
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    if isinstance(ids, str) or not isinstance(ids, Sequence):
+        raise TypeError(f"ids: expected a sequence, array or tensor of integers or strings, got {ids!r}")
+    if not ids:
+        raise ValueError("ids: expected one id per sample, got none")
+    kinds = {type(i) for i in ids}
+    if kinds != {int} and kinds != {str}:
+        raise TypeError(
+            f"ids: expected all integers or all strings, got {', '.join(sorted(k.__name__ for k in kinds))}"
+        )
+    return list(ids)

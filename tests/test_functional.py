@@ -1,0 +1,303 @@
+"""The drop-in layers: torch's gradients, the oracle's dots, honest second derivatives, compile and checkpointing."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from inrun import functional as IF
+
+B, T, IN, OUT, VOCAB = 3, 5, 7, 6, 11
+
+
+def layer_cases(dtype=torch.float64, shape=(B, T)):
+    """name -> (input, parameters, plain(x, *params), probed(x, params, directions, probe))."""
+    g = torch.Generator().manual_seed(0)
+
+    def rand(*size):
+        return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
+
+    ids = torch.randint(VOCAB, shape, generator=g)
+    ids.view(-1)[-1] = 2
+    cases = {
+        "linear": (
+            rand(*shape, IN),
+            [rand(OUT, IN), rand(OUT)],
+            lambda x, w, b: F.linear(x, w, b),
+            lambda x, p, d, probe: IF.linear(x, p[0], p[1], (d[0], d[1]), probe),
+        ),
+        "linear_no_bias": (
+            rand(*shape, IN),
+            [rand(OUT, IN)],
+            lambda x, w: F.linear(x, w),
+            lambda x, p, d, probe: IF.linear(x, p[0], None, (d[0], None), probe),
+        ),
+        "conv1d": (
+            rand(*shape, IN),
+            [rand(IN, OUT), rand(OUT)],
+            lambda x, w, b: x @ w + b,
+            lambda x, p, d, probe: IF.conv1d(x, p[0], p[1], (d[0], d[1]), probe),
+        ),
+        "embedding": (
+            ids,
+            [rand(VOCAB, IN)],
+            lambda x, w: F.embedding(x, w),
+            lambda x, p, d, probe: IF.embedding(x, p[0], d[0], probe),
+        ),
+        "embedding_padding": (
+            ids,
+            [rand(VOCAB, IN)],
+            lambda x, w: F.embedding(x, w, 2),
+            lambda x, p, d, probe: IF.embedding(x, p[0], d[0], probe, padding_idx=2),
+        ),
+        "layer_norm": (
+            rand(*shape, IN),
+            [rand(IN), rand(IN)],
+            lambda x, w, b: F.layer_norm(x, (IN,), w, b),
+            lambda x, p, d, probe: IF.layer_norm(x, (IN,), p[0], p[1], 1e-5, (d[0], d[1]), probe),
+        ),
+        "rms_norm": (
+            rand(*shape, IN),
+            [rand(IN)],
+            lambda x, w: F.rms_norm(x, [IN], w, 1e-5),
+            lambda x, p, d, probe: IF.rms_norm(x, (IN,), p[0], 1e-5, d[0], probe),
+        ),
+        "bias": (
+            rand(*shape, IN),
+            [rand(IN)],
+            lambda x, b: x + b,
+            lambda x, p, d, probe: IF.bias(x, p[0], d[0], probe),
+        ),
+    }
+    return cases
+
+
+NAMES = list(layer_cases())
+
+
+def directions_for(params, many=None, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    lead = () if many is None else (many,)
+    return [torch.randn(*lead, *p.shape, generator=g, dtype=torch.float64).to(p.dtype) for p in params]
+
+
+def loss_weights(out, seed=2):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(out.dtype)
+
+
+def oracle(x, params, plain, directions, many):
+    """One sample at a time in float64: <gradient of the sample's share of the loss, direction>."""
+    params = [p.double().detach().requires_grad_() for p in params]
+    x = x.double() if x.is_floating_point() else x
+    weights = loss_weights(plain(x, *params).detach())
+    rows = []
+    for b in range(len(x)):
+        y = plain(x[b : b + 1], *params)
+        grads = torch.autograd.grad((y.sin() * weights[b : b + 1]).sum(), params)
+        per_target = [
+            sum((g * (d if many is None else d[m]).double()).sum() for g, d in zip(grads, directions, strict=True))
+            for m in range(many or 1)
+        ]
+        rows.append(torch.stack(per_target))
+    dots = torch.stack(rows)
+    return dots[:, 0] if many is None else dots
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("many", [None, 2])
+@pytest.mark.parametrize("shape", [(B, T), (B,), (B, 2, 3), (1, 1)])
+def test_gradients_are_torchs_and_the_probes_are_the_dots(name, many, shape):
+    if name.startswith("embedding") and len(shape) == 1:
+        pytest.skip("one-dimensional ids have their own test")
+    x, params, plain, probed = layer_cases(shape=shape)[name]
+    directions = directions_for(params, many)
+    probe = torch.zeros((len(x),) if many is None else (len(x), many), dtype=torch.float64, requires_grad=True)
+
+    def grads_of(run):
+        leaves = [p.clone().requires_grad_() for p in params]
+        inputs = x.clone().requires_grad_() if x.is_floating_point() else x
+        y = run(inputs, leaves)
+        (y.sin() * loss_weights(y)).sum().backward()
+        return y.detach(), [inputs.grad if inputs.is_floating_point() else None, *(p.grad for p in leaves)]
+
+    y, found = grads_of(lambda a, p: probed(a, p, directions, probe))
+    y_plain, expected = grads_of(lambda a, p: plain(a, *p))
+    torch.testing.assert_close(y, y_plain)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+    torch.testing.assert_close(probe.grad, oracle(x, params, plain, directions, many))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_exact_as_its_own_gradients(name, dtype):
+    x, params, plain, probed = layer_cases(dtype)[name]
+    directions = directions_for(params)
+    probe = torch.zeros(B, requires_grad=True)
+    leaves = [p.clone().requires_grad_() for p in params]
+    y = probed(x, leaves, directions, probe)
+    assert y.dtype == plain(x, *params).dtype
+    (y.float().sin() * loss_weights(y)).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in leaves)
+    exact = oracle(x, params, plain, directions, None)
+    # The same computation one sample at a time in the same dtype, by torch alone.
+    naive = []
+    for b in range(B):
+        own = [p.clone().requires_grad_() for p in params]
+        row = plain(x[b : b + 1], *own)
+        (row.float().sin() * loss_weights(y)[b : b + 1]).sum().backward()
+        naive.append(sum((p.grad.double() * d.double()).sum() for p, d in zip(own, directions, strict=True)))
+    bound = 2 * (torch.stack(naive) - exact).abs().max() + 4 * torch.finfo(dtype).eps * exact.abs().max()
+    assert (probe.grad.double() - exact).abs().max() <= bound
+
+
+# Torch's own embedding gives its padding row no gradient, which differences see as wrong.
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "embedding_padding"])
+@pytest.mark.parametrize("many", [None, 2])
+def test_first_and_second_derivatives(name, many):
+    x, params, _, probed = layer_cases()[name]
+    directions = directions_for(params, many)
+    probe = torch.zeros((B,) if many is None else (B, many), dtype=torch.float64, requires_grad=True)
+    leaves = [p.clone().requires_grad_() for p in params]
+    floating = x.is_floating_point()
+    inputs = (x.clone().requires_grad_(), *leaves, probe) if floating else (*leaves, probe)
+
+    def run(*args):
+        *rest, pr = args
+        return probed(rest[0] if floating else x, rest[1:] if floating else rest, directions, pr).sin()
+
+    # At probe = 0 the forward leaves the probe out, so gradcheck's differences may not move it.
+    assert torch.autograd.gradcheck(lambda *a: run(*a, probe.detach()), inputs[:-1])
+    assert torch.autograd.gradgradcheck(lambda *a: run(*a, probe.detach()), inputs[:-1])
+
+    # The dots, as a function of everything else, have true derivatives.
+    def dots(*args):
+        pr = torch.zeros_like(probe, requires_grad=True)
+        return torch.autograd.grad(run(*args, pr).sum(), pr, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(dots, inputs[:-1])
+
+
+def test_the_second_derivative_in_the_probe_is_that_of_the_written_out_layer():
+    x, params, _, probed = layer_cases()["linear"]
+    directions = directions_for(params)
+
+    def second(layer):
+        probe = torch.zeros(B, dtype=torch.float64, requires_grad=True)
+        first = torch.autograd.grad(layer(probe).pow(3).sum(), probe, create_graph=True)[0]
+        return torch.autograd.grad(first.sum(), probe)[0]
+
+    def written(probe):
+        shift = F.linear(x, directions[0], directions[1])
+        return F.linear(x, params[0], params[1]) + probe[:, None, None] * shift
+
+    torch.testing.assert_close(second(lambda p: probed(x, params, directions, p)), second(written))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_runs_through(name):
+    x, params, plain, probed = layer_cases()[name]
+    if not x.is_floating_point():
+        params = [p.clone() for p in params]
+    directions = directions_for(params)
+    probe = torch.zeros(B, dtype=torch.float64, requires_grad=True)
+    tangents = directions_for(params, seed=5)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(p, t) for p, t in zip(params, tangents, strict=True)]
+        found = forward_ad.unpack_dual(probed(x, duals, directions, probe)).tangent
+        expected = forward_ad.unpack_dual(plain(x, *duals)).tangent
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_whole_and_checkpoints(name):
+    x, params, _, probed = layer_cases(torch.float32)[name]
+    directions = directions_for(params)
+
+    def dots(wrap):
+        probe = torch.zeros(B, requires_grad=True)
+        leaves = [p.clone().requires_grad_() for p in params]
+        y = wrap(lambda a, *p: probed(a, list(p[:-1]), directions, p[-1]))(x, *leaves, probe)
+        y.square().sum().backward()
+        return [probe.grad, *(p.grad for p in leaves)]
+
+    expected = dots(lambda f: f)
+    torch._dynamo.reset()
+    for wrap in (
+        lambda f: torch.compile(f, fullgraph=True),
+        lambda f: lambda *a: checkpoint(f, *a, use_reentrant=False),
+        lambda f: lambda *a: checkpoint(f, *a, use_reentrant=True),
+    ):
+        for found, e in zip(dots(wrap), expected, strict=True):
+            torch.testing.assert_close(found, e, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_matches_plain_autocast_and_scores():
+    x, params, plain, probed = layer_cases(torch.float32)["linear"]
+    directions = directions_for(params)
+    probe = torch.zeros(B, requires_grad=True)
+    results = []
+    for run in (lambda a, p: probed(a, p, directions, probe), lambda a, p: plain(a, *p)):
+        leaves = [p.clone().requires_grad_() for p in params]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(x, leaves)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-1)
+    total = sum((p * d).sum() for p, d in zip(results[0][1:], directions, strict=True))
+    torch.testing.assert_close(probe.grad.sum(), total, rtol=2e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("lead", [(1, T), (T,)])
+def test_position_ids_without_the_sample_axis_are_expanded(lead):
+    _, params, _, _ = layer_cases()["embedding"]
+    directions = directions_for(params)
+    probe = torch.zeros(B, dtype=torch.float64, requires_grad=True)
+    leaf = params[0].clone().requires_grad_()
+    ids = torch.arange(T).view(lead)
+    y = IF.embedding(ids, leaf, directions[0], probe)
+    assert y.shape == (B, T, IN)
+    (y * loss_weights(y)).sum().backward()
+    expected = torch.einsum("bti,ti->b", loss_weights(y), directions[0][:T])
+    torch.testing.assert_close(probe.grad, expected)
+
+
+def test_ambiguous_positions_are_refused_and_labels_are_not():
+    _, params, _, _ = layer_cases()["embedding"]
+    directions = directions_for(params)
+    probe = torch.zeros(B, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"could be either"):
+        IF.embedding(torch.arange(B), params[0], directions[0], probe)
+    assert IF.embedding(torch.tensor([4, 0, 4]), params[0], directions[0], probe).shape == (B, IN)
+
+
+def test_a_wrong_leading_dimension_says_what_was_expected():
+    x, params, _, probed = layer_cases()["linear"]
+    probe = torch.zeros(B + 1, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"B = 4.*got \(3, 5, 7\)"):
+        probed(x, params, directions_for(params), probe)
+
+
+def test_frozen_and_unscored_parameters():
+    x, params, _, _ = layer_cases()["linear"]
+    d = directions_for(params)
+    cases = [((False, True), (None, d[1])), ((True, False), (d[0], None)), ((False, False), (d[0], d[1]))]
+    for needs, directions in cases:
+        leaves = [p.clone().requires_grad_(n) for p, n in zip(params, needs, strict=True)]
+        probe = torch.zeros(B, dtype=torch.float64, requires_grad=True)
+        y = IF.linear(x, leaves[0], leaves[1], directions, probe)
+        (y * loss_weights(y)).sum().backward()
+        per_weight = torch.einsum("bto,bti,oi->b", loss_weights(y), x, d[0])
+        per_bias = torch.einsum("bto,o->b", loss_weights(y), d[1])
+        expected = sum(p for p, one in zip((per_weight, per_bias), directions, strict=True) if one is not None)
+        torch.testing.assert_close(probe.grad, expected)
+        assert [p.grad is not None for p in leaves] == list(needs)

@@ -1,0 +1,580 @@
+"""The tracker: its values are the oracle's, training is untouched, and what would be wrong is an error."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+
+import pytest
+import torch
+from models import MODELS, B, data, gradient, loss_of, make, oracle_values
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import inrun
+
+NAMES = list(MODELS)
+
+
+def run_step(tracker, model, optimizer, train, validation, ids=None, before_update=None):
+    x, y = train
+    with tracker.validation():
+        loss_of(model, *validation).backward()
+    with tracker.step(range(len(x)) if ids is None else ids) as step:
+        loss_of(model, x, y).backward()
+        if before_update is not None:
+            before_update()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step.values
+
+
+def close(found, expected, rtol=2e-4):
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_are_the_oracles_and_the_model_is_given_back(name):
+    model = make(name)
+    train, validation = data(name), data(name, 4, seed=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    keys, names = list(model.state_dict()), [n for n, _ in model.named_parameters()]
+    classes = [type(m) for m in model.modules()]
+    expected = oracle_values(model, lambda n, g: 0.3 * g, train, validation)
+
+    tracker = inrun.track(model, optimizer)
+    assert list(model.state_dict()) == keys
+    assert sorted(tracker.coverage["tracked"]) == sorted(names)
+    assert all(isinstance(m, c) for m, c in zip(model.modules(), classes, strict=True))
+    state = copy.deepcopy(model.state_dict())
+    model.load_state_dict(state)
+    close(run_step(tracker, model, optimizer, train, validation), expected)
+    # The second step has no checked sums, and one probe for all layers.
+    again = oracle_values(model, lambda n, g: 0.3 * g, train, validation)
+    close(run_step(tracker, model, optimizer, train, validation), again)
+
+    tracker.close()
+    assert [type(m) for m in model.modules()] == classes
+    assert [n for n, _ in model.named_parameters()] == names
+    assert len(tracker.ledger) == 2 * B
+
+
+def frozen_adam(lr, b1=0.9, eps=1e-8):
+    """The frozen-state direction from the states of the optimizer, written out for one parameter."""
+
+    def rule(optimizer, param, g, betas=(b1, 0.999)):
+        state = optimizer.state.get(param, {})
+        if not state:
+            return lr * (1 - betas[0]) / (1 - betas[0]) * g / (g.abs() + eps)
+        t = float(state["step"]) + 1
+        v = state.get("max_exp_avg_sq", state["exp_avg_sq"]).double() / (1 - betas[1] ** (t - 1))
+        return lr * (1 - betas[0]) / (1 - betas[0] ** t) * g / (v.sqrt() + eps)
+
+    return rule
+
+
+def sgd(lr, momentum=0.0, dampening=0.0, nesterov=False):
+    def rule(optimizer, param, g):
+        started = optimizer.state.get(param, {}).get("momentum_buffer") is not None
+        entering = 1 - dampening if started and momentum else 1.0
+        return lr * g * ((1 + momentum * entering) if nesterov else entering)
+
+    return rule
+
+
+OPTIMIZERS = {
+    "sgd": (lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1), sgd(0.1)),
+    "momentum": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), sgd(0.1, 0.9)),
+    "dampening": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.3), sgd(0.1, 0.9, 0.3)),
+    "nesterov": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, nesterov=True), sgd(0.1, 0.8, 0, True)),
+    "adam": (lambda p: torch.optim.Adam(p, lr=0.01), frozen_adam(0.01)),
+    "adamw": (lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True), frozen_adam(0.01)),
+    "amsgrad": (lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True), frozen_adam(0.01)),
+    "fused": (lambda p: torch.optim.AdamW(p, lr=0.01, fused=True), frozen_adam(0.01)),
+    "tensor_lr": (lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)), frozen_adam(0.01)),
+}
+
+
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+def test_every_optimizer_and_its_state_over_three_steps(kind):
+    model = make("gpt_tied")
+    make_optimizer, rule = OPTIMIZERS[kind]
+    optimizer = make_optimizer(model.parameters())
+    tracker = inrun.track(model, optimizer)
+    for t in range(3):
+        train, validation = data("gpt", seed=10 + t), data("gpt", 4, seed=20 + t)
+        params = dict(model.named_parameters())
+        expected = oracle_values(model, lambda n, g, p=params: rule(optimizer, p[n], g), train, validation)
+        close(run_step(tracker, model, optimizer, train, validation), expected, rtol=1e-3)
+
+
+def test_a_step_against_the_real_drop_of_the_validation_loss():
+    model = make("mlp").double()
+    x, y = data("mlp")
+    train, validation = (x.double(), y), (data("mlp", 4, 2)[0].double(), data("mlp", 4, 2)[1])
+    gaps = []
+    for lr in (1e-2, 1e-3):
+        copied = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(copied.parameters(), lr=lr)
+        before = loss_of(copied, *validation).item()
+        with inrun.track(copied, optimizer) as tracker:
+            values = run_step(tracker, copied, optimizer, train, validation)
+        drop = before - loss_of(copied, *validation).item()
+        assert drop > 0 or values.sum() < 0
+        gaps.append(abs(values.sum().item() - drop))
+    assert gaps[1] < gaps[0] / 50  # first order: the gap is O(lr^2)
+
+
+def test_maximize_turns_the_sign():
+    def values(maximize):
+        model = make("mlp")
+        optimizer = torch.optim.Adam(model.parameters(), maximize=maximize)
+        tracker = inrun.track(model, optimizer)
+        return run_step(tracker, model, optimizer, data("mlp"), data("mlp", 4, 2))
+
+    torch.testing.assert_close(values(True), -values(False))
+
+
+def test_parameter_groups_keep_their_own_learning_rates():
+    model = make("gpt_tied")
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.SGD([{"params": decay, "lr": 0.1, "weight_decay": 0.1}, {"params": others}], lr=0.7)
+    train, validation = data("gpt"), data("gpt", 4, 2)
+    rates = {n: 0.1 if p.dim() > 1 else 0.7 for n, p in model.named_parameters()}
+    expected = oracle_values(model, lambda n, g: rates[n] * g, train, validation)
+    close(run_step(inrun.track(model, optimizer), model, optimizer, train, validation), expected)
+
+
+@pytest.mark.parametrize("name", ["gpt_tied", "loose"])
+@pytest.mark.parametrize("adam", [False, True])
+def test_training_is_untouched(name, adam):
+    def train(tracked):
+        model = make(name)
+        # An eps above rounding: attention's key biases have a zero gradient, whose noise Adam would blow up.
+        params = model.parameters()
+        optimizer = torch.optim.AdamW(params, lr=1e-2, eps=1e-4) if adam else torch.optim.SGD(params, lr=1e-2)
+        tracker = inrun.track(model, optimizer) if tracked else None
+        losses = []
+        for t in range(6):
+            x, y = data(name, seed=t)
+            if tracker is not None:
+                run_step(tracker, model, optimizer, (x, y), data(name, 4, 99))
+            else:
+                loss_of(model, x, y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss_of(model, x, y).item())
+        return losses, model.state_dict()
+
+    losses, weights = train(False)
+    tracked_losses, tracked_weights = train(True)
+    assert tracked_losses == pytest.approx(losses, rel=1e-5)
+    for key, value in weights.items():
+        torch.testing.assert_close(tracked_weights[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_permuting_permutes_and_duplicating_duplicates():
+    x, y = data("gpt")
+    order = torch.tensor([3, 0, 4, 1, 2])
+
+    def values(x, y):
+        model = make("gpt_tied")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return run_step(inrun.track(model, optimizer), model, optimizer, (x, y), data("gpt", 4, 2))
+
+    plain = values(x, y)
+    close(values(x[order], y[order]), plain[order].double(), 1e-5)
+    twice = values(torch.cat([x, x[:1]]), torch.cat([y, y[:1]]))
+    torch.testing.assert_close(twice[0], twice[-1], rtol=1e-5, atol=1e-8)
+    assert torch.equal(plain, values(x, y))  # the same inputs, the same bits
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["in_turn", "both_forwards_first"])
+def test_accumulation_equals_one_batch(together):
+    x, y = data("gpt")
+    validation = data("gpt", 4, 2)
+
+    def prepared():
+        model = make("gpt_tied")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker = inrun.track(model, optimizer)
+        with tracker.validation():
+            loss_of(model, *validation).backward()
+        return model, optimizer, tracker
+
+    model, optimizer, tracker = prepared()
+    with tracker.step(list("abcde")) as step:
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    expected = step.values
+
+    model, optimizer, tracker = prepared()
+    with tracker.step() as step:
+        losses = []
+        for part in (slice(0, 2), slice(2, 5)):
+            step.batch(list("abcde")[part])
+            losses.append(loss_of(model, x[part], y[part]) * y[part].numel() / y.numel())
+            if not together:
+                losses.pop().backward()
+        for loss in losses:
+            loss.backward()
+        optimizer.step()
+    assert step.ids == list("abcde")
+    close(step.values, expected.double())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 13)
+            self.checkpoint = checkpoint
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.head(self.checkpoint(lambda h: self.b(self.a(h).tanh()), x, use_reentrant=reentrant))
+
+    torch.manual_seed(0)
+    model = Checkpointed()
+    train, validation = data("attention"), data("attention", 4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.checkpoint = lambda f, x, use_reentrant: f(x)
+    expected = oracle_values(model, lambda n, g: 0.1 * g, train, validation)
+    model.checkpoint = checkpoint
+    close(run_step(inrun.track(model, optimizer), model, optimizer, train, validation), expected)
+
+
+def test_compiled_whole_with_a_changing_batch():
+    model = make("gpt_tied")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for batch in (5, 5, 4, 3, 7):
+        train, validation = data("gpt", batch), data("gpt", 4, 2)
+        expected = oracle_values(model, lambda n, g: 0.1 * g, train, validation)
+        close(run_step(tracker, compiled, optimizer, train, validation), expected)
+    # Validation, the checked step, the steps after it, and those with a batch size left open.
+    assert graphs.frame_count <= 5
+
+
+def test_clipping_by_norm_is_part_of_the_update():
+    model = make("gpt_tied")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train, validation = data("gpt"), data("gpt", 4, 2)
+    norm = torch.stack([g.norm() for g in gradient(model, *train).values()]).norm()
+    expected = oracle_values(model, lambda n, g: 0.1 * g * (0.01 / norm), train, validation)
+    tracker = inrun.track(model, optimizer)
+    clip = lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.01)  # noqa: E731
+    close(run_step(tracker, model, optimizer, train, validation, before_update=clip), expected)
+
+
+def test_clipping_by_value_is_refused():
+    model = make("gpt_tied")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, check=False)
+    clip = lambda: nn.utils.clip_grad_value_(model.parameters(), 1e-3)  # noqa: E731
+    with pytest.raises(inrun.InRunError, match="element by element"):
+        run_step(tracker, model, optimizer, data("gpt"), data("gpt", 4, 2), before_update=clip)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_scale_divides_out_and_a_skipped_update_is_worth_nothing(fused):
+    train, validation = data("gpt"), data("gpt", 4, 2)
+
+    def prepared():
+        model = make("gpt_tied")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+        return model, optimizer, inrun.track(model, optimizer)
+
+    model, optimizer, tracker = prepared()
+    expected = run_step(tracker, model, optimizer, train, validation)
+
+    model, optimizer, tracker = prepared()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def step(spoil=False):
+        with tracker.validation(scale=scaler.get_scale()):
+            scaler.scale(loss_of(model, *validation)).backward()
+        with tracker.step(range(B)) as step:
+            scaler.scale(loss_of(model, *train)).backward()
+            if spoil:
+                next(model.parameters()).grad.view(-1)[0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return step.values
+
+    close(step(), expected.double(), 1e-3)
+    before = copy.deepcopy(model.state_dict())
+    if fused:
+        assert torch.equal(step(spoil=True), torch.zeros(B))
+    else:
+        with pytest.warns(UserWarning, match="did not run"):
+            assert torch.equal(step(spoil=True), torch.zeros(B))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_several_targets_by_block_and_by_callable():
+    train = data("gpt")
+    code, prose = data("gpt", 4, 2), data("gpt", 3, 3)
+    model = make("gpt_tied")
+    expected = torch.stack([oracle_values(model, lambda n, g: 0.1 * g, train, v) for v in (code, prose)], dim=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, targets=("code", "prose"))
+    for name, validation in (("code", code), ("prose", prose)):
+        with tracker.validation(name):
+            loss_of(model, *validation).backward()
+    with tracker.step(range(B)) as step:
+        loss_of(model, *train).backward()
+        optimizer.step()
+    assert step.values.shape == (B, 2)
+    close(step.values, expected)
+    assert len(tracker.ledger) == 2 * B
+
+    model = make("loose")
+    train, code, prose = data("loose"), data("loose", 4, 2), data("loose", 3, 3)
+    expected = torch.stack([oracle_values(model, lambda n, g: 0.1 * g, train, v) for v in (code, prose)], dim=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    validation = {"code": lambda: loss_of(model, *code), "prose": lambda: loss_of(model, *prose)}
+    tracker = inrun.track(model, optimizer, validation=validation)
+    with tracker.step(range(B)) as step:
+        loss_of(model, *train).backward()
+        optimizer.step()
+    close(step.values, expected)
+
+
+def test_a_callable_runs_every_k_steps_and_leaves_random_numbers_alone():
+    model = make("gpt_tied")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    calls = []
+
+    def validation():
+        calls.append(tracker.steps)
+        torch.rand(3)
+        return loss_of(model, *data("gpt", 4, 2))
+
+    tracker = inrun.track(model, optimizer, validation=validation, validate_every=3)
+    torch.manual_seed(3)
+    kept = {}
+    for lr in (0.1, 0.2, 0.1, 0.1):
+        optimizer.param_groups[0]["lr"] = lr
+        if tracker.steps == 1:  # the kept validation gradient, with today's learning rate
+            expected = oracle_values(model, lambda n, g, kept=kept: 2 * kept[n], data("gpt"), data("gpt", 4, 2))
+        with tracker.step(range(B)) as step:
+            if step.number == 0:
+                kept = {s.name: s.direction.detach().double().clone() for s in tracker._slots}
+            loss_of(model, *data("gpt")).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if step.number == 1:
+            close(step.values, expected)
+    assert calls == [0, 3]
+    assert set(tracker.last_validation) == {"validation"}
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+def test_a_learning_rate_set_inside_the_block_counts():
+    model = make("gpt_tied")
+    train, validation = data("gpt"), data("gpt", 4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = oracle_values(model, lambda n, g: 0.4 * g, train, validation)
+    tracker = inrun.track(model, optimizer)
+
+    def warm():
+        optimizer.param_groups[0]["lr"] = 0.4
+
+    close(run_step(tracker, model, optimizer, train, validation, before_update=warm), expected)
+    optimizer.param_groups[0]["lr"] = 0.0
+    with pytest.raises(inrun.InRunError, match="learning rates"):
+        run_step(tracker, model, optimizer, train, validation, before_update=warm)
+
+
+def test_excluded_and_frozen_parameters():
+    model = make("gpt_untied")
+    names = [n for n, p in model.named_parameters()]
+    next(p for n, p in model.named_parameters() if n == names[-1]).requires_grad_(False)
+    biases = [n for n in names if n.endswith("bias") and n != names[-1]]
+    train, validation = data("gpt"), data("gpt", 4, 2)
+    counted = set(names) - set(biases) - {names[-1]}
+    expected = oracle_values(model, lambda n, g: 0.1 * g, train, validation, counted)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tracker = inrun.track(model, optimizer, exclude=["*bias"] if biases else [names[0]])
+    close(run_step(tracker, model, optimizer, train, validation), expected)
+    assert tracker.coverage["frozen"] == [names[-1]]
+    assert set(tracker.coverage["excluded"]) == set(biases)
+    assert 0 < tracker.ledger.metadata["excluded_share"] < 1
+
+
+def test_late_binding_strips_directions_from_the_optimizer():
+    model = make("gpt_tied")
+    tracker = inrun.track(model)
+    with pytest.raises(inrun.InRunError, match="bind"):
+        tracker.step(range(B))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker.bind(optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == len(tracker.coverage["tracked"])
+    expected = oracle_values(model, lambda n, g: 0.1 * g, data("gpt"), data("gpt", 4, 2))
+    close(run_step(tracker, model, optimizer, data("gpt"), data("gpt", 4, 2)), expected)
+
+
+def test_paused_runs_plainly_in_the_middle_of_a_step():
+    model = make("gpt_tied")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, *data("gpt", 4, 2)))
+    expected = oracle_values(model, lambda n, g: 0.1 * g, data("gpt"), data("gpt", 4, 2))
+    with tracker.step(range(B)) as step:
+        loss = loss_of(model, *data("gpt"))
+        with tracker.paused(), torch.no_grad():
+            loss_of(model, *data("gpt", 9, 5))
+        loss.backward()
+        optimizer.step()
+    close(step.values, expected)
+
+
+def test_the_efficiency_check_names_what_was_used_past_its_module():
+    class Bypass(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 13)
+
+        def forward(self, x):
+            return self.b(nn.functional.linear(self.a(x), self.a.weight))
+
+    torch.manual_seed(0)
+    model = Bypass()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = copy.deepcopy(model.state_dict())
+    tracker = inrun.track(model, optimizer)
+    with pytest.raises(inrun.InRunError, match=r"a\.weight \(8, 8\).*scored .* gradient gives") as caught:
+        run_step(tracker, model, optimizer, data("attention"), data("attention", 4, 2))
+    assert "b.weight" not in str(caught.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # raised before the update
+    assert len(tracker.ledger) == 0
+
+
+def test_bad_input_is_one_clear_error_before_anything_changes():
+    model = make("gpt_tied")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="method: expected one of first, got 'third'"):
+        inrun.track(model, optimizer, method="third")
+    with pytest.raises(ValueError, match="validate_every"):
+        inrun.track(model, optimizer, validate_every=0)
+    with pytest.raises(ValueError, match="targets"):
+        inrun.track(model, optimizer, targets=("a", "a"))
+    with pytest.raises(ValueError, match="'nothing' matches none"):
+        inrun.track(model, optimizer, exclude=["nothing"])
+    with pytest.raises(inrun.InRunError, match=r"expected one of torch\.optim's SGD, Adam, AdamW"):
+        inrun.track(model, torch.optim.Rprop(model.parameters()))
+    with pytest.raises(inrun.InRunError, match="are not: "):
+        inrun.track(model, torch.optim.SGD(list(model.parameters())[:2]))
+    with pytest.raises(inrun.InRunError, match=r"max_norm=None, got 1\.0"):
+        inrun.track(nn.Embedding(3, 2, max_norm=1.0))
+    assert [type(m) for m in model.modules()] == classes
+
+    tracker = inrun.track(model, optimizer)
+    with pytest.raises(inrun.InRunError, match="is tracked already"):
+        inrun.track(model, optimizer)
+    with (
+        pytest.raises(inrun.InRunError, match=r"expected a validation\('validation'\) block"),
+        tracker.step([1]),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="target: expected one of validation, got 'code'"),
+        tracker.validation("code"),
+    ):
+        pass
+    with pytest.raises(inrun.InRunError, match="no backward pass"), tracker.validation():
+        pass
+    with pytest.raises(inrun.InRunError, match="NaN or infinity in"), tracker.validation():
+        (loss_of(model, *data("gpt")) * float("nan")).backward()
+
+    def validated():
+        with tracker.validation():
+            loss_of(model, *data("gpt")).backward()
+
+    validated()
+    with pytest.raises(TypeError, match="ids: expected"):
+        tracker.step("abc")
+    with pytest.raises(TypeError, match="int, str"):
+        tracker.step([1, "a"])
+    with pytest.raises(ValueError, match="got none"):
+        tracker.step([])
+    with pytest.raises(ValueError, match=r"B = 3, the number of sample ids"), tracker.step([1, 2, 3]):
+        loss_of(model, *data("gpt"))
+    with pytest.raises(inrun.InRunError, match="expected ids"), tracker.step():
+        pass
+    with pytest.raises(inrun.InRunError, match="no backward pass reached"), tracker.step(range(B)) as step:
+        pass
+    with pytest.raises(inrun.InRunError, match="asked for before"):
+        _ = step.values
+    with pytest.raises(inrun.InRunError, match="there was none"), tracker.step(range(B)):
+        optimizer.step()
+    with tracker.step(range(B)):
+        loss_of(model, *data("gpt")).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.raises(inrun.InRunError, match="has served 1 step"), tracker.step(range(B)):
+        pass
+    validated()
+    with pytest.raises(inrun.InRunError, match="a second one"), tracker.step(range(B)):
+        loss_of(model, *data("gpt")).backward()
+        optimizer.step()
+        optimizer.step()
+    with pytest.raises(inrun.InRunError, match="inside one"), tracker.step(range(B)), tracker.validation():
+        pass
+    assert len(tracker.ledger) == B
+    tracker.close()
+    with pytest.raises(inrun.InRunError, match="is closed"):
+        tracker.step(range(B))
+
+
+def test_an_output_whose_rows_are_not_samples_is_refused():
+    class SumsItsOutput(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(8))
+
+        def forward(self, x):
+            return (x + self.shift).square().mean()
+
+    model = SumsItsOutput()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = data("mlp")[0]
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x))
+    refused = pytest.raises(inrun.InRunError, match=r"SumsItsOutput.*every output to be \[B, ...\].*shift")
+    with refused, tracker.step(range(B)):
+        model(x).backward()
+
+
+def test_nothing_of_the_size_of_per_sample_gradients_is_allocated():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor):
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    model = nn.Linear(40, 30)
+    x, y = torch.randn(64, 3, 40), torch.randint(30, (64, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y))
+    with Largest() as largest, tracker.step(range(64)):
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    assert largest.numel <= 64 * 3 * 40
