@@ -29,6 +29,7 @@ def efficiency(slots: Sequence[Any], probes: Sequence[Mapping[Any, Tensor]], fac
         factor: scalar; the dots times this belong to the gradients as they are now, unscaled.
         unscale: what a gradient as it stands must still be multiplied by (a fused optimizer's loss scale).
     """
+    _require_every_batch(probes)
     wrong = []
     for members in _components(slots):
         taps = {tap for slot in members for tap in slot.taps}
@@ -55,6 +56,18 @@ def efficiency(slots: Sequence[Any], probes: Sequence[Mapping[Any, Tensor]], fac
             "(call the module, or exclude the parameter), or gradients were left over from before the step, or "
             "dimension 0 of a layer's input is not the sample:\n  " + "\n  ".join(wrong)
         )
+
+
+def _require_every_batch(probes: Sequence[Mapping[Any, Tensor]]) -> None:
+    # A reentrant checkpoint that recomputes after the next batch was announced scores its layers for that batch.
+    for tap in probes[0]:
+        scored = [p[tap].grad is not None for p in probes]
+        if any(scored) and not all(scored):
+            raise InRunError(
+                f"{tap.name or 'model'}: expected a backward through it for each of the step's {len(probes)} batches, "
+                f"batch {scored.index(False) + 1} had none. Reentrant checkpointing needs each backward before the "
+                "next batch(ids); use_reentrant=False has no such limit"
+            )
 
 
 def _components(slots: Sequence[Any]) -> list[list[Any]]:

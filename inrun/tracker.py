@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -112,6 +113,8 @@ class Tracker:
         self.targets = tuple(self._losses) if self._losses else tuple(targets)
         if not self.targets or len(set(self.targets)) < len(self.targets) or isinstance(targets, str):
             raise ValueError(f"targets: expected a sequence of distinct names, got {targets!r}")
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise InRunError(f"track: expected one process, got a group of {dist.get_world_size()}")
         if any(isinstance(m, rules.Holder) for m in model.modules()):
             raise InRunError("model: is tracked already; close its tracker first")
         plan = rules.plan(model, exclude)

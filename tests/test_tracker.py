@@ -227,26 +227,66 @@ def test_accumulation_equals_one_batch(together):
     close(step.values, expected.double())
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 13)
+        self.reentrant = reentrant
+
+    def block(self, h):
+        return self.b(self.a(h).tanh())
+
+    def forward(self, x):
+        x = self.a(x)
+        if self.reentrant is None:
+            return self.head(self.block(x))
+        return self.head(checkpoint(self.block, x, use_reentrant=self.reentrant))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant):
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 13)
-            self.checkpoint = checkpoint
-
-        def forward(self, x):
-            x = self.a(x)
-            return self.head(self.checkpoint(lambda h: self.b(self.a(h).tanh()), x, use_reentrant=reentrant))
-
-    torch.manual_seed(0)
-    model = Checkpointed()
+    model = Checkpointed(reentrant)
     train, validation = data("attention"), data("attention", 4, 2)
+    expected = oracle_values(Checkpointed(None), lambda n, g: 0.1 * g, train, validation)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model.checkpoint = lambda f, x, use_reentrant: f(x)
-    expected = oracle_values(model, lambda n, g: 0.1 * g, train, validation)
-    model.checkpoint = checkpoint
     close(run_step(inrun.track(model, optimizer), model, optimizer, train, validation), expected)
+
+
+def test_a_reentrant_checkpoint_that_would_score_the_wrong_batch_is_refused():
+    x, y = data("attention")
+    for reentrant in (False, True):
+        model = Checkpointed(reentrant)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker = inrun.track(model, optimizer, validation=lambda model=model: loss_of(model, x, y))
+
+        def step(model=model, optimizer=optimizer, tracker=tracker):
+            with tracker.step() as step:
+                losses = []
+                for part in (slice(0, 2), slice(2, 4)):
+                    step.batch(range(2))
+                    losses.append(loss_of(model, x[part], y[part]))
+                sum(losses).backward()
+                optimizer.step()
+
+        if reentrant:
+            with pytest.raises(inrun.InRunError, match="use_reentrant=False has no such limit"):
+                step()
+        else:
+            step()
+
+
+def test_a_copy_of_a_tracked_model_is_a_plain_model():
+    model = make("loose")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = data("loose")
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y))
+    averaged = copy.deepcopy(model)
+    with tracker.step(range(B)):
+        loss_of(averaged, *data("loose", 3)).backward()
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in averaged.parameters() if p.requires_grad)
 
 
 def test_compiled_whole_with_a_changing_batch():
