@@ -20,21 +20,29 @@ ROUNDING = 8 * 2.0**-8
 
 
 @torch.no_grad()
-def efficiency(slots: Sequence[Any], probes: Sequence[Mapping[Any, Tensor]], factor: Tensor, unscale: Any) -> None:
+def efficiency(
+    slots: Sequence[Any],
+    batches: Sequence[Mapping[Any, Tensor | None]],
+    directions: Sequence[Tensor],
+    factor: Tensor,
+    unscale: Any,
+) -> None:
     """Raise `InRunError` with names and sizes where scores and gradients disagree.
 
     Args:
-        slots: parameters with `name`, `param`, `direction` and `taps` (what scores them).
-        probes: of each batch, tap -> its own probe, whose gradient holds the dots.
+        slots: parameters with `name`, `param` and `taps` (what scores them).
+        batches: of each batch, tap -> its dots along the directions, `[B]` or `[B, M]`; None where it made none.
+        directions: of each slot, the parameter's shape or `[M, *shape]`.
         factor: scalar; the dots times this belong to the gradients as they are now, unscaled.
         unscale: what a gradient as it stands must still be multiplied by (a fused optimizer's loss scale).
     """
-    _require_every_batch(probes)
+    _require_every_batch(batches)
+    direction_of = {id(s): d for s, d in zip(slots, directions, strict=True)}
     wrong = []
     for members in _components(slots):
         taps = {tap for slot in members for tap in slot.taps}
-        dots = [p[tap].grad for p in probes for tap in taps if p[tap].grad is not None]
-        grads = [(s.param.grad, s.direction) for s in members if s.param.grad is not None]
+        dots = [d for batch in batches for tap, d in batch.items() if tap in taps and d is not None]
+        grads = [(s.param.grad, direction_of[id(s)]) for s in members if s.param.grad is not None]
         if not dots and not grads:
             continue
         device = factor.device
@@ -58,13 +66,13 @@ def efficiency(slots: Sequence[Any], probes: Sequence[Mapping[Any, Tensor]], fac
         )
 
 
-def _require_every_batch(probes: Sequence[Mapping[Any, Tensor]]) -> None:
+def _require_every_batch(batches: Sequence[Mapping[Any, Tensor | None]]) -> None:
     # A reentrant checkpoint that recomputes after the next batch was announced scores its layers for that batch.
-    for tap in probes[0]:
-        scored = [p[tap].grad is not None for p in probes]
+    for tap in batches[0] if batches else ():
+        scored = [batch[tap] is not None for batch in batches]
         if any(scored) and not all(scored):
             raise InRunError(
-                f"{tap.name or 'model'}: expected a backward through it for each of the step's {len(probes)} batches, "
+                f"{tap.name or 'model'}: expected a backward through it for each of the step's {len(batches)} batches, "
                 f"batch {scored.index(False) + 1} had none. Reentrant checkpointing needs each backward before the "
                 "next batch(ids); use_reentrant=False has no such limit"
             )

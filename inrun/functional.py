@@ -22,6 +22,8 @@ Source: In-Run Data Shapley, arXiv 2406.11011, section 4.2 (ghost dot-product), 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
@@ -117,7 +119,7 @@ def embedding(
                 f"ids: expected [B, ...], or positions [T] with T other than B; got 0..{batch - 1} for {batch} "
                 "samples, which could be either. Pass positions as [1, T], one id for each sample as [B, 1]."
             )
-            torch._assert_async((ids != positions).any(), message)
+            torch._assert_async((ids != positions).any(), message)  # pyright: ignore[reportPrivateImportUsage]
     ids = _samples_first(ids, probe)
     return _apply(_Embedding, ids, weight, direction, probe, padding_idx)
 
@@ -357,7 +359,7 @@ def _written_out_backward(written_out, inputs, needs_input_grad, grad):
     return tuple(by_index.get(i) for i in range(len(inputs)))
 
 
-def _apply(function: type[torch.autograd.Function], *inputs):
+def _apply(function: Any, *inputs: Any) -> Tensor:
     # Inside a forward-mode pass the written-out layer carries tangents through torch's own formulas.
     if forward_ad._current_level >= 0:
         return function.written_out(*inputs)

@@ -106,10 +106,11 @@ class RMSNormRule(Holder):
 
 class ForwardModeRule(Holder):
     def forward(self, *args, **kwargs):
-        forward = super().forward  # pyright: ignore[reportAttributeAccessIssue]
+        forward: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
         if self._inrun.probe is None:
             return forward(*args, **kwargs)
-        return _forward_mode(self, self._inrun, forward, args, kwargs)
+        module: Any = self
+        return _forward_mode(module, self._inrun, forward, args, kwargs)
 
 
 RULES: dict[type[nn.Module], type[Holder]] = {
@@ -200,7 +201,7 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     return tap
 
 
-def remove(module: nn.Module) -> None:
+def remove(module: Any) -> None:
     """Give a tracked module its own class back and take its directions away."""
     for name in _direction_names(module):
         del module._parameters[name]
@@ -303,7 +304,7 @@ def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
         ) from error
 
 
-def _tangents_only(module, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int) -> list[Tensor]:
+def _tangents_only(module, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int) -> list[Any]:
     """The outputs' tangents along direction m, leaving random state and buffers as they were."""
     buffers = [(b, b.clone()) for b in module.buffers()]
     with torch.no_grad(), torch.random.fork_rng(), _dual(tap, m):

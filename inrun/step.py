@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,10 +30,9 @@ class Step:
         self._first = None if ids is None else _as_ids(ids)
         self._values: Tensor | None = None
         self.number = tracker.steps
-        self.probes: list[dict[Any, Tensor]] = []  # of each batch: tap or device -> probe
-        self.ids: list[int] | list[str] = []
-        self.factor: Tensor | None = None  # set when the optimizer begins its update
-        self.uneven: Tensor | None = None
+        self.ids: list[int | str] = []
+        self.factor: Tensor | None = None  # of the dots; set when the optimizer begins its update
+        self.uneven: Tensor | None = None  # whether there is no such factor
 
     def __enter__(self) -> Step:
         self._tracker.begin(self)
@@ -53,7 +51,7 @@ class Step:
             TypeError, ValueError: ids that are none of these, or of no sample.
         """
         ids = _as_ids(ids)
-        self.probes.append(self._tracker.new_probes(self, len(ids)))
+        self._tracker.batch(self, len(ids))
         self.ids = [*self.ids, *ids]
 
     @property
@@ -64,40 +62,32 @@ class Step:
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self._tracker.end(self)
-        if kind is not None:
-            return
-        start = time.perf_counter()
-        values = self._dots()
-        if self.factor is None:
-            warnings.warn("optimizer.step() did not run in the step block; its values are zero", stacklevel=2)
-            values = torch.zeros_like(values)
-        else:
-            if self.uneven is not None and bool(self.uneven):
-                raise InRunError(
-                    "optimizer.step(): expected the gradients of the backward up to one common factor (clipping by "
-                    "norm, unscaling); got gradients changed element by element"
-                )
-            values = torch.where(self.factor == 0, torch.zeros_like(values), values * self.factor)
-        self._tracker.record(self, values)
-        self._values = values
-        self._tracker.seconds["harvest"] += time.perf_counter() - start
+        if kind is None:
+            self._values = self._tracker.values(self)
 
-    def _dots(self) -> Tensor:
-        if not self.probes:
+    def scaled(self, dots: Sequence[Tensor | None]) -> Tensor:
+        """The batches' dots as values: together, and as the update used their gradients."""
+        if not dots:
             raise InRunError("step: expected ids, by step(ids) or by batch(ids) before each forward; got neither")
-        parts = []
-        for i, probes in enumerate(self.probes):
-            grads = [p.grad for p in dict.fromkeys(probes.values()) if p.grad is not None]
-            if not grads:
+        for i, part in enumerate(dots):
+            if part is None:
                 raise InRunError(
-                    f"step: no backward pass reached the tracked layers for batch {i + 1} of {len(self.probes)} "
+                    f"step: no backward pass reached the tracked layers for batch {i + 1} of {len(dots)} "
                     "(torch.autograd.grad does so only with the probe among its inputs; use backward())"
                 )
-            parts.append(sum((g.to(grads[0].device) for g in grads[1:]), grads[0]).float())
-        return torch.cat(parts)
+        together = torch.cat([part for part in dots if part is not None])
+        if self.factor is None:
+            warnings.warn("optimizer.step() did not run in the step block; its values are zero", stacklevel=4)
+            return torch.zeros_like(together)
+        if self.uneven is not None and bool(self.uneven):
+            raise InRunError(
+                "optimizer.step(): expected the gradients of the backward up to one common factor (clipping by norm, "
+                "unscaling); got gradients changed element by element"
+            )
+        return torch.where(self.factor == 0, torch.zeros_like(together), together * self.factor)
 
 
-def _as_ids(ids: Any) -> list[int] | list[str]:
+def _as_ids(ids: Any) -> list[int | str]:
     """Sample ids as a list of integers or of strings."""
     if hasattr(ids, "tolist"):
         ids = ids.tolist()

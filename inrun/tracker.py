@@ -28,17 +28,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import check, directions, rules
+from . import directions, rules
 from .errors import InRunError
 from .factor import Watch
+from .inline import Inline
 from .ledger import Ledger
 from .step import Step
+from .validation import Validation, as_losses
 
 METHODS = ("first",)
 
 
 @dataclass
-class _Slot:
+class Slot:
     """One distinct tracked parameter; looked up by owner and name, since sharding replaces the tensors."""
 
     name: str
@@ -109,8 +111,8 @@ class Tracker:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if not isinstance(validate_every, int) or validate_every < 1:
             raise ValueError(f"validate_every: expected an integer of at least 1, got {validate_every!r}")
-        self._losses = _losses(validation)
-        self.targets = tuple(self._losses) if self._losses else tuple(targets)
+        losses = as_losses(validation)
+        self.targets = tuple(losses) if losses else tuple(targets)
         if not self.targets or len(set(self.targets)) < len(self.targets) or isinstance(targets, str):
             raise ValueError(f"targets: expected a sequence of distinct names, got {targets!r}")
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -120,25 +122,23 @@ class Tracker:
         plan = rules.plan(model, exclude)
         if optimizer is not None:
             directions.require_supported(optimizer)
-        self.model = model
-        self.method = method
-        self.coverage = {"tracked": plan.tracked, "excluded": plan.excluded, "frozen": plan.frozen}
-        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
-        self.steps = 0
-        self.last_validation: dict[str, Tensor] = {}
-        self.seconds = dict.fromkeys(("validation", "direction", "harvest"), 0.0)
-        self._every = validate_every
-        self._age: dict[str, int | None] = dict.fromkeys(self.targets)
-        self._val_grads: dict[str, list[Tensor | None]] = {}
-        self._check_due = checked
-        self._step: Step | None = None
-        self._closed = False
-        self._optimizer: Optimizer | None = None
-        if optimizer is not None:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             params = dict(model.named_parameters())
             _require_all([n for n in plan.tracked if id(params[n]) not in held])
+        self.model = model
+        self.coverage = {"tracked": plan.tracked, "excluded": plan.excluded, "frozen": plan.frozen}
+        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        self.steps = 0
+        self.taps: list[rules.Tap] = []
+        self.slots: list[Slot] = []
+        self.check_due = checked
         self._install(plan)
+        self.validations = Validation(model, self.slots, plan.excluded, losses, self.targets, validate_every)
+        self._method = Inline(self)
+        self._step: Step | None = None
+        self._seconds = {"direction": 0.0, "harvest": 0.0}
+        self._closed = False
+        self._optimizer: Optimizer | None = None
         if optimizer is not None:
             self.bind(optimizer)
         self.ledger.metadata.update(
@@ -154,15 +154,27 @@ class Tracker:
         params = dict(self.model.named_parameters())
         many = len(self.targets) if len(self.targets) > 1 else None
         siblings = {name: _sibling(params[name], many) for name in plan.tracked}
-        self._taps: list[rules.Tap] = []
-        slots: dict[str, _Slot] = {}
+        slots: dict[str, Slot] = {}
         for site in plan.sites:
             tap = rules.install(site, siblings)
-            self._taps.append(tap)
+            self.taps.append(tap)
             for owner, local, full in site.owned:
-                slots.setdefault(full, _Slot(full, owner, local, [])).taps.append(tap)
-        self._slots = list(slots.values())
-        self._excluded = set(plan.excluded)
+                slots.setdefault(full, Slot(full, owner, local, [])).taps.append(tap)
+        self.slots.extend(slots.values())
+
+    @property
+    def optimizer(self) -> Optimizer:
+        if self._optimizer is None:
+            raise InRunError("step: expected an optimizer, none is bound; call tracker.bind(optimizer)")
+        return self._optimizer
+
+    @property
+    def last_validation(self) -> dict[str, Tensor]:
+        return self.validations.last_losses
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {"validation": self.validations.seconds, **self._seconds}
 
     def bind(self, optimizer: Optimizer) -> None:
         """Use this optimizer: for one that is made after `track`, as sharding needs.
@@ -173,17 +185,16 @@ class Tracker:
         if self._optimizer is not None:
             raise InRunError("optimizer: one is bound already; close the tracker and track again")
         directions.require_supported(optimizer)
-        siblings = {id(s.direction) for s in self._slots}
+        siblings = {id(s.direction) for s in self.slots}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in siblings]
         where = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        missing = [s.name for s in self._slots if id(s.param) not in where]
-        _require_all(missing)
-        for slot in self._slots:
+        _require_all([s.name for s in self.slots if id(s.param) not in where])
+        for slot in self.slots:
             slot.group = where[id(slot.param)]
         self._optimizer = optimizer
         self._handle = optimizer.register_step_pre_hook(self._before_update)
-        self._watch = Watch(self._slots, len(optimizer.param_groups))
+        self._watch = Watch(self.slots, len(optimizer.param_groups))
 
     @contextmanager
     def validation(self, target: str | None = None, *, scale: float | Tensor = 1.0) -> Iterator[None]:
@@ -202,43 +213,8 @@ class Tracker:
         self._require_open()
         if self._step is not None:
             raise InRunError("validation: expected outside of a step block, got inside one")
-        name = self.targets[0] if target is None and len(self.targets) == 1 else target
-        if name not in self.targets:
-            raise ValueError(f"target: expected one of {', '.join(self.targets)}, got {target!r}")
-        start = time.perf_counter()
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        before = [p.grad for p in params]
-        for p in params:
-            p.grad = None
-        try:
+        with self.validations.block(target, scale):
             yield
-            found = [s.param.grad for s in self._slots]
-            excluded = [p.grad for n, p in self.model.named_parameters() if n in self._excluded]
-        finally:
-            for p, grad in zip(params, before, strict=True):
-                p.grad = grad
-        self._keep_validation(name, found, excluded, scale)
-        self.seconds["validation"] += time.perf_counter() - start
-
-    def _keep_validation(self, name: str, found: list[Tensor | None], excluded: list, scale: float | Tensor) -> None:
-        grads = [g for g in found if g is not None]
-        if not grads:
-            raise InRunError(f"validation({name!r}): no backward pass of the block reached a tracked parameter")
-        norm = torch.stack(torch._foreach_norm(grads)).norm()
-        if not torch.isfinite(norm):
-            bad = [s.name for s, g in zip(self._slots, found, strict=True) if g is not None and not g.isfinite().all()]
-            raise InRunError(
-                f"validation({name!r}): expected a finite gradient, got NaN or infinity in {', '.join(bad[:5])}"
-                f"{'' if len(bad) <= 5 else f' and {len(bad) - 5} more'}"
-            )
-        left_out = [g for g in excluded if g is not None]
-        if self._excluded and "excluded_share" not in self.ledger.metadata:
-            squared = torch.stack(torch._foreach_norm(left_out)).square().sum() if left_out else norm.new_zeros(())
-            self.ledger.metadata["excluded_share"] = float(squared / (squared + norm.square()))
-        if isinstance(scale, Tensor) or scale != 1.0:
-            torch._foreach_div_(grads, scale)
-        self._val_grads[name] = found
-        self._age[name] = 0
 
     def step(self, ids: Any = None) -> Step:
         """A block that holds one training step, from its forward to `optimizer.step()`.
@@ -251,19 +227,20 @@ class Tracker:
             InRunError: no optimizer is bound; inside another step; the validation gradient is missing or too old.
         """
         self._require_open()
-        if self._optimizer is None:
-            raise InRunError("step: expected an optimizer, none is bound; call tracker.bind(optimizer)")
+        _ = self.optimizer
         return Step(self, ids)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run the tracked layers plainly inside the block: evaluation or sampling in the middle of a step."""
-        probes = {tap: tap.probe for tap in self._taps}
-        self._set_probes({})
+        probes = [tap.probe for tap in self.taps]
+        for tap in self.taps:
+            tap.probe = None
         try:
             yield
         finally:
-            self._set_probes(probes)
+            for tap, probe in zip(self.taps, probes, strict=True):
+                tap.probe = probe
 
     def close(self) -> None:
         """Give the model its own classes back, drop directions and hooks, and flush the ledger."""
@@ -276,7 +253,7 @@ class Tracker:
         for module in self.model.modules():
             if isinstance(module, rules.Holder):
                 rules.remove(module)
-        self._val_grads.clear()
+        self.validations.gradients.clear()
         self.ledger.flush()
 
     def __enter__(self) -> Tracker:
@@ -289,95 +266,22 @@ class Tracker:
         if self._closed:
             raise InRunError("tracker: is closed")
 
+    # What a Step asks of its tracker.
+
     def begin(self, step: Step) -> None:
-        """Make the directions of a step; for `Step`."""
         if self._step is not None:
             raise InRunError("step: expected outside of a step block, got inside one")
-        for name, loss_of in self._losses.items():
-            age = self._age[name]
-            if age is None or age >= self._every:
-                self._validate(name, loss_of)
-        for name, age in self._age.items():
-            if age is None:
-                raise InRunError(f"step: expected a validation({name!r}) block before it, there was none")
-            if age >= self._every:
-                raise InRunError(
-                    f"step: the validation gradient of {name!r} has served {age} step(s) and validate_every is "
-                    f"{self._every}; run a validation({name!r}) block, or track with a larger validate_every"
-                )
-        start = time.perf_counter()
-        self._write_directions()
-        self.seconds["direction"] += time.perf_counter() - start
+        self.validations.run_due()
+        self.validations.require_fresh()
+        with self._timed("direction"):
+            self._method.begin()
         self._watch.begin()
         self._step = step
 
-    def new_probes(self, step: Step, batch: int) -> dict[Any, Tensor]:
-        """Fresh probes for the next forward, one for all layers of a device; for `Step`.
-
-        While the sums are to be checked, every layer has its own.
-        """
+    def batch(self, step: Step, size: int) -> None:
         if self._step is not step:
             raise InRunError("batch: expected inside the step block, got outside of it")
-        shape = (batch,) if len(self.targets) == 1 else (batch, len(self.targets))
-        probes: dict[Any, Tensor] = {}
-        by_tap: dict[rules.Tap, Tensor] = {}
-        for slot in self._slots:
-            for tap in slot.taps:
-                key = tap if self._check_due else slot.param.device
-                if key not in probes:
-                    dtype = torch.float64 if slot.param.dtype == torch.float64 else torch.float32
-                    probes[key] = torch.zeros(shape, dtype=dtype, device=slot.param.device, requires_grad=True)
-                by_tap[tap] = probes[key]
-        self._set_probes(by_tap)
-        return probes
-
-    def end(self, step: Step) -> None:
-        """Take the probes away; for `Step`."""
-        self._step = None
-        self._watch.active = False
-        self._set_probes({})
-
-    def record(self, step: Step, values: Tensor) -> None:
-        """Count the step and store its values; for `Step`."""
-        for name, age in self._age.items():
-            self._age[name] = (age or 0) + 1
-        self.ledger.append(step.number, step.ids, values, self.targets)
-        self.steps = step.number + 1
-
-    def _set_probes(self, probes: Mapping[rules.Tap, Tensor | None]) -> None:
-        for tap in self._taps:
-            tap.probe = probes.get(tap)
-
-    def _validate(self, name: str, loss_of: Callable[[], Tensor]) -> None:
-        # Random numbers drawn for validation are not missing in training.
-        with torch.random.fork_rng(), self.validation(name):
-            loss = loss_of()
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                raise TypeError(f"validation loss {name!r}: expected a scalar tensor, got {got}")
-            loss.backward()
-        self.last_validation[name] = loss.detach()
-
-    def _write_directions(self) -> None:
-        assert self._optimizer is not None
-        groups = self._optimizer.param_groups
-        self._lr = [g["lr"] for g in groups]
-        for m, name in enumerate(self.targets):
-            target = m if len(self.targets) > 1 else None
-            if name not in self._val_grads:
-                continue
-            grads = self._val_grads[name]
-            for i, slot in enumerate(self._slots):
-                grad = grads[i]
-                if grad is None:
-                    value = torch.zeros_like(slot.param)
-                else:
-                    value = directions.first_order(self._optimizer, groups[slot.group], slot.param, grad)
-                directions.write(slot.direction, value, target)
-                if self._every == 1:
-                    grads[i] = None  # the direction takes its place
-            if self._every == 1:
-                del self._val_grads[name]
+        self._method.batch(size)
 
     def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         step = self._step
@@ -388,35 +292,31 @@ class Tracker:
         if step.factor is not None:
             raise InRunError("step: expected one optimizer.step() in the block, got a second one")
         factor, step.uneven = self._watch.factor(optimizer)
-        if self._check_due:
-            scale = getattr(optimizer, "grad_scale", None)
-            check.efficiency(self._slots, step.probes, factor, 1.0 if scale is None else 1.0 / scale)
-            self._check_due = False
-        step.factor = factor * self._lr_change(optimizer)
+        scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
+        step.factor = self._method.before_update(optimizer, factor, 1.0 if scale is None else 1.0 / scale)
+        self.check_due = False
 
-    def _lr_change(self, optimizer: Optimizer) -> float:
-        """The factor by which the learning rates have changed since the directions were written."""
-        ratios = set()
-        for before, group in zip(self._lr, optimizer.param_groups, strict=False):
-            lr = group["lr"]
-            unchanged = isinstance(lr, Tensor) or lr == before
-            ratios.add(1.0 if unchanged else lr / before if before else float("inf"))
-        if len(ratios) > 1 or float("inf") in ratios:
-            raise InRunError(
-                f"lr: expected the learning rates the step began with, {self._lr}, or all of them changed by one "
-                f"factor; got {[g['lr'] for g in optimizer.param_groups]}. Set them before the step block"
-            )
-        return ratios.pop()
+    def end(self, step: Step) -> None:
+        self._step = None
+        self._watch.active = False
+        self._method.end()
 
+    def values(self, step: Step) -> Tensor:
+        """The values of a step that has ended, which are recorded."""
+        with self._timed("harvest"):
+            values = step.scaled(self._method.dots())
+            if self.validations.excluded_share is not None:
+                self.ledger.metadata["excluded_share"] = self.validations.excluded_share
+            self.ledger.append(step.number, step.ids, values, self.targets)
+        self.validations.count_step()
+        self.steps = step.number + 1
+        return values
 
-def _losses(validation: Any) -> dict[str, Callable[[], Tensor]]:
-    if validation is None:
-        return {}
-    losses = dict(validation) if isinstance(validation, Mapping) else {"validation": validation}
-    for name, loss_of in losses.items():
-        if not callable(loss_of):
-            raise TypeError(f"validation[{name!r}]: expected a callable that returns the loss, got {loss_of!r}")
-    return losses
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
 
 
 def _sibling(param: nn.Parameter, many: int | None) -> nn.Parameter:

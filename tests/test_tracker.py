@@ -409,7 +409,7 @@ def test_a_callable_runs_every_k_steps_and_leaves_random_numbers_alone():
             expected = oracle_values(model, lambda n, g, kept=kept: 2 * kept[n], data("gpt"), data("gpt", 4, 2))
         with tracker.step(range(B)) as step:
             if step.number == 0:
-                kept = {s.name: s.direction.detach().double().clone() for s in tracker._slots}
+                kept = {s.name: s.direction.detach().double().clone() for s in tracker.slots}
             loss_of(model, *data("gpt")).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -1,0 +1,103 @@
+"""Method "first": the direction is known before the step, so the scores ride on its ordinary backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import check, directions, rules
+from .errors import InRunError
+
+if TYPE_CHECKING:
+    from .step import Step
+    from .tracker import Tracker
+
+
+class Inline:
+    """Directions are written when a step begins; probes collect the dots; nothing is kept."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self.probes: list[dict[Any, Tensor]] = []  # of each batch: tap or device -> probe
+        self._lr: list[Any] = []
+
+    def begin(self) -> None:
+        """Write the step's directions, from the validation gradients and the optimizer's state as it is."""
+        tracker, optimizer = self.tracker, self.tracker.optimizer
+        gradients, every = tracker.validations.gradients, tracker.validations.every
+        self.probes = []
+        self._lr = [g["lr"] for g in optimizer.param_groups]
+        for m, name in enumerate(tracker.targets):
+            target = m if len(tracker.targets) > 1 else None
+            grads = gradients[name]
+            for i, slot in enumerate(tracker.slots):
+                grad = grads[i]
+                if grad is None:
+                    value = torch.zeros_like(slot.param)
+                else:
+                    value = directions.first_order(optimizer, optimizer.param_groups[slot.group], slot.param, grad)
+                directions.write(slot.direction, value, target)
+                if every == 1:
+                    grads[i] = None  # the direction takes its place in memory
+
+    def batch(self, size: int) -> None:
+        """Fresh probes for the next forward: one for all layers of a device, or while the sums are to be
+        checked, one for every layer."""
+        tracker = self.tracker
+        shape = (size,) if len(tracker.targets) == 1 else (size, len(tracker.targets))
+        probes: dict[Any, Tensor] = {}
+        by_tap: dict[rules.Tap, Tensor] = {}
+        for slot in tracker.slots:
+            for tap in slot.taps:
+                key = tap if tracker.check_due else slot.param.device
+                if key not in probes:
+                    dtype = torch.float64 if slot.param.dtype == torch.float64 else torch.float32
+                    probes[key] = torch.zeros(shape, dtype=dtype, device=slot.param.device, requires_grad=True)
+                by_tap[tap] = probes[key]
+        for tap in tracker.taps:
+            tap.probe = by_tap.get(tap)
+        self.probes.append(probes)
+
+    def before_update(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> Tensor:
+        """Check the sums where that is due; returns what the dots must be multiplied by."""
+        tracker = self.tracker
+        if tracker.check_due:
+            dots = [{tap: probe.grad for tap, probe in probes.items()} for probes in self.probes]
+            check.efficiency(tracker.slots, dots, [s.direction for s in tracker.slots], factor, unscale)
+        return factor * lr_change(self._lr, optimizer)
+
+    def end(self) -> None:
+        for tap in self.tracker.taps:
+            tap.probe = None
+
+    def dots(self) -> list[Tensor | None]:
+        """Of each batch, `[B]` or `[B, M]`; None where no backward reached a tracked layer."""
+        found: list[Tensor | None] = []
+        for probes in self.probes:
+            grads = [p.grad for p in probes.values() if p.grad is not None]
+            total = sum((g.to(grads[0].device) for g in grads[1:]), grads[0]).float() if grads else None
+            found.append(total)
+        return found
+
+
+def lr_change(before: list[Any], optimizer: Optimizer) -> float:
+    """The factor by which the learning rates have changed since `before`.
+
+    Raises:
+        InRunError: there is no one factor.
+    """
+    ratios = set()
+    for old, group in zip(before, optimizer.param_groups, strict=False):
+        lr = group["lr"]
+        unchanged = isinstance(lr, Tensor) or lr == old
+        ratios.add(1.0 if unchanged else lr / old if old else float("inf"))
+    if len(ratios) > 1 or float("inf") in ratios:
+        raise InRunError(
+            f"lr: expected the learning rates the step began with, {before}, or all of them changed by one factor; "
+            f"got {[g['lr'] for g in optimizer.param_groups]}. Set them before the step block"
+        )
+    return ratios.pop()

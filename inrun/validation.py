@@ -1,0 +1,151 @@
+"""The validation side of a run: which losses there are, their gradients, and how long those have served."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InRunError
+
+Gradients = list[Tensor | None]
+
+
+class Validation:
+    """Gradients of the validation losses, one list per target in the order of the tracked parameters.
+
+    Args:
+        model: whose gradients a block or callable makes.
+        slots: the tracked parameters (objects with `name` and `param`).
+        excluded: names of the parameters that get no score; their share of the gradient is measured once.
+        losses: target -> callable that returns its loss; empty where blocks are used.
+        targets: names, in the order of the values' columns.
+        every: steps that a gradient may serve.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: Sequence[Any],
+        excluded: Sequence[str],
+        losses: Mapping[str, Callable[[], Tensor]],
+        targets: tuple[str, ...],
+        every: int,
+    ) -> None:
+        self.model, self.slots, self.excluded = model, slots, set(excluded)
+        self.losses, self.targets, self.every = losses, targets, every
+        self.gradients: dict[str, Gradients] = {}
+        self.age: dict[str, int | None] = dict.fromkeys(targets)
+        self.last_losses: dict[str, Tensor] = {}
+        self.excluded_share: float | None = None
+        self.seconds = 0.0
+
+    @contextmanager
+    def block(self, target: str | None = None, scale: float | Tensor = 1.0) -> Iterator[None]:
+        """Take the gradients that the block's backward passes leave; those that stood before stand again."""
+        name = self.targets[0] if target is None and len(self.targets) == 1 else target
+        if name is None or name not in self.targets:
+            raise ValueError(f"target: expected one of {', '.join(self.targets)}, got {target!r}")
+        with self._gradients() as found:
+            yield
+        self.gradients[name] = self._checked(name, found, scale)
+        self.age[name] = 0
+
+    def here(self, name: str) -> Gradients:
+        """The gradient of a target's callable at the weights as they are, which serves no other step."""
+        with self._gradients() as found:
+            self._backward(name)
+        return self._checked(name, found, 1.0)
+
+    def run_due(self) -> None:
+        """Run every callable whose gradient has served its steps."""
+        for name in self.losses:
+            age = self.age[name]
+            if age is None or age >= self.every:
+                self.run(name)
+
+    def run(self, name: str) -> None:
+        """Run a target's callable, as its block."""
+        with self.block(name):
+            self._backward(name)
+
+    def require_fresh(self) -> None:
+        """Raise `InRunError` where a gradient is missing or has served its steps."""
+        for name, age in self.age.items():
+            if age is None:
+                raise InRunError(f"step: expected a validation({name!r}) block before it, there was none")
+            if age >= self.every:
+                raise InRunError(
+                    f"step: the validation gradient of {name!r} has served {age} step(s) and validate_every is "
+                    f"{self.every}; run a validation({name!r}) block, or track with a larger validate_every"
+                )
+
+    def count_step(self) -> None:
+        self.age = {name: None if age is None else age + 1 for name, age in self.age.items()}
+
+    def loss(self, name: str) -> Tensor:
+        """The scalar loss of a target's callable, with its graph; random numbers are left as they were."""
+        with torch.random.fork_rng():
+            loss = self.losses[name]()
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"validation loss {name!r}: expected a scalar tensor, got {got}")
+        return loss
+
+    def _backward(self, name: str) -> None:
+        loss = self.loss(name)
+        loss.backward()
+        self.last_losses[name] = loss.detach()
+
+    @contextmanager
+    def _gradients(self) -> Iterator[dict[str, Tensor | None]]:
+        """By name, the gradients that the block's backward passes leave; filled in when it ends."""
+        start = time.perf_counter()
+        params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        before = {n: p.grad for n, p in params.items()}
+        found: dict[str, Tensor | None] = {}
+        for p in params.values():
+            p.grad = None
+        try:
+            yield found
+            found.update({n: p.grad for n, p in params.items()})
+        finally:
+            for n, p in params.items():
+                p.grad = before[n]
+            self.seconds += time.perf_counter() - start
+
+    def _checked(self, name: str, found: dict[str, Tensor | None], scale: float | Tensor) -> Gradients:
+        ours = [found[s.name] for s in self.slots]
+        grads = [g for g in ours if g is not None]
+        if not grads:
+            raise InRunError(f"validation({name!r}): no backward pass of the block reached a tracked parameter")
+        norm = nn.utils.get_total_norm(grads)
+        if not torch.isfinite(norm):
+            bad = [s.name for s, g in zip(self.slots, ours, strict=True) if g is not None and not g.isfinite().all()]
+            raise InRunError(
+                f"validation({name!r}): expected a finite gradient, got NaN or infinity in {', '.join(bad[:5])}"
+                f"{'' if len(bad) <= 5 else f' and {len(bad) - 5} more'}"
+            )
+        if self.excluded and self.excluded_share is None:
+            others = [g for n, g in found.items() if n in self.excluded and g is not None]
+            squared = nn.utils.get_total_norm(others).square()
+            self.excluded_share = float(squared / (squared + norm.square()))
+        if isinstance(scale, Tensor) or scale != 1.0:
+            for g in grads:
+                g.div_(scale)
+        return ours
+
+
+def as_losses(validation: Any) -> dict[str, Callable[[], Tensor]]:
+    """The `validation` argument of `track` as target -> callable."""
+    if validation is None:
+        return {}
+    losses = dict(validation) if isinstance(validation, Mapping) else {"validation": validation}
+    for name, loss_of in losses.items():
+        if not callable(loss_of):
+            raise TypeError(f"validation[{name!r}]: expected a callable that returns the loss, got {loss_of!r}")
+    return losses
