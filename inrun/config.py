@@ -17,13 +17,13 @@ def _require(config: Any, name: str, holds: bool, expected: str) -> None:
 class GPTConfig:
     """Shape of the model."""
 
-    block_size: int = 128
+    block_size: int = 192
     """Tokens per sample, and the model's longest context."""
-    layers: int = 4
+    layers: int = 2
     """Transformer blocks."""
     heads: int = 4
     """Attention heads per block; `width` must be a multiple of it."""
-    width: int = 128
+    width: int = 64
     """Size of the residual stream."""
     dropout: float = 0.0
     """Dropout on embeddings, attention and block outputs."""
@@ -65,7 +65,7 @@ class TrainConfig:
     """Instead of `validation`: hold out a part of this source."""
     holdout_fraction: float = 0.05
     """The part of `holdout` to hold out."""
-    validation_samples: int = 32
+    validation_samples: int = 16
     """Validation samples, drawn once; every step is valued against all of them."""
     tokenizer: Path | None = None
     """A Hugging Face tokenizer.json; a token is a byte without it."""
@@ -77,9 +77,9 @@ class TrainConfig:
     checkpoint_every: int = 100
     """Steps between checkpoints; the last two are kept."""
 
-    steps: int = 400
+    steps: int = 500
     """Optimizer steps."""
-    batch_size: int = 32
+    batch_size: int = 24
     """Samples per optimizer step."""
     accumulation: int = 1
     """Forward and backward passes the samples of a step are spread over."""
@@ -90,11 +90,11 @@ class TrainConfig:
     """Peak learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: down to a tenth of `lr` along a cosine, or constant."""
-    warmup: int = 20
+    warmup: int = 100
     """Steps of linear warm-up."""
     momentum: float = 0.0
     """Of sgd."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.99)
     """Of adam and adamw."""
     weight_decay: float = 0.1
     """On matrices only."""

@@ -34,7 +34,7 @@ def require_supported(optimizer: Optimizer) -> None:
 
 
 def first_order(optimizer: Optimizer, group: dict[str, Any], param: Tensor, val_grad: Tensor) -> Tensor:
-    """The frozen-state, first-order direction of one parameter.
+    """The frozen-state, first-order direction of one parameter: `coefficient * val_grad`.
 
     Args:
         optimizer: one of `SUPPORTED`; its state is read, never changed.
@@ -45,10 +45,19 @@ def first_order(optimizer: Optimizer, group: dict[str, Any], param: Tensor, val_
     Returns:
         The direction, the parameter's shape and `val_grad`'s dtype. `<direction, g_z>` is in nats.
     """
-    state = optimizer.state.get(param, {})
-    sign = -1.0 if group["maximize"] else 1.0
     if isinstance(optimizer, SGD):
-        return val_grad * (sign * group["lr"] * _sgd_share(group, state))
+        return val_grad * sgd_coefficient(group, optimizer.state.get(param, {}))
+    return coefficient(optimizer, group, param, val_grad).mul_(val_grad)
+
+
+def coefficient(optimizer: Optimizer, group: dict[str, Any], param: Tensor, val_grad: Tensor) -> Tensor:
+    """What a coordinate's gradient is multiplied by, and subtracted, in this step; the parameter's shape.
+
+    Args, Returns: as `first_order`.
+    """
+    state = optimizer.state.get(param, {})
+    if isinstance(optimizer, SGD):
+        return torch.ones_like(val_grad).mul_(sgd_coefficient(group, state))
     beta1, beta2 = group["betas"]
     step = state.get("step", 0) + 1
     variance = state.get("max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
@@ -59,11 +68,16 @@ def first_order(optimizer: Optimizer, group: dict[str, Any], param: Tensor, val_
     else:
         # v_hat of the finished steps: what this step's is when its own g_B^2 is replaced by their estimate.
         variance = variance / (1 - beta2 ** (step - 1))
-    scale = variance.sqrt_().to(val_grad.dtype)
+    scale = variance.sqrt_().to(val_grad.dtype).add_(group["eps"])
     share = group["lr"] * (1 - beta1) / (1 - beta1**step)
     if isinstance(share, Tensor):
         share = share.to(val_grad.device, val_grad.dtype)
-    return (val_grad / scale.add_(group["eps"])).mul_(sign * share)
+    return scale.reciprocal_().mul_(-share if group["maximize"] else share)
+
+
+def sgd_coefficient(group: dict[str, Any], state: dict[str, Any]) -> Any:
+    """The learning rate times the part of a gradient that SGD applies in the step it arrives in."""
+    return (-1.0 if group["maximize"] else 1.0) * group["lr"] * _sgd_share(group, state)
 
 
 def _sgd_share(group: dict[str, Any], state: dict[str, Any]) -> float:

@@ -63,7 +63,7 @@ def linear(
     """
     if probe is None or directions is None:
         return F.linear(x, weight, bias)
-    x = _samples_first(x, probe)
+    x = by_sample(x, probe.shape[0])
     x, weight, bias = _autocast(x, weight, bias)
     return _apply(_Linear, x, weight, bias, *directions, probe)
 
@@ -109,18 +109,7 @@ def embedding(
     """
     if probe is None or direction is None:
         return F.embedding(ids, weight, padding_idx)
-    batch = probe.shape[0]
-    if ids.dim() == 1:
-        if ids.shape[0] != batch:
-            ids = ids.unsqueeze(0)
-        elif batch > 1:
-            positions = torch.arange(batch, device=ids.device)
-            message = (
-                f"ids: expected [B, ...], or positions [T] with T other than B; got 0..{batch - 1} for {batch} "
-                "samples, which could be either. Pass positions as [1, T], one id for each sample as [B, 1]."
-            )
-            torch._assert_async((ids != positions).any(), message)  # pyright: ignore[reportPrivateImportUsage]
-    ids = _samples_first(ids, probe)
+    ids = ids_by_sample(ids, probe.shape[0])
     return _apply(_Embedding, ids, weight, direction, probe, padding_idx)
 
 
@@ -140,7 +129,7 @@ def layer_norm(
     shape = tuple(normalized_shape)
     if probe is None or directions is None or weight is None:
         return F.layer_norm(x, shape, weight, bias, eps)
-    normed = F.layer_norm(_samples_first(x, probe), shape, None, None, eps)
+    normed = F.layer_norm(by_sample(x, probe.shape[0]), shape, None, None, eps)
     return _apply(_Affine, normed, weight, bias, *directions, probe).to(_norm_dtype(x, normed))
 
 
@@ -159,7 +148,7 @@ def rms_norm(
     shape = list(normalized_shape)
     if probe is None or direction is None or weight is None:
         return F.rms_norm(x, shape, weight, eps)
-    normed = F.rms_norm(_samples_first(x, probe), shape, None, eps)
+    normed = F.rms_norm(by_sample(x, probe.shape[0]), shape, None, eps)
     return _apply(_Affine, normed, weight, None, direction, None, probe).to(_norm_dtype(x, normed))
 
 
@@ -170,7 +159,7 @@ def bias(x: Tensor, bias: Tensor, direction: Tensor | None = None, probe: Tensor
     """
     if probe is None or direction is None:
         return x + bias
-    return _apply(_Bias, _samples_first(x, probe), bias, direction, probe)
+    return _apply(_Bias, by_sample(x, probe.shape[0]), bias, direction, probe)
 
 
 def attach(out: Tensor, tangents: Tensor, probe: Tensor) -> Tensor:
@@ -215,7 +204,7 @@ class _Linear(torch.autograd.Function):
             return _written_out_backward(_Linear.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
         x, weight, _, direction, bias_direction, probe = ctx.saved_tensors
         need_x, need_weight, need_bias, _, _, need_probe = ctx.needs_input_grad
-        acts, grads = _rows(x, 1), _rows(grad, 1)
+        acts, grads = rows(x, 1), rows(grad, 1)
         grad_x = grad @ weight if need_x else None
         grad_weight, dots = _weight_gradient(acts, grads, direction if need_probe else None, need_weight, weight.dtype)
         grad_bias, bias_dots = _bias_gradient(grads, bias_direction if need_probe else None, need_bias, grad.dtype)
@@ -252,7 +241,7 @@ class _Embedding(torch.autograd.Function):
             grad_weight = torch.ops.aten.embedding_dense_backward(grad, ids, weight.shape[0], pad, False)
         if need_probe:
             tokens = ids.reshape(ids.shape[0], -1)
-            dots = embedding_dot(tokens, _rows(grad, 1), direction, padding_idx=None if pad < 0 else pad)
+            dots = embedding_dot(tokens, rows(grad, 1), direction, padding_idx=None if pad < 0 else pad)
         return None, grad_weight, None, _add(dots, None, probe), None
 
 
@@ -284,17 +273,17 @@ class _Affine(torch.autograd.Function):
         need_normed, need_weight, need_bias, _, _, need_probe = ctx.needs_input_grad
         last = weight.dim()
         grad_normed = (grad * weight).to(normed.dtype) if need_normed else None
-        grads = _rows(grad, last)
+        grads = rows(grad, last)
         grad_weight = grad_bias = dots = bias_dots = None
         if direction is not None and need_probe:
-            normed_rows = _rows(normed, last).to(grads.dtype)
-            grad_weight, dots = norm_wgrad_dot(normed_rows, grads, _flat(direction, last))
+            normed_rows = rows(normed, last).to(grads.dtype)
+            grad_weight, dots = norm_wgrad_dot(normed_rows, grads, flat(direction, last))
             grad_weight = grad_weight.view(weight.shape).to(weight.dtype) if need_weight else None
         elif need_weight:
             grad_weight = (normed * grad).flatten(0, -last - 1).sum(0).to(weight.dtype)
         if bias is not None:
-            flat = None if bias_direction is None or not need_probe else _flat(bias_direction, last)
-            grad_bias, bias_dots = _bias_gradient(grads, flat, need_bias, bias.dtype)
+            along = None if bias_direction is None or not need_probe else flat(bias_direction, last)
+            grad_bias, bias_dots = _bias_gradient(grads, along, need_bias, bias.dtype)
             grad_bias = None if grad_bias is None else grad_bias.view(bias.shape)
         return grad_normed, grad_weight, grad_bias, None, None, _add(dots, bias_dots, probe)
 
@@ -320,8 +309,8 @@ class _Bias(torch.autograd.Function):
         x, bias, direction, probe = ctx.saved_tensors
         need_x, need_bias, _, need_probe = ctx.needs_input_grad
         last = bias.dim()
-        flat = _flat(direction, last) if need_probe else None
-        grad_bias, dots = _bias_gradient(_rows(grad, last), flat, need_bias, bias.dtype)
+        along = flat(direction, last) if need_probe else None
+        grad_bias, dots = _bias_gradient(rows(grad, last), along, need_bias, bias.dtype)
         grad_bias = None if grad_bias is None else grad_bias.view(bias.shape)
         return grad.to(x.dtype) if need_x else None, grad_bias, None, _add(dots, None, probe)
 
@@ -366,8 +355,23 @@ def _apply(function: Any, *inputs: Any) -> Tensor:
     return function.apply(*inputs)
 
 
-def _samples_first(x: Tensor, probe: Tensor) -> Tensor:
-    batch = probe.shape[0]
+def ids_by_sample(ids: Tensor, batch: int) -> Tensor:
+    """Token ids with the sample axis in front: `[B, ...]`, from `[B, ...]`, `[1, ...]` or positions `[T]`."""
+    if ids.dim() == 1:
+        if ids.shape[0] != batch:
+            ids = ids.unsqueeze(0)
+        elif batch > 1:
+            positions = torch.arange(batch, device=ids.device)
+            message = (
+                f"ids: expected [B, ...], or positions [T] with T other than B; got 0..{batch - 1} for {batch} "
+                "samples, which could be either. Pass positions as [1, T], one id for each sample as [B, 1]."
+            )
+            torch._assert_async((ids != positions).any(), message)  # pyright: ignore[reportPrivateImportUsage]
+    return by_sample(ids, batch)
+
+
+def by_sample(x: Tensor, batch: int) -> Tensor:
+    """`x` with the sample axis in front: itself if it is `[B, ...]`, expanded if it is `[1, ...]`."""
     if x.dim() >= 1 and x.shape[0] == batch:
         return x
     if x.dim() >= 2 and x.shape[0] == 1:
@@ -392,13 +396,14 @@ def _norm_dtype(x: Tensor, normed: Tensor) -> torch.dtype:
     return normed.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-def _rows(x: Tensor, last: int) -> Tensor:
-    """`[B, ..., *last dims]` as `[B, T, I]`."""
+def rows(x: Tensor, last: int) -> Tensor:
+    """`[B, ..., *last dims]` as `[B, T, I]`: the layout of the kernels."""
     x = x.flatten(-last) if last > 1 else x
     return x.reshape(x.shape[0], x[0, ..., 0].numel() if x.shape[0] else 0, x.shape[-1])
 
 
-def _flat(direction: Tensor, last: int) -> Tensor:
+def flat(direction: Tensor, last: int) -> Tensor:
+    """A direction of `last` dimensions (and perhaps a leading M) as `[I]` or `[M, I]`."""
     return direction.flatten(-last) if last > 1 else direction
 
 

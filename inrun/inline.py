@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import check, directions, rules
+from . import check, directions
 from .errors import InRunError
+from .tap import Tap
 
 if TYPE_CHECKING:
-    from .step import Step
     from .tracker import Tracker
 
 
 class Inline:
     """Directions are written when a step begins; probes collect the dots; nothing is kept."""
 
+    starts_with_validation, ends_with_validation = True, False
+    scale: Any = 1.0
+
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
         self.probes: list[dict[Any, Tensor]] = []  # of each batch: tap or device -> probe
         self._lr: list[Any] = []
+        self.drop: dict[str, Tensor] = {}
+
+    def require_supported(self, optimizer: Optimizer) -> None:
+        directions.require_supported(optimizer)
 
     def begin(self) -> None:
         """Write the step's directions, from the validation gradients and the optimizer's state as it is."""
@@ -44,13 +50,13 @@ class Inline:
                 if every == 1:
                     grads[i] = None  # the direction takes its place in memory
 
-    def batch(self, size: int) -> None:
-        """Fresh probes for the next forward: one for all layers of a device, or while the sums are to be
-        checked, one for every layer."""
+    def batch(self, size: int, recompute: Any = None) -> None:
+        """Fresh probes for the next forward: one for all layers of a device; while the sums are to be checked,
+        one for every layer. Nothing is kept, so nothing need be computed again."""
         tracker = self.tracker
         shape = (size,) if len(tracker.targets) == 1 else (size, len(tracker.targets))
         probes: dict[Any, Tensor] = {}
-        by_tap: dict[rules.Tap, Tensor] = {}
+        by_tap: dict[Tap, Tensor] = {}
         for slot in tracker.slots:
             for tap in slot.taps:
                 key = tap if tracker.check_due else slot.param.device
@@ -74,8 +80,8 @@ class Inline:
         for tap in self.tracker.taps:
             tap.probe = None
 
-    def dots(self) -> list[Tensor | None]:
-        """Of each batch, `[B]` or `[B, M]`; None where no backward reached a tracked layer."""
+    def finish(self) -> list[Tensor | None]:
+        """The dots of each batch, `[B]` or `[B, M]`; None where no backward reached a tracked layer."""
         found: list[Tensor | None] = []
         for probes in self.probes:
             grads = [p.grad for p in probes.values() if p.grad is not None]

@@ -108,9 +108,7 @@ class Ledger:
         step = shards.as_int(step, "step")
         names = (targets,) if isinstance(targets, str) else tuple(targets)
         if step < 0 or not names or len(set(names)) < len(names):
-            raise ValueError(
-                f"expected step >= 0 and distinct target names, received {step=}, targets={names}"
-            )
+            raise ValueError(f"expected step >= 0 and distinct target names, received {step=}, targets={names}")
         if self.last_step is not None and step <= self.last_step:
             raise InRunError(
                 f"step {step} was appended, but this writer (rank {self.rank}) holds steps up to "
@@ -120,9 +118,7 @@ class Ledger:
         id_array = shards.as_ids(ids)
         count = len(id_array)
         if count and self._id_type not in (None, id_array.type):
-            raise InRunError(
-                f"expected ids of type {self._id_type} as in this ledger, received {id_array.type}"
-            )
+            raise InRunError(f"expected ids of type {self._id_type} as in this ledger, received {id_array.type}")
         values = values.detach().clone() if hasattr(values, "detach") else np.array(values, dtype=np.float32)
         shape = tuple(values.shape)
         if shape != (count, len(names)) and (shape != (count,) or len(names) > 1):

@@ -10,13 +10,16 @@ if TYPE_CHECKING:
     from pyarrow.compute import Expression
     from pyarrow.dataset import Dataset
 
+# Small steps: shards are read no faster than they are summed.
+_SCAN: Any = {"batch_size": 1 << 15, "batch_readahead": 1, "fragment_readahead": 1}
+
 
 def sum_values(
     rows: Dataset, keys: list[str], target: str | None, sources: Any = None, step: Expression | None = None
 ) -> pa.Table:
     """Sum and count the values of each group.
 
-    It runs in one thread in the order of the shards, so the same ledger gives the same bits.
+    It runs in one thread, shard by shard, so the same ledger gives the same bits.
 
     Args:
         rows: step, sample_id, target, value.
@@ -41,7 +44,7 @@ def sum_values(
     columns["target"] = columns["target"].cast(pa.string())  # shards differ in their dictionaries
     if step is not None:
         columns["step"] = step
-    plan = Declaration("scan", acero.ScanNodeOptions(rows, require_sequenced_output=True))
+    plan = Declaration("scan", acero.ScanNodeOptions(rows, **_SCAN))
     plan = Declaration("project", acero.ProjectNodeOptions(list(columns.values()), list(columns)), [plan])
     if target is not None:
         plan = Declaration("filter", acero.FilterNodeOptions(pc.field("target") == target), [plan])
@@ -66,7 +69,7 @@ def stretches(rows: Dataset, bins: int) -> Expression:
     import pyarrow.compute as pc
 
     first, last = np.iinfo(np.int64).max, -1
-    for batch in rows.to_batches(columns=["step"]):
+    for batch in rows.to_batches(columns=["step"], **_SCAN):
         if batch.num_rows:
             steps = batch["step"].to_numpy()
             first, last = min(first, int(steps.min())), max(last, int(steps.max()))
@@ -88,6 +91,8 @@ def _source_table(sources: Any, id_type: pa.DataType) -> pa.Table:
         raise TypeError(f"expected sources to name samples by {id_type}, as the ledger, received {ids.type}")
     if pa.types.is_dictionary(source.type):
         source = source.cast(source.type.value_type)
+    elif pa.types.is_null(source.type):
+        source = source.cast(pa.string())
     twice = [each["values"] for each in ids.value_counts().to_pylist() if each["counts"] > 1]
     if twice:
         raise ValueError(f"expected sources to name each id once, received {len(twice)} twice: {twice[:10]}")

@@ -12,32 +12,21 @@ module whose output rows belong to samples, at the price of a second forward thr
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
+
+from inrun_kernels import bias_dot, embedding_dot, ghost_dot, norm_dot
 
 from . import functional
 from .errors import InRunError
-
-SUFFIX = "_direction"
-
-
-class Tap:
-    """What a tracked module reads in its forward: the probe of the current batch, or None for a plain forward."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.probe: Tensor | None = None
-        self.forward_mode: list[tuple[nn.Module, str]] = []
+from .forward_mode import forward_mode
+from .tap import SUFFIX, Tap, eagerly
 
 
 class Holder:
@@ -58,59 +47,120 @@ class Holder:
                 missing.remove(prefix + name)
 
 
-class LinearRule(Holder):
-    def forward(self, input):
-        probe = self._inrun.probe
-        if probe is None:
-            return super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
-        m: Any = self
-        return functional.linear(input, m.weight, m.bias, (m.weight_direction, m.bias_direction), probe)
+class Rule(Holder):
+    """A layer with a rule: `probed` runs it with a probe, `dots` scores it from what a deferred step kept."""
+
+    def forward(self, *args, **kwargs):
+        x = args[0] if args else next(iter(kwargs.values()))
+        tap = self._inrun
+        plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
+        if tap.keep is not None:
+            return eagerly(tap.keep, self, plain, x)
+        if tap.probe is not None:
+            return self.probed(x, tap.probe)
+        return plain(x)
+
+    def by_sample(self, x: Tensor, batch: int) -> Tensor:
+        """The input with its sample axis in front, `[B, ...]`."""
+        return functional.by_sample(x, batch)
+
+    def probed(self, x: Tensor, probe: Tensor) -> Tensor:
+        """The layer's output, with the dots as the probe's gradient."""
+        raise NotImplementedError
+
+    def dots(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The dots `[B]` or `[B, M]`, from the layer's input and the gradient of its output."""
+        raise NotImplementedError
 
 
-class Conv1dRule(Holder):
-    def forward(self, x):
-        probe = self._inrun.probe
-        if probe is None:
-            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
-        m: Any = self
-        return functional.conv1d(x, m.weight, m.bias, (m.weight_direction, m.bias_direction), probe)
+class LinearRule(Rule):
+    weight: Tensor
+    bias: Tensor | None
+    weight_direction: Tensor | None
+    bias_direction: Tensor | None
+
+    def probed(self, x, probe):
+        return functional.linear(x, self.weight, self.bias, (self.weight_direction, self.bias_direction), probe)
+
+    def dots(self, x, grad):
+        acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
+        return _sum(
+            None if self.weight_direction is None else self.weight_dots(acts, grads, self.weight_direction),
+            None if self.bias_direction is None else bias_dot(grads, self.bias_direction),
+        )
+
+    def weight_dots(self, acts: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
+        return ghost_dot(acts, grads, direction)
 
 
-class EmbeddingRule(Holder):
-    def forward(self, input):
-        probe = self._inrun.probe
-        if probe is None:
-            return super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
-        m: Any = self
-        return functional.embedding(input, m.weight, m.weight_direction, probe, m.padding_idx)
+class Conv1dRule(LinearRule):
+    def probed(self, x, probe):
+        return functional.conv1d(x, self.weight, self.bias, (self.weight_direction, self.bias_direction), probe)
+
+    def weight_dots(self, acts, grads, direction):
+        return ghost_dot(grads, acts, direction)  # the weight is [I, O]
 
 
-class LayerNormRule(Holder):
-    def forward(self, input):
-        probe = self._inrun.probe
-        if probe is None:
-            return super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
-        m: Any = self
-        directions = (m.weight_direction, m.bias_direction)
-        return functional.layer_norm(input, m.normalized_shape, m.weight, m.bias, m.eps, directions, probe)
+class EmbeddingRule(Rule):
+    weight: Tensor
+    weight_direction: Tensor
+    padding_idx: int | None
+
+    def by_sample(self, x, batch):
+        return functional.ids_by_sample(x, batch)
+
+    def probed(self, x, probe):
+        return functional.embedding(x, self.weight, self.weight_direction, probe, self.padding_idx)
+
+    def dots(self, x, grad):
+        ids = x.reshape(x.shape[0], -1)
+        return embedding_dot(ids, functional.rows(grad, 1), self.weight_direction, padding_idx=self.padding_idx)
 
 
-class RMSNormRule(Holder):
-    def forward(self, x):
-        probe = self._inrun.probe
-        if probe is None:
-            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
-        m: Any = self
-        return functional.rms_norm(x, m.normalized_shape, m.weight, m.eps, m.weight_direction, probe)
+class LayerNormRule(Rule):
+    weight: Tensor
+    bias: Tensor | None
+    weight_direction: Tensor | None
+    bias_direction: Tensor | None
+    normalized_shape: tuple[int, ...]
+    eps: float
+
+    def probed(self, x, probe):
+        both = (self.weight_direction, self.bias_direction)
+        return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, both, probe)
+
+    def dots(self, x, grad):
+        return _affine_dots(
+            torch.nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps),
+            grad, len(self.normalized_shape), self.weight_direction, self.bias_direction,
+        )  # fmt: skip
+
+
+class RMSNormRule(Rule):
+    weight: Tensor
+    weight_direction: Tensor
+    normalized_shape: tuple[int, ...]
+    eps: float | None
+
+    def probed(self, x, probe):
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, self.weight_direction, probe)
+
+    def dots(self, x, grad):
+        normed = torch.nn.functional.rms_norm(x, list(self.normalized_shape), None, self.eps)
+        return _affine_dots(normed, grad, len(self.normalized_shape), self.weight_direction, None)
 
 
 class ForwardModeRule(Holder):
+    """Any other module: `dot_b = <dL/dout_b, JVP_D(out)_b>`."""
+
     def forward(self, *args, **kwargs):
-        forward: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
-        if self._inrun.probe is None:
-            return forward(*args, **kwargs)
-        module: Any = self
-        return _forward_mode(module, self._inrun, forward, args, kwargs)
+        tap = self._inrun
+        plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
+        if tap.keep is not None:
+            return eagerly(tap.keep, self, plain, (args, kwargs))
+        if tap.probe is not None:
+            return eagerly(forward_mode, self, tap, plain, args, kwargs)
+        return plain(*args, **kwargs)
 
 
 RULES: dict[type[nn.Module], type[Holder]] = {
@@ -226,6 +276,19 @@ def _direction_names(module: Any) -> list[str]:
     return [n for n in module._parameters if n.endswith(SUFFIX) and n.removesuffix(SUFFIX) in module._parameters]
 
 
+def _affine_dots(normed, grad, last: int, direction: Tensor | None, bias_direction: Tensor | None) -> Tensor:
+    normed, grads = functional.rows(normed, last), functional.rows(grad, last)
+    return _sum(
+        None if direction is None else norm_dot(normed.to(grads.dtype), grads, functional.flat(direction, last)),
+        None if bias_direction is None else bias_dot(grads, functional.flat(bias_direction, last)),
+    )
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor:
+    found = [x for x in (a, b) if x is not None]
+    return found[0] if len(found) == 1 else found[0] + found[1]
+
+
 def _inside(path: str, ancestor: str) -> bool:
     return path.startswith(f"{ancestor}." if ancestor else "")
 
@@ -262,70 +325,3 @@ def _matching(names: list[str], patterns: Sequence[str]) -> set[str]:
             raise ValueError(f"exclude: expected names of parameters, {pattern!r} matches none of {len(names)}")
         found.update(hits)
     return found
-
-
-@torch._dynamo.disable
-def _forward_mode(module: nn.Module, tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
-    """One ordinary forward that carries tangents beside it, then the dots attached to each output."""
-    probe = tap.probe
-    assert probe is not None
-    if forward_ad._current_level >= 0:
-        raise InRunError(f"{tap.name}: forward-mode scoring inside another forward-mode pass is not supported")
-    single = probe.dim() == 1
-    more = [] if single else [_tangents_only(module, tap, forward, args, kwargs, m) for m in range(1, probe.shape[1])]
-    with _dual(tap, None if single else 0):
-        leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
-        pairs = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in leaves]
-    outputs = []
-    for i, (primal, tangent) in enumerate(pairs):
-        if tangent is None:
-            outputs.append(primal)
-            continue
-        if primal.dim() == 0 or primal.shape[0] != probe.shape[0]:
-            raise InRunError(
-                f"{tap.name or 'model'} ({type(module).__bases__[1].__name__}): expected every output to be [B, ...] "
-                f"with B = {probe.shape[0]}, got {tuple(primal.shape)}; it holds parameters with no rule of their "
-                f"own ({', '.join(n for _, n in tap.forward_mode)}), which are scored by their module's output rows"
-            )
-        tangents = tangent.detach() if single else torch.stack([tangent.detach(), *(t[i] for t in more)])
-        outputs.append(functional.attach(primal, tangents, probe))
-    return pytree.tree_unflatten(outputs, spec)
-
-
-def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
-    try:
-        return forward(*args, **kwargs)
-    except (NotImplementedError, RuntimeError) as error:
-        if "forward AD" not in str(error) and "forward mode AD" not in str(error):
-            raise
-        raise InRunError(
-            f"{tap.name or 'model'}: holds parameters with no rule of their own and uses an operation without "
-            f"forward-mode AD; exclude them ({', '.join(n for _, n in tap.forward_mode)}). Torch says: {error}"
-        ) from error
-
-
-def _tangents_only(module, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int) -> list[Any]:
-    """The outputs' tangents along direction m, leaving random state and buffers as they were."""
-    buffers = [(b, b.clone()) for b in module.buffers()]
-    with torch.no_grad(), torch.random.fork_rng(), _dual(tap, m):
-        leaves = pytree.tree_leaves(_run(tap, forward, args, kwargs))
-        pairs = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in leaves]
-        for buffer, saved in buffers:
-            buffer.copy_(saved)
-    return [torch.zeros_like(x) if t is None and isinstance(x, Tensor) else t for x, t in pairs]
-
-
-@contextlib.contextmanager
-def _dual(tap: Tap, target: int | None) -> Iterator[None]:
-    # The fused attention kernels have no forward derivative; the written-out one does.
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-        plain = [(owner, local, owner._parameters[local]) for owner, local in tap.forward_mode]
-        try:
-            for owner, local, param in plain:
-                direction: Any = owner._parameters[local + SUFFIX]
-                tangent = direction if target is None else direction[target]
-                owner._parameters[local] = forward_ad.make_dual(param, tangent)  # pyright: ignore
-            yield
-        finally:
-            for owner, local, param in plain:
-                owner._parameters[local] = param

@@ -31,9 +31,7 @@ def make_schema(id_type: pa.DataType | None) -> pa.Schema:
     import pyarrow as pa
 
     target = pa.dictionary(pa.int32(), pa.string())
-    return pa.schema(
-        {"step": pa.int64(), "sample_id": id_type or pa.int64(), "target": target, "value": pa.float32()}
-    )
+    return pa.schema({"step": pa.int64(), "sample_id": id_type or pa.int64(), "target": target, "value": pa.float32()})
 
 
 def as_int(value: Any, name: str) -> int:
@@ -159,14 +157,10 @@ def inspect(folder: Path | None, id_type: pa.DataType | None) -> tuple[list[Path
         except FileNotFoundError:  # another writer resumes and drops it just now
             continue
         if (found := _metadata(schema).get("schema")) != SCHEMA_VERSION:
-            raise InRunError(
-                f"expected a shard of schema version {SCHEMA_VERSION}, received {found} in {shard}"
-            )
+            raise InRunError(f"expected a shard of schema version {SCHEMA_VERSION}, received {found} in {shard}")
         type_here = schema.field("sample_id").type
         if id_type not in (None, type_here):
-            raise InRunError(
-                f"expected ids of type {id_type} in every shard, received {type_here} in {shard}"
-            )
+            raise InRunError(f"expected ids of type {id_type} in every shard, received {type_here} in {shard}")
         id_type = type_here
         shards.append(shard)
     return shards, id_type
@@ -191,9 +185,7 @@ def _read_schema(shard: Path) -> pa.Schema:
     try:
         return pq.read_schema(shard)
     except pa.ArrowInvalid as error:
-        raise InRunError(
-            f"expected a ledger shard, received {shard}, which is not Parquet: {error}"
-        ) from error
+        raise InRunError(f"expected a ledger shard, received {shard}, which is not Parquet: {error}") from error
 
 
 def _metadata(schema: pa.Schema) -> dict[str, Any]:

@@ -17,6 +17,7 @@ as it was reduced. The dots come out of the ordinary backward as the gradient of
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,15 +29,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import directions, rules
+from . import rules
+from .deferred import METHODS as DEFERRED
+from .deferred import Deferred
 from .errors import InRunError
 from .factor import Watch
 from .inline import Inline
 from .ledger import Ledger
 from .step import Step
+from .tap import SUFFIX, Tap
+from .updates import UpdateRule
 from .validation import Validation, as_losses
 
-METHODS = ("first",)
+METHODS = ("first", *DEFERRED)
 
 
 @dataclass
@@ -46,7 +51,7 @@ class Slot:
     name: str
     owner: nn.Module
     local: str
-    taps: list[rules.Tap]
+    taps: list[Tap]
     group: int = -1
 
     @property
@@ -55,7 +60,7 @@ class Slot:
 
     @property
     def direction(self) -> nn.Parameter:
-        return self.owner._parameters[self.local + rules.SUFFIX]  # pyright: ignore[reportReturnType]
+        return self.owner._parameters[self.local + SUFFIX]  # pyright: ignore[reportReturnType]
 
 
 def track(
@@ -69,13 +74,20 @@ def track(
     exclude: Sequence[str] = (),
     ledger: Ledger | str | Path | None = None,
     check: bool = True,
+    keep: str = "device",
+    keep_bytes: int | None = None,
+    update: UpdateRule | str | None = None,
+    clip: float | None = None,
 ) -> Tracker:
     """Track what each training sample does to the validation loss.
 
     Args:
         model: trained in place as before; its layers change class until `Tracker.close()`.
-        optimizer: SGD, Adam or AdamW over every tracked parameter; or later, by `Tracker.bind`.
-        method: "first", the first-order value with the optimizer's state frozen.
+        optimizer: over every tracked parameter; or later, by `Tracker.bind`. "first" and "secant" know SGD, Adam
+            and AdamW, "second" SGD, and the path methods every optimizer that updates coordinate by coordinate.
+        method: "first": the first-order value with the optimizer's state frozen, scored within the backward.
+            The others are scored when their direction is known, from activations kept until then: "second",
+            "secant", "path", "path_secant", "path_simpson" (see `inrun.deferred`).
         validation: returns the validation loss (a scalar); or a dict of names and such callables. The tracker runs
             it when it is due. Without it, validation losses are run in `Tracker.validation()` blocks.
         validate_every: a validation gradient serves this many steps.
@@ -84,6 +96,11 @@ def track(
         ledger: where the values go: a `Ledger`, the folder of one, or None for one in memory.
         check: on the first step, compare the sum of the scores with the parameters' gradients, and raise where
             they disagree.
+        keep: where a deferred method's activations wait: "device", or "host" for pinned host memory.
+        keep_bytes: bytes that may wait; None for no limit.
+        update: for path methods and an optimizer of another class: "elementwise" says that its step is; or its
+            update as a function, `update(grad, param, state, group)`.
+        clip: for path methods: the `max_norm` that the loop clips the gradient's norm to.
 
     Returns:
         The `Tracker`.
@@ -92,7 +109,8 @@ def track(
         InRunError: a parameter that cannot be scored or is not in the optimizer; an unknown optimizer.
         ValueError: an unknown method, a bad `validate_every`, empty or repeated targets.
     """
-    return Tracker(model, optimizer, method, validation, validate_every, targets, exclude, ledger, check)
+    waiting = (keep, keep_bytes, update, clip)
+    return Tracker(model, optimizer, method, validation, validate_every, targets, exclude, ledger, check, waiting)
 
 
 class Tracker:
@@ -106,7 +124,9 @@ class Tracker:
         seconds: wall seconds spent so far in "validation", "direction" and "harvest" (no device synchronisation).
     """
 
-    def __init__(self, model, optimizer, method, validation, validate_every, targets, exclude, ledger, checked):
+    def __init__(
+        self, model, optimizer, method, validation, validate_every, targets, exclude, ledger, checked, waiting
+    ):
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if not isinstance(validate_every, int) or validate_every < 1:
@@ -117,11 +137,15 @@ class Tracker:
             raise ValueError(f"targets: expected a sequence of distinct names, got {targets!r}")
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise InRunError(f"track: expected one process, got a group of {dist.get_world_size()}")
+        self.taps: list[Tap] = []
+        self.slots: list[Slot] = []
         if any(isinstance(m, rules.Holder) for m in model.modules()):
             raise InRunError("model: is tracked already; close its tracker first")
         plan = rules.plan(model, exclude)
+        self.validations = Validation(model, plan.excluded, losses, self.targets, validate_every)
+        self._method: Any = Inline(self) if method == "first" else Deferred(self, method, *waiting)
         if optimizer is not None:
-            directions.require_supported(optimizer)
+            self._method.require_supported(optimizer)
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             params = dict(model.named_parameters())
             _require_all([n for n in plan.tracked if id(params[n]) not in held])
@@ -129,13 +153,10 @@ class Tracker:
         self.coverage = {"tracked": plan.tracked, "excluded": plan.excluded, "frozen": plan.frozen}
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.steps = 0
-        self.taps: list[rules.Tap] = []
-        self.slots: list[Slot] = []
         self.check_due = checked
         self._install(plan)
-        self.validations = Validation(model, self.slots, plan.excluded, losses, self.targets, validate_every)
-        self._method = Inline(self)
         self._step: Step | None = None
+        self._waiting: Step | None = None  # a step that ended and whose values still wait for a validation gradient
         self._seconds = {"direction": 0.0, "harvest": 0.0}
         self._closed = False
         self._optimizer: Optimizer | None = None
@@ -161,6 +182,7 @@ class Tracker:
             for owner, local, full in site.owned:
                 slots.setdefault(full, Slot(full, owner, local, [])).taps.append(tap)
         self.slots.extend(slots.values())
+        self.validations.slots = self.slots
 
     @property
     def optimizer(self) -> Optimizer:
@@ -184,7 +206,7 @@ class Tracker:
         """
         if self._optimizer is not None:
             raise InRunError("optimizer: one is bound already; close the tracker and track again")
-        directions.require_supported(optimizer)
+        self._method.require_supported(optimizer)
         siblings = {id(s.direction) for s in self.slots}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in siblings]
@@ -215,38 +237,51 @@ class Tracker:
             raise InRunError("validation: expected outside of a step block, got inside one")
         with self.validations.block(target, scale):
             yield
+        if self._waiting is not None and all(age == 0 for age in self.validations.age.values()):
+            self._record(self._waiting)
 
-    def step(self, ids: Any = None) -> Step:
+    def step(
+        self, ids: Any = None, *, recompute: Callable[[], Tensor] | None = None, scale: float | Tensor = 1.0
+    ) -> Step:
         """A block that holds one training step, from its forward to `optimizer.step()`.
 
         Args:
             ids: one id per sample of the batch, integers or strings, in batch order. Left out under gradient
                 accumulation, where `Step.batch(ids)` comes before each forward.
+            recompute: for deferred methods: returns the batch's loss once more, exactly as the block computes
+                it, so that nothing need be kept.
+            scale: for path methods with `clip`: what the loss is multiplied by (a loss scaler's factor).
 
         Raises:
             InRunError: no optimizer is bound; inside another step; the validation gradient is missing or too old.
         """
         self._require_open()
         _ = self.optimizer
-        return Step(self, ids)
+        return Step(self, ids, recompute, scale)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run the tracked layers plainly inside the block: evaluation or sampling in the middle of a step."""
-        probes = [tap.probe for tap in self.taps]
+        before = [(tap, tap.probe, tap.keep) for tap in self.taps]
         for tap in self.taps:
-            tap.probe = None
+            tap.probe = tap.keep = None
         try:
             yield
         finally:
-            for tap, probe in zip(self.taps, probes, strict=True):
-                tap.probe = probe
+            for tap, probe, keep in before:
+                tap.probe, tap.keep = probe, keep
 
     def close(self) -> None:
         """Give the model its own classes back, drop directions and hooks, and flush the ledger."""
         if self._closed:
             return
         self._closed = True
+        if self._waiting is not None:
+            warnings.warn(
+                f"step {self._waiting.number} has no values: method {self.ledger.metadata['method']!r} needs one more "
+                "validation block before close()",
+                stacklevel=2,
+            )
         if self._optimizer is not None:
             self._handle.remove()
             self._watch.close()
@@ -271,17 +306,19 @@ class Tracker:
     def begin(self, step: Step) -> None:
         if self._step is not None:
             raise InRunError("step: expected outside of a step block, got inside one")
-        self.validations.run_due()
-        self.validations.require_fresh()
+        if self._method.starts_with_validation:
+            self.validations.run_due()
+            self.validations.require_fresh()
+        self._method.scale = step.scale
         with self._timed("direction"):
             self._method.begin()
         self._watch.begin()
         self._step = step
 
-    def batch(self, step: Step, size: int) -> None:
+    def batch(self, step: Step, size: int, recompute: Callable[[], Tensor] | None) -> None:
         if self._step is not step:
             raise InRunError("batch: expected inside the step block, got outside of it")
-        self._method.batch(size)
+        self._method.batch(size, recompute)
 
     def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         step = self._step
@@ -293,7 +330,8 @@ class Tracker:
             raise InRunError("step: expected one optimizer.step() in the block, got a second one")
         factor, step.uneven = self._watch.factor(optimizer)
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
-        step.factor = self._method.before_update(optimizer, factor, 1.0 if scale is None else 1.0 / scale)
+        with self.paused():
+            step.factor = self._method.before_update(optimizer, factor, 1.0 if scale is None else 1.0 / scale)
         self.check_due = False
 
     def end(self, step: Step) -> None:
@@ -301,16 +339,26 @@ class Tracker:
         self._watch.active = False
         self._method.end()
 
-    def values(self, step: Step) -> Tensor:
-        """The values of a step that has ended, which are recorded."""
+    def finish(self, step: Step) -> None:
+        """Count a step that has ended, and record its values now or when its last validation gradient is there."""
+        self.validations.count_step()
+        self.steps = step.number + 1
+        if self._method.ends_with_validation and step.factor is not None:
+            if not self.validations.losses:
+                self._waiting = step
+                return
+            for name in self.validations.losses:
+                self.validations.run(name)
+        self._record(step)
+
+    def _record(self, step: Step) -> None:
+        self._waiting = None
         with self._timed("harvest"):
-            values = step.scaled(self._method.dots())
+            values = step.scaled(self._method.finish())
             if self.validations.excluded_share is not None:
                 self.ledger.metadata["excluded_share"] = self.validations.excluded_share
             self.ledger.append(step.number, step.ids, values, self.targets)
-        self.validations.count_step()
-        self.steps = step.number + 1
-        return values
+        step.settle(values, self._method.drop)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -16,11 +16,10 @@ Gradients = list[Tensor | None]
 
 
 class Validation:
-    """Gradients of the validation losses, one list per target in the order of the tracked parameters.
+    """Gradients of the validation losses, one list per target in the order of `slots`, the tracked parameters.
 
     Args:
         model: whose gradients a block or callable makes.
-        slots: the tracked parameters (objects with `name` and `param`).
         excluded: names of the parameters that get no score; their share of the gradient is measured once.
         losses: target -> callable that returns its loss; empty where blocks are used.
         targets: names, in the order of the values' columns.
@@ -30,13 +29,13 @@ class Validation:
     def __init__(
         self,
         model: nn.Module,
-        slots: Sequence[Any],
         excluded: Sequence[str],
         losses: Mapping[str, Callable[[], Tensor]],
         targets: tuple[str, ...],
         every: int,
     ) -> None:
-        self.model, self.slots, self.excluded = model, slots, set(excluded)
+        self.model, self.excluded = model, set(excluded)
+        self.slots: Sequence[Any] = ()  # objects with `name` and `param`
         self.losses, self.targets, self.every = losses, targets, every
         self.gradients: dict[str, Gradients] = {}
         self.age: dict[str, int | None] = dict.fromkeys(targets)

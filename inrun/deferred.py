@@ -1,0 +1,397 @@
+"""The methods whose direction is known only after the backward: second order, secant, and path values.
+
+All of them are `value_z = <K * G, g_z>`, coordinate by coordinate: K says how the optimizer turns this step's gradient
+into an update, G is the validation gradient along the step. K is written where the direction will stand when the
+update begins, G multiplied in when its last part is known, and then each kept layer is scored once.
+
+    secant        K = the frozen-state coefficient      G = (g_v(w_t) + g_v(w_{t+1})) / 2
+    path          K = -(u(g_B) - u(0)) / g_B            G = g_v(w_t)
+    path_secant   K as path                             G = mean of g_v at w + u(0) and w + u(g_B)
+    path_simpson  K as path                             G = Simpson's mean of both ends and the middle
+    second        lr * g_v - (lr^2 / 2) H_v g_B, SGD only
+
+Path values are Aumann-Shapley values: every sample's gradient grows from 0 to full together, and each is paid what
+its growth changed. With G exact along the path they add up to the loss change net of u(0), which belongs to nobody.
+Clipping by norm is part of the update: along the path the gradient grows until its norm is `clip`, and from there on
+only its direction can change, of which a sample's own part is `g_z` less its component along `g_B`.
+
+Source: second order, arXiv 2406.11011, theorem 4; the others are this library's (DESIGN in CONTRIBUTING.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import SGD, Optimizer
+
+from . import check, directions
+from .errors import InRunError
+from .inline import Inline
+from .keep import Keeper
+from .updates import UpdateRule, chunks, require_elementwise, updates
+from .validation import Gradients
+
+if TYPE_CHECKING:
+    from .tracker import Tracker
+
+METHODS = ("second", "secant", "path", "path_secant", "path_simpson")
+TWO_ENDS = ("secant", "path_secant", "path_simpson")
+
+
+class Deferred:
+    """Keeps a step until its direction is known, then scores it.
+
+    Args:
+        tracker: whose step.
+        name: one of `METHODS`.
+        keep: where activations wait, "device" or "host"; keep_bytes: how much may wait.
+        update: a user's update rule, "elementwise", or None.
+        clip: the `max_norm` of the user's clipping by norm, or None.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        name: str,
+        keep: str,
+        keep_bytes: int | None,
+        update: UpdateRule | str | None,
+        clip: float | None,
+    ) -> None:
+        if keep not in ("device", "host"):
+            raise ValueError(f"keep: expected 'device' or 'host', got {keep!r}")
+        by_callable = bool(tracker.validations.losses)
+        if name in ("second", "path_simpson") and not by_callable:
+            raise InRunError(f"method {name!r}: expected validation=<callable>, got validation blocks")
+        if name in TWO_ENDS and tracker.validations.every != 1:
+            raise ValueError(f"validate_every: expected 1 with method {name!r}, got {tracker.validations.every}")
+        self.tracker, self.name, self.update, self.clip = tracker, name, update, clip
+        self.true_ends = by_callable and name in ("path_secant", "path_simpson")
+        self.keeper = Keeper(tracker.taps, keep, keep_bytes, weights_move=name != "second")
+        self.recompute: list[Callable[[], Tensor] | None] = []
+        self.scale: float | Tensor = 1.0
+        self._start: dict[str, Gradients] = {}
+        self._parts: list[tuple[float, dict[str, Gradients]]] = []
+        self._clipped: tuple[float, dict[int, Tensor], dict[int, Tensor]] | None = None
+        self._early: list[Tensor | None] | None = None
+        self._random: list[Any] = []  # of each batch, the random state before its forward
+        self._weights: list[Tensor] = []  # those the step began with, if its loss will be computed again
+        self.drop: dict[str, Tensor] = {}  # target -> loss at w + u(0) less the loss at w + u(g_B)
+        self.updated = False
+
+    @property
+    def starts_with_validation(self) -> bool:
+        """Whether a step needs the validation gradient at the weights it begins with."""
+        return not self.true_ends
+
+    @property
+    def ends_with_validation(self) -> bool:
+        """Whether a step's values wait for the validation gradient at the weights it ends with."""
+        return self.name in TWO_ENDS
+
+    def require_supported(self, optimizer: Optimizer) -> None:
+        if self.name == "second" and type(optimizer) is not SGD:
+            raise InRunError(f"method 'second': expected torch.optim.SGD, got {type(optimizer).__name__}; "
+                             "path_secant is exact to higher order for any elementwise optimizer")  # fmt: skip
+        if self.name == "secant":
+            directions.require_supported(optimizer)
+        if self.name.startswith("path"):
+            require_elementwise(optimizer, self.update)
+
+    def begin(self) -> None:
+        self.keeper.reset()
+        self.recompute, self._random, self._weights = [], [], []
+        self._parts, self._clipped, self._early = [], None, None
+        self.drop, self.updated = {}, False
+        if self.starts_with_validation:
+            self._start = {name: list(g) for name, g in self.tracker.validations.gradients.items()}
+
+    def batch(self, size: int, recompute: Callable[[], Tensor] | None) -> None:
+        self.recompute.append(recompute)
+        self._random.append(None if recompute is None else _random_state())
+        if recompute is None:
+            self.keeper.begin_batch(size)
+        else:
+            self.keeper.skip_batch(size)
+
+    def end(self) -> None:
+        self.keeper.pause()
+
+    @torch.no_grad()
+    def before_update(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> Tensor:
+        if self.tracker.check_due and not any(self.recompute):
+            self._check(factor, unscale)
+        if self.name != "second" and any(self.recompute):
+            self._weights = [s.param.detach().clone() for s in self.tracker.slots]
+        if self.name == "second":
+            self._write_second_order(optimizer, unscale)
+            self._early = self._scored()
+        elif self.name == "secant":
+            self._write_coefficients(optimizer)
+            self._parts = [(0.5, self._start)]
+        else:
+            self._write_path(optimizer, factor, unscale)
+        self.updated = True
+        return factor
+
+    def finish(self) -> list[Tensor | None]:
+        """The dots of each batch, once everything the direction needs is there."""
+        if not self.updated:
+            many = () if len(self.tracker.targets) == 1 else (len(self.tracker.targets),)
+            sizes, device = self.keeper.sizes, self.tracker.slots[0].param.device
+            self.keeper.reset()
+            return [torch.zeros(size, *many, device=device) for size in sizes]
+        if self._early is not None:
+            return self._early
+        if self.ends_with_validation:
+            gradients = self.tracker.validations.gradients
+            weight = 1 / 6 if self.name == "path_simpson" else 0.5
+            self._parts.append((weight, gradients))
+        if self.true_ends:
+            for name, loss in self.tracker.validations.last_losses.items():
+                self.drop[name] = self.drop[name] - loss
+        self._multiply_in()
+        dots = self._scored()
+        self._start, self._parts, self._clipped = {}, [], None
+        return dots
+
+    # ------------------------------------------------------------------ scoring
+
+    def _scored(self) -> list[Tensor | None]:
+        many = len(self.tracker.targets) if len(self.tracker.targets) > 1 else None
+        found: list[Tensor | None] = []
+        for i, dots in enumerate(self.keeper.dots(many)):
+            run = self.recompute[i]
+            if run is not None:
+                found.append(self._recomputed(i, run))
+                continue
+            known = [d for d in dots.values() if d is not None]
+            found.append(sum((d.to(known[0].device) for d in known[1:]), known[0]).float() if known else None)
+        self.keeper.reset()
+        return found
+
+    def _recomputed(self, i: int, run: Callable[[], Tensor]) -> Tensor | None:
+        """Score a batch by computing its loss and backward once more, with probes, as they were."""
+        tracker, inline = self.tracker, Inline(self.tracker)
+        gradients = [(p, p.grad) for p in tracker.model.parameters() if p.requires_grad]
+        tensors = [*(s.param for s in tracker.slots), *tracker.model.buffers()]
+        after = [(t, t.detach().clone()) for t in tensors]
+        for slot, weight in zip(tracker.slots, self._weights, strict=False):
+            slot.param.data.copy_(weight)
+        for p, _ in gradients:
+            p.grad = None
+        try:
+            with torch.enable_grad(), torch.random.fork_rng():
+                _set_random_state(self._random[i])
+                inline.batch(self.keeper.sizes[i])
+                run().backward()
+        finally:
+            inline.end()
+            for tensor, value in after:
+                tensor.data.copy_(value)
+            for p, grad in gradients:
+                p.grad = grad
+        return inline.finish()[0]
+
+    def _check(self, factor: Tensor, unscale: Any) -> None:
+        """Along the batch's own gradient, whose dots must add up to its square."""
+        tracker = self.tracker
+        many = len(tracker.targets) if len(tracker.targets) > 1 else None
+        for slot in tracker.slots:
+            if slot.param.grad is not None:
+                slot.direction.copy_(slot.param.grad * unscale)  # every target's slice, by broadcasting
+        along = [s.direction for s in tracker.slots]
+        check.efficiency(tracker.slots, self.keeper.dots(many), along, factor, unscale)
+
+    # ------------------------------------------------------------------ directions
+
+    def _slices(self, slot: Any) -> list[Tensor]:
+        """A parameter's direction, one slice for each target."""
+        return [slot.direction] if len(self.tracker.targets) == 1 else list(slot.direction.unbind(0))
+
+    def _write_coefficients(self, optimizer: Optimizer) -> None:
+        for i, slot in enumerate(self.tracker.slots):
+            group = optimizer.param_groups[slot.group]
+            for name, slice_ in zip(self.tracker.targets, self._slices(slot), strict=True):
+                grad = self._start[name][i]
+                like = torch.zeros_like(slot.param) if grad is None else grad
+                slice_.copy_(directions.coefficient(optimizer, group, slot.param, like))
+
+    def _write_path(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> None:
+        """K, from the optimizer's own update at g_B, at 0, and (where it was clipped) around g_B."""
+        tracker = self.tracker
+        grads = [None if s.param.grad is None else s.param.grad.double() * unscale for s in tracker.slots]
+        shrink = self._clip_coefficient(grads, factor)
+        log = 0.0 if shrink is None else math.log(1 / shrink)
+        norm = torch.sqrt(sum((g.square().sum() for g in grads if g is not None), torch.zeros(())).double())
+        slopes: dict[int, Tensor] = {}
+        units: dict[int, Tensor] = {}
+        moves: dict[int, tuple[Tensor, Tensor]] = {}  # slot -> u(0), u(g_B) - u(0)
+        by_slot = {id(s): (i, g) for i, (s, g) in enumerate(zip(tracker.slots, grads, strict=True))}
+        for part in chunks([s for s, g in zip(tracker.slots, grads, strict=True) if g is not None]):
+            here: list[Tensor] = [g for s in part if (g := by_slot[id(s)][1]) is not None]
+            at_zero = updates(optimizer, part, [torch.zeros_like(g) for g in here], self.update)
+            at_full = updates(optimizer, part, here, self.update)
+            around = []
+            if shrink is not None:
+                steps = [1e-3 * g.abs() + 1e-12 for g in here]
+                low = updates(optimizer, part, [g - h for g, h in zip(here, steps, strict=True)], self.update)
+                high = updates(optimizer, part, [g + h for g, h in zip(here, steps, strict=True)], self.update)
+                around = [-(b - a) / (2 * h) for a, b, h in zip(low, high, steps, strict=True)]
+            for k, slot in enumerate(part):
+                i, g = by_slot[id(slot)][0], here[k]
+                zero = g == 0
+                coefficient = -(at_full[k] - at_zero[k]) / torch.where(zero, 1.0, g)
+                coefficient.masked_fill_(zero, 0.0)
+                if shrink is not None:
+                    coefficient += log * around[k]
+                    units[i] = (g / norm).to(slot.param.dtype)
+                    slopes[i] = around[k].to(slot.param.dtype)
+                for slice_ in self._slices(slot):
+                    slice_.copy_(coefficient)
+                if self.true_ends:
+                    dtype = slot.param.dtype
+                    moves[i] = (at_zero[k].to(dtype), (at_full[k] - at_zero[k]).to(dtype))
+        for slot, g in zip(tracker.slots, grads, strict=True):
+            if g is None:
+                slot.direction.zero_()
+        if shrink is not None:
+            self._clipped = (log, slopes, units)
+        if self.true_ends:
+            self._run_along(moves)
+        else:
+            self._parts = [(0.5 if self.name == "path_secant" else 1.0, self._start)]
+
+    def _clip_coefficient(self, grads: list[Tensor | None], factor: Tensor) -> float | None:
+        """What clipping multiplied the gradient by, where it did."""
+        if self.clip is None:
+            return None
+        norm = math.sqrt(sum(float(g.square().sum()) for g in grads if g is not None))
+        shrink = float(factor) * float(self.scale)
+        return shrink if norm > self.clip * (1 - 1e-3) and shrink < 1 - 1e-6 else None
+
+    def _run_along(self, moves: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Validation gradients at w + u(0) and, for Simpson, in the middle; the weights are restored to the bit."""
+        validations = self.tracker.validations
+        simpson = self.name == "path_simpson"
+        for at, weight in ((0.0, 1 / 6 if simpson else 0.5), *(((0.5, 4 / 6),) if simpson else ())):
+            still = at == 0.0 and all(not bool(u0.any()) for u0, _ in moves.values())
+            if still and all(age == 0 for age in validations.age.values()):
+                gradients = dict(validations.gradients)  # the last step's end is where this one starts
+                losses = dict(validations.last_losses)
+            else:
+                with self._moved(moves, at), torch.enable_grad():
+                    gradients = {name: validations.here(name) for name in self.tracker.targets}
+                losses = dict(validations.last_losses)
+            self._parts.append((weight, gradients))
+            if at == 0.0:
+                self.drop = losses
+
+    @contextlib.contextmanager
+    def _moved(self, moves: dict[int, tuple[Tensor, Tensor]], at: float) -> Iterator[None]:
+        slots = self.tracker.slots
+        before = {i: slots[i].param.detach().clone() for i in moves}
+        try:
+            for i, (u0, rest) in moves.items():
+                slots[i].param.add_(u0 + at * rest)
+            yield
+        finally:
+            for i, weight in before.items():
+                slots[i].param.copy_(weight)
+
+    @torch.no_grad()
+    def _multiply_in(self) -> None:
+        """D = K * G, and under clipping the part of g_B's own direction taken off."""
+        tracker = self.tracker
+        for m, name in enumerate(tracker.targets):
+            mean = [_mean([(w, parts[name][i]) for w, parts in self._parts]) for i in range(len(tracker.slots))]
+            along = 0.0
+            if self._clipped is not None:
+                log, slopes, units = self._clipped
+                along = log * sum(float((slopes[i] * units[i] * g).sum()) for i, g in enumerate(mean)
+                                  if g is not None and i in units)  # fmt: skip
+            for i, (slot, g) in enumerate(zip(tracker.slots, mean, strict=True)):
+                slice_ = self._slices(slot)[m]
+                if g is None:
+                    slice_.zero_()
+                    continue
+                slice_.mul_(g)
+                if self._clipped is not None and i in self._clipped[2]:
+                    slice_.sub_(self._clipped[2][i], alpha=along)
+
+    def _write_second_order(self, optimizer: Optimizer, unscale: Any) -> None:
+        tracker = self.tracker
+        coefficients = []
+        steps: list[Tensor] = []  # what the update moves each parameter by, because of this batch
+        for slot in tracker.slots:
+            group = optimizer.param_groups[slot.group]
+            scalar = directions.sgd_coefficient(group, optimizer.state.get(slot.param, {}))
+            grad = slot.param.grad
+            coefficients.append(scalar)
+            steps.append(torch.zeros_like(slot.param) if grad is None else grad * unscale * scalar)
+        for m, name in enumerate(tracker.targets):
+            curved = self._hessian_product(name, steps)
+            for i, slot in enumerate(tracker.slots):
+                g = self._start[name][i]
+                slice_ = self._slices(slot)[m]
+                value = torch.zeros_like(slot.param) if g is None else g.clone()
+                if (bend := curved[i]) is not None:
+                    value -= bend / 2
+                slice_.copy_(value * coefficients[i])
+
+    def _hessian_product(self, name: str, vector: list[Tensor]) -> list[Tensor | None]:
+        """H_v times a vector, at the present weights: double backward, or differences where an op has none."""
+        validations, params = self.tracker.validations, [s.param for s in self.tracker.slots]
+        try:
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                loss = validations.loss(name)
+                first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+                pairs = [(g, v) for g, v in zip(first, vector, strict=True) if g is not None and g.requires_grad]
+                return list(
+                    torch.autograd.grad([g for g, _ in pairs], params, [v for _, v in pairs], allow_unused=True)
+                )
+        except (RuntimeError, NotImplementedError) as error:
+            if "not implemented" not in str(error) and "not differentiable" not in str(error):
+                raise
+        return self._hessian_by_differences(name, vector)
+
+    def _hessian_by_differences(self, name: str, vector: list[Tensor]) -> list[Tensor | None]:
+        slots = self.tracker.slots
+        size = math.sqrt(sum(float(v.square().sum()) for v in vector))
+        weight = math.sqrt(sum(float(s.param.square().sum()) for s in slots))
+        if size == 0:
+            return [None] * len(slots)
+        eps = torch.finfo(slots[0].param.dtype).eps ** (1 / 3) * (1 + weight) / size
+        ends = []
+        for sign in (1.0, -1.0):
+            moves = {i: (sign * eps * v, torch.zeros_like(v)) for i, v in enumerate(vector)}
+            with self._moved(moves, 0.0), torch.enable_grad():
+                ends.append(self.tracker.validations.here(name))
+        pairs = zip(ends[0], ends[1], strict=True)
+        return [None if a is None or b is None else (a - b) / (2 * eps) for a, b in pairs]
+
+
+def _mean(parts: list[tuple[float, Tensor | None]]) -> Tensor | None:
+    known = [(w, g) for w, g in parts if g is not None]
+    if not known:
+        return None
+    total = known[0][1] * known[0][0]
+    for w, g in known[1:]:
+        total.add_(g, alpha=w)
+    return total
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

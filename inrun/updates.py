@@ -1,0 +1,117 @@
+"""An optimizer's update as a function of the gradient: `u(g)`, with the state it has before the step.
+
+What the path methods need is `u` at a few gradients, for optimizers whose update is elementwise: coordinate by
+coordinate it depends on that coordinate's gradient, weight and state alone. No formula is written down for any of
+them: a twin of the optimizer, with copies of its state in float64, takes the step. So amsgrad, maximize, weight decay,
+foreach and fused variants, and optimizers yet to be written, are what they are. In float64 the difference of two
+updates keeps its digits although both are far below the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+from torch.optim import Optimizer
+
+from .errors import InRunError
+
+# Exactly these classes: a subclass may override what its base does coordinate by coordinate.
+ELEMENTWISE = (
+    optim.SGD,
+    optim.Adam,
+    optim.AdamW,
+    optim.Adamax,
+    optim.NAdam,
+    optim.RAdam,
+    optim.RMSprop,
+    optim.Adagrad,
+    optim.Adadelta,
+    optim.Rprop,
+    optim.ASGD,
+)
+_SCALARS = ("step", "mu_product", "eta", "mu")  # state that does not belong to a coordinate
+CHUNK = 1 << 22  # elements of the parameters whose update is computed together
+
+# update(grad, param, state, group) -> what the step adds to param; all in float64, nothing changed.
+UpdateRule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], Tensor]
+
+
+def require_elementwise(optimizer: Optimizer, rule: UpdateRule | str | None) -> None:
+    """Raise `InRunError` unless the update of this optimizer as a function of the gradient is known."""
+    if callable(rule) or rule == "elementwise" or type(optimizer) in ELEMENTWISE:
+        return
+    names = ", ".join(c.__name__ for c in ELEMENTWISE)
+    raise InRunError(
+        f"optimizer: {type(optimizer).__name__} is not known to update its weights coordinate by coordinate, as "
+        f"{names} do. If it does, track with update='elementwise'; else give its update: "
+        "update=lambda grad, param, state, group: <what the step adds to param>; or use method='first'"
+    )
+
+
+def chunks(slots: Sequence[Any]) -> Iterator[list[Any]]:
+    """The tracked parameters in runs of at most `CHUNK` elements (or one parameter)."""
+    part: list[Any] = []
+    for slot in slots:
+        if part and sum(s.param.numel() for s in part) + slot.param.numel() > CHUNK:
+            yield part
+            part = []
+        part.append(slot)
+    if part:
+        yield part
+
+
+@torch.no_grad()
+def updates(
+    optimizer: Optimizer, slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | str | None = None
+) -> list[Tensor]:
+    """What the next `optimizer.step()` would add to each parameter if its gradient were the given one.
+
+    Args:
+        optimizer: any elementwise one; neither it, its state nor the parameters change.
+        slots: parameters (with `param` and `group`).
+        grads: float64, each the parameter's shape.
+        rule: a user's own update function; None or "elementwise" takes the optimizer's own step.
+
+    Returns:
+        float64 tensors, the parameters' shapes.
+    """
+    params = [s.param.detach().to(torch.float64, copy=True) for s in slots]
+    states = [_in_float64(optimizer.state.get(s.param, {}), s.param) for s in slots]
+    groups = [optimizer.param_groups[s.group] for s in slots]
+    if callable(rule):
+        return [rule(*args) for args in zip(grads, params, states, groups, strict=True)]
+    before = [p.clone() for p in params]
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+    # A twin shares nothing that a step writes: no hooks, parameters and state of its own.
+    twin = copy.copy(optimizer)
+    twin.__dict__.update(_optimizer_step_pre_hooks=OrderedDict(), _optimizer_step_post_hooks=OrderedDict())
+    twin.__dict__.pop("step", None)  # a learning-rate scheduler binds its counter there
+    twin.__dict__.pop("grad_scale", None)
+    twin.__dict__.pop("found_inf", None)
+    plain = {"fused": False, "capturable": False, "differentiable": False}
+    twin.param_groups = [
+        {
+            **group,
+            **{k: v for k, v in plain.items() if k in group},
+            "params": [p for p, s in zip(params, slots, strict=True) if s.group == i],
+        }
+        for i, group in enumerate(optimizer.param_groups)
+    ]
+    twin.state = defaultdict(dict, {p: state for p, state in zip(params, states, strict=True) if state})
+    twin.step()
+    return [p - b for p, b in zip(params, before, strict=True)]
+
+
+def _in_float64(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    def widened(key: str, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.shape == param.shape and key not in _SCALARS:
+            return value.to(torch.float64, copy=True)
+        return copy.deepcopy(value)
+
+    return {key: widened(key, value) for key, value in state.items()}
