@@ -340,16 +340,22 @@ class Tracker:
         self._method.end()
 
     def finish(self, step: Step) -> None:
-        """Count a step that has ended, and record its values now or when its last validation gradient is there."""
+        """Record and count a step that has ended; its values may wait for their last validation gradient."""
+        if not self._method.ends_with_validation or step.factor is None:
+            self._record(step)
+            self._count(step)
+            return
+        self._count(step)
+        for name in self.validations.losses:
+            self.validations.run(name)
+        if self.validations.losses:
+            self._record(step)
+        else:
+            self._waiting = step
+
+    def _count(self, step: Step) -> None:
         self.validations.count_step()
         self.steps = step.number + 1
-        if self._method.ends_with_validation and step.factor is not None:
-            if not self.validations.losses:
-                self._waiting = step
-                return
-            for name in self.validations.losses:
-                self.validations.run(name)
-        self._record(step)
 
     def _record(self, step: Step) -> None:
         self._waiting = None
