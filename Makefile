@@ -23,8 +23,7 @@ lint: .venv/.installed-dev ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/.installed-dev ## time kernels and whole steps against the peers; JSON under runs/bench
-	mkdir -p runs/bench
-	$(BIN)/python -m pytest bench --benchmark-json=runs/bench/bench.json
+	$(BIN)/python -m pytest bench
 
 clean: ## remove .venv and caches (runs/ is kept)
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks

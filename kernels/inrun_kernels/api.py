@@ -15,6 +15,7 @@ from inrun_kernels.validation import (
     check_direction,
     check_grouping,
     check_ids,
+    check_padding,
     check_tokens,
     check_width,
 )
@@ -160,6 +161,7 @@ def embedding_dot(
     check_tokens("grads", grads)
     check_ids(ids, grads)
     check_direction(val_grad, grads, (None, grads.shape[2]), "[vocabulary, features]")
+    check_padding(padding_idx, val_grad.shape[-2])
     check_grouping(segments, per_token, grads)
     check_backend(backend)
     table = _with_m(val_grad, 3)

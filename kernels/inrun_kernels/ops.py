@@ -44,9 +44,7 @@ def ghost_wgrad_dot(
 
 
 @torch.library.custom_op("inrun::ghost_dot_pairwise", mutates_args=())
-def ghost_dot_pairwise(
-    acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, backend: str | None
-) -> Tensor:
+def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, backend: str | None) -> Tensor:
     with _full_precision(acts):
         if _use_triton(backend, acts, grads, val_acts, val_grads):
             from inrun_kernels.pairwise import launch_pairwise as run

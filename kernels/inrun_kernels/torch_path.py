@@ -26,16 +26,14 @@ def ghost_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | 
     narrow_acts = acts.shape[2] <= grads.shape[2]
     for m, direction in enumerate(val_grad):
         weight = direction.to(wide)
-        for part in _chunks(batch * tokens, min(acts.shape[2], grads.shape[2])):
+        for part in _chunks(batch * tokens, min(acts.shape[2], grads.shape[2]), _CHUNK):
             a, g = flat_acts[part].to(wide), flat_grads[part].to(wide)
             product = (g @ weight).mul_(a) if narrow_acts else (a @ weight.T).mul_(g)
             torch.sum(product, -1, out=out[part, m])
     return reduce_tokens(out, batch, tokens, segments, per_token)
 
 
-def ghost_wgrad_dot(
-    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def ghost_wgrad_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
     """Per sample: GEMM into one scratch weight, contract it with each direction, add it to the total.
 
     Each sample costs three passes over a weight, as much as the GEMM of some 30 tokens; below that a second
@@ -50,7 +48,7 @@ def ghost_wgrad_dot(
     total = acts.new_zeros(val_grad.shape[1:], dtype=wide)
     dots = acts.new_zeros(n_samples, val_grad.shape[0], dtype=wide)
     samples = list(zip(_split_tokens(acts, segments), _split_tokens(grads, segments), strict=True))
-    for rows in _chunks(*total.shape, _BLOCK):
+    for rows in _chunks(total.shape[0], total.shape[1], _BLOCK):
         block, directions = total[rows], val_grad[:, rows].to(wide).flatten(1)
         scratch = torch.empty_like(block)
         for s, (a, g) in enumerate(samples):
@@ -69,10 +67,10 @@ def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads:
     wide = accumulate_dtype(acts)
     out = acts.new_zeros(batch * tokens, n_val, dtype=wide)
     flat_acts, flat_grads = acts.flatten(0, 1), grads.flatten(0, 1)
-    for v_part in _chunks(n_val, max(1, val_tokens) * 64):
+    for v_part in _chunks(n_val, max(1, val_tokens) * 64, _CHUNK):
         va = val_acts[v_part].to(wide).flatten(0, 1)
         vg = val_grads[v_part].to(wide).flatten(0, 1)
-        for part in _chunks(batch * tokens, len(va)):
+        for part in _chunks(batch * tokens, len(va), _CHUNK):
             pairs = (flat_acts[part].to(wide) @ va.T).mul_(flat_grads[part].to(wide) @ vg.T)
             out[part, v_part] = pairs.unflatten(1, (len(val_acts[v_part]), val_tokens)).sum(-1)
     return reduce_tokens(out, batch, tokens, None, False)
@@ -91,7 +89,7 @@ def embedding_dot(
     wide = accumulate_dtype(grads)
     flat_ids, flat_grads = ids.flatten(), grads.flatten(0, 1)
     out = grads.new_empty(batch * tokens, val_grad.shape[0], dtype=wide)
-    for part in _chunks(batch * tokens, width):
+    for part in _chunks(batch * tokens, width, _CHUNK):
         g = flat_grads[part].to(wide)
         for m, direction in enumerate(val_grad):
             torch.sum(direction[flat_ids[part]].to(wide).mul_(g), -1, out=out[part, m])
@@ -100,9 +98,7 @@ def embedding_dot(
     return reduce_tokens(out, batch, tokens, segments, per_token)
 
 
-def row_dot(
-    normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool
-) -> Tensor:
+def row_dot(normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool) -> Tensor:
     """sum_i normed * grads * val_grad (bias: no `normed`), per token, then per sample."""
     out = grads.new_empty(grads.shape[0] * grads.shape[1], val_grad.shape[0], dtype=accumulate_dtype(grads))
     directions = val_grad.to(out.dtype).T
@@ -154,7 +150,7 @@ def _row_products(normed: Tensor | None, grads: Tensor) -> Iterator[tuple[slice,
     """Chunks of normed * grads (or of grads alone), flattened to rows and widened."""
     wide = accumulate_dtype(grads)
     flat_grads, flat_normed = grads.flatten(0, 1), None if normed is None else normed.flatten(0, 1)
-    for part in _chunks(len(flat_grads), grads.shape[2]):
+    for part in _chunks(len(flat_grads), grads.shape[2], _CHUNK):
         rows = flat_grads[part].to(wide)
         yield part, rows if flat_normed is None else rows * flat_normed[part]
 
@@ -167,7 +163,7 @@ def _split_tokens(x: Tensor, segments: Tensor | None) -> list[Tensor]:
     return [flat[low:high] for low, high in pairwise(bounds)]
 
 
-def _chunks(count: int, width: int, elements: int = _CHUNK) -> Iterator[slice]:
+def _chunks(count: int, width: int, elements: int) -> Iterator[slice]:
     """Slices that cut `count` rows of `width` into pieces of at most `elements` (at least one row)."""
     step = max(1, elements // max(1, width))
     return (slice(low, min(low + step, count)) for low in range(0, count, step))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTS = (torch.int32, torch.int64)
+_MOST_TOKENS = 2**31 - 2**12  # kernels number tokens in 32 bits (and elements in 64)
 
 
 def check_tokens(name: str, x: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
@@ -18,6 +19,8 @@ def check_tokens(name: str, x: Tensor, like: Tensor | None = None, like_name: st
     _check_tensor(name, x, FLOATS)
     if x.dim() != 3:
         raise ValueError(f"{name}: expected 3 dimensions [batch, tokens, features], received {_shape(x)}")
+    if x.shape[0] * x.shape[1] >= _MOST_TOKENS:
+        raise ValueError(f"{name}: expected fewer than {_MOST_TOKENS} tokens in all, received {_shape(x)}")
     if like is None:
         return
     if x.shape[:2] != like.shape[:2]:
@@ -75,6 +78,12 @@ def check_ids(ids: Tensor, grads: Tensor) -> None:
     if ids.shape != grads.shape[:2]:
         raise ValueError(f"ids: expected [batch, tokens] = {_shape(grads)[:2]}, received {_shape(ids)}")
     check_device("ids", ids, grads)
+
+
+def check_padding(padding_idx: int | None, vocabulary: int) -> None:
+    """Require `padding_idx` inside the vocabulary, or None."""
+    if padding_idx is not None and not 0 <= padding_idx < vocabulary:
+        raise ValueError(f"padding_idx: expected None or a value from 0 to {vocabulary - 1}, received {padding_idx}")
 
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:

@@ -1,0 +1,158 @@
+"""What a wrong argument gets: an error that names it, says what was expected and what came."""
+
+import pytest
+import torch
+
+import inrun_kernels as k
+
+ACTS, GRADS, MATRIX, ROW = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), torch.zeros(5, 4), torch.zeros(5)
+IDS, TABLE = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(7, 5)
+
+
+def offsets(*values: int) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+BAD = {
+    "not a tensor": (
+        lambda: k.ghost_dot([1.0], GRADS, MATRIX),
+        TypeError,
+        "acts: expected a torch.Tensor, received list",
+    ),
+    "integers": (lambda: k.ghost_dot(ACTS.int(), GRADS, MATRIX), TypeError, "acts: expected .* received torch.int32"),
+    "no token axis": (lambda: k.ghost_dot(ACTS[0], GRADS, MATRIX), ValueError, r"acts: expected 3 dim.* \[3, 4\]"),
+    "tokens differ": (
+        lambda: k.ghost_dot(ACTS, GRADS[:, :2], MATRIX),
+        ValueError,
+        r"grads: expected .* of acts \[2, 3, 4\], received \[2, 2, 5\]",
+    ),
+    "dtypes differ": (
+        lambda: k.ghost_dot(ACTS, GRADS.half(), MATRIX),
+        TypeError,
+        r"grads: expected the dtype of acts \(torch.float32\), received torch.float16",
+    ),
+    "devices differ": (
+        lambda: k.ghost_dot(ACTS, GRADS.to("meta"), MATRIX),
+        ValueError,
+        "grads: expected device cpu, received meta",
+    ),
+    "direction shape": (
+        lambda: k.ghost_wgrad_dot(ACTS, GRADS, MATRIX.T),
+        ValueError,
+        r"val_grad: expected \[outputs, inputs\] = \[5, 4\], .* received \[4, 5\]",
+    ),
+    "direction dtype": (
+        lambda: k.ghost_dot(ACTS, GRADS, MATRIX.double()),
+        TypeError,
+        "val_grad: expected torch.float32, received torch.float64",
+    ),
+    "direction of a half": (
+        lambda: k.ghost_dot(ACTS.half(), GRADS.half(), MATRIX.bfloat16()),
+        TypeError,
+        "val_grad: expected torch.float16 or torch.float32, received torch.bfloat16",
+    ),
+    "segments dtype": (
+        lambda: k.ghost_dot(ACTS, GRADS, MATRIX, segments=torch.zeros(2)),
+        TypeError,
+        "segments: expected one of torch.int32, torch.int64, received torch.float32",
+    ),
+    "segments shape": (
+        lambda: k.ghost_dot(ACTS, GRADS, MATRIX, segments=offsets(0, 6)[None]),
+        ValueError,
+        r"segments: expected 1 dimension .* received \[1, 2\]",
+    ),
+    "segments beside per_token": (
+        lambda: k.ghost_dot(ACTS, GRADS, MATRIX, segments=offsets(0, 6), per_token=True),
+        ValueError,
+        "per_token: expected False when segments is given, received True",
+    ),
+    "segments start": (
+        lambda: k.ghost_dot(ACTS, GRADS, MATRIX, segments=offsets(1, 6)),
+        ValueError,
+        r"segments: expected non-decreasing offsets from 0 to batch \* tokens = 6, received \[1, 6\]",
+    ),
+    "segments end": (
+        lambda: k.norm_dot(GRADS, GRADS, ROW, segments=offsets(0, 7)),
+        ValueError,
+        r"segments: expected .* = 6, received \[0, 7\]",
+    ),
+    "segments decrease": (
+        lambda: k.ghost_wgrad_dot(ACTS, GRADS, MATRIX, segments=offsets(0, 4, 3, 6)),
+        ValueError,
+        r"segments: expected non-decreasing .* received \[0, 4, 3, 6\]",
+    ),
+    "many segments": (
+        lambda: k.bias_dot(GRADS, ROW, segments=torch.arange(20)),
+        ValueError,
+        "segments: .* received 20 values from 0 to 19",
+    ),
+    "id too large": (
+        lambda: k.embedding_dot(IDS + 7, GRADS, TABLE),
+        ValueError,
+        r"ids: expected values from 0 to 6, received \[\[7, 7, 7\], \[7, 7, 7\]\]",
+    ),
+    "negative id": (lambda: k.embedding_dot(IDS - 1, GRADS, TABLE), ValueError, "ids: expected values from 0 to 6"),
+    "ids shape": (
+        lambda: k.embedding_dot(IDS[:1], GRADS, TABLE),
+        ValueError,
+        r"ids: expected \[batch, tokens\] = \[2, 3\], received \[1, 3\]",
+    ),
+    "table width": (
+        lambda: k.embedding_dot(IDS, GRADS, TABLE[:, 1:]),
+        ValueError,
+        r"val_grad: expected \[vocabulary, features\] = \['any', 5\], .* received \[7, 4\]",
+    ),
+    "padding outside": (
+        lambda: k.embedding_dot(IDS, GRADS, TABLE, padding_idx=-1),
+        ValueError,
+        "padding_idx: expected None or a value from 0 to 6, received -1",
+    ),
+    "norm widths": (
+        lambda: k.norm_wgrad_dot(ACTS, GRADS, ROW),
+        ValueError,
+        "normed: expected 5 features, as grads, received 4",
+    ),
+    "row direction": (
+        lambda: k.bias_wgrad_dot(GRADS, ROW[1:]),
+        ValueError,
+        r"val_grad: expected \[features\] = \[5\], .* received \[4\]",
+    ),
+    "pairwise widths": (
+        lambda: k.ghost_dot_pairwise(ACTS, GRADS, GRADS, GRADS),
+        ValueError,
+        "val_acts: expected 4 features, as acts, received 5",
+    ),
+    "pairwise dtypes": (
+        lambda: k.ghost_dot_pairwise(ACTS, GRADS, ACTS.half(), GRADS.half()),
+        TypeError,
+        r"val_acts: expected the dtype of acts \(torch.float32\), received torch.float16",
+    ),
+    "backend": (
+        lambda: k.ghost_dot(ACTS, GRADS, MATRIX, backend="cuda"),
+        ValueError,
+        "backend: expected None, 'triton' or 'torch', received 'cuda'",
+    ),
+    "too many tokens": (
+        lambda: k.bias_dot(torch.zeros(1, 1, 1).expand(2**16, 2**15, 1), ROW[:1]),
+        ValueError,
+        "grads: expected fewer than .* tokens in all",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_input_says_what_was_expected_and_what_came(name):
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_nothing_in_nothing_out():
+    for batch, tokens in ((0, 3), (2, 0)):
+        acts, grads, ids = ACTS[:batch, :tokens], GRADS[:batch, :tokens], IDS[:batch, :tokens]
+        for backend in ("torch", "triton"):
+            weight_grad, dots = k.ghost_wgrad_dot(acts, grads, MATRIX + 1, backend=backend)
+            assert weight_grad.shape == (5, 4) and not weight_grad.any()
+            assert dots.shape == (batch,) and not dots.any()
+            assert k.ghost_dot_pairwise(acts, grads, ACTS, GRADS, backend=backend).shape == (batch, 2)
+            assert k.embedding_dot(ids, grads, TABLE, per_token=True, backend=backend).shape == (batch, tokens)

@@ -1,0 +1,69 @@
+"""The real kernels on a real GPU: autograd's numbers at real sizes, the same bits twice, no synchronisation."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import LAYERS, WGRAD_DOTS, check, make
+
+import inrun_kernels as k
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1, 1), (3, 17, 33, 65), (4, 128, 256, 128), (5, 100, 129, 257), (8, 512, 768, 1024)]
+GROUPINGS = {"rows": {}, "tokens": {"per_token": True}, "segments": {}}
+
+
+@pytest.mark.parametrize("grouping", list(GROUPINGS))
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", list(LAYERS))
+def test_kernels_match_autograd(layer, dtype, shape, grouping):
+    batch, tokens, inputs, outputs = shape
+    if grouping == "tokens" and batch * tokens > 500:
+        tokens = 500 // batch
+    options = dict(GROUPINGS[grouping])
+    if grouping == "segments":
+        n = batch * tokens
+        options["segments"] = torch.tensor([0, n // 3, n // 3, n // 3 + 1 if n > 1 else n, n])
+    for layout in (lambda x: x, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)):
+        case = make(layer, *shape[:1], tokens, inputs, outputs, directions=2, dtype=dtype, layout=layout,
+                    wide_direction=True, device="cuda", **options)  # fmt: skip
+        check(case, "triton")
+        check(case, "torch")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pairwise_matches_ghost_dot(dtype):
+    train = make("linear", 5, 100, 129, 257, dtype=dtype, device="cuda")
+    val = make("linear", 3, 60, 129, 257, dtype=dtype, device="cuda", seed=1)
+    found = k.ghost_dot_pairwise(train.x, train.grads, val.x, val.grads)
+    exact = k.ghost_dot_pairwise(*(x.double() for x in (train.x, train.grads, val.x, val.grads)))
+    scale = k.ghost_dot_pairwise(*(x.double().abs() for x in (train.x, train.grads, val.x, val.grads)))
+    assert ((found - exact).abs() <= 1e-6 * scale).all()
+
+
+@pytest.mark.parametrize("layer", list(WGRAD_DOTS))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_no_synchronisation_and_no_stored_gradient(layer, dtype):
+    segments = torch.tensor([0, 700, 900, 900, 2048])
+    case = make(layer, 8, 256, 384, 768, dtype=dtype, device="cuda", segments=segments)
+    run = WGRAD_DOTS[layer]
+    first = run(case.x, case.grads, case.val_grad, segments=case.segments)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run(case.x, case.grads, case.val_grad, segments=case.segments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    if layer == "linear":
+        assert torch.cuda.max_memory_allocated() - before < 4 * 8 * 768 * 384
+    order = torch.tensor([3, 1, 0, 2, 7, 6, 5, 4], device="cuda")
+    rows = replace(case, segments=None)
+    assert torch.equal(
+        run(rows.x[order], rows.grads[order], rows.val_grad)[1], run(rows.x, rows.grads, rows.val_grad)[1][order]
+    )

@@ -1,0 +1,58 @@
+"""No per-sample gradient and no matrix of token pairs is ever in memory."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from inrun_kernels import torch_path
+
+BATCH, IN, OUT = 8, 150, 160
+SHORT, LONG = 16, 64  # tokens: one GEMM over all samples, or one per sample
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size in bytes of the largest storage behind any operation's result."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result
+
+
+def largest(run, *arguments) -> int:
+    with LargestTensor() as watch:
+        run(*arguments)
+    return watch.bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [SHORT, LONG])
+def test_no_per_sample_gradient_is_stored(dtype, packed, tokens, monkeypatch):
+    from inrun_kernels import dot, wgrad_dot
+
+    assert SHORT < torch_path._SHORT_SAMPLE < LONG
+    monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 10_000)  # as many splits as are allowed
+    acts, grads = torch.randn(BATCH, tokens, IN, dtype=dtype), torch.randn(BATCH, tokens, OUT, dtype=dtype)
+    matrix = torch.randn(1, OUT, IN, dtype=dtype)
+    segments = torch.arange(0, BATCH * tokens + 1, tokens) if packed else None
+    for run in (torch_path.ghost_wgrad_dot, wgrad_dot.launch_wgrad_dot):
+        assert 4 * OUT * IN <= largest(run, acts, grads, matrix, segments) < 4 * BATCH * OUT * IN
+    for run in (torch_path.ghost_dot, dot.launch_dot):
+        assert largest(run, acts, grads, matrix, segments, False) < 4 * BATCH * OUT * IN
+
+
+def test_no_matrix_of_token_pairs_is_stored(monkeypatch):
+    from inrun_kernels import pairwise
+
+    monkeypatch.setattr(torch_path, "_CHUNK", 4096)
+    acts, grads = torch.randn(BATCH, LONG, 5), torch.randn(BATCH, LONG, 6)
+    for run in (torch_path.ghost_dot_pairwise, pairwise.launch_pairwise):
+        assert 0 < largest(run, acts, grads, acts, grads) <= 4 * 4096 < 4 * (BATCH * LONG) ** 2

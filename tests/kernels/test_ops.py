@@ -1,0 +1,157 @@
+"""The registered ops: schema and fake kernels, second derivatives, compilation, autocast, backends, laziness."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+import inrun_kernels as k
+from inrun_kernels import ops
+
+BATCH, TOKENS, IN, OUT, N_VAL, DIRECTIONS, VOCABULARY = 3, 4, 5, 6, 2, 2, 7
+SEGMENTS = torch.tensor([0, 2, 2, 9, 12])
+
+
+def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "acts": (BATCH, TOKENS, IN),
+        "grads": (BATCH, TOKENS, OUT),
+        "val_acts": (N_VAL, TOKENS, IN),
+        "val_grads": (N_VAL, TOKENS, OUT),
+        "matrices": (DIRECTIONS, OUT, IN),
+        "tables": (DIRECTIONS, VOCABULARY, OUT),
+        "rows": (DIRECTIONS, OUT),
+        "normed": (BATCH, TOKENS, OUT),
+    }
+    return {n: torch.randn(*s, generator=generator).to(dtype).requires_grad_() for n, s in shapes.items()}
+
+
+def calls(dtype: torch.dtype, backend: str | None) -> dict[str, tuple]:
+    """name -> (op, arguments): every op with and without segments, per_token and optional tensors."""
+    x = tensors(dtype)
+    ids = torch.randint(VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
+    linear, row = (x["acts"], x["grads"], x["matrices"]), (x["normed"], x["grads"], x["rows"])
+    bias = (None, *row[1:])
+    pairs = (x["acts"], x["grads"], x["val_acts"], x["val_grads"])
+    return {
+        "dot": (ops.ghost_dot, (*linear, None, False, backend)),
+        "dot, segments": (ops.ghost_dot, (*linear, SEGMENTS, False, backend)),
+        "dot, tokens": (ops.ghost_dot, (*linear, None, True, backend)),
+        "wgrad": (ops.ghost_wgrad_dot, (*linear, None, backend)),
+        "wgrad, segments": (ops.ghost_wgrad_dot, (*linear, SEGMENTS, backend)),
+        "pairwise": (ops.ghost_dot_pairwise, (*pairs, backend)),
+        "embedding": (ops.embedding_dot, (ids, x["grads"], x["tables"], SEGMENTS, False, 1, backend)),
+        "embedding, tokens": (ops.embedding_dot, (ids, x["grads"], x["tables"], None, True, None, backend)),
+        "norm": (ops.row_dot, (*row, SEGMENTS, False, backend)),
+        "bias, tokens": (ops.row_dot, (*bias, None, True, backend)),
+        "norm wgrad": (ops.row_wgrad_dot, (*row, None, backend)),
+        "bias wgrad": (ops.row_wgrad_dot, (*bias, SEGMENTS, backend)),
+    }
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(calls(torch.float32, None)))
+def test_schema_fake_and_autograd_registration(name, dtype, backend):
+    op, arguments = calls(dtype, backend)[name]
+    opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("name", list(calls(torch.float32, None)))
+def test_derivatives_of_every_order(name):
+    op, arguments = calls(torch.float64, None)[name]
+    moving = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        full = list(arguments)
+        for i, x in zip(moving, inputs, strict=True):
+            full[i] = x
+        return op(*full)
+
+    inputs = tuple(arguments[i] for i in moving)
+    assert gradcheck(run, inputs) and gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", list(calls(torch.float32, None)))
+def test_half_precision_derivatives_follow_float64(name, dtype):
+    op, arguments = calls(dtype, None)[name]
+
+    def gradients(arguments: tuple) -> list[torch.Tensor]:
+        outputs = op(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        inputs = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+        return list(torch.autograd.grad(outputs, inputs, [torch.ones_like(y) for y in outputs]))
+
+    moving = [isinstance(x, torch.Tensor) and x.requires_grad for x in arguments]
+    wide = tuple(x.detach().double().requires_grad_() if m else x for x, m in zip(arguments, moving, strict=True))
+    for found, exact in zip(gradients(arguments), gradients(wide), strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_compiles_whole_with_changing_batch_size():
+    torch._dynamo.reset()
+
+    def step(acts, grads, normed, ids, matrix, table, segments):
+        weight_grad, dots = k.ghost_wgrad_dot(acts, grads, matrix, segments=segments)
+        total = k.ghost_dot(acts, grads, matrix) + k.norm_dot(normed, grads, matrix[:, 0])
+        total = total + k.bias_dot(grads, matrix[:, 0]) + k.embedding_dot(ids, grads, table)
+        norm, of_norm = k.norm_wgrad_dot(normed, grads, matrix[:, 0])
+        bias, of_bias = k.bias_wgrad_dot(grads, matrix[:, 0])
+        pairs = k.ghost_dot_pairwise(acts, grads, acts, grads)
+        return weight_grad, dots, total + of_norm + of_bias, norm + bias, pairs
+
+    compiled = torch.compile(step, fullgraph=True)
+    for batch in (3, 5, 4):
+        acts, grads, normed = (
+            torch.randn(batch, TOKENS, IN),
+            torch.randn(batch, TOKENS, OUT),
+            torch.randn(batch, TOKENS, OUT),
+        )
+        ids = torch.randint(VOCABULARY, (batch, TOKENS))
+        directions = (torch.randn(OUT, IN), torch.randn(VOCABULARY, OUT))
+        arguments = (acts, grads, normed, ids, *directions, torch.tensor([0, 5, batch * TOKENS]))
+        for got, want in zip(compiled(*arguments), step(*arguments), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_autocast_does_not_round_the_products():
+    acts, grads, matrix = torch.randn(2, 64, 32), torch.randn(2, 64, 16), torch.randn(16, 32)
+    outside = k.ghost_wgrad_dot(acts, grads, matrix)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = k.ghost_wgrad_dot(acts, grads, matrix)
+    for a, b in zip(outside, inside, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys, inrun_kernels; assert 'triton' not in sys.modules",
+        "import sys; sys.modules['triton'] = None  # as if not installed\n"
+        "import torch, inrun_kernels as k\n"
+        "weight_grad, dots = k.ghost_wgrad_dot(torch.ones(1, 2, 3), torch.ones(1, 2, 4), torch.ones(4, 3))\n"
+        "assert dots.item() == weight_grad.sum().item() == 24",
+    ],
+    ids=["import", "use"],
+)
+def test_triton_is_not_needed(code):
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})
+
+
+def test_the_triton_backend_is_never_replaced_in_silence(monkeypatch):
+    acts, grads, matrix = torch.ones(1, 2, 3), torch.ones(1, 2, 4), torch.ones(4, 3)
+    with pytest.raises(TypeError, match=r"backend: expected 'torch' for torch.float64 input"):
+        k.ghost_dot(acts.double(), grads.double(), matrix.double(), backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend: expected 'torch' for tensors on cpu"):
+        k.ghost_dot(acts, grads, matrix, backend="triton")
+    monkeypatch.setattr(ops, "_HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match="expected triton to be installed"):
+        k.ghost_dot(acts, grads, matrix, backend="triton")
+    assert k.ghost_dot(acts, grads, matrix).item() == 24

@@ -1,0 +1,158 @@
+"""Every product on every backend against one-sample-at-a-time autograd, over shapes, dtypes, strides, groupings."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import DOTS, LAYERS, PADDING, WGRAD_DOTS, Case, absolute, assert_close, check, dots_of, gradient_of, make
+
+import inrun_kernels as k
+from inrun_kernels import reference
+
+SIZES = st.sampled_from([1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = ["torch", "triton"]
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "tokens first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "features first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "every other": lambda x: x.repeat_interleave(2, 2)[..., ::2],
+    "one row expanded": lambda x: x[:1].expand_as(x),
+    "one token expanded": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@st.composite
+def cases(draw, layer: str, dtypes: list[torch.dtype]) -> Case:
+    batch, tokens = draw(st.integers(0, 4)), draw(st.sampled_from([0, 1, 2, 5, 16, 17, 40]))
+    grouping = draw(st.sampled_from(["rows", "segments", "tokens"]))
+    segments = None
+    if grouping == "segments":
+        cuts = draw(st.lists(st.integers(0, batch * tokens), max_size=4))
+        integer = draw(st.sampled_from([torch.int32, torch.int64]))
+        segments = torch.tensor([0, *sorted(cuts), batch * tokens], dtype=integer)
+    return make(
+        layer,
+        batch,
+        tokens,
+        draw(SIZES),
+        draw(SIZES),
+        directions=draw(st.sampled_from([None, None, 1, 3])),
+        dtype=draw(st.sampled_from(dtypes)),
+        wide_direction=draw(st.booleans()),
+        layout=LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))],
+        seed=draw(st.integers(0, 1000)),
+        segments=segments,
+        per_token=grouping == "tokens",
+    )
+
+
+@pytest.mark.parametrize("layer", list(LAYERS))
+@settings(max_examples=60)
+@given(data=st.data())
+def test_torch_path_matches_autograd(layer, data):
+    check(data.draw(cases(layer, [*DTYPES, torch.float64])), "torch")
+
+
+@pytest.mark.parametrize("layer", list(LAYERS))
+@settings(max_examples=40)
+@given(data=st.data())
+def test_kernels_match_autograd(layer, data):
+    check(data.draw(cases(layer, DTYPES)), "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=30)
+@given(data=st.data())
+def test_pairwise_matches_autograd(backend, data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    layout = LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))]
+    inputs, outputs = data.draw(SIZES), data.draw(SIZES)
+    batch, n_val = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
+    tokens, val_tokens = (data.draw(st.sampled_from([0, 1, 5, 17])) for _ in range(2))
+    train = make("linear", batch, tokens, inputs, outputs, dtype=dtype, layout=layout)
+    val = make("linear", n_val, val_tokens, inputs, outputs, dtype=dtype, layout=layout, seed=1)
+
+    def by_autograd(case: Case, compute: torch.dtype) -> torch.Tensor:
+        signs = (lambda x: x) if case is train else torch.abs
+        columns = []
+        for x, grads in zip(val.x, val.grads, strict=True):
+            of_sample = gradient_of(replace(val, x=signs(x[None]), grads=signs(grads[None])), compute)
+            columns.append(dots_of(replace(case, val_grad=of_sample), compute))
+        return torch.stack(columns, 1) if columns else train.grads.new_zeros(batch, 0, dtype=torch.float64)
+
+    found = k.ghost_dot_pairwise(train.x, train.grads, val.x, val.grads, backend=backend)
+    assert_close(found, by_autograd, train)
+
+
+@pytest.mark.parametrize("layer", list(LAYERS))
+@pytest.mark.parametrize("grouping", [{}, {"segments": torch.tensor([0, 0, 4, 15])}, {"per_token": True}])
+@pytest.mark.parametrize("directions", [None, 2])
+def test_reference_matches_autograd(layer, grouping, directions):
+    case = make(layer, 3, 5, 4, 6, directions=directions, dtype=torch.float64, **grouping)
+    named = {"linear": "ghost_dot"}.get(layer, f"{layer}_dot")
+    arguments = (case.grads,) if layer == "bias" else (case.x, case.grads)
+    extra = {"padding_idx": PADDING} if layer == "embedding" else {}
+    assert_close(getattr(reference, named)(*arguments, case.val_grad, **grouping, **extra), dots_of, case)
+    if layer in WGRAD_DOTS and not case.per_token:
+        named = {"linear": "ghost_wgrad_dot"}.get(layer, f"{layer}_wgrad_dot")
+        weight_grad, dots = getattr(reference, named)(*arguments, case.val_grad, **grouping)
+        assert_close(weight_grad, gradient_of, case)
+        assert_close(dots, dots_of, case)
+    if layer == "linear" and not grouping:
+        direct = reference.ghost_dot(case.x, case.grads, reference.ghost_wgrad_dot(*arguments, case.val_grad)[0])
+        pairs = reference.ghost_dot_pairwise(case.x, case.grads, case.x, case.grads)
+        torch.testing.assert_close(pairs.sum(1), direct)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_direction_finer_than_the_activations(backend, dtype):
+    """A float32 direction beside half-precision activations costs no more than casting it would."""
+    case = make("linear", 16, 33, 48, 40, dtype=dtype)
+    case = replace(case, val_grad=torch.randn(40, 48, generator=torch.Generator().manual_seed(7)))
+    check(case, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_float16_scores_survive_directions_outside_its_range(backend, size):
+    case = make("linear", 4, 17, 33, 20, dtype=torch.float16, directions=2, wide_direction=True)
+    case = replace(case, val_grad=case.val_grad * torch.tensor([size, 0.0])[:, None, None])
+    dots = DOTS["linear"](case.x, case.grads, case.val_grad, backend=backend)
+    exact = dots_of(case, torch.float64)
+    assert (dots[:, 1] == 0).all()
+    torch.testing.assert_close(dots[:, 0].double(), exact[:, 0], rtol=0, atol=1e-3 * exact.norm().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layer", list(WGRAD_DOTS))
+@pytest.mark.parametrize("segments", [None, torch.tensor([0, 3, 3, 60, 200])])
+def test_invariants(layer, backend, segments):
+    """Dots sum to <weight_grad, D>; same bits twice; permuted samples permute; a duplicate scores the same."""
+    case = make(layer, 5, 40, 48, 33, segments=segments)
+
+    def run(order: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return WGRAD_DOTS[layer](case.x[order], case.grads[order], case.val_grad, segments=segments, backend=backend)
+
+    weight_grad, dots = run([0, 1, 2, 3, 4])
+    scale = dots_of(absolute(case), torch.float64).sum().item()
+    total = (weight_grad.double() * case.val_grad).sum()
+    torch.testing.assert_close(dots.sum().double(), total, rtol=0, atol=1e-6 * scale)
+    for first, second in zip((weight_grad, dots), run([0, 1, 2, 3, 4]), strict=True):
+        assert torch.equal(first, second)
+    if segments is None:
+        order = [3, 1, 4, 0, 2]
+        assert torch.equal(run(order)[1], dots[order])
+        repeated = run([0, 1, 1, 1, 2])[1]
+        assert torch.equal(repeated, dots[[0, 1, 1, 1, 2]])
+
+
+def test_split_samples_sum_in_order(monkeypatch):
+    """A small weight whose samples are shared by several programs gives the same answer, uneven shares included."""
+    from inrun_kernels import wgrad_dot
+
+    monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 3)
+    check(make("linear", 7, 20, 24, 16, directions=2), "triton")
