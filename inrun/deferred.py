@@ -217,11 +217,10 @@ class Deferred:
 
     def _write_coefficients(self, optimizer: Optimizer) -> None:
         for i, slot in enumerate(self.tracker.slots):
+            grads = [g for name in self.tracker.targets if (g := self._start[name][i]) is not None]
+            like = grads or [torch.zeros_like(slot.param)]
             group = optimizer.param_groups[slot.group]
-            for name, slice_ in zip(self.tracker.targets, self._slices(slot), strict=True):
-                grad = self._start[name][i]
-                like = torch.zeros_like(slot.param) if grad is None else grad
-                slice_.copy_(directions.coefficient(optimizer, group, slot.param, like))
+            slot.direction[...] = directions.coefficient(optimizer, group, slot.param, like)
 
     def _write_path(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> None:
         """K, from the optimizer's own update at g_B, at 0, and (where it was clipped) around g_B."""

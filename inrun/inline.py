@@ -37,18 +37,11 @@ class Inline:
         gradients, every = tracker.validations.gradients, tracker.validations.every
         self.probes = []
         self._lr = [g["lr"] for g in optimizer.param_groups]
-        for m, name in enumerate(tracker.targets):
-            target = m if len(tracker.targets) > 1 else None
-            grads = gradients[name]
-            for i, slot in enumerate(tracker.slots):
-                grad = grads[i]
-                if grad is None:
-                    value = torch.zeros_like(slot.param)
-                else:
-                    value = directions.first_order(optimizer, optimizer.param_groups[slot.group], slot.param, grad)
-                directions.write(slot.direction, value, target)
-                if every == 1:
-                    grads[i] = None  # the direction takes its place in memory
+        for i, slot in enumerate(tracker.slots):
+            write_direction(optimizer, slot, [gradients[name][i] for name in tracker.targets])
+            if every == 1:
+                for name in tracker.targets:
+                    gradients[name][i] = None  # the direction takes its place in memory
 
     def batch(self, size: int, recompute: Any = None) -> None:
         """Fresh probes for the next forward: one for all layers of a device; while the sums are to be checked,
@@ -88,6 +81,22 @@ class Inline:
             total = sum((g.to(grads[0].device) for g in grads[1:]), grads[0]).float() if grads else None
             found.append(total)
         return found
+
+
+@torch.no_grad()
+def write_direction(optimizer: Optimizer, slot: Any, val_grads: list[Tensor | None]) -> None:
+    """Write a parameter's first-order direction, one slice for each target's validation gradient."""
+    known = [g for g in val_grads if g is not None]
+    if not known:
+        slot.direction.zero_()
+        return
+    coefficient = directions.coefficient(optimizer, optimizer.param_groups[slot.group], slot.param, known)
+    slices = [slot.direction] if len(val_grads) == 1 else slot.direction.unbind(0)
+    for slice_, grad in zip(slices, val_grads, strict=True):
+        if grad is None:
+            slice_.zero_()
+        else:
+            slice_.copy_(grad * coefficient)
 
 
 def lr_change(before: list[Any], optimizer: Optimizer) -> float:

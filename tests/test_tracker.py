@@ -62,16 +62,16 @@ def test_values_are_the_oracles_and_the_model_is_given_back(name):
     assert len(tracker.ledger) == 2 * B
 
 
-def frozen_adam(lr, b1=0.9, eps=1e-8):
+def frozen_adam(lr, b1=0.9, b2=0.999, eps=1e-8):
     """The frozen-state direction from the states of the optimizer, written out for one parameter."""
 
-    def rule(optimizer, param, g, betas=(b1, 0.999)):
+    def rule(optimizer, param, g):
         state = optimizer.state.get(param, {})
-        if not state:
-            return lr * (1 - betas[0]) / (1 - betas[0]) * g / (g.abs() + eps)
-        t = float(state["step"]) + 1
-        v = state.get("max_exp_avg_sq", state["exp_avg_sq"]).double() / (1 - betas[1] ** (t - 1))
-        return lr * (1 - betas[0]) / (1 - betas[0] ** t) * g / (v.sqrt() + eps)
+        t = float(state["step"]) + 1 if state else 1
+        v = (1 - b2) * g * g + (b2 * state["exp_avg_sq"].double() if state else 0)
+        if "max_exp_avg_sq" in state:
+            v = torch.maximum(v, state["max_exp_avg_sq"].double())
+        return lr * (1 - b1) / (1 - b1**t) * g / ((v / (1 - b2**t)).sqrt() + eps)
 
     return rule
 
