@@ -151,8 +151,9 @@ class TrainConfig:
     @classmethod
     def from_json(cls, settings: dict[str, Any]) -> TrainConfig:
         """The inverse of `to_json`."""
-        paths = {name: tuple(Path(path) for path in settings[name]) for name in ("text", "validation")}
-        tokenizer = None if settings["tokenizer"] is None else Path(settings["tokenizer"])
-        betas = (settings["betas"][0], settings["betas"][1])
-        model = GPTConfig(**settings["model"])
-        return cls(**(settings | paths | {"tokenizer": tokenizer, "betas": betas, "model": model}))
+        fields: dict[str, Any] = dict(settings)
+        for name in ("text", "validation"):
+            fields[name] = tuple(Path(path) for path in fields[name])
+        if fields["tokenizer"] is not None:
+            fields["tokenizer"] = Path(fields["tokenizer"])
+        return cls(**fields | {"betas": tuple(fields["betas"]), "model": GPTConfig(**fields["model"])})
