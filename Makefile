@@ -22,8 +22,8 @@ lint: .venv/.installed-dev ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: .venv/.installed-dev ## time kernels and whole steps against the peers; JSON under runs/bench
-	$(BIN)/python -m pytest bench
+bench: .venv/.installed-dev ## time kernels and whole steps against the peers (BENCH=--save-results: to be committed)
+	$(BIN)/python -m pytest bench -q --benchmark-quiet $(BENCH)
 
 clean: ## remove .venv and caches (runs/ is kept)
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks

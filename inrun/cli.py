@@ -1,4 +1,4 @@
-"""The command line: `inrun train` and `inrun report`. Heavy imports are inside, so that `--help` is quick."""
+"""The command line: `inrun train`, `report`, `fidelity`, `experiment`. Heavy imports are inside: `--help` is quick."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,13 +26,43 @@ class Report:
     """Run folder; report.html, report.png and report.json are written into it."""
 
 
+@dataclass(frozen=True)
+class Fidelity:
+    """Compare every method's values with the Shapley value of the real optimizer step (some minutes, on the CPU).
+
+    inrun fidelity
+    """
+
+    out: Path = Path("runs/fidelity")
+    """Folder for fidelity.json and its pictures."""
+    seeds: int = 2
+    """Runs for each optimizer and learning rate."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the values are for: run one small experiment, print its table, draw its picture.
+
+    inrun experiment duplicates
+    """
+
+    name: tyro.conf.Positional[Literal["mislabel", "duplicates", "stages", "curation"]]
+    """Wrong labels found; copies that share; sources over training; training again without harmful samples."""
+    out: Path = Path("runs/experiments")
+    """Folder for experiment-NAME.json and .png."""
+    seed: int = 0
+    """Seeds everything that is drawn."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run a subcommand; what the user can put right ends as one line on stderr and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         command = tyro.cli(
             Annotated[TrainConfig, tyro.conf.subcommand("train", default=_settings(argv))]  # pyright: ignore
-            | Annotated[Report, tyro.conf.subcommand("report")],
+            | Annotated[Report, tyro.conf.subcommand("report")]
+            | Annotated[Fidelity, tyro.conf.subcommand("fidelity")]
+            | Annotated[Experiment, tyro.conf.subcommand("experiment")],
             prog="inrun",
             description="In-Run Data Shapley: what each training sample did to the validation loss.",
             args=argv,
@@ -40,8 +70,16 @@ def main(argv: list[str] | None = None) -> None:
         )
         if isinstance(command, TrainConfig):
             _train(command)
-        else:
+        elif isinstance(command, Report):
             _report(command)
+        elif isinstance(command, Fidelity):
+            from inrun import fidelity
+
+            fidelity.main(command.out, command.seeds)
+        else:
+            from inrun import experiments
+
+            experiments.run(command.name, command.out, command.seed)
     except (InRunError, ValueError, OSError) as error:
         print(f"inrun: {error}", file=sys.stderr)
         sys.exit(2)

@@ -22,9 +22,9 @@ class Clock:
         self._first: int | None = None
 
     def due(self, step: int) -> bool:
-        """Whether to calibrate: at a process's third step (the first ones warm up), then every 100th."""
+        """Whether to calibrate: at a process's third step (the first ones warm up), then every 20th."""
         self._first = step if self._first is None else self._first
-        return (step - self._first) % 100 == 2
+        return (step - self._first) % 20 == 2
 
     def add(self, seconds: float, passes: float, samples: int) -> None:
         """Count one step: its seconds, those of its forward and backward passes, and its samples."""

@@ -17,7 +17,7 @@ def _require(config: Any, name: str, holds: bool, expected: str) -> None:
 class GPTConfig:
     """Shape of the model."""
 
-    block_size: int = 192
+    block_size: int = 256
     """Tokens per sample, and the model's longest context."""
     layers: int = 2
     """Transformer blocks."""
@@ -65,7 +65,7 @@ class TrainConfig:
     """Instead of `validation`: hold out a part of this source."""
     holdout_fraction: float = 0.05
     """The part of `holdout` to hold out."""
-    validation_samples: int = 16
+    validation_samples: int = 32
     """Validation samples, drawn once; every step is valued against all of them."""
     tokenizer: Path | None = None
     """A Hugging Face tokenizer.json; a token is a byte without it."""
@@ -77,9 +77,9 @@ class TrainConfig:
     checkpoint_every: int = 100
     """Steps between checkpoints; the last two are kept."""
 
-    steps: int = 500
+    steps: int = 450
     """Optimizer steps."""
-    batch_size: int = 24
+    batch_size: int = 16
     """Samples per optimizer step."""
     accumulation: int = 1
     """Forward and backward passes the samples of a step are spread over."""

@@ -31,6 +31,9 @@ _NOT_CODE = {
 }
 
 
+_LONGEST = 20_000  # bytes taken of one file
+
+
 def _python_files() -> Iterator[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -71,10 +74,10 @@ def _some(documents: Iterable[Document], n: int, block_size: int, rng: np.random
 
 
 def _read(files: Iterable[tuple[str, Path]], source: str, rng: np.random.Generator, limit: int = 200) -> list[Document]:
-    """At most `limit` of the files, drawn at random, as documents."""
+    """The beginnings of at most `limit` files, drawn at random: long files are not to make up a source."""
     listed = list(files)
     chosen = rng.choice(len(listed), size=min(limit, len(listed)), replace=False)
-    return [Document(listed[i][0], source, listed[i][1].read_bytes()) for i in chosen]
+    return [Document(listed[i][0], source, listed[i][1].read_bytes()[:_LONGEST]) for i in chosen]
 
 
 def plant(samples: Samples, source: str, count: int, rng: np.random.Generator) -> Samples:
@@ -94,7 +97,7 @@ def plant(samples: Samples, source: str, count: int, rng: np.random.Generator) -
 
 
 def demo_corpus(
-    block_size: int = 192, seed: int = 0, per_source: int = 240, planted: int = 60, validation: int = 16
+    block_size: int = 256, seed: int = 0, per_source: int = 180, planted: int = 45, validation: int = 32
 ) -> tuple[Samples, Samples]:
     """The demo's training and validation samples, the same on every call on one machine.
 
@@ -108,10 +111,14 @@ def demo_corpus(
     Returns:
         (training, validation)
     """
-    rng = np.random.default_rng(seed)
-    python = _read(_python_files(), "python", rng)
-    held_out, python = python[:50], python[50:]
-    others = (_docs(), _read(_cpp_files(), "cpp", rng), _read(_license_files(), "licenses", rng))
-    target = _some(held_out, validation, block_size, rng)
-    parts = [without(_some(texts, per_source, block_size, rng), target) for texts in (python, *others) if texts]
-    return plant(join(parts), "python", planted, rng), target
+    # A generator for each source: what is drawn from one does not hang on what another one holds.
+    rngs = [np.random.default_rng((seed, i)) for i in range(5)]
+    python = _read(_python_files(), "python", rngs[0])
+    target = _some(python[:50], validation, block_size, rngs[0])
+    cpp, licenses = _read(_cpp_files(), "cpp", rngs[2]), _read(_license_files(), "licenses", rngs[3])
+    parts = [
+        without(_some(texts, per_source, block_size, rng), target)
+        for texts, rng in zip((python[50:], _docs(), cpp, licenses), rngs, strict=False)
+        if texts
+    ]
+    return plant(join(parts), "python", planted, rngs[4]), target

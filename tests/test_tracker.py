@@ -505,7 +505,7 @@ def test_bad_input_is_one_clear_error_before_anything_changes():
     model = make("gpt_tied")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     classes = [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match="method: expected one of first, .*, got 'third'"):
+    with pytest.raises(ValueError, match=r"method: expected one of first, .*, got 'third'"):
         inrun.track(model, optimizer, method="third")
     with pytest.raises(ValueError, match="validate_every"):
         inrun.track(model, optimizer, validate_every=0)

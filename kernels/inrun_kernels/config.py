@@ -52,5 +52,10 @@ def sample_splits(tiles: int, n_samples: int, multiprocessors: int) -> int:
     return max(1, min(n_samples // 2, multiprocessors // tiles))
 
 
+def ceil_div(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)
+
+
 def _fit(size: int, largest: int) -> int:
     return min(largest, max(16, 1 << (size - 1).bit_length()))

@@ -74,7 +74,7 @@ def embedding_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
     ids, grads, val_grad, segments = ctx.saved_tensors
     if grad_dots is None:
         return (None,) * 7
-    weights = _per_token(grad_dots, *ids.shape, segments)
+    weights = _per_token(grad_dots, ids.shape[0], ids.shape[1], segments)
     if ctx.padding_idx is not None:
         weights = weights.masked_fill((ids == ctx.padding_idx)[..., None], 0)
     _, need_grads, need_direction, *_ = ctx.needs_input_grad
@@ -117,24 +117,17 @@ def _linear(
     grad_weight: Tensor | None, grad_dots: Tensor | None,
 ) -> tuple:  # fmt: skip
     """Gradients of (acts, grads, val_grad), given those of the weight gradient and of the dots."""
-    a, g = _widen(acts), _widen(grads)
-    parts: list[tuple[Tensor, Tensor]] = []  # (weight on each token, weight matrix) for each linear term
-    acts_grad, grads_grad, direction_grad = torch.zeros_like(a), torch.zeros_like(g), None
-    if grad_weight is not None:
-        parts.append((a.new_ones(1, 1, 1), grad_weight))
+    a, g, direction_grad = _widen(acts), _widen(grads), None
+    terms = [] if grad_weight is None else [(a, g, grad_weight)]  # terms <y^T x, matrix>, as (x, y, matrix)
     if grad_dots is not None:
         weights = _per_token(grad_dots, acts.shape[0], acts.shape[1], segments)
-        columns = [weights[..., m : m + 1] for m in range(val_grad.shape[0])]
-        parts.extend(zip(columns, _widen(val_grad).unbind(0), strict=True))
+        for m, direction in enumerate(_widen(val_grad).unbind(0)):
+            terms.append((a * weights[..., m : m + 1], g * weights[..., m : m + 1], direction))
         if needed[2]:
-            flat = a.flatten(0, 1)
-            products = [(g * column).flatten(0, 1).T @ flat for column in columns]
-            direction_grad = torch.stack(products) if products else torch.zeros_like(val_grad)
-    for weight, matrix in parts:
-        if needed[0]:
-            acts_grad = acts_grad + (g * weight) @ matrix
-        if needed[1]:
-            grads_grad = grads_grad + (a * weight) @ matrix.T
+            of_dots = terms[-val_grad.shape[0] :]
+            direction_grad = torch.stack([g.flatten(0, 1).T @ x.flatten(0, 1) for x, _, _ in of_dots])
+    acts_grad = sum(y @ matrix for _, y, matrix in terms) if terms and needed[0] else None
+    grads_grad = sum(x @ matrix.T for x, _, matrix in terms) if terms and needed[1] else None
     return _like(needed, (acts_grad, grads_grad, direction_grad), (acts, grads, val_grad))
 
 

@@ -12,12 +12,15 @@ acts for the tensor cores (one weight in that dtype); for float16 it is scaled b
 largest element near 2^14, so that small directions do not underflow, and the dots are scaled back in float32.
 """
 
+# Launches go through triton's JIT, whose signature pyright cannot see.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from inrun_kernels.config import matrix_tile
+from inrun_kernels.config import ceil_div, matrix_tile
 from inrun_kernels.tiles import INTERPRETED, aligned, contract, load_columns, sum_tokens, token_starts
 
 
@@ -74,9 +77,9 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
     x, y, direction = (acts, grads, direction.mT) if acts.shape[2] > grads.shape[2] else (grads, acts, direction)
     width_k, width_y = x.shape[2], y.shape[2]
     tile = matrix_tile(acts.dtype, n_tokens, width_y, width_k, aligned=aligned(x, y, direction))
-    tiles_y = triton.cdiv(width_y, tile.block_n)
+    tiles_y = ceil_div(width_y, tile.block_n)
     partial = torch.empty(tiles_y, n_directions, n_tokens, dtype=torch.float32, device=acts.device)
-    _dot_kernel[(triton.cdiv(n_tokens, tile.block_m), tiles_y, n_directions)](
+    _dot_kernel[(ceil_div(n_tokens, tile.block_m), tiles_y, n_directions)](
         x,
         y,
         direction,

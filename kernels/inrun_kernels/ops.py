@@ -6,6 +6,8 @@ tensors. `api.py` holds the public functions. Derivatives are plain torch ops, h
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ def ghost_dot(
     acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool, backend: str | None
 ) -> Tensor:
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
-    with _full_precision(acts):
+    with _launch_context(acts):
         if _use_triton(backend, acts, grads):
             from inrun_kernels.dot import launch_dot as run
         else:
@@ -35,7 +37,7 @@ def ghost_wgrad_dot(
     acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
-    with _full_precision(acts):
+    with _launch_context(acts):
         if _use_triton(backend, acts, grads):
             from inrun_kernels.wgrad_dot import launch_wgrad_dot as run
         else:
@@ -45,7 +47,7 @@ def ghost_wgrad_dot(
 
 @torch.library.custom_op("inrun::ghost_dot_pairwise", mutates_args=())
 def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, backend: str | None) -> Tensor:
-    with _full_precision(acts):
+    with _launch_context(acts):
         if _use_triton(backend, acts, grads, val_acts, val_grads):
             from inrun_kernels.pairwise import launch_pairwise as run
         else:
@@ -65,7 +67,7 @@ def embedding_dot(
 ) -> Tensor:
     check_segment_values(segments, ids.numel())
     check_id_values(ids, val_grad.shape[1])
-    with _full_precision(grads):
+    with _launch_context(grads):
         if _use_triton(backend, grads):
             from inrun_kernels.rows import launch_embedding_dot as run
         else:
@@ -83,7 +85,7 @@ def row_dot(
     backend: str | None,
 ) -> Tensor:
     check_segment_values(segments, grads.shape[0] * grads.shape[1])
-    with _full_precision(grads):
+    with _launch_context(grads):
         if _use_triton(backend, grads):
             from inrun_kernels.rows import launch_row_dot as run
         else:
@@ -96,7 +98,7 @@ def row_wgrad_dot(
     normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     check_segment_values(segments, grads.shape[0] * grads.shape[1])
-    with _full_precision(grads):
+    with _launch_context(grads):
         if _use_triton(backend, grads):
             from inrun_kernels.rows import launch_row_wgrad_dot as run
         else:
@@ -152,9 +154,11 @@ row_dot.register_autograd(derivatives.row_dot, setup_context=derivatives.save_ro
 row_wgrad_dot.register_autograd(derivatives.row_wgrad_dot, setup_context=derivatives.save_row_wgrad_dot)
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
-    """Autocast stays active inside a custom op; it would round our float32 products to half precision."""
-    return torch.autocast(x.device.type, enabled=False)
+@contextmanager
+def _launch_context(x: Tensor) -> Iterator[None]:
+    """x's GPU current, and no autocast: active inside an op too, it would round float32 products to half."""
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        yield
 
 
 def _use_triton(backend: str | None, *tensors: Tensor) -> bool:

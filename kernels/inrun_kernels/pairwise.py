@@ -9,12 +9,15 @@ FLOPs: 2*B*T*V*S*(I+O).  Bytes: acts and grads once per validation tile (from L2
 summed in a fixed order.
 """
 
+# Launches go through triton's JIT, whose signature pyright cannot see.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from inrun_kernels.config import matrix_tile
+from inrun_kernels.config import ceil_div, matrix_tile
 from inrun_kernels.tiles import INTERPRETED, aligned, contract
 
 
@@ -89,7 +92,7 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
     n_val, val_tokens, _ = val_acts.shape
     vectors = aligned(acts, grads, val_acts, val_grads)
     tile = matrix_tile(acts.dtype, tokens, val_tokens, max(inputs, outputs), accumulators=2, aligned=vectors)
-    tiles = triton.cdiv(tokens, tile.block_m)
+    tiles = ceil_div(tokens, tile.block_m)
     partial = torch.empty(tiles, batch, n_val, dtype=torch.float32, device=acts.device)
     _pairwise_kernel[(batch, n_val, tiles)](
         acts,

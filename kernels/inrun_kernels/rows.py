@@ -10,12 +10,15 @@ element and direction, bound by memory: each operand is read once (once per dire
 whose sum is the weight gradient, and contracts them with every direction while they are in registers.
 """
 
+# Launches go through triton's JIT, whose signature pyright cannot see.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from inrun_kernels.config import row_tile
+from inrun_kernels.config import ceil_div, row_tile
 from inrun_kernels.tiles import load_columns, one_row, sample_tokens, sum_tokens, token_starts
 
 
@@ -152,7 +155,7 @@ def _launch_row_dot(
     batch, tokens, width = grads.shape
     block_n, block_i = row_tile(width)
     dots = torch.empty(val_grad.shape[0], batch * tokens, dtype=torch.float32, device=grads.device)
-    _row_dot_kernel[(triton.cdiv(batch * tokens, block_n), val_grad.shape[0])](
+    _row_dot_kernel[(ceil_div(batch * tokens, block_n), val_grad.shape[0])](
         ids,
         normed,
         grads,
@@ -179,7 +182,7 @@ def launch_row_wgrad_dot(
     grads, normed = one_row(grads, segments), None if normed is None else one_row(normed, segments)
     _, tokens, width = grads.shape
     block_n, block_i = row_tile(width, 128)  # few columns: more programs, and more rows to sum in registers
-    tiles = triton.cdiv(width, block_i)
+    tiles = ceil_div(width, block_i)
     sums = torch.empty(n_samples, width, dtype=torch.float32, device=grads.device)
     partial = torch.empty(tiles, n_samples, val_grad.shape[0], dtype=torch.float32, device=grads.device)
     _column_sum_kernel[(n_samples, tiles)](

@@ -14,7 +14,7 @@ from torch import Tensor
 
 _CHUNK = 1 << 20  # elements of a temporary: 4 MB in float32, about an L2 cache
 _BLOCK = 1 << 21  # elements of the block of weight-gradient rows that ghost_wgrad_dot fills at a time
-_SHORT_SAMPLE = 32  # tokens per sample; measured, two-core x86, 384x1536 and 768x3072
+_SHORT_SAMPLE = 32  # tokens per sample below which two GEMMs win; measured on two x86 cores
 
 
 def ghost_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool) -> Tensor:
@@ -100,24 +100,35 @@ def embedding_dot(
 
 def row_dot(normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool) -> Tensor:
     """sum_i normed * grads * val_grad (bias: no `normed`), per token, then per sample."""
-    out = grads.new_empty(grads.shape[0] * grads.shape[1], val_grad.shape[0], dtype=accumulate_dtype(grads))
-    directions = val_grad.to(out.dtype).T
-    for part, product in _row_products(normed, grads):
-        torch.mm(product, directions, out=out[part])
-    return reduce_tokens(out, grads.shape[0], grads.shape[1], segments, per_token)
+    batch, tokens, width = grads.shape
+    wide = accumulate_dtype(grads)
+    flat_grads, flat_normed = grads.flatten(0, 1), None if normed is None else normed.flatten(0, 1)
+    out = grads.new_empty(batch * tokens, val_grad.shape[0], dtype=wide)
+    directions = val_grad.to(wide).T
+    for part in _chunks(batch * tokens, width, _CHUNK):
+        g = flat_grads[part].to(wide)
+        torch.mm(g if flat_normed is None else g * flat_normed[part], directions, out=out[part])
+    return reduce_tokens(out, batch, tokens, segments, per_token)
 
 
 def row_wgrad_dot(
     normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As `row_dot`, and the column sums of the same products."""
-    out = grads.new_empty(grads.shape[0] * grads.shape[1], val_grad.shape[0], dtype=accumulate_dtype(grads))
-    total = grads.new_zeros(grads.shape[2], dtype=out.dtype)
-    directions = val_grad.to(out.dtype).T
-    for part, product in _row_products(normed, grads):
-        torch.mm(product, directions, out=out[part])
-        total += product.sum(0)
-    return total, reduce_tokens(out, grads.shape[0], grads.shape[1], segments, False)
+    """Column sums of each sample, `[S, I]`: their sum is the gradient, their contraction the dots."""
+    batch, tokens, width = grads.shape
+    wide = accumulate_dtype(grads)
+    if segments is None:
+        sums = grads.new_empty(batch, width, dtype=wide)
+        for part in _chunks(batch, tokens * width, _CHUNK):
+            products = grads[part] if normed is None else grads[part].to(wide) * normed[part]
+            torch.sum(products, 1, dtype=wide, out=sums[part])
+    else:
+        sums = grads.new_empty(segments.shape[0] - 1, width, dtype=wide)
+        for part in _chunks(width, batch * tokens, _CHUNK):
+            products = grads[..., part].to(wide)
+            products = products if normed is None else products * normed[..., part]
+            sums[:, part] = _segment_sum(products.flatten(0, 1), segments)
+    return sums.sum(0), torch.stack([(sums * direction).sum(1) for direction in val_grad.to(wide)], 1)
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -133,7 +144,7 @@ def reduce_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor |
     if segments is None:
         total = per_token.view(batch, tokens, n_directions).sum(1, dtype=torch.float64)
     else:
-        total = torch.segment_reduce(per_token.double(), "sum", offsets=segments.long(), axis=0, initial=0)
+        total = _segment_sum(per_token, segments)
     return total.to(per_token.dtype)
 
 
@@ -146,13 +157,9 @@ def _weight_grad(acts: Tensor, grads: Tensor, wide: torch.dtype) -> Tensor:
     return total
 
 
-def _row_products(normed: Tensor | None, grads: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of normed * grads (or of grads alone), flattened to rows and widened."""
-    wide = accumulate_dtype(grads)
-    flat_grads, flat_normed = grads.flatten(0, 1), None if normed is None else normed.flatten(0, 1)
-    for part in _chunks(len(flat_grads), grads.shape[2], _CHUNK):
-        rows = flat_grads[part].to(wide)
-        yield part, rows if flat_normed is None else rows * flat_normed[part]
+def _segment_sum(rows: Tensor, segments: Tensor) -> Tensor:
+    """`[B*T, X]` -> `[S, X]` float64, without reading the offsets on the host (they were checked)."""
+    return torch.segment_reduce(rows.double(), "sum", offsets=segments.long(), axis=0, initial=0, unsafe=True)
 
 
 def _split_tokens(x: Tensor, segments: Tensor | None) -> list[Tensor]:

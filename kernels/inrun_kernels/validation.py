@@ -45,13 +45,12 @@ def check_direction(val_grad: Tensor, like: Tensor, tail: tuple[int | None, ...]
     """Require `val_grad` to be `[*tail]` or `[M, *tail]` (None: any size), in the dtype of `like` or float32."""
     _check_tensor("val_grad", val_grad, FLOATS)
     shape, n = val_grad.shape, len(tail)
-    sizes_agree = val_grad.dim() in (n, n + 1) and all(
-        want is None or want == got for want, got in zip(tail, shape[-n:], strict=True)
-    )
+    leads = val_grad.dim() == n or (val_grad.dim() == n + 1 and shape[0] > 0)
+    sizes_agree = leads and all(want is None or want == got for want, got in zip(tail, shape[-n:], strict=True))
     if not sizes_agree:
         sizes = [("any" if size is None else size) for size in tail]
         raise ValueError(
-            f"val_grad: expected {tail_name} = {sizes}, or the same with a leading M for M directions, "
+            f"val_grad: expected {tail_name} = {sizes}, or the same with a leading M >= 1 for M directions, "
             f"received {_shape(val_grad)}"
         )
     if val_grad.dtype != like.dtype and (val_grad.dtype != torch.float32 or like.dtype == torch.float64):
@@ -119,7 +118,7 @@ def check_id_values(ids: Tensor, vocabulary: int) -> None:
 
 def _require(good: Tensor, values: Tensor, message: str) -> None:
     if good.is_cuda:
-        torch._assert_async(good, message.format(values="values outside this range"))
+        torch.ops.aten._assert_async.msg(good, message.format(values="values outside this range"))
     elif not good:
         low, high = int(values.min()), int(values.max())
         shown = values.tolist() if values.numel() <= 16 else f"{values.numel()} values from {low} to {high}"

@@ -11,12 +11,15 @@ FLOPs: 2*B*T*I*O + 2*S*M*I*O.  Bytes: acts and grads once per row or column of t
 small weight the samples are split among programs, whose totals are then summed in order.
 """
 
+# Launches go through triton's JIT, whose signature pyright cannot see.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from inrun_kernels.config import matrix_tile, sample_splits
+from inrun_kernels.config import ceil_div, matrix_tile, sample_splits
 from inrun_kernels.tiles import INTERPRETED, aligned, contract, multiprocessors, one_row, sample_tokens
 
 
@@ -90,7 +93,7 @@ def launch_wgrad_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Te
     mean_tokens = batch * tokens // max(1, n_samples)
     vectors = aligned(acts, grads, val_grad)
     tile = matrix_tile(acts.dtype, outputs, inputs, mean_tokens, accumulators=2, aligned=vectors)
-    tiles = triton.cdiv(outputs, tile.block_m) * triton.cdiv(inputs, tile.block_n)
+    tiles = ceil_div(outputs, tile.block_m) * ceil_div(inputs, tile.block_n)
     splits = sample_splits(tiles, n_samples, multiprocessors(acts.device))
     weight = torch.empty(splits, outputs, inputs, dtype=torch.float32, device=acts.device)
     partial = torch.empty(tiles, n_samples, n_directions, dtype=torch.float32, device=acts.device)
@@ -106,7 +109,7 @@ def launch_wgrad_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Te
         outputs,
         n_samples,
         n_directions,
-        triton.cdiv(n_samples, splits),
+        ceil_div(n_samples, splits),
         *acts.stride(),
         *grads.stride(),
         *val_grad.stride(),

@@ -41,6 +41,11 @@ BAD = {
         ValueError,
         r"val_grad: expected \[outputs, inputs\] = \[5, 4\], .* received \[4, 5\]",
     ),
+    "no direction": (
+        lambda: k.bias_dot(GRADS, ROW[None][:0]),
+        ValueError,
+        r"val_grad: expected .* leading M >= 1 .* received \[0, 5\]",
+    ),
     "direction dtype": (
         lambda: k.ghost_dot(ACTS, GRADS, MATRIX.double()),
         TypeError,

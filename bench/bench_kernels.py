@@ -1,0 +1,106 @@
+"""The products of one linear layer: weight gradient with dots, and dots alone, at the shapes of real layers."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.measure import CLOCK, SEED, Machine, Row, Work, interleaved, require_close, rows_of
+from bench.peers import DOT, WGRAD_DOT
+
+SUITES = {"weight gradient + dots": WGRAD_DOT, "dots alone": DOT}
+RTOL = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of a root mean square; a peer rounds its products once more
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    tokens: int
+    inputs: int
+    outputs: int
+
+    def __str__(self) -> str:
+        return f"B{self.batch} T{self.tokens} {self.inputs}x{self.outputs}"
+
+    def work(self, provider: str, itemsize: int) -> Work:
+        tokens, weight = self.batch * self.tokens, self.inputs * self.outputs
+        if provider == "inrun_pairwise":  # one validation sample of T tokens stands for the direction
+            wide = (tokens + self.tokens) * (self.inputs + self.outputs)
+            return Work(2 * tokens * self.tokens * (self.inputs + self.outputs), itemsize * wide)
+        return Work(2 * tokens * weight, itemsize * (tokens * (self.inputs + self.outputs) + 2 * weight))
+
+
+WIDTHS = [(768, 3072), (384, 1536), (384, 384)]
+CPU_CASES = [Case(8, tokens, *width) for tokens in (256, 32, 1) for width in WIDTHS]
+LLAMA = [(4096, 4096), (4096, 14336), (14336, 4096)]
+GPT2 = [(768, 768), (768, 3072), (768, 50257)]
+GPU_CASES = [Case(batch, 2048, *width) for width in LLAMA for batch in (4, 16)]
+GPU_CASES += [Case(16, 1024, *width) for width in GPT2]
+CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
+
+
+def _id(param: tuple[str, Case]) -> str:
+    return str(param[1])
+
+
+@pytest.fixture(scope="module")
+def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) -> dict[str, tuple[list[float], Row]]:
+    """Every provider of one case: held to float64, then timed side by side."""
+    suite, case = request.param
+    torch.compiler.reset()
+    inputs = _inputs(case, machine)
+    runs = {name: partial(kernel, *inputs) for name, kernel in SUITES[suite].items()}
+    weight_grad, dots = _reference(*inputs[:3])
+    for name, run in runs.items():
+        found_grad, found_dots = run()
+        require_close(f"{name}, weight gradient", found_grad, weight_grad, RTOL[machine.dtype])
+        require_close(f"{name}, dots", found_dots, dots, RTOL[machine.dtype])
+    del weight_grad, found_grad
+    if request.config.getoption("benchmark_disable"):
+        return {name: ([0.0], {}) for name in runs}
+    peaks = {name: machine.peak_bytes(run) for name, run in runs.items()}
+    taken = interleaved(runs, machine, rounds=25, least=5, seconds=0.4)
+    work = {name: case.work(name, inputs[0].element_size()) for name in runs}
+    found = rows_of(taken, peaks, work, machine, suite=suite, case=str(case))
+    rows += found
+    return {row["provider"]: (taken[row["provider"]], row) for row in found}
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("provider", WGRAD_DOT)
+@pytest.mark.parametrize("measured", [("weight gradient + dots", case) for case in CASES], indirect=True, ids=_id)
+def test_wgrad_dot(measured, provider, benchmark):
+    CLOCK.replay(benchmark, *measured[provider])
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("provider", DOT)
+@pytest.mark.parametrize("measured", [("dots alone", case) for case in CASES], indirect=True, ids=_id)
+def test_dot(measured, provider, benchmark):
+    CLOCK.replay(benchmark, *measured[provider])
+
+
+def _inputs(case: Case, machine: Machine) -> tuple[Tensor, ...]:
+    """acts, grads, the direction, and the validation sample whose gradient the direction is."""
+    generator = torch.Generator(machine.device).manual_seed(SEED)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=machine.device).to(machine.dtype)
+
+    acts, grads = normal(case.batch, case.tokens, case.inputs), normal(case.batch, case.tokens, case.outputs)
+    val_acts, val_grads = normal(1, case.tokens, case.inputs), normal(1, case.tokens, case.outputs)
+    direction = (val_grads[0].T.float() @ val_acts[0].float()).to(machine.dtype)
+    return acts, grads, direction, val_acts, val_grads
+
+
+def _reference(acts: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """float64, one sample at a time."""
+    total = torch.zeros_like(direction, dtype=torch.float64)
+    dots = torch.zeros(len(acts), dtype=torch.float64, device=acts.device)
+    for b, (a, g) in enumerate(zip(acts, grads, strict=True)):
+        gradient = g.double().T @ a.double()
+        dots[b] = (gradient * direction).sum()
+        total += gradient
+    return total, dots

@@ -1,0 +1,137 @@
+"""A whole training step of a GPT, forward to AdamW update, with every sample's dot; the validation pass not counted."""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.measure import CLOCK, SEED, Machine, Row, Work, interleaved, require_close, rows_of
+from bench.peers import STEPS, InRun, Training, loss_of
+from inrun.config import GPTConfig
+from inrun.gpt import GPT
+
+RTOL = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of a root mean square, through all layers
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    tokens: int
+    width: int
+    layers: int
+    vocab: int
+    tied: bool
+
+    def __str__(self) -> str:
+        head = "tied" if self.tied else "untied"
+        return f"B{self.batch} T{self.tokens} d{self.width} L{self.layers} V{self.vocab} {head}"
+
+    def model(self) -> GPT:
+        """Layers as in GPT-2: LayerNorm, and biases everywhere."""
+        config = GPTConfig(
+            block_size=self.tokens,
+            layers=self.layers,
+            heads=self.width // 64,
+            width=self.width,
+            bias=True,
+            norm="layer",
+            tied=self.tied,
+        )
+        torch.manual_seed(SEED)
+        return GPT(config, self.vocab)
+
+    def work(self) -> Work:
+        """Of plain training: three products per linear layer and token, and causal attention."""
+        tokens = self.batch * self.tokens
+        weights = 12 * self.layers * self.width**2 + self.vocab * self.width
+        attention = self.layers * 2 * self.tokens * self.width  # per token, half of the square is masked
+        return Work(3 * tokens * (2 * weights + attention))
+
+
+CPU_CASES = [
+    Case(8, 256, 384, 6, 256, tied=True),
+    Case(8, 256, 384, 6, 256, tied=False),
+    Case(8, 256, 384, 6, 8192, tied=True),
+    Case(8, 32, 384, 6, 256, tied=True),
+]
+GPU_CASES = [Case(16, 1024, 768, 12, 50257, tied=True), Case(16, 1024, 768, 12, 50257, tied=False)]
+CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
+
+
+@pytest.fixture(scope="module")
+def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) -> dict[str, tuple[list[float], Row]]:
+    """Every provider of one case: its first step held to float64, then timed side by side."""
+    case = request.param
+    torch.compiler.reset()
+    model = case.model().to(machine.device)
+    x, y, val_x, val_y = torch.randint(case.vocab, (4, case.batch, case.tokens), device=machine.device)
+    loss_of(model, val_x, val_y).backward()
+    val_grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    ours = InRun(copy.deepcopy(model), val_grads)
+    ours.prepare()
+    values = ours(x, y)
+    directions = ours.written_directions()
+    steps = {name: ours if make is InRun else make(copy.deepcopy(model), directions) for name, make in STEPS.items()}
+    gradients, dots = _reference(model, directions, x, y)
+    for name, step in steps.items():
+        found = values if step is ours else step(x, y)
+        require_close(f"{name}, dots", found, dots, RTOL[machine.dtype])
+        _require_gradients(name, step, gradients, RTOL[machine.dtype])
+    del gradients
+    if request.config.getoption("benchmark_disable"):
+        return {name: ([0.0], {}) for name in steps}
+
+    peaks = {name: _peak_bytes(step, machine, x, y) for name, step in steps.items()}
+    runs = {name: partial(step, x, y) for name, step in steps.items()}
+    prepare = {name: step.prepare for name, step in steps.items()}
+    taken = interleaved(runs, machine, rounds=15, least=3, seconds=3, prepare=lambda name: prepare[name]())
+    work = {name: case.work() for name in steps}
+    found = rows_of(taken, peaks, work, machine, suite="step", case=str(case))
+    rows += found
+    return {row["provider"]: (taken[row["provider"]], row) for row in found}
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("provider", STEPS)
+@pytest.mark.parametrize("measured", CASES, indirect=True, ids=str)
+def test_step(measured, provider, benchmark):
+    CLOCK.replay(benchmark, *measured[provider])
+
+
+def _peak_bytes(step: Training, machine: Machine, x: Tensor, y: Tensor) -> int:
+    def run() -> None:
+        step.prepare()
+        step(x, y)
+
+    step.optimizer.zero_grad()
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in step.resident()}
+    return sum(held.values()) + machine.peak_bytes(run)
+
+
+def _reference(
+    model: nn.Module, directions: dict[str, Tensor], x: Tensor, y: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients and dots in float64, one sample at a time."""
+    model = copy.deepcopy(model).double()
+    params = dict(model.named_parameters())
+    total = {n: torch.zeros_like(p) for n, p in params.items()}
+    dots = []
+    for one_x, one_y in zip(x, y, strict=True):
+        share = F.cross_entropy(model(one_x[None])[0], one_y) / len(x)
+        grads = dict(zip(params, torch.autograd.grad(share, list(params.values())), strict=True))
+        dots.append(sum((g * directions[n]).sum() for n, g in grads.items()))
+        for n, g in grads.items():
+            total[n] += g
+    return total, torch.stack(dots)
+
+
+def _require_gradients(name: str, step: Training, expected: dict[str, Tensor], rtol: float) -> None:
+    grads = {n: p.grad for n, p in step.model.named_parameters() if p.grad is not None}
+    found = torch.cat([grads[n].flatten() for n in expected])
+    require_close(f"{name}, gradients", found, torch.cat([g.flatten() for g in expected.values()]), rtol)

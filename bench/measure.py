@@ -1,0 +1,261 @@
+"""How everything is measured: correctness first, then interleaved cold-cache rounds, beside ceilings of the same run.
+
+On a shared machine the load changes from second to second. So all providers of a case run once per round, in an
+order that turns from round to round, and a ratio is the median over rounds of (this provider / plain, same round).
+"""
+
+import datetime
+import gc
+import itertools
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytest_benchmark.utils import get_commit_info
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+SEED = 0
+BASE = "plain"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a case needs at the least: floating point operations, and bytes read and written (None: not counted)."""
+
+    flops: float
+    nbytes: float | None = None
+
+
+class Machine:
+    """The device that is measured, its clock and its ceilings.
+
+    On a CPU, OMP_NUM_THREADS sets the threads (all by default). One thread is timed by its own CPU time, which does
+    not count its waiting for a core that others use; several threads by the wall clock.
+    """
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
+        self.clock, self._now = "wall", time.perf_counter
+        if not self.on_gpu and torch.get_num_threads() == 1:
+            self.clock, self._now = "CPU time", time.thread_time
+        self._flushed = torch.zeros(2 * _last_cache_bytes(self.device) // 4, device=self.device)
+
+    @cached_property
+    def facts(self) -> Row:
+        """What every row says of the machine."""
+        commit = get_commit_info()
+        return {
+            "device": torch.cuda.get_device_name() if self.on_gpu else _cpu_name(),
+            "threads": torch.get_num_threads(),
+            "clock": self.clock,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version_of("triton"),
+            "commit": f"{commit['id']}{'+' if commit['dirty'] else ''}",  # +: with changes not committed
+            "date": datetime.date.today().isoformat(),
+            "seed": SEED,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "ceiling_tflops": self.ceiling.flops / 1e12,
+            "ceiling_gbps": (self.ceiling.nbytes or 0) / 1e9,
+        }
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def seconds(self, run: Callable[[], object], cold: bool = True) -> float:
+        """One run; `cold`: with the last cache full of something else."""
+        if cold:
+            self._flushed.add_(1)
+        if not self.on_gpu:
+            start = self._now()
+            run()
+            return self._now() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()  # queued behind the flush, during which the host runs ahead
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def peak_bytes(self, run: Callable[[], object]) -> int:
+        """The most that `run` held at once, beyond what was held before it."""
+        gc.collect()
+        if self.on_gpu:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            return torch.cuda.max_memory_allocated() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            run()
+        assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+        # Every allocation and release of torch's, also inside operators: kineto's own type, unknown to the stubs.
+        events: list[Any] = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+        return max(itertools.accumulate(changes), default=0)
+
+    @cached_property
+    def ceiling(self) -> Work:
+        """Per second: FLOPs of a large matrix product, bytes of a large copy; the best of several sizes and tries.
+
+        On a busy machine only what ends within a time slice shows what the chip can do: hence the smaller sizes.
+        """
+        sizes, copies = ((4096, 8192), (1 << 30,)) if self.on_gpu else ((512, 1024, 2048), (1 << 26, 1 << 28))
+        flops = nbytes = 0.0
+        for n in sizes:
+            a, b = (torch.randn(n, n, device=self.device, dtype=self.dtype) for _ in range(2))
+            flops = max(flops, 2 * n**3 / min(self.seconds(partial(torch.mm, a, b), cold=False) for _ in range(12)))
+        for count in copies:
+            source, target = (torch.zeros(count // 4, device=self.device) for _ in range(2))
+            fastest = min(self.seconds(partial(target.copy_, source), cold=False) for _ in range(12))
+            nbytes = max(nbytes, 2 * count / fastest)
+        return Work(flops, nbytes)
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    machine: Machine,
+    *,
+    rounds: int,
+    least: int,
+    seconds: float,
+    prepare: Callable[[str], object] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Seconds of each run, round by round; element i of every list is of round i.
+
+    Args:
+        runs: what is timed; each has run before.
+        rounds: at most so many; a run that has used up its `seconds` and has run `least` rounds is left out of
+            further ones.
+        prepare: called with the name of a run before it, not timed.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            turn = i % len(names)
+            for name in names[turn:] + names[:turn]:
+                if len(taken[name]) == i and (i < least or sum(taken[name]) < seconds):
+                    prepare(name)
+                    taken[name].append(machine.seconds(runs[name]))
+    finally:
+        gc.enable()
+    return taken
+
+
+def rows_of(
+    taken: Mapping[str, list[float]],
+    peaks: Mapping[str, int],
+    work: Mapping[str, Work],
+    machine: Machine,
+    **facts: Any,
+) -> list[Row]:
+    """One self-contained row per provider: its figures, the case's `facts` and the machine's."""
+    rows = []
+    for name, times in taken.items():
+        ratios = [t / base for t, base in zip(times, taken[BASE], strict=False)]
+        median, need = statistics.median(times), work[name]
+        bound = need.flops / machine.ceiling.flops
+        if need.nbytes is not None and machine.ceiling.nbytes is not None:
+            bound = max(bound, need.nbytes / machine.ceiling.nbytes)
+        rows.append(
+            {
+                **facts,
+                "provider": name,
+                "rounds": len(times),
+                "ms": median * 1e3,
+                "ms_quartiles": [q * 1e3 for q in quartiles(times)],
+                "ratio": statistics.median(ratios),
+                "ratio_quartiles": quartiles(ratios),
+                "ratio_of_best": min(times) / min(taken[BASE]),
+                "tflops": need.flops / median / 1e12,
+                "gbps": None if need.nbytes is None else need.nbytes / median / 1e9,
+                "flops_per_byte": None if need.nbytes is None else need.flops / need.nbytes,
+                "percent_of_ceiling": 100 * bound / median,
+                "peak_bytes": peaks[name],
+                "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+                **machine.facts,
+            }
+        )
+    return rows
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """First and third."""
+    if len(values) < 2:
+        return [values[0], values[0]]
+    q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return [q1, q3]
+
+
+def require_close(what: str, found: Tensor | None, expected: Tensor, rtol: float) -> None:
+    """The gate: raise unless `found` is within `rtol` of `expected`, relative to its root mean square."""
+    if found is None:
+        return
+    if found.shape != expected.shape:
+        raise ValueError(f"{what}: expected shape {tuple(expected.shape)}, got {tuple(found.shape)}")
+    error = (found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    if not error <= rtol:
+        raise ValueError(f"{what}: expected the float64 reference to {rtol:g}, got a relative error of {error:.3g}")
+
+
+class Replay:
+    """A clock that stands still, for pytest-benchmark: `replay` moves it by what a round took.
+
+    So its statistics, comparison and JSON hold the interleaved rounds, and nothing is measured twice.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def replay(self, benchmark: Any, times: list[float], row: Row) -> None:
+        left = iter(times)
+
+        def one_round() -> None:
+            self.now += next(left)
+
+        benchmark.pedantic(one_round, rounds=len(times))
+        benchmark.extra_info.update(row)
+
+
+CLOCK = Replay()
+
+
+def _last_cache_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    known = [int(s[:-1]) << {"K": 10, "M": 20}[s[-1]] for s in sizes if re.fullmatch(r"\d+[KM]", s)]
+    return max(known, default=64 << 20)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _version_of(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

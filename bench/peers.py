@@ -1,0 +1,250 @@
+"""The peers: every known way to have the samples' gradient dots beside the training gradient.
+
+Each is written here from its formula, at its best in plain PyTorch. Throughout, `acts [B,T,I]` is a layer's input,
+`grads [B,T,O]` the gradient of its output, `val_grad [O,I]` (or `directions`, one tensor per parameter) the direction.
+
+    plain               the weight gradient alone, no dots: what every ratio is relative to
+    inrun               ours
+    two_gemms           rowsum(acts * (grads @ val_grad)), a second GEMM as large as the weight gradient's, with its
+                        [B,T,min(I,O)] product stored in the compute dtype (arXiv 2406.11011, section 4.2); hooks
+                        take the layers' inputs and output gradients (GhostSuite, ghost clipping)
+    two_gemms_compiled  the same products under torch.compile
+    stored              per-sample gradients [B,O,I] by hooks, kept to the end of the backward (Opacus; "in-run with
+                        per-sample gradients" in the paper's table 1)
+    vmap                per-sample gradients by torch.func: vmap(grad(loss))
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+import inrun
+from inrun_kernels import ghost_dot, ghost_dot_pairwise, ghost_wgrad_dot
+
+# ---------------------------------------------------------------- one layer: tensors in, tensors out
+
+
+def plain(acts: Tensor, grads: Tensor, val_grad: Tensor) -> tuple[Tensor, None]:
+    return grads.flatten(0, 1).T @ acts.flatten(0, 1), None
+
+
+def two_gemms(acts: Tensor, grads: Tensor, val_grad: Tensor) -> tuple[Tensor, Tensor]:
+    return plain(acts, grads, val_grad)[0], gemm_rowsum(acts, grads, val_grad)
+
+
+def gemm_rowsum(acts: Tensor, grads: Tensor, val_grad: Tensor) -> Tensor:
+    """`[B]` dots by the association that stores the narrower product."""
+    if acts.shape[-1] <= grads.shape[-1]:
+        return ((grads @ val_grad) * acts).sum((1, 2))
+    return ((acts @ val_grad.T) * grads).sum((1, 2))
+
+
+def stored(acts: Tensor, grads: Tensor, val_grad: Tensor) -> tuple[Tensor, Tensor]:
+    per_sample = grads.mT @ acts
+    return per_sample.sum(0), per_sample.flatten(1) @ val_grad.flatten()
+
+
+def vmap_grad(acts: Tensor, grads: Tensor, val_grad: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(weight: Tensor, a: Tensor, g: Tensor) -> Tensor:
+        return (F.linear(a, weight) * g).sum()
+
+    per_sample = vmap(grad(loss), (None, 0, 0))(val_grad, acts, grads)  # a linear layer: any weight will do
+    return per_sample.sum(0), per_sample.flatten(1) @ val_grad.flatten()
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` at the first call; after `torch.compiler.reset()` again, for the next shape."""
+    compile_once = cache(lambda: torch.compile(function, dynamic=False))
+    return lambda *args: compile_once()(*args)
+
+
+# (acts, grads, val_grad, val_acts, val_grads) -> (weight gradient or None, dots or None); val_grad is the product of
+# the last two, one validation sample's.
+Kernel = Callable[..., tuple[Tensor | None, Tensor | None]]
+
+two_gemms_compiled, gemm_rowsum_compiled = compiled(two_gemms), compiled(gemm_rowsum)
+
+# Weight gradient and dots together, as the backward of a linear layer needs them.
+WGRAD_DOT: dict[str, Kernel] = {
+    "plain": lambda a, g, d, *_: plain(a, g, d),
+    "inrun": lambda a, g, d, *_: ghost_wgrad_dot(a, g, d),
+    "two_gemms": lambda a, g, d, *_: two_gemms(a, g, d),
+    "two_gemms_compiled": lambda a, g, d, *_: two_gemms_compiled(a, g, d),
+    "stored": lambda a, g, d, *_: stored(a, g, d),
+    "vmap": lambda a, g, d, *_: vmap_grad(a, g, d),
+}
+
+# Dots alone, for a direction known only after the backward; `plain` is a GEMM of as many FLOPs.
+DOT: dict[str, Kernel] = {
+    "plain": lambda a, g, d, *_: plain(a, g, d),
+    "inrun": lambda a, g, d, *_: (None, ghost_dot(a, g, d)),
+    "inrun_pairwise": lambda a, g, d, va, vg: (None, ghost_dot_pairwise(a, g, va, vg).sum(1)),
+    "gemm_rowsum": lambda a, g, d, *_: (None, gemm_rowsum(a, g, d)),
+    "gemm_rowsum_compiled": lambda a, g, d, *_: (None, gemm_rowsum_compiled(a, g, d)),
+}
+
+# ---------------------------------------------------------------- a whole training step
+
+LR = 1e-4
+
+
+def loss_of(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Mean next-token loss of `x [B,T]`, `y [B,T]`; bf16 autocast on a GPU."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        logits = model(x)
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+class Training:
+    """Plain training: forward, backward, fused AdamW. Calling it makes one step; peers also return the dots `[B]`."""
+
+    def __init__(self, model: nn.Module, directions: dict[str, Tensor]) -> None:
+        self.model = model
+        self.directions: dict[str, Tensor] = {}  # what the method keeps of them beside the model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+
+    def prepare(self) -> None:
+        """What a step needs and its time does not count."""
+
+    def resident(self) -> list[Tensor]:
+        """What is held between steps, gradients left out."""
+        states = [t for state in self.optimizer.state.values() for t in state.values()]
+        return [*self.model.parameters(), *states, *self.directions.values()]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor | None:
+        self.optimizer.zero_grad()
+        loss_of(self.model, x, y).backward()
+        self.optimizer.step()
+        return None
+
+
+class InRun(Training):
+    """Ours, given the validation gradient. Making the step's directions of it is in the time."""
+
+    def __init__(self, model: nn.Module, val_grads: dict[str, Tensor]) -> None:
+        super().__init__(model, val_grads)
+        self.val_grads = val_grads
+        self.tracker = inrun.track(model, self.optimizer)
+
+    def prepare(self) -> None:
+        with self.tracker.validation():  # as a validation pass would leave the gradients
+            for name, grad in self.val_grads.items():
+                self.model.get_parameter(name).grad = grad.clone()
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor | None:
+        with self.tracker.step(range(len(x))) as step:
+            super().__call__(x, y)
+        return step.values
+
+    def written_directions(self) -> dict[str, Tensor]:
+        """The directions of the last step."""
+        siblings = dict(self.model.named_parameters())
+        return {n: siblings[f"{n}_direction"].detach().clone() for n in self.tracker.coverage["tracked"]}
+
+
+class Hooked(Training):
+    """Forward hooks that take each layer's input, and tensor hooks that take the gradient of its output."""
+
+    def __init__(self, model: nn.Module, directions: dict[str, Tensor]) -> None:
+        super().__init__(model, directions)
+        self.directions = directions
+        self.found: list = []
+        by_param = {id(p): directions[n] for n, p in model.named_parameters()}
+        for module in model.modules():
+            owned = {n: by_param[id(p)] for n, p in module.named_parameters(recurse=False)}
+            if owned:
+                module.register_forward_hook(partial(self._watch, owned))
+
+    def _watch(self, owned: dict[str, Tensor], module: nn.Module, args: tuple, out: Tensor) -> None:
+        out.register_hook(partial(self._layer, owned, module, [args[0].detach()]))
+
+    def _layer(self, owned: dict[str, Tensor], module: nn.Module, inputs: list[Tensor], grads: Tensor) -> None:
+        x = inputs.pop()  # the graph keeps this hook to the end of the backward; the input can go now
+        x = x.to(grads.dtype) if x.is_floating_point() else x
+        self.found += [self.take(module, name, x, grads, d.to(grads.dtype)) for name, d in owned.items()]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor | None:
+        super().__call__(x, y)
+        dots = self.dots()
+        self.found.clear()
+        return dots
+
+    def take(self, module: nn.Module, name: str, x: Tensor, grads: Tensor, direction: Tensor) -> object:
+        raise NotImplementedError
+
+    def dots(self) -> Tensor:
+        raise NotImplementedError
+
+
+class TwoGemms(Hooked):
+    rowsum = staticmethod(gemm_rowsum)
+
+    def take(self, module, name, x, grads, direction):
+        if isinstance(module, nn.Linear) and name == "weight":
+            return self.rowsum(x, grads, direction)
+        if isinstance(module, nn.Embedding):
+            return (F.embedding(x, direction) * grads).sum((1, 2))
+        return sample_gradients(module, name, x, grads) @ direction
+
+    def dots(self):
+        return torch.stack([d.float() for d in self.found]).sum(0)
+
+
+class TwoGemmsCompiled(TwoGemms):
+    rowsum = staticmethod(gemm_rowsum_compiled)
+
+
+class Stored(Hooked):
+    def take(self, module, name, x, grads, direction):
+        return sample_gradients(module, name, x, grads), direction
+
+    def dots(self):
+        return torch.stack([(g.flatten(1) @ d.flatten()).float() for g, d in self.found]).sum(0)
+
+
+class Vmap(Training):
+    def __init__(self, model: nn.Module, directions: dict[str, Tensor]) -> None:
+        super().__init__(model, directions)
+        self.directions = directions
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor | None:
+        def share(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return loss_of(lambda x: functional_call(self.model, params, (x,)), x[None], y[None]) / batch
+
+        batch = len(x)
+        params = {n: p.detach() for n, p in self.model.named_parameters()}
+        per_sample = vmap(grad(share), (None, 0, 0))(params, x, y)
+        dots = torch.stack([g.flatten(1) @ self.directions[n].flatten() for n, g in per_sample.items()]).sum(0)
+        for name, p in self.model.named_parameters():
+            p.grad = per_sample[name].sum(0)
+        del per_sample
+        self.optimizer.step()
+        return dots
+
+
+def sample_gradients(module: nn.Module, name: str, x: Tensor, grads: Tensor) -> Tensor:
+    """`[B, *shape]`, every sample's gradient of one parameter."""
+    if isinstance(module, nn.Embedding):
+        index = x[..., None].expand(grads.shape)
+        return grads.new_zeros(len(x), *module.weight.shape).scatter_add_(1, index, grads)
+    if name == "bias":
+        return grads.sum(1)
+    if isinstance(module, nn.LayerNorm):
+        return (F.layer_norm(x, module.normalized_shape, eps=module.eps) * grads).sum(1)
+    assert isinstance(module, nn.Linear)
+    return grads.mT @ x
+
+
+STEPS: dict[str, type[Training]] = {
+    "plain": Training,
+    "inrun": InRun,
+    "two_gemms": TwoGemms,
+    "two_gemms_compiled": TwoGemmsCompiled,
+    "stored": Stored,
+    "vmap": Vmap,
+}

@@ -1,0 +1,86 @@
+"""Rows as text and as JSON."""
+
+import json
+from itertools import groupby
+from statistics import median
+
+from bench.measure import Row
+
+_COLUMNS = (
+    "provider",
+    "ratio",
+    "quartiles",
+    "of best",
+    "ms",
+    "quartiles",
+    "rounds",
+    "TFLOP/s",
+    "GB/s",
+    "%ceil",
+    "peak MB",
+)
+
+
+def as_json(rows: list[Row]) -> str:
+    """A JSON array, one row to a line."""
+    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+
+
+def as_text(rows: list[Row]) -> str:
+    """Per case all figures; then one table of ratios to plain per suite. Providers are sorted by ratio."""
+    first = rows[0]
+    parts = [
+        f"{first['device']}, {first['threads']} threads, {first['dtype']}, {first['clock']}; torch {first['torch']}, commit "
+        f"{first['commit'][:9]}{'+' if first['commit'].endswith('+') else ''}, seed {first['seed']}\n"
+        f"ceilings measured here: {first['ceiling_tflops']:.3g} TFLOP/s (matmul), {first['ceiling_gbps']:.3g} GB/s "
+        "(copy). Cold cache, rounds interleaved; ratio: median over rounds of time / plain in the same round."
+    ]
+    for (suite, case), group in groupby(rows, key=lambda r: (r["suite"], r["case"])):
+        of_case = sorted(group, key=lambda r: r["ratio"])
+        parts.append(
+            f"{suite}: {case}   (load {of_case[0]['load']:.1f})\n{_aligned([_COLUMNS, *map(_figures, of_case)])}"
+        )
+    for suite, group in groupby(rows, key=lambda r: r["suite"]):
+        parts.append(f"{suite}: ratio to plain\n{_ratios(list(group))}")
+    return "\n\n".join(parts)
+
+
+def _ratios(rows: list[Row]) -> str:
+    by_key = {(r["provider"], r["case"]): r["ratio"] for r in rows}
+    providers, cases = (list(dict.fromkeys(r[key] for r in rows)) for key in ("provider", "case"))
+    found = {p: [by_key.get((p, case)) for case in cases] for p in providers}
+    providers.sort(key=lambda p: median(r for r in found[p] if r is not None))
+    return _aligned(
+        [("", *providers), *((case, *(_number(found[p][i], ".2f") for p in providers)) for i, case in enumerate(cases))]
+    )
+
+
+def _figures(row: Row) -> tuple[str, ...]:
+    low, high = row["ratio_quartiles"]
+    ms_low, ms_high = row["ms_quartiles"]
+    return (
+        row["provider"],
+        f"{row['ratio']:.2f}",
+        f"{low:.2f}-{high:.2f}",
+        f"{row['ratio_of_best']:.2f}",
+        f"{row['ms']:.4g}",
+        f"{ms_low:.4g}-{ms_high:.4g}",
+        str(row["rounds"]),
+        f"{row['tflops']:.3g}",
+        _number(row["gbps"], ".3g"),
+        f"{row['percent_of_ceiling']:.0f}",
+        f"{row['peak_bytes'] / 1e6:.1f}",
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  "
+        + "  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )

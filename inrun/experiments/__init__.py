@@ -1,0 +1,43 @@
+"""`inrun experiment NAME`: what the values are for, each with a seed, a table, a JSON file and a picture.
+
+Small enough for two cores; what comes out is reported, favourable or not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import results
+
+NAMES = ("mislabel", "duplicates", "stages", "curation")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an experiment found: as text, as JSON holds it, as a matplotlib figure."""
+
+    text: str
+    data: dict[str, Any]
+    figure: Any
+
+
+def run(name: str, out: Path, seed: int = 0) -> None:
+    """Run one experiment, print its table, and write `experiment-NAME.json` and `.png` into `out`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"experiment: expected one of {', '.join(NAMES)}, got {name!r}")
+    results.require_matplotlib()
+    start = time.perf_counter()
+    found: Finding = importlib.import_module(f".{name}", __name__).run(seed=seed)
+    seconds = round(time.perf_counter() - start, 1)
+    print(found.text)
+    everything = {**results.provenance(seed), "seconds": seconds, **found.data}
+    for path in results.write(out, f"experiment-{name}", everything, {"": found.figure}):
+        print(path)

@@ -1,0 +1,278 @@
+"""`inrun fidelity`: how near each method's values come to the Shapley value of the real optimizer step.
+
+The game: the players are the samples of one batch, in the middle of training. A coalition's worth is the validation
+loss that the optimizer's own next step takes off (its class, its state at that moment, weight decay and all) when the
+batch loss holds the coalition's shares alone, the reduction being that of the full batch. Every coalition's step is
+taken for real. Up to `ENUMERATED` players the Shapley value is exact, above it is sampled and has confidence intervals.
+
+Learning rates go up to the largest that trains stably, found by short runs. `sgd_proxy`, lr * <g_v, g_z>, is what is
+published for every optimizer (arXiv 2406.11011); `first` on Adam is the fixed-state form of arXiv 2602.00329.
+
+Where path values fall short: at large rates the validation gradient bends along the step, so that two ends do not give
+its mean (`path_simpson` does). And Lion's sign turns at once, in every coordinate, when one coalition is large enough:
+a game of votes, whose Shapley value is not a linear function of a sample's gradient, as every method's values are.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn, optim
+
+from . import results, shapley
+from .deferred import METHODS as DEFERRED
+from .errors import InRunError
+from .fidelity_picture import draw
+from .tasks import OPTIMIZERS, Lion, Task, digits_task, gpt_task, loss, predictions, take_steps
+from .tracker import track
+
+COLUMNS = ("sgd_proxy", "first", *DEFERRED)
+ENUMERATED = 12
+FIRST = 1000  # number of the first step after a task's warm start
+FRACTIONS = (1 / 16, 1 / 4, 1.0)  # of the largest stable learning rate
+
+
+class StepUtility:
+    """U(S): the validation loss that the optimizer's next step takes off with the shares of S alone.
+
+    Args:
+        task: whose validation loss; model, optimizer: at the step's beginning; they are copied, not changed.
+        x, y: the step's batch, n samples; out_of: what its loss is divided by, None for its mean.
+
+    Attributes:
+        shares: each sample's share of the batch gradient, float64 [n, P], by one backward pass for each.
+    """
+
+    def __init__(
+        self, task: Task, model: nn.Module, optimizer: optim.Optimizer, x: Tensor, y: Tensor, out_of: int | None = None
+    ) -> None:
+        self.task = task
+        self.model, self.optimizer = copy.deepcopy((model, optimizer))
+        self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        whole = predictions(y) if out_of is None else out_of
+        parts = [loss(self.model, x[i : i + 1], y[i : i + 1], whole) for i in range(len(x))]
+        self.shares = torch.stack([self.gradient(part) for part in parts])
+        self.validation_gradient = self.gradient(task.validation_loss(self.model))
+        self.before = float(task.validation_loss(self.model).detach())
+        self._weights = [p.detach().clone() for p in self.params]
+        self._state = [copy.deepcopy(self.optimizer.state[p]) for p in self.params]
+
+    def gradient(self, scalar: Tensor) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(scalar, self.params)])
+
+    @torch.no_grad()
+    def __call__(self, members: np.ndarray) -> float:
+        gradient = torch.from_numpy(members).to(self.shares.dtype) @ self.shares
+        parts = gradient.split([p.numel() for p in self.params])
+        for p, weight, state, part in zip(self.params, self._weights, self._state, parts, strict=True):
+            p.copy_(weight)
+            p.grad = part.view_as(p)
+            self.optimizer.state[p] = copy.deepcopy(state)
+        self.optimizer.step()
+        return self.before - float(self.task.validation_loss(self.model))
+
+
+def continued(
+    task: Task, start: nn.Module, kind: str, lr: float, steps: int, size: int, seed: int
+) -> tuple[nn.Module, optim.Optimizer]:
+    """A copy of `start` after some steps of an optimizer, and that optimizer with the state it has by then."""
+    model = copy.deepcopy(start)
+    optimizer = OPTIMIZERS[kind][0](model.parameters(), lr)
+    take_steps(task, model, optimizer, range(FIRST, FIRST + steps), size, seed)
+    return model, optimizer
+
+
+def largest_stable(task: Task, start: nn.Module, kind: str, steps: int, size: int, seed: int, tries: int = 12) -> float:
+    """The largest learning rate, on a grid of factor 2, that trains stably from `start`.
+
+    Stably: over `steps` steps the validation loss, looked at ten times, never stands more than half above where it
+    began, and its mean over the last five looks is below that.
+    """
+    stable = []
+    with torch.no_grad():
+        before = float(task.validation_loss(start))
+    lowest = OPTIMIZERS[kind][1]
+    for lr in (lowest * 2**k for k in range(tries)):
+        model = copy.deepcopy(start)
+        optimizer = OPTIMIZERS[kind][0](model.parameters(), lr)
+        looks: list[float] = []
+        for part in np.array_split(np.arange(FIRST, FIRST + steps), 10):
+            take_steps(task, model, optimizer, part.tolist(), size, seed)
+            with torch.no_grad():
+                looks.append(float(task.validation_loss(model)))
+            if not looks[-1] <= 1.5 * before:
+                break
+        else:
+            if np.mean(looks[5:]) < before:
+                stable.append(lr)
+    if not stable:
+        raise InRunError(f"{task.name}, {kind}: no learning rate from {lowest:g} up trains stably in {steps} steps")
+    return max(stable)
+
+
+def applicable(kind: str) -> list[str]:
+    """The methods that are defined for an optimizer."""
+    paths = [m for m in DEFERRED if m.startswith("path")]
+    if kind in ("sgd", "momentum", "nesterov"):
+        return ["first", "second", "secant", *paths]
+    return ["sgd_proxy", *(["first", "secant"] if kind in ("adam", "adamw") else []), *paths]
+
+
+def tracked_values(
+    method: str,
+    task: Task,
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    out_of: int | None = None,
+) -> tuple[np.ndarray, float | None]:
+    """The tracker's values of this step, and the drop it measured (where the method does); on copies."""
+    model, optimizer = copy.deepcopy((model, optimizer))
+    update = "elementwise" if isinstance(optimizer, Lion) else None
+    tracker = track(model, optimizer, method, validation=lambda: task.validation_loss(model), update=update)
+    with tracker.step(range(len(x))) as step:
+        loss(model, x, y, out_of).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tracker.close()
+    drop = step.drop.get("validation")
+    return step.values.double().numpy(), None if drop is None else float(drop)
+
+
+def measure(
+    task: Task, start: nn.Module, kind: str, lr: float, *, steps: int, size: int, seed: int, permutations: int = 60
+) -> dict[str, Any]:
+    """One step's Shapley value, and every method's distance from it.
+
+    Returns:
+        A row: task, optimizer, lr, seed, batch, total (the step's drop net of u(0), nats), truth (the Shapley value),
+        half_width (of its 95% confidence interval; None where exact), values and fidelity by method.
+    """
+    model, optimizer = continued(task, start, kind, lr, steps, size, seed)
+    x, y = task.batch(FIRST + steps, size, seed)
+    utility = StepUtility(task, model, optimizer, x, y)
+    half_width = None
+    if size <= ENUMERATED:
+        truth, total = shapley.exact(utility, size)
+    else:
+        truth, half_width, total = shapley.monte_carlo(utility, size, permutations, seed)
+    values: dict[str, np.ndarray] = {}
+    for method in applicable(kind):
+        if method == "sgd_proxy":
+            values[method] = lr * (utility.shares @ utility.validation_gradient).numpy()
+            continue
+        values[method], drop = tracked_values(method, task, model, optimizer, x, y)
+        if drop is not None and not math.isclose(drop, total, rel_tol=1e-6, abs_tol=1e-9):
+            raise InRunError(f"{task.name}, {kind}, lr {lr:g}: the tracker's drop is {drop:g}, the game's {total:g}")
+    return {
+        "task": task.name,
+        "optimizer": kind,
+        "lr": lr,
+        "seed": seed,
+        "batch": size,
+        "total": total,
+        "truth": truth.tolist(),
+        "half_width": None if half_width is None else half_width.tolist(),
+        "values": {m: v.tolist() for m, v in values.items()},
+        "fidelity": {m: shapley.fidelity(v, truth, total) for m, v in values.items()},
+    }
+
+
+def run(
+    tasks: Sequence[Task],
+    *,
+    kinds: Sequence[str] = tuple(OPTIMIZERS),
+    seeds: int = 2,
+    size: int = 8,
+    sampled: int = 24,
+    steps: int = 40,
+    permutations: int = 60,
+) -> dict[str, Any]:
+    """The suite.
+
+    Args:
+        tasks: see `inrun.tasks`; kinds: names among its `OPTIMIZERS`.
+        seeds: runs for each optimizer and rate; size: their batch.
+        sampled: size of the larger batches, whose Shapley value is sampled (adamw alone); 0 for none.
+        steps: of training before the step that is measured; permutations: orders that are sampled.
+
+    Returns:
+        provenance, `rows` as `measure` gives them, and `largest`: task -> optimizer -> largest stable rate.
+    """
+    rows: list[dict[str, Any]] = []
+    largest: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        starts = [task.start(seed) for seed in range(seeds)]
+        largest[task.name] = {kind: largest_stable(task, starts[0], kind, steps, size, 0) for kind in kinds}
+        for kind, top in largest[task.name].items():
+            for lr in (top * part for part in FRACTIONS):
+                rows += [measure(task, m, kind, lr, steps=steps, size=size, seed=s) for s, m in enumerate(starts)]
+            if kind == "adamw" and sampled:
+                options = {"steps": steps, "size": sampled, "seed": 0, "permutations": permutations}
+                rows.append(measure(task, starts[0], kind, top / 4, **options))
+    return {**results.provenance(0), "steps": steps, "seeds": seeds, "largest": largest, "rows": rows}
+
+
+def medians(rows: Sequence[dict[str, Any]], method: str, metric: str) -> float | None:
+    """The median of one figure over seeds; None where the method is not defined."""
+    found = [row["fidelity"][method][metric] for row in rows if method in row["fidelity"]]
+    return float(np.median(found)) if found else None
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, float, int], list[dict[str, Any]]]:
+    """The rows of each (task, optimizer, lr, batch), one for each seed."""
+    grouped: dict[tuple[str, str, float, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        grouped.setdefault((row["task"], row["optimizer"], row["lr"], row["batch"]), []).append(row)
+    return grouped
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Per task: Pearson / relative error / efficiency gap, medians over seeds; then where the aim is missed."""
+    parts = []
+    for task in found["largest"]:
+        lines = []
+        for (name, kind, lr, batch), rows in cells(found["rows"]).items():
+            if name != task:
+                continue
+            width = rows[0]["half_width"]
+            noise = "" if width is None else f" +-{np.mean(width) / np.std(rows[0]['truth']):.2f}sd"
+            figures = [_figures(rows, m) for m in COLUMNS]
+            lines.append([f"{kind} {lr:.3g}", f"{batch}{noise}", *figures])
+        body = results.table(["", "batch", *COLUMNS], lines)
+        parts.append(f"{task}: Pearson / relative error / efficiency gap\n{body}")
+    for method in ("path_secant", "path_simpson"):
+        missed = []
+        for (task, kind, lr, _), rows in cells(found["rows"]).items():
+            r, gap = (medians(rows, method, metric) for metric in ("pearson", "efficiency_gap"))
+            if rows[0]["half_width"] is None and r is not None and gap is not None and (r < 0.999 or gap > 0.01):
+                missed.append(f"  {task}, {kind}, lr {lr:.3g}: Pearson {r:.4f}, efficiency gap {gap:.1%}")
+        parts.append(f"{method} below Pearson .999 or above a gap of 1%:\n" + ("\n".join(missed) or "  none"))
+    return "\n\n".join(parts)
+
+
+def _figures(rows: Sequence[dict[str, Any]], method: str) -> str:
+    r, error, gap = (medians(rows, method, m) for m in ("pearson", "relative_error", "efficiency_gap"))
+    return "-" if r is None or error is None or gap is None else f"{r:.4f}/{error:.3f}/{gap:.3f}"
+
+
+def main(out: Path, seeds: int = 2) -> None:
+    """The whole suite: prints the table, writes fidelity.json and a picture of each task into `out`."""
+    results.require_matplotlib()
+    if seeds < 1:
+        raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    found = run([digits_task(), gpt_task()], seeds=seeds)
+    print(as_text(found))
+    figures = {}
+    for task in found["largest"]:
+        of_task = {key[1:]: rows for key, rows in cells(found["rows"]).items() if key[0] == task}
+        figures[f"-{task}"] = draw(task, of_task, COLUMNS, medians)
+    for path in results.write(out, "fidelity", found, figures):
+        print(path)

@@ -1,0 +1,82 @@
+"""What every published figure comes with: the machine, the versions, the commit; a table, a JSON file, a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import InRunError
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Device, threads, versions, commit (with "+" where files were changed since) and seed."""
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "numpy", "scikit-learn", "inrun"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "device": _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "commit": _commit(),
+        "seed": seed,
+    }
+
+
+def _processor() -> str:
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):  # an installed wheel is no checkout
+        return "unknown"
+
+
+def require_matplotlib() -> None:
+    """Raise `InRunError` where pictures cannot be drawn, before the minutes that lead up to them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InRunError("pictures: need matplotlib: pip install 'inrun[report]'")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, the first one flush left, the others right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in [head, *rows]
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def write(out: Path, name: str, found: dict[str, Any], figures: dict[str, Any]) -> list[Path]:
+    """Write `name`.json, and each matplotlib figure as `name` + its key + `.png`, into the folder `out`.
+
+    Returns:
+        What was written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"{name}.json", *(out / f"{name}{suffix}.png" for suffix in figures)]
+    paths[0].write_text(json.dumps(found, indent=1) + "\n")
+    for path, figure in zip(paths[1:], figures.values(), strict=True):
+        figure.savefig(path, dpi=130)
+    return paths

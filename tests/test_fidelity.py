@@ -1,0 +1,144 @@
+"""The fidelity suite: its Shapley values against closed forms, its game against the tracker, its verdicts."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import inrun
+from inrun import cli, fidelity, results, shapley
+from inrun.tasks import OPTIMIZERS, digits_task, gpt_task, loss
+
+
+def test_the_exact_value_is_the_mean_over_all_orders():
+    worth = dict(zip(itertools.product((False, True), repeat=4), np.random.default_rng(0).normal(size=16), strict=True))
+    utility = lambda s: worth[tuple(bool(i) for i in s)]  # noqa: E731
+    expected = np.zeros(4)
+    for order in itertools.permutations(range(4)):
+        members = np.zeros(4, bool)
+        for i in order:
+            before = utility(members)
+            members[i] = True
+            expected[i] += (utility(members) - before) / math.factorial(4)
+    values, total = shapley.exact(utility, 4)
+    np.testing.assert_allclose(values, expected, atol=1e-12)
+    assert values.sum() == pytest.approx(total)
+    sampled, half_width, again = shapley.monte_carlo(utility, 4, 4000)
+    assert again == total and sampled.sum() == pytest.approx(total)
+    assert (np.abs(sampled - expected) < 2 * half_width).all() and half_width.max() < 0.1
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=12), st.data())
+def test_auroc_is_the_share_of_pairs_in_order(scores, data):
+    positive = np.array(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))
+    if positive.all() or not positive.any():
+        return
+    s = np.array(scores, float)
+    pairs = [(a > b) + (a == b) / 2 for a in s[positive] for b in s[~positive]]
+    assert shapley.auroc(s, positive) == pytest.approx(np.mean(pairs))
+
+
+def test_fidelity_of_a_known_distance():
+    truth = np.array([1.0, 2.0, 3.0, -2.0])
+    found = shapley.fidelity(2 * truth, truth, 4.0)
+    assert found["pearson"] == pytest.approx(1) and found["spearman"] == pytest.approx(1)
+    assert found["relative_error"] == pytest.approx(1) and found["efficiency_gap"] == pytest.approx(1)
+    assert found["rmse"] == pytest.approx(math.sqrt(18 / 4))
+    assert shapley.fidelity(truth**3, truth, 4.0)["spearman"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="players: expected from 1 to 20, got 21"):
+        shapley.exact(lambda s: 0.0, 21)
+    with pytest.raises(ValueError, match="permutations: expected at least 2, got 1"):
+        shapley.monte_carlo(lambda s: 0.0, 3, 1)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    task = digits_task(64)
+    return task, task.start(0)
+
+
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+def test_the_games_whole_batch_is_the_training_step_itself(digits, kind):
+    task, start = digits
+    model, optimizer = fidelity.continued(task, start, kind, OPTIMIZERS[kind][1], 5, 6, 0)
+    x, y = task.batch(2000, 6, 0)
+    utility = fidelity.StepUtility(task, model, optimizer, x, y)
+    members = np.array([True, False, True, True, False, True])
+    worth = [utility(m) for m in (np.ones(6, bool), members, np.ones(6, bool))]
+    assert worth[0] == worth[2]
+    for chosen, found in ((np.ones(6, bool), worth[0]), (members, worth[1])):
+        net, own = copy.deepcopy((model, optimizer))
+        before = task.validation_loss(net).item()
+        loss(net, x[chosen], y[chosen], 6).backward()
+        own.step()
+        assert found == pytest.approx(before - task.validation_loss(net).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+def test_path_secant_is_nearest_to_the_truth_at_a_rate_that_trains(digits, kind):
+    task, start = digits
+    lr = OPTIMIZERS[kind][1] / 4
+    row = fidelity.measure(task, start, kind, lr, steps=20, size=6, seed=1)
+    found = row["fidelity"]
+    assert set(found) == set(fidelity.applicable(kind))
+    assert np.sum(row["truth"]) == pytest.approx(row["total"])
+    assert found["path_secant"]["efficiency_gap"] < 0.02
+    if kind != "lion":  # a sign turns at once, which no linear function of a sample's gradient follows
+        others = [v["relative_error"] for method, v in found.items() if method != "path_simpson"]
+        assert found["path_secant"]["relative_error"] == min(others) < 0.02
+        assert found["path_secant"]["pearson"] > 0.999
+
+
+def test_first_order_is_good_at_small_rates_and_not_at_large(digits):
+    task, start = digits
+    rows = [fidelity.measure(task, start, "sgd", lr, steps=10, size=6, seed=0) for lr in (0.0005, 0.8)]
+    first = [row["fidelity"]["first"] for row in rows]
+    assert first[0]["pearson"] > 0.999 > 0.99 > first[1]["pearson"]
+    assert first[0]["efficiency_gap"] < 0.02 < 0.2 < first[1]["efficiency_gap"]
+
+
+def test_the_largest_stable_rate_is_below_one_that_diverges(digits):
+    task, start = digits
+    top = fidelity.largest_stable(task, start, "sgd", 20, 8, 0)
+    assert 0.05 <= top < 3
+    with pytest.raises(inrun.InRunError, match=r"digits, sgd: no learning rate from 0\.05 up trains stably"):
+        broken = copy.deepcopy(start)
+        with torch.no_grad():
+            broken[0].weight.mul_(float("nan"))
+        fidelity.largest_stable(task, broken, "sgd", 20, 8, 0)
+
+
+def test_the_suite_writes_its_table_json_and_picture(tmp_path: Path):
+    task = gpt_task(inrun.config.GPTConfig(block_size=8, layers=1, heads=1, width=8), per_source=20)
+    task = type(task)(**{**vars(task), "warm_steps": 20})
+    found = fidelity.run([task], kinds=("adamw", "lion"), seeds=1, size=3, sampled=13, steps=10, permutations=2)
+    assert len(found["rows"]) == 7 and found["largest"]["gpt"].keys() == {"adamw", "lion"}
+    assert sum(row["half_width"] is not None for row in found["rows"]) == 1
+    text = fidelity.as_text(found)
+    assert "path_secant below Pearson .999 or above a gap of 1%:" in text and "13 +-" in text
+    rows = {key[1:]: rows for key, rows in fidelity.cells(found["rows"]).items()}
+    figure = fidelity.draw("gpt", rows, fidelity.COLUMNS, fidelity.medians)
+    paths = results.write(tmp_path, "x", found, {"": figure})
+    assert json.loads(paths[0].read_text())["rows"] == found["rows"]
+    assert paths[1].read_bytes()[:4] == b"\x89PNG"
+    assert {"device", "versions", "commit", "seed"} <= found.keys()
+
+
+def test_the_command_prints_the_table_and_writes_its_files(tmp_path: Path, capsys, monkeypatch):
+    small = fidelity.run([digits_task(64)], kinds=("lion",), seeds=1, size=3, sampled=0, steps=10)
+    monkeypatch.setattr(fidelity, "run", lambda tasks, seeds: small)
+    cli.main(["fidelity", "--out", str(tmp_path)])
+    assert {p.name for p in tmp_path.iterdir()} == {"fidelity.json", "fidelity-digits.png"}
+    assert fidelity.as_text(small) in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["fidelity", "--seeds", "0"])
+    assert "seeds: expected at least 1, got 0" in capsys.readouterr().err
