@@ -30,10 +30,9 @@ def as_text(rows: list[Row]) -> str:
     """Per case all figures; then one table of ratios to plain per suite. Providers are sorted by ratio."""
     first = rows[0]
     parts = [
-        f"{first['device']}, {first['threads']} threads, {first['dtype']}, {first['clock']}; torch {first['torch']}, commit "
-        f"{first['commit'][:9]}{'+' if first['commit'].endswith('+') else ''}, seed {first['seed']}\n"
-        f"ceilings measured here: {first['ceiling_tflops']:.3g} TFLOP/s (matmul), {first['ceiling_gbps']:.3g} GB/s "
-        "(copy). Cold cache, rounds interleaved; ratio: median over rounds of time / plain in the same round."
+        "{device}, {threads} threads, {dtype}; torch {torch}, commit {commit:.9}, seed {seed}, {clock}\n"
+        "ceilings measured here: {ceiling_tflops:.3g} TFLOP/s (matmul), {ceiling_gbps:.3g} GB/s (copy). Cold cache, "
+        "rounds interleaved; ratio: median over rounds of time / plain in the same round.".format(**first)
     ]
     for (suite, case), group in groupby(rows, key=lambda r: (r["suite"], r["case"])):
         of_case = sorted(group, key=lambda r: r["ratio"])

@@ -86,7 +86,7 @@ class TrainConfig:
     model: GPTConfig = GPTConfig()
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """What steps the weights; the values are those of its update, to first order."""
-    lr: float = 3e-3
+    lr: float = 2e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: down to a tenth of `lr` along a cosine, or constant."""
