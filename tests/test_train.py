@@ -264,7 +264,7 @@ def test_resume_needs_the_same_run(config):
         train(again)
     train(config)
     changed = replace(again, lr=0.5, model=replace(TINY, width=32))
-    with pytest.raises(inrun.InRunError, match=r"lr was 0.003, is 0.5; model.width was 16, is 32"):
+    with pytest.raises(inrun.InRunError, match=r"lr was 0.002, is 0.5; model.width was 16, is 32"):
         train(changed)
     (config.text[0] / "left" / "0.txt").write_text("other text")
     with pytest.raises(inrun.InRunError, match="the text has changed"):
