@@ -11,7 +11,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.installed-demo ## train a small GPT on text that every install holds, and print what was found
-	$(BIN)/inrun train
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/inrun train
 
 test: lint ## lint, types and tests (those marked gpu run where there is a GPU)
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 \

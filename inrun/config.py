@@ -65,7 +65,7 @@ class TrainConfig:
     """Instead of `validation`: hold out a part of this source."""
     holdout_fraction: float = 0.05
     """The part of `holdout` to hold out."""
-    validation_samples: int = 32
+    validation_samples: int = 16
     """Validation samples, drawn once; every step is valued against all of them."""
     tokenizer: Path | None = None
     """A Hugging Face tokenizer.json; a token is a byte without it."""
@@ -77,7 +77,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     """Steps between checkpoints; the last two are kept."""
 
-    steps: int = 450
+    steps: int = 600
     """Optimizer steps."""
     batch_size: int = 16
     """Samples per optimizer step."""

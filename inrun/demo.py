@@ -97,7 +97,7 @@ def plant(samples: Samples, source: str, count: int, rng: np.random.Generator) -
 
 
 def demo_corpus(
-    block_size: int = 256, seed: int = 0, per_source: int = 180, planted: int = 45, validation: int = 32
+    block_size: int = 256, seed: int = 0, per_source: int = 180, planted: int = 45, validation: int = 16
 ) -> tuple[Samples, Samples]:
     """The demo's training and validation samples, the same on every call on one machine.
 

@@ -126,9 +126,9 @@ def _draw_distribution(axes: Axes, found: dict[str, Any]) -> None:
     axes.axvline(0, color=_INK, linewidth=0.7)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="total value of a sample (nats)", ylabel="samples", ylim=(0.5, None))
-    if len(counts) > 1:
-        axes.legend(frameon=False)
+    axes.set(xlabel="total value of a sample (nats)", ylabel="samples", ylim=(0.5, 12 * max(counts[""])))
+    if len(counts) > 1:  # above the bars: that is what the room is for
+        axes.legend(frameon=False, loc="upper right")
 
 
 def _efficiency(found: dict[str, Any]) -> Figure:
