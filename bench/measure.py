@@ -23,6 +23,8 @@ from pytest_benchmark.utils import get_commit_info
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from inrun.results import processor
+
 SEED = 0
 BASE = "plain"
 Row = dict[str, Any]
@@ -57,7 +59,7 @@ class Machine:
         """What every row says of the machine."""
         commit = get_commit_info()
         return {
-            "device": torch.cuda.get_device_name() if self.on_gpu else _cpu_name(),
+            "device": torch.cuda.get_device_name() if self.on_gpu else processor(),
             "threads": torch.get_num_threads(),
             "clock": self.clock,
             "python": platform.python_version(),
@@ -244,12 +246,6 @@ def _last_cache_bytes(device: torch.device) -> int:
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     known = [int(s[:-1]) << {"K": 10, "M": 20}[s[-1]] for s in sizes if re.fullmatch(r"\d+[KM]", s)]
     return max(known, default=64 << 20)
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def _version_of(package: str) -> str | None:

@@ -15,7 +15,7 @@ its growth changed. With G exact along the path they add up to the loss change n
 Clipping by norm is part of the update: along the path the gradient grows until its norm is `clip`, and from there on
 only its direction can change, of which a sample's own part is `g_z` less its component along `g_B`.
 
-Source: second order, arXiv 2406.11011, theorem 4; the others are this library's (DESIGN in CONTRIBUTING.md).
+Source: second order, arXiv 2406.11011, theorem 4; the others are this library's.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from . import check, directions
 from .errors import InRunError
 from .inline import Inline
 from .keep import Keeper
+from .tap import random_state, set_random_state, together
 from .updates import UpdateRule, chunks, require_elementwise, updates
 from .validation import Gradients
 
@@ -86,6 +87,11 @@ class Deferred:
         self.updated = False
 
     @property
+    def _many(self) -> int | None:
+        """How many targets, where dots and directions have an axis for them."""
+        return len(self.tracker.targets) if len(self.tracker.targets) > 1 else None
+
+    @property
     def starts_with_validation(self) -> bool:
         """Whether a step needs the validation gradient at the weights it begins with."""
         return not self.true_ends
@@ -114,7 +120,7 @@ class Deferred:
 
     def batch(self, size: int, recompute: Callable[[], Tensor] | None) -> None:
         self.recompute.append(recompute)
-        self._random.append(None if recompute is None else _random_state())
+        self._random.append(None if recompute is None else random_state())
         if recompute is None:
             self.keeper.begin_batch(size)
         else:
@@ -143,7 +149,7 @@ class Deferred:
     def finish(self) -> list[Tensor | None]:
         """The dots of each batch, once everything the direction needs is there."""
         if not self.updated:
-            many = () if len(self.tracker.targets) == 1 else (len(self.tracker.targets),)
+            many = () if self._many is None else (self._many,)
             sizes, device = self.keeper.sizes, self.tracker.slots[0].param.device
             self.keeper.reset()
             return [torch.zeros(size, *many, device=device) for size in sizes]
@@ -164,15 +170,10 @@ class Deferred:
     # ------------------------------------------------------------------ scoring
 
     def _scored(self) -> list[Tensor | None]:
-        many = len(self.tracker.targets) if len(self.tracker.targets) > 1 else None
-        found: list[Tensor | None] = []
-        for i, dots in enumerate(self.keeper.dots(many)):
-            run = self.recompute[i]
-            if run is not None:
-                found.append(self._recomputed(i, run))
-                continue
-            known = [d for d in dots.values() if d is not None]
-            found.append(sum((d.to(known[0].device) for d in known[1:]), known[0]).float() if known else None)
+        found = [
+            together(dots.values()) if run is None else self._recomputed(i, run)
+            for i, (dots, run) in enumerate(zip(self.keeper.dots(self._many), self.recompute, strict=True))
+        ]
         self.keeper.reset()
         return found
 
@@ -188,7 +189,7 @@ class Deferred:
             p.grad = None
         try:
             with torch.enable_grad(), torch.random.fork_rng():
-                _set_random_state(self._random[i])
+                set_random_state(self._random[i])
                 inline.batch(self.keeper.sizes[i])
                 run().backward()
         finally:
@@ -202,18 +203,17 @@ class Deferred:
     def _check(self, factor: Tensor, unscale: Any) -> None:
         """Along the batch's own gradient, whose dots must add up to its square."""
         tracker = self.tracker
-        many = len(tracker.targets) if len(tracker.targets) > 1 else None
         for slot in tracker.slots:
             if slot.param.grad is not None:
                 slot.direction.copy_(slot.param.grad * unscale)  # every target's slice, by broadcasting
         along = [s.direction for s in tracker.slots]
-        check.efficiency(tracker.slots, self.keeper.dots(many), along, factor, unscale)
+        check.efficiency(tracker.slots, self.keeper.dots(self._many), along, factor, unscale)
 
     # ------------------------------------------------------------------ directions
 
     def _slices(self, slot: Any) -> list[Tensor]:
         """A parameter's direction, one slice for each target."""
-        return [slot.direction] if len(self.tracker.targets) == 1 else list(slot.direction.unbind(0))
+        return [slot.direction] if self._many is None else list(slot.direction.unbind(0))
 
     def _write_coefficients(self, optimizer: Optimizer) -> None:
         for i, slot in enumerate(self.tracker.slots):
@@ -224,56 +224,55 @@ class Deferred:
 
     def _write_path(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> None:
         """K, from the optimizer's own update at g_B, at 0, and (where it was clipped) around g_B."""
-        tracker = self.tracker
-        grads = [None if s.param.grad is None else s.param.grad.double() * unscale for s in tracker.slots]
-        shrink = self._clip_coefficient(grads, factor)
-        log = 0.0 if shrink is None else math.log(1 / shrink)
-        norm = torch.sqrt(sum((g.square().sum() for g in grads if g is not None), torch.zeros(())).double())
+        slots = self.tracker.slots
+        grads = {i: s.param.grad.double() * unscale for i, s in enumerate(slots) if s.param.grad is not None}
+        clipped = self._clipping(list(grads.values()), factor)
         slopes: dict[int, Tensor] = {}
         units: dict[int, Tensor] = {}
         moves: dict[int, tuple[Tensor, Tensor]] = {}  # slot -> u(0), u(g_B) - u(0)
-        by_slot = {id(s): (i, g) for i, (s, g) in enumerate(zip(tracker.slots, grads, strict=True))}
-        for part in chunks([s for s, g in zip(tracker.slots, grads, strict=True) if g is not None]):
-            here: list[Tensor] = [g for s in part if (g := by_slot[id(s)][1]) is not None]
-            at_zero = updates(optimizer, part, [torch.zeros_like(g) for g in here], self.update)
-            at_full = updates(optimizer, part, here, self.update)
-            around = []
-            if shrink is not None:
-                steps = [1e-3 * g.abs() + 1e-12 for g in here]
-                low = updates(optimizer, part, [g - h for g, h in zip(here, steps, strict=True)], self.update)
-                high = updates(optimizer, part, [g + h for g, h in zip(here, steps, strict=True)], self.update)
-                around = [-(b - a) / (2 * h) for a, b, h in zip(low, high, steps, strict=True)]
-            for k, slot in enumerate(part):
-                i, g = by_slot[id(slot)][0], here[k]
+        for part in chunks([(i, slots[i]) for i in grads]):
+            here = [slot for _, slot in part]
+            full = [grads[i] for i, _ in part]
+            at_zero = updates(optimizer, here, [torch.zeros_like(g) for g in full], self.update)
+            at_full = updates(optimizer, here, full, self.update)
+            around = [] if clipped is None else self._slopes(optimizer, here, full)
+            for k, (i, slot) in enumerate(part):
+                g, dtype = full[k], slot.param.dtype
                 zero = g == 0
                 coefficient = -(at_full[k] - at_zero[k]) / torch.where(zero, 1.0, g)
                 coefficient.masked_fill_(zero, 0.0)
-                if shrink is not None:
+                if clipped is not None:
+                    log, norm = clipped
                     coefficient += log * around[k]
-                    units[i] = (g / norm).to(slot.param.dtype)
-                    slopes[i] = around[k].to(slot.param.dtype)
-                for slice_ in self._slices(slot):
-                    slice_.copy_(coefficient)
+                    units[i] = (g / norm).to(dtype)
+                    slopes[i] = around[k].to(dtype)
+                slot.direction[...] = coefficient
                 if self.true_ends:
-                    dtype = slot.param.dtype
                     moves[i] = (at_zero[k].to(dtype), (at_full[k] - at_zero[k]).to(dtype))
-        for slot, g in zip(tracker.slots, grads, strict=True):
-            if g is None:
+        for i, slot in enumerate(slots):
+            if i not in grads:
                 slot.direction.zero_()
-        if shrink is not None:
-            self._clipped = (log, slopes, units)
+        if clipped is not None:
+            self._clipped = (clipped[0], slopes, units)
         if self.true_ends:
             self._run_along(moves)
         else:
             self._parts = [(0.5 if self.name == "path_secant" else 1.0, self._start)]
 
-    def _clip_coefficient(self, grads: list[Tensor | None], factor: Tensor) -> float | None:
-        """What clipping multiplied the gradient by, where it did."""
+    def _slopes(self, optimizer: Optimizer, slots: list[Any], grads: list[Tensor]) -> list[Tensor]:
+        """-u'(g), by differences."""
+        steps = [1e-3 * g.abs() + 1e-12 for g in grads]
+        low = updates(optimizer, slots, [g - h for g, h in zip(grads, steps, strict=True)], self.update)
+        high = updates(optimizer, slots, [g + h for g, h in zip(grads, steps, strict=True)], self.update)
+        return [-(b - a) / (2 * h) for a, b, h in zip(low, high, steps, strict=True)]
+
+    def _clipping(self, grads: list[Tensor], factor: Tensor) -> tuple[float, float] | None:
+        """Where the gradient was clipped: log(1 / what it was multiplied by), and its norm since."""
         if self.clip is None:
             return None
-        norm = math.sqrt(sum(float(g.square().sum()) for g in grads if g is not None))
+        norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
         shrink = float(factor) * float(self.scale)
-        return shrink if norm > self.clip * (1 - 1e-3) and shrink < 1 - 1e-6 else None
+        return (math.log(1 / shrink), norm) if norm > self.clip * (1 - 1e-3) and shrink < 1 - 1e-6 else None
 
     def _run_along(self, moves: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Validation gradients at w + u(0) and, for Simpson, in the middle; the weights are restored to the bit."""
@@ -384,13 +383,3 @@ def _mean(parts: list[tuple[float, Tensor | None]]) -> Tensor | None:
     for w, g in known[1:]:
         total.add_(g, alpha=w)
     return total
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from . import check, directions
 from .errors import InRunError
-from .tap import Tap
+from .tap import Tap, together
 
 if TYPE_CHECKING:
     from .tracker import Tracker
@@ -75,12 +75,7 @@ class Inline:
 
     def finish(self) -> list[Tensor | None]:
         """The dots of each batch, `[B]` or `[B, M]`; None where no backward reached a tracked layer."""
-        found: list[Tensor | None] = []
-        for probes in self.probes:
-            grads = [p.grad for p in probes.values() if p.grad is not None]
-            total = sum((g.to(grads[0].device) for g in grads[1:]), grads[0]).float() if grads else None
-            found.append(total)
-        return found
+        return [together(p.grad for p in probes.values()) for probes in self.probes]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from . import forward_mode
 from .errors import InRunError
-from .tap import SUFFIX, Tap
+from .tap import SUFFIX, Tap, random_state, set_random_state
 
 
 @dataclass
@@ -80,11 +80,9 @@ class Keeper:
 
     def _run_module(self, module: Any, plain: Callable, inputs: tuple[tuple, dict]) -> Any:
         args, kwargs = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, inputs)
-        device = next(module.parameters()).device
-        random = (torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-        kind = device.type
+        kind = next(module.parameters()).device.type
         autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        kept = _Kept(module, len(self.sizes) - 1, (args, kwargs), {}, random, autocast)
+        kept = _Kept(module, len(self.sizes) - 1, (args, kwargs), {}, random_state(), autocast)
         if self.weights_move:
             for name, p in module.named_parameters():
                 if not name.endswith(SUFFIX):
@@ -138,14 +136,11 @@ class Keeper:
         args, kwargs = pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, kept.x)
         rule: Any = type(module).__mro__[1]
         plain = super(rule, module).forward
-        cpu, cuda = kept.random
         kind, dtype, enabled = kept.autocast or (device.type, torch.float32, False)
         columns = []
         for m in [None] if many is None else range(many):
             with torch.random.fork_rng(), torch.autocast(kind, dtype, enabled), self._weights_of(module):
-                torch.set_rng_state(cpu)
-                if cuda is not None:
-                    torch.cuda.set_rng_state(cuda, device)
+                set_random_state(kept.random)
                 tangents = forward_mode.tangents_only(module, module._inrun, plain, args, kwargs, m)
             columns.append(self._contract(module, kept, tangents, device))
         return columns[0] if many is None else torch.stack(columns, 1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from inrun import shapley
 from inrun.errors import InRunError
 from inrun.ledger import Ledger
 
@@ -121,11 +122,8 @@ def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
     Args:
         positive, negative: [N], [M] scores.
     """
-    both = np.concatenate([positive, negative])
-    _, inverse, count = np.unique(both, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[inverse]  # 1-based, the mean rank among ties
-    n, m = len(positive), len(negative)
-    return float((rank[:n].sum() - n * (n + 1) / 2) / (n * m))
+    is_positive = np.arange(len(positive) + len(negative)) < len(positive)
+    return shapley.auroc(np.concatenate([positive, negative]), is_positive)
 
 
 def _planted(

@@ -25,7 +25,7 @@ def provenance(seed: int) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[name] = "not installed"
     return {
-        "device": _processor(),
+        "device": processor(),
         "threads": torch.get_num_threads(),
         "versions": versions,
         "commit": _commit(),
@@ -33,7 +33,8 @@ def provenance(seed: int) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU."""
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -7,7 +7,6 @@ the same, to the bit on a CPU, as if it had never stopped.
 
 from __future__ import annotations
 
-import copy
 import math
 import signal
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from inrun.config import TrainConfig
 from inrun.gpt import GPT
 from inrun.ledger import Ledger
 from inrun.tracker import track
+from inrun.updates import updates
 
 
 class Stopped(Exception):
@@ -187,7 +187,7 @@ class _Run:
             group["lr"] = lr_at(self.step, config)
         calibrating = clock.due(self.step)
         measuring = bool(config.measure_every) and self.step % config.measure_every == config.measure_every - 1
-        before = self.snapshot() if measuring else None
+        without = self.without_batch() if measuring else None
 
         wait = self.device if calibrating else None  # waiting at every step would slow training
         start = now(wait)
@@ -212,7 +212,7 @@ class _Run:
             loss=torch.stack(losses).sum(),
             validation_loss=tracker.last_validation["validation"] if self.step % config.validate_every == 0 else None,
             value_sum=scored.values.sum(),
-            batch_drop=None if before is None else self.batch_drop(*before),
+            batch_drop=None if without is None else self.batch_drop(without),
             **clock.figures(tracker.seconds),
         )
         self.step += 1
@@ -226,28 +226,28 @@ class _Run:
                 torch.autograd.grad(self.loss(x, y, count), self.params)
             return now(self.device) - start
 
-    def snapshot(self) -> tuple[list[Tensor], dict[str, Any]]:
-        return [p.detach().clone() for p in self.params], copy.deepcopy(self.optimizer.state_dict())
+    @torch.no_grad()
+    def without_batch(self) -> list[Tensor]:
+        """The weights w + u(0) that the coming step would reach with a gradient of zero.
+
+        u is the optimizer's update as a function of the gradient; u(0) is old momentum and weight decay.
+        """
+        slots = self.tracker.slots
+        nothing = [torch.zeros_like(s.param, dtype=torch.float64) for s in slots]
+        moves = updates(self.optimizer, slots, nothing)
+        return [s.param + u.to(s.param.dtype) for s, u in zip(slots, moves, strict=True)]
 
     @torch.no_grad()
-    def batch_drop(self, weights: list[Tensor], state: dict[str, Any]) -> Tensor:
-        """What the last step's batch took off the validation loss: loss(w + u(0)) - loss(w + u(g_B)).
-
-        u is the optimizer's update as a function of the gradient; u(0), from weight decay and old momentum,
-        is what would have happened without the batch, and is taken on a twin of the optimizer.
-        """
+    def batch_drop(self, without: list[Tensor]) -> Tensor:
+        """What the last step's batch took off the validation loss: loss(w + u(0)) - loss(w + u(g_B))."""
         with_batch = self.validation_loss()
-        moved = [p.clone() for p in self.params]
-        for p, w in zip(self.params, weights, strict=True):
+        params = [s.param for s in self.tracker.slots]
+        moved = [p.clone() for p in params]
+        for p, w in zip(params, without, strict=True):
             p.copy_(w)
-            p.grad = torch.zeros_like(p)
-        twin = make_optimizer(self.model, self.config)
-        twin.load_state_dict(state)
-        twin.step()
         drop = self.validation_loss() - with_batch
-        for p, w in zip(self.params, moved, strict=True):
+        for p, w in zip(params, moved, strict=True):
             p.copy_(w)
-            p.grad = None
         return drop
 
     def save(self) -> None:

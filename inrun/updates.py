@@ -53,14 +53,16 @@ def require_elementwise(optimizer: Optimizer, rule: UpdateRule | str | None) -> 
     )
 
 
-def chunks(slots: Sequence[Any]) -> Iterator[list[Any]]:
-    """The tracked parameters in runs of at most `CHUNK` elements (or one parameter)."""
-    part: list[Any] = []
-    for slot in slots:
-        if part and sum(s.param.numel() for s in part) + slot.param.numel() > CHUNK:
+def chunks(slots: Sequence[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    """Numbered parameters in runs of at most `CHUNK` elements (or one parameter)."""
+    part: list[tuple[int, Any]] = []
+    size = 0
+    for i, slot in slots:
+        if part and size + slot.param.numel() > CHUNK:
             yield part
-            part = []
-        part.append(slot)
+            part, size = [], 0
+        part.append((i, slot))
+        size += slot.param.numel()
     if part:
         yield part
 

@@ -13,7 +13,9 @@ from models import B, data, gradient, loss_of, make, oracle_values, sample_gradi
 from torch import nn
 
 import inrun
+from inrun import shapley
 from inrun.deferred import METHODS, Deferred
+from inrun.tasks import Lion
 
 
 def close(found, expected, rtol=1e-3):
@@ -127,25 +129,6 @@ def test_second_order_and_secant_agree_to_the_third_order_of_the_learning_rate()
     assert all(2.5 < slope < 3.6 for slope in slopes), (gaps, slopes)
 
 
-class Lion(torch.optim.Optimizer):
-    """An optimizer torch does not have: the sign of an interpolation of momentum and gradient."""
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01):
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
-                b1, b2 = group["betas"]
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(torch.sign(b1 * m + (1 - b1) * p.grad), alpha=-group["lr"])
-                m.mul_(b2).add_(p.grad, alpha=1 - b2)
-
-
 OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
     "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
@@ -156,20 +139,8 @@ OPTIMIZERS = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.005, momentum=0.5),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
-    "lion": lambda p: Lion(p, lr=0.005),
+    "lion": lambda p: Lion(p, lr=0.005, weight_decay=0.01),
 }
-
-
-def shapley(utility, count):
-    """The exact Shapley value of every player, over all subsets."""
-    worth = [utility([i for i in range(count) if mask >> i & 1]) for mask in range(1 << count)]
-    found = torch.zeros(count, dtype=torch.float64)
-    for mask, i in itertools.product(range(1 << count), range(count)):
-        if not mask >> i & 1:
-            size = mask.bit_count()
-            weight = math.factorial(size) * math.factorial(count - size - 1) / math.factorial(count)
-            found[i] += weight * (worth[mask | 1 << i] - worth[mask])
-    return found, worth[-1] - worth[0]
 
 
 @pytest.mark.parametrize("kind", list(OPTIMIZERS))
@@ -192,7 +163,8 @@ def test_path_secant_is_the_exact_shapley_value_of_the_real_update(kind):
         with torch.no_grad():
             return -loss_of(copied, *validation).item()
 
-    exact, total = shapley(utility, B)
+    exact, total = shapley.exact(utility, B)
+    exact = torch.from_numpy(exact)
     correlation = torch.corrcoef(torch.stack([step.values.double(), exact]))[0, 1]
     # A sign turns at once, which a path through the gradient's size sees in the mean only.
     assert correlation > (0.7 if kind == "lion" else 0.999)
@@ -327,7 +299,7 @@ def test_a_users_update_rule_stands_for_its_optimizer():
         return -group["lr"] * (sign + group["weight_decay"] * param)
 
     found = [
-        scored_step("mlp", "path", lambda p: Lion(p, lr=0.01), update=update)[0].values
+        scored_step("mlp", "path", lambda p: Lion(p, lr=0.01, weight_decay=0.01), update=update)[0].values
         for update in ("elementwise", rule)
     ]
     close(found[0], found[1].double(), 1e-3)

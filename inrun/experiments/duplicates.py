@@ -91,8 +91,9 @@ def _draw(data: dict[str, Any]) -> Any:
     ):
         for method, values in means.items():
             exact = method == "exact Shapley"
-            style = {"color": "black", "linewidth": 3, "alpha": 0.5} if exact else {"marker": "o", "markersize": 4}
-            axes.plot(copies, copies * np.array(values), label=method, **style)
+            colour = "black" if exact else f"C{('first', *METHODS).index(method)}"  # the same in every panel
+            style = {"linewidth": 3, "alpha": 0.5} if exact else {"marker": "o", "markersize": 4}
+            axes.plot(copies, copies * np.array(values), label=method, color=colour, **style)
         axes.set(xscale="log", xlabel="copies n", title=setting)
         axes.set_xticks(copies, [str(n) for n in copies])
         axes.minorticks_off()
