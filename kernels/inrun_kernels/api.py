@@ -13,6 +13,7 @@ from inrun_kernels import ops
 from inrun_kernels.validation import (
     check_backend,
     check_direction,
+    check_form,
     check_grouping,
     check_ids,
     check_padding,
@@ -72,6 +73,7 @@ def ghost_wgrad_dot(
     val_grad: Tensor,
     *,
     segments: Tensor | None = None,
+    form: str = "two",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weight gradient of a linear layer and, from the same pass, every sample's dot with a direction.
@@ -83,6 +85,11 @@ def ghost_wgrad_dot(
     time (one scratch weight on the torch path).
 
     Args, Raises, Source: as `ghost_dot`; there is no per_token.
+        form: how the triton backend keeps samples apart. "two" accumulators: a dot's error is relative to the
+            sample's own terms, whatever else is in the batch. "prefix", faster on large tiles: a dot is the
+            difference of two running sums, so its error is relative to the terms of all samples up to it: one
+            float32 rounding (6e-8) of those for each 16 of the sample's tokens. The weight gradient is as exact in
+            both. The torch backend is always as exact as "two".
 
     Returns:
         `(weight_grad [O, I], dots)`, dots as in `ghost_dot`.
@@ -92,7 +99,8 @@ def ghost_wgrad_dot(
         >>> torch.testing.assert_close(dots.sum(), (weight_grad * val_grad).sum())
     """
     _check_linear(acts, grads, val_grad, segments, False, backend)
-    weight_grad, dots = ops.ghost_wgrad_dot(acts, grads, _with_m(val_grad, 3), segments, backend)
+    check_form(form)
+    weight_grad, dots = ops.ghost_wgrad_dot(acts, grads, _with_m(val_grad, 3), segments, form, backend)
     return weight_grad, dots if val_grad.dim() == 3 else dots.squeeze(-1)
 
 

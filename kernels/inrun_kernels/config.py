@@ -1,11 +1,39 @@
-"""Tile shapes and launch parameters of the Triton kernels: an analytic default from dtype and sizes.
+"""Tile shapes and launch parameters of the Triton kernels: what each chip offers, and an analytic default.
 
-No device is queried and triton is not imported here.
+No device is queried and triton is not imported here. `tune.py` may time the candidates instead.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the defaults need to know of an architecture."""
+
+    shared: int  # bytes of shared memory that one program may use
+    copies: bool = False  # has an engine that copies tiles to shared memory: tensor descriptors
+    asynchronous: bool = False  # matrix instructions write registers while the program runs on
+    accumulates_apart: bool = False  # matrix results stay out of the registers (tensor memory)
+
+
+CHIPS = {
+    "sm_80": Chip(163 * 1024),
+    "sm_86": Chip(99 * 1024),
+    "sm_89": Chip(99 * 1024),
+    "sm_90": Chip(227 * 1024, copies=True, asynchronous=True),
+    "sm_100": Chip(227 * 1024, copies=True, accumulates_apart=True),
+    "sm_120": Chip(99 * 1024, copies=True),
+    "gfx942": Chip(64 * 1024),
+}
+
+
+def chip_named(architecture: str) -> Chip:
+    """The chip of an architecture, or what any GPU has: pointer loads and the least shared memory."""
+    return CHIPS.get(architecture, CHIPS["gfx942"])
 
 
 @dataclass(frozen=True)
@@ -19,37 +47,86 @@ class Tile:
     num_stages: int
 
 
-def matrix_tile(dtype: torch.dtype, m: int, n: int, k: int, *, accumulators: int = 1, aligned: bool = True) -> Tile:
-    """Tile of a kernel for an m x n x k product that holds one or two accumulators of the tile's size.
+# Best first. 128 x 256 has the tensor cores wait least for shared memory; it fills the registers of a
+# multiprocessor with one accumulator, 128 x 128 with two.
+_TILES = (
+    Tile(128, 256, 64, 8, 3),
+    Tile(128, 256, 32, 8, 4),
+    Tile(128, 128, 64, 8, 4),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 128, 32, 8, 4),
+    Tile(128, 128, 32, 8, 3),
+    Tile(128, 64, 64, 8, 3),
+    Tile(128, 64, 32, 8, 4),
+    Tile(128, 64, 32, 8, 3),
+    Tile(64, 64, 32, 8, 3),
+    Tile(64, 32, 32, 4, 3),
+)
+_FLOAT32 = Tile(64, 64, 16, 4, 2)
 
-    Half precision: 128 x 128 outputs in 8 warps keep the tensor cores busy; two accumulators and the operand
-    they meet fill the registers at half that. Loads that cannot be vectorised (`aligned` False) need a register
-    per address, and float32 runs on the ordinary cores: 64 x 64. Small sizes shrink the tile, no further than
-    the 16 that a tensor-core instruction takes.
+
+def matrix_tiles(
+    chip: Chip,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    accumulators: int = 1,
+    copies: bool = False,
+    aligned: bool = True,
+    kept: int = 0,
+) -> Sequence[Tile]:
+    """Tiles for an m x n x k product that fit the chip, the default first.
+
+    `accumulators` of the tile's size stay in registers; `kept` bytes for each element of the output tile lie in
+    shared memory beside the operands. Without `copies` the addresses and what the accumulators meet take registers
+    too: half the tile, and 64 x 64 where loads cannot be vectorised (`aligned` False). float32 runs on the
+    ordinary cores in 64 x 64. Small sizes shrink a tile, no further than the 16 that a tensor-core instruction takes.
     """
-    half = dtype != torch.float32
-    largest = 128 if half and aligned else 64
-    block_m, block_n = _fit(m, largest), _fit(n, largest // accumulators)
-    if not half:
-        return Tile(block_m, block_n, _fit(k, 16), 4 * accumulators, 2)
-    deep = accumulators == 1 and aligned
-    warps = 8 if block_m * block_n * accumulators > 64 * 128 else 4
-    return Tile(block_m, block_n, _fit(k, 64 if deep else 32), warps, 3 if deep else 4)
+    if dtype == torch.float32:
+        tile = _FLOAT32
+        warps = tile.num_warps * accumulators
+        return [Tile(_fit(m, tile.block_m), _fit(n, tile.block_n // accumulators), _fit(k, 16), warps, 2)]
+    largest = (128 * 256 if copies else 128 * 128 if aligned else 64 * 64) // accumulators
+    if chip.accumulates_apart:
+        largest = min(largest, 128 * 128)  # one that is read at every sample's end meets the direction in registers
+    fitting = []
+    for tile in _TILES:
+        shared = (tile.block_m + tile.block_n) * tile.block_k * 2 * tile.num_stages
+        shared += kept * tile.block_m * tile.block_n + 1024  # barriers, reductions
+        if tile.block_m * tile.block_n > largest or shared > chip.shared or (not copies and tile.block_k > 32):
+            continue
+        block_m, block_n = _fit(m, tile.block_m), _fit(n, tile.block_n)
+        small = block_m * block_n * accumulators <= 64 * 128 and aligned
+        warps = 4 if small else tile.num_warps
+        tile = replace(tile, block_m=block_m, block_n=block_n, block_k=_fit(k, tile.block_k), num_warps=warps)
+        if tile not in fitting:
+            fitting.append(tile)
+    return fitting
+
+
+def resident_programs(tile: Tile, accumulators: int) -> int:
+    """Programs that share a multiprocessor's 65536 registers, with 64 in each thread beside the accumulators."""
+    return max(1, 65536 // (accumulators * tile.block_m * tile.block_n + 64 * 32 * tile.num_warps))
+
+
+@lru_cache(1024)
+def sample_splits(tiles: int, n_samples: int, slots: int) -> int:
+    """How many programs share the samples of one weight tile, so that a small weight still fills the device.
+
+    The fewest that finish first: `slots` programs run at once, and each costs its samples and about a quarter of a
+    sample for its start and its store. Each split holds a partial weight gradient; at most half as many as samples,
+    so that memory stays clear of one gradient per sample.
+    """
+    most = max(1, min(n_samples // 2, max(4, slots // tiles)))
+    return min(range(1, most + 1), key=lambda n: ceil_div(tiles * n, slots) * (ceil_div(n_samples, n) + 0.25))
 
 
 def row_tile(width: int, columns: int = 512) -> tuple[int, int]:
     """(rows, columns) of a tile for one pass over `[rows, width]` memory: 2048 elements in 4 warps."""
     columns = _fit(width, columns)
     return 2048 // columns, columns
-
-
-def sample_splits(tiles: int, n_samples: int, multiprocessors: int) -> int:
-    """How many programs share the samples of one weight tile, so that a small weight still fills the device.
-
-    Each split holds a partial weight gradient; at most half as many as samples, so that memory stays clear of
-    one gradient per sample.
-    """
-    return max(1, min(n_samples // 2, multiprocessors // tiles))
 
 
 def ceil_div(size: int, block: int) -> int:

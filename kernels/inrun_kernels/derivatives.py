@@ -24,13 +24,13 @@ def ghost_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
 
 
 def save_ghost_wgrad_dot(ctx: Any, inputs: tuple, output: Any) -> None:
-    acts, grads, val_grad, segments, _backend = inputs
+    acts, grads, val_grad, segments, _form, _backend = inputs
     _save(ctx, acts, grads, val_grad, segments)
 
 
 def ghost_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_dots: Tensor | None) -> tuple:
     acts, grads, val_grad, segments = ctx.saved_tensors
-    return (*_linear(ctx.needs_input_grad, acts, grads, val_grad, segments, grad_weight, grad_dots), None, None)
+    return (*_linear(ctx.needs_input_grad, acts, grads, val_grad, segments, grad_weight, grad_dots), None, None, None)
 
 
 def save_pairwise(ctx: Any, inputs: tuple, output: Any) -> None:

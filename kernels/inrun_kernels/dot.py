@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inrun_kernels.config import ceil_div, matrix_tile
-from inrun_kernels.tiles import INTERPRETED, aligned, contract, load_columns, sum_tokens, token_starts
+from inrun_kernels.config import ceil_div, matrix_tiles
+from inrun_kernels.tiles import INTERPRETED, aligned, chip, contract, load_columns, sum_tokens, token_starts
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
     direction, scale = _cast(val_grad, acts.dtype)
     x, y, direction = (acts, grads, direction.mT) if acts.shape[2] > grads.shape[2] else (grads, acts, direction)
     width_k, width_y = x.shape[2], y.shape[2]
-    tile = matrix_tile(acts.dtype, n_tokens, width_y, width_k, aligned=aligned(x, y, direction))
+    tile = matrix_tiles(chip(acts.device), acts.dtype, n_tokens, width_y, width_k, aligned=aligned(x, y, direction))[0]
     tiles_y = ceil_div(width_y, tile.block_n)
     partial = torch.empty(tiles_y, n_directions, n_tokens, dtype=torch.float32, device=acts.device)
     _dot_kernel[(ceil_div(n_tokens, tile.block_m), tiles_y, n_directions)](

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inrun_kernels.config import ceil_div, matrix_tile
-from inrun_kernels.tiles import INTERPRETED, aligned, contract
+from inrun_kernels.config import ceil_div, matrix_tiles
+from inrun_kernels.tiles import INTERPRETED, aligned, chip, contract
 
 
 @triton.jit
@@ -91,7 +91,9 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
     (batch, tokens, inputs), outputs = acts.shape, grads.shape[2]
     n_val, val_tokens, _ = val_acts.shape
     vectors = aligned(acts, grads, val_acts, val_grads)
-    tile = matrix_tile(acts.dtype, tokens, val_tokens, max(inputs, outputs), accumulators=2, aligned=vectors)
+    tile = matrix_tiles(
+        chip(acts.device), acts.dtype, tokens, val_tokens, max(inputs, outputs), accumulators=2, aligned=vectors
+    )[0]
     tiles = ceil_div(tokens, tile.block_m)
     partial = torch.empty(tiles, batch, n_val, dtype=torch.float32, device=acts.device)
     _pairwise_kernel[(batch, n_val, tiles)](

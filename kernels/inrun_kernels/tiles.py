@@ -8,8 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from inrun_kernels.config import Chip, chip_named
 
 INTERPRETED = knobs.runtime.interpret
+ON_CPU = "sm_90"
 
 
 @triton.jit
@@ -48,6 +52,28 @@ def contract(x, y, acc, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def tile_order(pid, tiles_m, tiles_n, GROUP: tl.constexpr = 8):
+    """(row, column) of the pid-th tile: programs that run together cover a near-square patch, for reuse in L2."""
+    group = pid // (GROUP * tiles_n)
+    rows = tl.minimum(tiles_m - group * GROUP, GROUP)
+    within = pid % (GROUP * tiles_n)
+    return group * GROUP + within % rows, within // rows
+
+
+@triton.jit
+def _tile_sum_kernel(partial_ptr, out_ptr, tiles, n_directions, samples_per_split, BLOCK_N: tl.constexpr):
+    pid = tl.program_id(0).to(tl.int64)  # sample * M + m
+    follows = (pid // n_directions) % samples_per_split > 0
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for low in range(0, tiles, BLOCK_N):
+        offs = low + tl.arange(0, BLOCK_N)
+        ptrs = partial_ptr + pid * tiles + offs
+        before = tl.load(ptrs - n_directions * tiles, mask=(offs < tiles) & follows, other=0.0)
+        total += tl.load(ptrs, mask=offs < tiles, other=0.0) - before
+    tl.store(out_ptr + pid, tl.sum(total))
+
+
+@triton.jit
 def _segment_sum_kernel(
     x_ptr, offsets_ptr, out_ptr, n_tokens, tokens, n_samples, HAS_OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -69,9 +95,46 @@ def aligned(*tensors: Tensor) -> bool:
     )
 
 
+def chip(device: torch.device) -> Chip:
+    """The chip that kernels for `device` are made for; when interpreting or only compiling, what a test asks for."""
+    if device.type != "cuda":
+        return chip_named(ON_CPU)
+    if torch.version.hip:
+        return chip_named(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+    return chip_named("sm_{}{}".format(*torch.cuda.get_device_capability(device)))
+
+
+def copyable(*tensors: Tensor) -> bool:
+    """Whether a tensor descriptor can describe each: rows of adjacent elements, base and strides in 16-byte steps."""
+    return all(
+        x.data_ptr() % 16 == 0
+        and x.stride(-1) == 1
+        and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """What the copy engine needs to read blocks of `x`; elements outside it are zero."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
 def one_row(x: Tensor, segments: Tensor | None) -> Tensor:
     """`[B, T, X]`, seen as the one row `[1, B*T, X]` that segments cut (a copy only where strides forbid it)."""
     return x if segments is None else x.flatten(0, 1)[None]
+
+
+def sum_tiles(partial: Tensor, samples_per_split: int = 1) -> Tensor:
+    """Second stage of the dots: `[S, M, tiles]` -> `[S, M]`, in a fixed order.
+
+    With samples_per_split > 1 the sample's predecessor in its split is subtracted first, tile by tile (prefix form).
+    """
+    n_samples, n_directions, tiles = partial.shape
+    out = partial.new_empty(n_samples, n_directions)
+    _tile_sum_kernel[(n_samples * n_directions,)](
+        partial, out, tiles, n_directions, samples_per_split, BLOCK_N=256, num_warps=4
+    )
+    return out
 
 
 def sum_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor | None, keep: bool) -> Tensor:

@@ -97,6 +97,12 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend: expected None, 'triton' or 'torch', received {backend!r}")
 
 
+def check_form(form: str) -> None:
+    """Require a known form of the weight-gradient kernel."""
+    if form not in ("two", "prefix"):
+        raise ValueError(f"form: expected 'two' or 'prefix', received {form!r}")
+
+
 def check_segment_values(segments: Tensor | None, n_tokens: int) -> None:
     """Require offsets that begin at 0, never decrease and end at `n_tokens` (reads data: only inside an op)."""
     if segments is None:

@@ -3,12 +3,23 @@
     weight_grad = sum_b grads_b^T acts_b        dots[b, m] = <grads_b^T acts_b, D_m>
 
 Source: arXiv 2406.11011, section 4.2; here the per-sample gradient lives one tile at a time in registers.
-A program owns a tile of the weight and walks the tokens sample by sample with two accumulators. At each sample
-boundary the per-sample tile is contracted with the same tile of every direction, then added to the total.
+A program owns a tile of the weight and walks the tokens of its samples in one loop of blocks, so that loads run ahead
+over the samples' boundaries. After a sample's last block the tile is contracted with the same tile of every
+direction. Two forms:
 
-FLOPs: 2*B*T*I*O + 2*S*M*I*O.  Bytes: acts and grads once per row or column of tiles, S*M*I*O of directions
-(mostly from L2), I*O*4 out, and S*M*tiles*4 partial dots, which a second stage sums in a fixed order. For a
-small weight the samples are split among programs, whose totals are then summed in order.
+    two     the accumulator holds one sample, is added to a second one and starts again. Errors are relative to the
+            sample's own terms, and a sample's dot does not depend on the rest of the batch.
+    prefix  one accumulator runs on, and a dot is the difference of two contractions of it: registers for a tile
+            twice as large. Errors are relative to the sum of the samples before it in the batch: about 1e-7 of that
+            per float32 rounding, of which a sample makes one for each 16 of its tokens.
+
+Where tiles are copied by tensor descriptors and there is one direction, its tile waits in shared memory: Triton sinks
+the load of a loop-invariant operand to its use.
+
+FLOPs: 2*B*T*I*O + 2*S*M*I*O.  Bytes: acts and grads once per row or column of tiles, M*I*O of directions (S times,
+mostly from L2, where they do not wait in shared memory), I*O*4 out, and S*M*tiles*4 partial dots, which a second
+stage sums in a fixed order. For a small weight the samples are split among programs, whose totals are then summed in
+order.
 """
 
 # Launches go through triton's JIT, whose signature pyright cannot see.
@@ -19,24 +30,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inrun_kernels.config import ceil_div, matrix_tile, sample_splits
-from inrun_kernels.tiles import INTERPRETED, aligned, contract, multiprocessors, one_row, sample_tokens
+from inrun_kernels.config import ceil_div, matrix_tiles, resident_programs, sample_splits
+from inrun_kernels.tiles import (
+    INTERPRETED,
+    aligned,
+    chip,
+    contract,
+    copyable,
+    descriptor,
+    multiprocessors,
+    one_row,
+    sum_tiles,
+    tile_order,
+)
+
+
+@triton.jit
+def _count_blocks(offsets_ptr, first, last, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Blocks of tokens in segments first to last; an empty segment has one, of no tokens."""
+    blocks = tl.zeros([BLOCK_S], tl.int32)
+    for low in range(first, last, BLOCK_S):
+        offs_s = low + tl.arange(0, BLOCK_S)
+        mask_s = offs_s < last
+        starts = tl.load(offsets_ptr + offs_s, mask=mask_s, other=0)
+        ends = tl.load(offsets_ptr + offs_s + 1, mask=mask_s, other=0)
+        counts = tl.maximum(tl.cdiv(ends - starts, BLOCK_T), 1)
+        blocks += tl.where(mask_s, counts, 0).to(tl.int32)
+    return tl.sum(blocks, 0)
 
 
 @triton.jit
 def _wgrad_dot_kernel(
-    acts_ptr,
-    grads_ptr,
-    val_grad_ptr,
+    acts,  # pointer or descriptor, [B, T, I]
+    grads,  # pointer or descriptor, [B, T, O]
+    val_grad,  # pointer or descriptor, [M, O, I]
     offsets_ptr,
     weight_ptr,  # [splits, O, I]
-    partial_ptr,  # [tiles, S, M]
+    partial_ptr,  # [S, M, tiles]
     tokens,
     inputs,
     outputs,
     n_samples,
-    n_directions,
     samples_per_split,
+    carry,
     stride_ab,
     stride_at,
     stride_ai,
@@ -46,61 +82,128 @@ def _wgrad_dot_kernel(
     stride_dm,
     stride_do,
     stride_di,
+    DIRECTIONS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
+    COPY_TOKENS: tl.constexpr,
+    COPY_D: tl.constexpr,
+    KEEP_D: tl.constexpr,
+    PREFIX: tl.constexpr,
+    ASYNCHRONOUS: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     pid_tile, pid_split = tl.program_id(0), tl.program_id(1)
-    tiles_i = tl.cdiv(inputs, BLOCK_I)
-    offs_o = (pid_tile // tiles_i).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
-    offs_i = (pid_tile % tiles_i).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
+    pid_o, pid_i = tile_order(pid_tile, tl.cdiv(outputs, BLOCK_O), tl.cdiv(inputs, BLOCK_I))
+    first_o, first_i = pid_o * BLOCK_O, pid_i * BLOCK_I
+    offs_o = first_o.to(tl.int64) + tl.arange(0, BLOCK_O)
+    offs_i = first_i.to(tl.int64) + tl.arange(0, BLOCK_I)
     mask_o, mask_i = offs_o < outputs, offs_i < inputs
     mask_w = mask_o[:, None] & mask_i[None, :]
-    val_grad_ptrs = val_grad_ptr + offs_o[:, None] * stride_do + offs_i[None, :] * stride_di
+    offs_d = offs_o[:, None] * stride_do + offs_i[None, :] * stride_di
 
-    offs_t = tl.arange(0, BLOCK_T).to(tl.int64)[:, None]
-    offs_a = offs_t * stride_at + offs_i[None, :] * stride_ai  # [T, I]
-    offs_g = offs_t * stride_gt + offs_o[None, :] * stride_go  # [T, O]
-    total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    offs_t = tl.arange(0, BLOCK_T)[:, None]
+    offs_a = offs_t.to(tl.int64) * stride_at + offs_i[None, :] * stride_ai  # [T, I]
+    offs_g = offs_t.to(tl.int64) * stride_gt + offs_o[None, :] * stride_go  # [T, O]
+
     first = pid_split * samples_per_split
-    for sample in range(first, tl.minimum(first + samples_per_split, n_samples)):
-        row, start, length = sample_tokens(offsets_ptr, sample, tokens, HAS_OFFSETS)
-        a_ptr = acts_ptr + row * stride_ab + start * stride_at
-        g_ptr = grads_ptr + row * stride_gb + start * stride_gt
-        of_sample = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-        for low in range(0, length, BLOCK_T):
-            mask_t = offs_t < length - low
-            a = tl.load(a_ptr + low * stride_at + offs_a, mask=mask_t & mask_i[None, :], other=0.0)
-            g = tl.load(g_ptr + low * stride_gt + offs_g, mask=mask_t & mask_o[None, :], other=0.0)
-            of_sample = contract(tl.trans(g), a, of_sample, WIDEN)
-        dots_ptr = partial_ptr + (pid_tile.to(tl.int64) * n_samples + sample) * n_directions
-        for m in range(n_directions):
-            d = tl.load(val_grad_ptrs + tl.cast(m, tl.int64) * stride_dm, mask=mask_w, other=0.0)  # [O, I]
-            tl.store(dots_ptr + m, tl.sum(tl.sum(of_sample * d.to(tl.float32), 1), 0))
-        total += of_sample
+    last = tl.minimum(first + samples_per_split, n_samples)
+    blocks = tl.cdiv(tokens, BLOCK_T)
+    if HAS_OFFSETS:
+        n_blocks = _count_blocks(offsets_ptr, first, last, BLOCK_T, 128)
+    else:
+        n_blocks = (last - first) * blocks
+    tl.assume(n_blocks > 0)
+    if KEEP_D:
+        d = val_grad.load([0, first_o, first_i]).reshape(BLOCK_O, BLOCK_I)
+    total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    product = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)  # of this sample; with PREFIX of all so far
+    sample, row = first - 1, tl.cast(0, tl.int64)
+    token, left = tl.cast(0, tl.int64), tl.cast(0, tl.int64)
+    for block in range(n_blocks):
+        # Where the block starts, and how many tokens of its sample are left there.
+        if HAS_OFFSETS:
+            if left <= 0:
+                sample += 1
+                token = tl.load(offsets_ptr + sample).to(tl.int64)
+                left = tl.load(offsets_ptr + sample + 1).to(tl.int64) - token
+        else:
+            sample = first + block // blocks
+            row, token = sample.to(tl.int64), (block % blocks * BLOCK_T).to(tl.int64)
+            left = tokens - token
+        if COPY_TOKENS:
+            a = acts.load([sample, block % blocks * BLOCK_T, first_i]).reshape(BLOCK_T, BLOCK_I)
+            g = grads.load([sample, block % blocks * BLOCK_T, first_o]).reshape(BLOCK_T, BLOCK_O)
+        else:
+            mask_t = offs_t < left
+            a_ptr = acts + row * stride_ab + token * stride_at
+            g_ptr = grads + row * stride_gb + token * stride_gt
+            a = tl.load(a_ptr + offs_a, mask=mask_t & mask_i[None, :], other=0.0)
+            g = tl.load(g_ptr + offs_g, mask=mask_t & mask_o[None, :], other=0.0)
+        product = contract(tl.trans(g), a, product, WIDEN)
+        if left <= BLOCK_T:
+            dots_ptr = partial_ptr + sample.to(tl.int64) * DIRECTIONS * tl.num_programs(0) + pid_tile
+            for m in tl.static_range(DIRECTIONS):
+                if COPY_D and not KEEP_D:
+                    d = val_grad.load([m, first_o, first_i]).reshape(BLOCK_O, BLOCK_I)
+                elif not COPY_D:
+                    d_ptrs = val_grad + tl.cast(m, tl.int64) * stride_dm + offs_d
+                    d = tl.load(d_ptrs, mask=mask_w, other=0.0)  # [O, I]
+                tl.store(dots_ptr + m * tl.num_programs(0), tl.sum(product * d.to(tl.float32)))
+            if not PREFIX:
+                total += product
+            if ASYNCHRONOUS:
+                # A choice at run time: were it known, the compiler would take the tile out of this branch and read it
+                # at every block while the tensor cores write it. n_blocks is known to be positive for the same reason.
+                product = tl.where(carry > 0, product, 0.0)
+            elif not PREFIX:
+                product = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+        token += BLOCK_T
+        left -= BLOCK_T
+    if PREFIX:
+        total = product
     split_ptr = weight_ptr + pid_split.to(tl.int64) * outputs * inputs
     tl.store(split_ptr + offs_o[:, None] * inputs + offs_i[None, :], total, mask=mask_w)
 
 
-def launch_wgrad_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+def launch_wgrad_dot(
+    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, form: str
+) -> tuple[Tensor, Tensor]:
     """`acts [B,T,I]`, `grads [B,T,O]`, `val_grad [M,O,I]` -> `(weight_grad [O,I], dots [S,M])`, float32."""
     n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
     acts, grads = one_row(acts, segments), one_row(grads, segments)
     batch, tokens, inputs = acts.shape
     n_directions, outputs, _ = val_grad.shape
-    mean_tokens = batch * tokens // max(1, n_samples)
-    vectors = aligned(acts, grads, val_grad)
-    tile = matrix_tile(acts.dtype, outputs, inputs, mean_tokens, accumulators=2, aligned=vectors)
+    where, prefix = chip(acts.device), form == "prefix"
+    copies = where.copies and acts.dtype != torch.float32
+    copy_d, copy_tokens = copies and copyable(val_grad), copies and segments is None and copyable(acts, grads)
+    accumulators = 1 if prefix else 2
+    tile = matrix_tiles(
+        where,
+        acts.dtype,
+        outputs,
+        inputs,
+        batch * tokens // max(1, n_samples),
+        accumulators=accumulators,
+        copies=copy_d and copy_tokens,
+        aligned=copy_tokens or aligned(acts, grads),
+        kept=val_grad.element_size() if copy_d else 0,
+    )[0]
     tiles = ceil_div(outputs, tile.block_m) * ceil_div(inputs, tile.block_n)
-    splits = sample_splits(tiles, n_samples, multiprocessors(acts.device))
+    splits = sample_splits(tiles, n_samples, multiprocessors(acts.device) * resident_programs(tile, accumulators))
+    samples_per_split = ceil_div(n_samples, splits)
+    splits = ceil_div(n_samples, samples_per_split)  # none without a sample
     weight = torch.empty(splits, outputs, inputs, dtype=torch.float32, device=acts.device)
-    partial = torch.empty(tiles, n_samples, n_directions, dtype=torch.float32, device=acts.device)
+    partial = torch.empty(n_samples, n_directions, tiles, dtype=torch.float32, device=acts.device)
+    operands = [acts, grads, val_grad]
+    if copy_tokens:
+        operands[0] = descriptor(acts, [1, tile.block_k, tile.block_n])
+        operands[1] = descriptor(grads, [1, tile.block_k, tile.block_m])
+    if copy_d:
+        operands[2] = descriptor(val_grad, [1, tile.block_m, tile.block_n])
     _wgrad_dot_kernel[(tiles, splits)](
-        acts,
-        grads,
-        val_grad,
+        *operands,
         segments,
         weight,
         partial,
@@ -108,12 +211,18 @@ def launch_wgrad_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Te
         inputs,
         outputs,
         n_samples,
-        n_directions,
-        ceil_div(n_samples, splits),
+        samples_per_split,
+        1.0 if prefix else 0.0,
         *acts.stride(),
         *grads.stride(),
         *val_grad.stride(),
+        DIRECTIONS=n_directions,
         HAS_OFFSETS=segments is not None,
+        COPY_TOKENS=copy_tokens,
+        COPY_D=copy_d,
+        KEEP_D=copy_d and n_directions == 1 and not where.accumulates_apart,
+        PREFIX=prefix,
+        ASYNCHRONOUS=where.asynchronous,
         WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
         BLOCK_O=tile.block_m,
         BLOCK_I=tile.block_n,
@@ -121,4 +230,4 @@ def launch_wgrad_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Te
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return weight[0] if splits == 1 else weight.sum(0), partial.sum(0)
+    return weight[0] if splits == 1 else weight.sum(0), sum_tiles(partial, samples_per_split if prefix else 1)

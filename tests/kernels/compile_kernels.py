@@ -1,6 +1,10 @@
-"""Compile every kernel for one GPU architecture, without a GPU, and print what the binaries contain as JSON.
+"""Compile every kernel without a GPU, and show what the binaries contain.
 
-    python compile_kernels.py 90        (TRITON_INTERPRET must not be set)
+    python compile_kernels.py                 a table for every chip
+    python compile_kernels.py sm_90 wgrad     one chip, the launches whose name holds a word
+    python compile_kernels.py --json --few    as JSON lines; one launch or two of each kernel
+
+TRITON_INTERPRET must not be set, and the package must be importable (PYTHONPATH=.:kernels without an install).
 
 The package's own launch code runs on CPU tensors, so the kernels are specialised as a real launch would have
 them; only the launch itself is replaced by a compilation for the architecture asked for.
@@ -11,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,81 +24,130 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from inrun_kernels import dot, pairwise, rows, wgrad_dot
+from inrun_kernels import dot, pairwise, rows, tiles, wgrad_dot
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BATCH, TOKENS, INPUTS, OUTPUTS, VOCABULARY, DIRECTIONS = 4, 256, 1024, 512, 64, 2
+CHIPS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
+# Shared memory and registers of a multiprocessor, and the shared memory the system keeps for each program.
+SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "sm_120": 100}
+REGISTERS, RESERVED = 65536, 1024
+MATRIX_INSTRUCTIONS = re.compile(r"\b(UTC\w*MMA|HGMMA|HMMA|v_mfma_f32)")
+FEW = ("wgrad two", "wgrad two, segments", "wgrad prefix, D float32", "dot", "pairwise", "embedding", "norm wgrad")
+COLUMNS = ("call", "dtype", "kernel", "tile", "registers", "spills", "shared", "mma", "programs")
 
 
 class CompileOnly:
-    """What the JIT asks of a driver before it launches."""
+    """What the JIT asks of a driver before it launches. Each chip is a device of its own: the JIT caches by device."""
 
-    def __init__(self, capability: int):
-        self.target = GPUTarget("cuda", capability, 32)
+    def __init__(self, chip: str):
+        self.device = CHIPS.index(chip)
+        nvidia = chip.startswith("sm_")
+        self.target = GPUTarget("cuda", int(chip[3:]), 32) if nvidia else GPUTarget("hip", chip, 64)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
-def disassemble(cubin: bytes, what: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(TOOLS / "cuobjdump"), what, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """name -> a launch of one kernel, with inputs of `dtype` at sizes that fill its default tile."""
     acts, grads = torch.empty(BATCH, TOKENS, INPUTS, dtype=dtype), torch.empty(BATCH, TOKENS, OUTPUTS, dtype=dtype)
-    matrix, matrices = torch.empty(1, OUTPUTS, INPUTS), torch.empty(DIRECTIONS, OUTPUTS, INPUTS, dtype=dtype)
+    wide, matrix = torch.empty(1, OUTPUTS, INPUTS), torch.empty(1, OUTPUTS, INPUTS, dtype=dtype)
+    matrices = torch.empty(DIRECTIONS, OUTPUTS, INPUTS, dtype=dtype)
     row, table = torch.empty(DIRECTIONS, INPUTS), torch.empty(1, VOCABULARY, INPUTS)
     ids, segments = torch.zeros(BATCH, TOKENS, dtype=torch.int64), torch.zeros(9, dtype=torch.int32)
+    ragged = torch.empty(BATCH, TOKENS, INPUTS - 1, dtype=dtype), grads, matrix[..., 1:].contiguous()
     return {
-        "ghost_wgrad_dot": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, None),
-        "ghost_wgrad_dot, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrices, segments),
-        "ghost_dot": lambda: dot.launch_dot(acts, grads, matrix, segments, False),
-        "ghost_dot, O > I": lambda: dot.launch_dot(grads, acts, matrices.mT.contiguous(), None, True),
-        "ghost_dot_pairwise": lambda: pairwise.launch_pairwise(acts, grads, acts, grads),
-        "embedding_dot": lambda: rows.launch_embedding_dot(ids, acts, table, None, True, None),
-        "norm_dot": lambda: rows.launch_row_dot(acts, acts, row, None, True),
-        "bias_dot": lambda: rows.launch_row_dot(None, acts, row, None, True),
-        "norm_wgrad_dot": lambda: rows.launch_row_wgrad_dot(acts, acts, row, None),
-        "bias_wgrad_dot": lambda: rows.launch_row_wgrad_dot(None, acts, row, segments),
+        "wgrad two": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, None, "two"),
+        "wgrad two, D float32": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, "two"),
+        "wgrad two, M": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrices, None, "two"),
+        "wgrad two, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, segments, "two"),
+        "wgrad two, ragged": lambda: wgrad_dot.launch_wgrad_dot(*ragged, None, "two"),
+        "wgrad prefix": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, None, "prefix"),
+        "wgrad prefix, D float32": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, "prefix"),
+        "wgrad prefix, M": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrices, None, "prefix"),
+        "wgrad prefix, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, segments, "prefix"),
+        "wgrad prefix, ragged": lambda: wgrad_dot.launch_wgrad_dot(*ragged, None, "prefix"),
+        "dot": lambda: dot.launch_dot(acts, grads, wide, segments, False),
+        "dot, O > I": lambda: dot.launch_dot(grads, acts, matrices.mT.contiguous(), None, True),
+        "pairwise": lambda: pairwise.launch_pairwise(acts, grads, acts, grads),
+        "embedding": lambda: rows.launch_embedding_dot(ids, acts, table, None, True, None),
+        "norm": lambda: rows.launch_row_dot(acts, acts, row, None, True),
+        "bias": lambda: rows.launch_row_dot(None, acts, row, None, True),
+        "norm wgrad": lambda: rows.launch_row_wgrad_dot(acts, acts, row, None),
+        "bias wgrad": lambda: rows.launch_row_wgrad_dot(None, acts, row, segments),
     }
 
 
-def main(capability: int) -> None:
-    compiled = []
-    driver.set_active(CompileOnly(capability))  # type: ignore[arg-type]
-    JITFunction.__getitem__ = lambda self, grid: (
-        lambda *args, **kwargs: compiled.append(self.run(*args, grid=grid, warmup=True, **kwargs))
-    )
-    for dtype in (torch.bfloat16, torch.float32):
+def tool(name: str, *options: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([TOOLS / name, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def contents(kernel, chip: str) -> dict:
+    """Registers, spills, shared bytes, matrix instructions and programs per multiprocessor of a compiled kernel."""
+    shared, threads = kernel.metadata.shared, 32 * kernel.metadata.num_warps
+    if chip == "gfx942":
+        text = kernel.asm["amdgcn"]
+        registers, spills = (int(re.search(rf"\.{n}:\s+(\d+)", text)[1]) for n in ("vgpr_count", "vgpr_spill_count"))
+        programs = None
+    else:
+        text = tool("nvdisasm", "-c", cubin=kernel.asm["cubin"])
+        usage = tool("cuobjdump", "-res-usage", cubin=kernel.asm["cubin"])
+        registers, spills = int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\b(?:STL|LDL)\b", text))
+        by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+        programs = min(by_registers, SHARED[chip] * 1024 // (shared + RESERVED), 2048 // threads)
+    mma = sorted(set(MATRIX_INSTRUCTIONS.findall(text)))
+    if mma == ["HGMMA"] and "WARPGROUP.DEPBAR.LE gsb0, 0x1" not in text:
+        mma = ["HGMMA, each waited for"]  # ptxas found the accumulator touched while in flight
+    return {"registers": registers, "spills": spills, "shared": shared, "mma": mma, "programs": programs}
+
+
+def compiled(chip: str, wanted: Callable[[str], bool]) -> Iterator[dict]:
+    """A report on each kernel that each launch of a wanted name compiles, for one chip."""
+    kernels = []
+    driver.set_active(CompileOnly(chip))  # type: ignore[arg-type]
+    tiles.ON_CPU = chip
+
+    def compile_only(self: JITFunction, grid: object) -> Callable:
+        def run(*args, **kwargs):
+            kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
+            tile = [value for name, value in kwargs.items() if name.startswith("BLOCK_")]
+            tile += [kwargs.get("num_warps", 4), kwargs.get("num_stages", 3)]
+            kernels.append((kernel, tile))
+
+        return run
+
+    JITFunction.__getitem__ = compile_only
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for name, launch in launches(dtype).items():
-            compiled.clear()
+            if not wanted(name):
+                continue
+            kernels.clear()
             launch()
-            for kernel in compiled:
-                sass, usage = (disassemble(kernel.asm["cubin"], what) for what in ("-sass", "-res-usage"))
-                registers = re.search(r"REG:(\d+)", usage)
-                assert registers is not None, usage
-                report = {
-                    "call": name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "kernel": kernel.metadata.name,
-                    "registers": int(registers[1]),
-                    "shared": kernel.metadata.shared,
-                    "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-                    "mma": sorted(set(re.findall(r"\b(HGMMA|HMMA)\b", sass))),
-                }
+            for kernel, tile in kernels:
+                of_launch = {"call": name, "dtype": str(dtype).removeprefix("torch."), "kernel": kernel.metadata.name}
+                yield {"chip": chip, **of_launch, "tile": "x".join(map(str, tile)), **contents(kernel, chip)}
+
+
+def main(arguments: list[str]) -> None:
+    options, words = ({x for x in arguments if x.startswith("--") == b} for b in (True, False))
+    word = " ".join(words - set(CHIPS))
+    for chip in [x for x in CHIPS if x in words] or CHIPS:
+        for report in compiled(chip, lambda name: name in FEW if "--few" in options else word in name):
+            if "--json" in options:
                 print(json.dumps(report), flush=True)
+            else:
+                print(chip, *(str(report[name]) for name in COLUMNS), sep=" | ", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(sys.argv[1:])

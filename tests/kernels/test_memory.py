@@ -1,5 +1,7 @@
 """No per-sample gradient and no matrix of token pairs is ever in memory."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,7 +45,7 @@ def test_no_per_sample_gradient_is_stored(dtype, packed, tokens, monkeypatch):
     acts, grads = torch.randn(BATCH, tokens, IN, dtype=dtype), torch.randn(BATCH, tokens, OUT, dtype=dtype)
     matrix = torch.randn(1, OUT, IN, dtype=dtype)
     segments = torch.arange(0, BATCH * tokens + 1, tokens) if packed else None
-    for run in (torch_path.ghost_wgrad_dot, wgrad_dot.launch_wgrad_dot):
+    for run in (torch_path.ghost_wgrad_dot, *(partial(wgrad_dot.launch_wgrad_dot, form=f) for f in ("two", "prefix"))):
         assert 4 * OUT * IN <= largest(run, acts, grads, matrix, segments) < 4 * BATCH * OUT * IN
     for run in (torch_path.ghost_dot, dot.launch_dot):
         assert largest(run, acts, grads, matrix, segments, False) < 4 * BATCH * OUT * IN

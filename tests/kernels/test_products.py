@@ -150,9 +150,42 @@ def test_invariants(layer, backend, segments):
         assert torch.equal(repeated, dots[[0, 1, 1, 1, 2]])
 
 
-def test_split_samples_sum_in_order(monkeypatch):
-    """A small weight whose samples are shared by several programs gives the same answer, uneven shares included."""
-    from inrun_kernels import wgrad_dot
+def in_form(form: str, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    return k.ghost_wgrad_dot(case.x, case.grads, case.val_grad, segments=case.segments, form=form, backend="triton")
 
+
+def check_form(form: str, case: Case) -> None:
+    """The weight gradient and `two`'s dots as everywhere; `prefix` may round each sum of the whole batch's terms."""
+    weight_grad, dots = in_form(form, case)
+    assert_close(weight_grad, gradient_of, case)
+    if form == "two":
+        return assert_close(dots, dots_of, case)
+    exact, terms = dots_of(case, torch.float64), dots_of(absolute(case), torch.float64).sum(0)
+    plain = (dots_of(case, case.grads.dtype) - exact).abs().max()
+    assert ((dots - exact).abs() <= 2 * plain + 4 * torch.finfo(torch.float32).eps * terms).all()
+
+
+@pytest.mark.parametrize("form", ["two", "prefix"])
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("segments", [None, torch.tensor([0, 0, 3, 40, 40, 140])])
+def test_forms_on_every_kind_of_chip(form, chip, segments, monkeypatch):
+    """Descriptors, directions that wait in shared memory and pointer loads; samples shared unevenly by programs."""
+    from inrun_kernels import tiles, wgrad_dot
+
+    monkeypatch.setattr(tiles, "ON_CPU", chip)
     monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 3)
-    check(make("linear", 7, 20, 24, 16, directions=2), "triton")
+    monkeypatch.setattr(wgrad_dot, "resident_programs", lambda tile, accumulators: 1)
+    for dtype in (torch.bfloat16, torch.float32):
+        for directions, inputs in ((None, 24), (2, 136), (2, 17)):
+            check_form(form, make("linear", 7, 20, inputs, 40, directions=directions, dtype=dtype, segments=segments))
+
+
+def test_the_two_form_keeps_a_small_sample_beside_a_large_one():
+    """After a sample 1e6 times as large, `two` is as exact as alone, bit for bit; `prefix` keeps what it promises."""
+    case = make("linear", 2, 33, 24, 16)
+    loud = replace(case, x=case.x * torch.tensor([1e6, 1.0])[:, None, None])
+    alone = in_form("two", replace(case, x=case.x[1:], grads=case.grads[1:]))[1]
+    assert torch.equal(in_form("two", loud)[1][1:], alone)
+    check_form("prefix", loud)
+    error = (in_form("prefix", loud)[1][1] - alone[0]).abs()
+    assert error > 1e3 * torch.finfo(torch.float32).eps * alone.abs()
