@@ -21,14 +21,25 @@ import triton.language as tl
 from torch import Tensor
 
 from inrun_kernels.config import ceil_div, matrix_tiles
-from inrun_kernels.tiles import INTERPRETED, aligned, chip, contract, load_columns, sum_tokens, token_starts
+from inrun_kernels.tiles import (
+    INTERPRETED,
+    aligned,
+    chip,
+    contract,
+    copyable,
+    descriptor,
+    load_columns,
+    sum_tokens,
+    tile_order,
+    token_starts,
+)
 
 
 @triton.jit
 def _dot_kernel(
-    x_ptr,  # the operand multiplied by the direction, [B, T, K]
-    y_ptr,  # the operand of the epilogue, [B, T, Y]
-    direction_ptr,  # [M, K, Y] by its strides
+    x,  # the operand multiplied by the direction: pointer to [B, T, K], or descriptor of [B*T, K]
+    y,  # the operand of the epilogue: pointer to [B, T, Y], or descriptor of [B*T, Y]
+    direction,  # pointer to [M, K, Y] by its strides, or descriptor of [M, K, Y], with D_TRANSPOSED [M, Y, K]
     partial_ptr,  # [tiles, M, B*T]
     n_tokens,
     tokens,
@@ -43,46 +54,71 @@ def _dot_kernel(
     stride_dm,
     stride_dk,
     stride_dy,
+    COPIES: tl.constexpr,
+    D_TRANSPOSED: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    pid_n, pid_y, pid_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_y = pid_y.to(tl.int64) * BLOCK_Y + tl.arange(0, BLOCK_Y)
-    mask_n, mask_y = offs_n < n_tokens, offs_y < width_y
-    d_ptrs = direction_ptr + pid_m.to(tl.int64) * stride_dm + offs_y[None, :] * stride_dy
-
-    x_rows = token_starts(x_ptr, offs_n, tokens, stride_xb, stride_xt)
+    pid_m = tl.program_id(1)
+    pid_n, pid_y = tile_order(tl.program_id(0), tl.cdiv(n_tokens, BLOCK_N), tl.cdiv(width_y, BLOCK_Y))
+    first_n, first_y = pid_n * BLOCK_N, pid_y * BLOCK_Y
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < n_tokens
+    tl.assume(width_k > 0)  # else ptxas waits for each matrix instruction
     product = tl.zeros([BLOCK_N, BLOCK_Y], tl.float32)
-    for low in range(0, width_k, BLOCK_K):
-        offs_k = low + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < width_k
-        x = load_columns(x_rows, mask_n, offs_k, mask_k, stride_xk)  # [N, K]
-        mask_d = mask_k[:, None] & mask_y[None, :]
-        d = tl.load(d_ptrs + offs_k.to(tl.int64)[:, None] * stride_dk, mask=mask_d, other=0.0)  # [K, Y]
-        product = contract(x, d, product, WIDEN)
-    y_rows = token_starts(y_ptr, offs_n, tokens, stride_yb, stride_yt)
-    y = load_columns(y_rows, mask_n, offs_y, mask_y, stride_yy)  # [N, Y]
-    out_ptr = partial_ptr + (pid_y.to(tl.int64) * tl.num_programs(2) + pid_m) * n_tokens
-    tl.store(out_ptr + offs_n, tl.sum(product * y.to(tl.float32), 1), mask=mask_n)
+    if COPIES:
+        for low in range(0, width_k, BLOCK_K):
+            if D_TRANSPOSED:
+                d = tl.trans(direction.load([pid_m, first_y, low]).reshape(BLOCK_Y, BLOCK_K))
+            else:
+                d = direction.load([pid_m, low, first_y]).reshape(BLOCK_K, BLOCK_Y)
+            product = contract(x.load([first_n, low]), d, product, WIDEN)  # [N, K] x [K, Y]
+        of_epilogue = y.load([first_n, first_y])  # [N, Y]
+    else:
+        offs_y = first_y.to(tl.int64) + tl.arange(0, BLOCK_Y)
+        mask_y = offs_y < width_y
+        d_ptrs = direction + pid_m.to(tl.int64) * stride_dm + offs_y[None, :] * stride_dy
+        x_rows = token_starts(x, offs_n, tokens, stride_xb, stride_xt)
+        for low in range(0, width_k, BLOCK_K):
+            offs_k = low + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < width_k
+            x_tile = load_columns(x_rows, mask_n, offs_k, mask_k, stride_xk)  # [N, K]
+            mask_d = mask_k[:, None] & mask_y[None, :]
+            d = tl.load(d_ptrs + offs_k.to(tl.int64)[:, None] * stride_dk, mask=mask_d, other=0.0)  # [K, Y]
+            product = contract(x_tile, d, product, WIDEN)
+        y_rows = token_starts(y, offs_n, tokens, stride_yb, stride_yt)
+        of_epilogue = load_columns(y_rows, mask_n, offs_y, mask_y, stride_yy)  # [N, Y]
+    out_ptr = partial_ptr + (pid_y.to(tl.int64) * tl.num_programs(1) + pid_m) * n_tokens
+    tl.store(out_ptr + offs_n, tl.sum(product * of_epilogue.to(tl.float32), 1), mask=mask_n)
 
 
 def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool) -> Tensor:
     """`acts [B,T,I]`, `grads [B,T,O]`, `val_grad [M,O,I]` -> `[B,M]`, `[S,M]` or `[B,T,M]`, float32."""
     batch, tokens, _ = acts.shape
-    n_tokens, n_directions = batch * tokens, val_grad.shape[0]
+    n_tokens, n_directions, where = batch * tokens, val_grad.shape[0], chip(acts.device)
     direction, scale = _cast(val_grad, acts.dtype)
     x, y, direction = (acts, grads, direction.mT) if acts.shape[2] > grads.shape[2] else (grads, acts, direction)
     width_k, width_y = x.shape[2], y.shape[2]
-    tile = matrix_tiles(chip(acts.device), acts.dtype, n_tokens, width_y, width_k, aligned=aligned(x, y, direction))[0]
+    transposed = direction.stride(2) != 1
+    rows_d = direction.mT if transposed else direction
+    flat = batch == 1 or all(z.stride(0) == tokens * z.stride(1) for z in (x, y))
+    copies = where.copies and acts.dtype != torch.float32 and flat and copyable(x, y, rows_d)
+    vectors = copies or aligned(x, y, direction)
+    tile = matrix_tiles(where, acts.dtype, n_tokens, width_y, width_k, copies=copies, aligned=vectors)[0]
     tiles_y = ceil_div(width_y, tile.block_n)
     partial = torch.empty(tiles_y, n_directions, n_tokens, dtype=torch.float32, device=acts.device)
-    _dot_kernel[(ceil_div(n_tokens, tile.block_m), tiles_y, n_directions)](
-        x,
-        y,
-        direction,
+    operands = [x, y, direction]
+    if copies:
+        block_d = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
+        operands = [
+            descriptor(x.flatten(0, 1), [tile.block_m, tile.block_k]),
+            descriptor(y.flatten(0, 1), [tile.block_m, tile.block_n]),
+            descriptor(rows_d, [1, *block_d]),
+        ]
+    _dot_kernel[(ceil_div(n_tokens, tile.block_m) * tiles_y, n_directions)](
+        *operands,
         partial,
         n_tokens,
         tokens,
@@ -91,6 +127,8 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
         *x.stride(),
         *y.stride(),
         *direction.stride(),
+        COPIES=copies,
+        D_TRANSPOSED=transposed,
         WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
         BLOCK_N=tile.block_m,
         BLOCK_Y=tile.block_n,

@@ -18,28 +18,50 @@ import triton.language as tl
 from torch import Tensor
 
 from inrun_kernels.config import ceil_div, matrix_tiles
-from inrun_kernels.tiles import INTERPRETED, aligned, chip, contract
+from inrun_kernels.tiles import INTERPRETED, aligned, chip, contract, copyable, descriptor, load_columns
 
 
 @triton.jit
-def _inner_products(x_ptrs, y_ptrs, mask_x, mask_y, width, stride_x, stride_y, acc, WIDEN, BLOCK_K: tl.constexpr):
-    """acc[t, s] + x_t . y_s, for rows at x_ptrs [N] and y_ptrs [S]."""
+def _inner_products(
+    x,  # pointers to the rows [T], or descriptor of [B, T, K]
+    y,  # pointers to the rows [S], or descriptor of [V, S, K]
+    b,
+    v,
+    first_t,
+    first_s,
+    mask_t,
+    mask_s,
+    width,
+    stride_x,
+    stride_y,
+    COPIES: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x_t . y_s for a tile of tokens [T, S]."""
+    tl.assume(width > 0)  # else ptxas waits for each matrix instruction
+    acc = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
     for low in range(0, width, BLOCK_K):
-        offs_k = low + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < width
-        offs_k = offs_k.to(tl.int64)
-        x = tl.load(x_ptrs[:, None] + offs_k[None, :] * stride_x, mask=mask_x[:, None] & mask_k[None, :], other=0.0)
-        y = tl.load(y_ptrs[None, :] + offs_k[:, None] * stride_y, mask=mask_y[None, :] & mask_k[:, None], other=0.0)
-        acc = contract(x, y, acc, WIDEN)  # [T, K] x [K, S]
+        if COPIES:
+            x_tile = x.load([b, first_t, low]).reshape(BLOCK_T, BLOCK_K)
+            y_tile = tl.trans(y.load([v, first_s, low]).reshape(BLOCK_S, BLOCK_K))
+        else:
+            offs_k = low + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < width
+            x_tile = load_columns(x, mask_t, offs_k, mask_k, stride_x)
+            y_tile = tl.trans(load_columns(y, mask_s, offs_k, mask_k, stride_y))
+        acc = contract(x_tile, y_tile, acc, WIDEN)  # [T, K] x [K, S]
     return acc
 
 
 @triton.jit
 def _pairwise_kernel(
-    acts_ptr,
-    grads_ptr,
-    val_acts_ptr,
-    val_grads_ptr,
+    acts,  # pointer or descriptor, as the next three; [B, T, I]
+    grads,  # [B, T, O]
+    val_acts,  # [V, S, I]
+    val_grads,  # [V, S, O]
     partial_ptr,  # [tiles, B, V]
     tokens,
     val_tokens,
@@ -57,30 +79,37 @@ def _pairwise_kernel(
     stride_vgb,
     stride_vgt,
     stride_vgo,
+    COPIES: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    b, v, pid_t = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    offs_t = pid_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    b, v, pid_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first_t = pid_t * BLOCK_T
+    offs_t = first_t.to(tl.int64) + tl.arange(0, BLOCK_T)
     mask_t = offs_t < tokens
-    acts_ptrs = acts_ptr + b * stride_ab + offs_t * stride_at
-    grads_ptrs = grads_ptr + b * stride_gb + offs_t * stride_gt
+    a, g = acts, grads
+    if not COPIES:
+        a += b.to(tl.int64) * stride_ab + offs_t * stride_at
+        g += b.to(tl.int64) * stride_gb + offs_t * stride_gt
     dots = tl.zeros([BLOCK_T], tl.float32)
     for low in range(0, val_tokens, BLOCK_S):
         offs_s = low + tl.arange(0, BLOCK_S)
         mask_s = offs_s < val_tokens
-        offs_s = offs_s.to(tl.int64)
-        val_acts_ptrs = val_acts_ptr + v * stride_vab + offs_s * stride_vat
-        val_grads_ptrs = val_grads_ptr + v * stride_vgb + offs_s * stride_vgt
-        zeros = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
+        if COPIES:
+            va, vg = val_acts, val_grads
+        else:
+            va = val_acts + v.to(tl.int64) * stride_vab + offs_s.to(tl.int64) * stride_vat
+            vg = val_grads + v.to(tl.int64) * stride_vgb + offs_s.to(tl.int64) * stride_vgt
         of_acts = _inner_products(
-            acts_ptrs, val_acts_ptrs, mask_t, mask_s, inputs, stride_ai, stride_vai, zeros, WIDEN, BLOCK_K
-        )
+            a, va, b, v, first_t, low, mask_t, mask_s, inputs, stride_ai, stride_vai,
+            COPIES, WIDEN, BLOCK_T, BLOCK_S, BLOCK_K,
+        )  # fmt: skip
         of_grads = _inner_products(
-            grads_ptrs, val_grads_ptrs, mask_t, mask_s, outputs, stride_go, stride_vgo, zeros, WIDEN, BLOCK_K
-        )
+            g, vg, b, v, first_t, low, mask_t, mask_s, outputs, stride_go, stride_vgo,
+            COPIES, WIDEN, BLOCK_T, BLOCK_S, BLOCK_K,
+        )  # fmt: skip
         dots += tl.sum(of_acts * of_grads, 1)
     out = (pid_t.to(tl.int64) * tl.num_programs(0) + b) * tl.num_programs(1) + v
     tl.store(partial_ptr + out, tl.sum(dots))
@@ -90,26 +119,25 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
     """`acts [B,T,I]`, `grads [B,T,O]`, `val_acts [V,S,I]`, `val_grads [V,S,O]` -> `[B,V]`, float32."""
     (batch, tokens, inputs), outputs = acts.shape, grads.shape[2]
     n_val, val_tokens, _ = val_acts.shape
-    vectors = aligned(acts, grads, val_acts, val_grads)
-    tile = matrix_tiles(
-        chip(acts.device), acts.dtype, tokens, val_tokens, max(inputs, outputs), accumulators=2, aligned=vectors
-    )[0]
+    operands, where = (acts, grads, val_acts, val_grads), chip(acts.device)
+    strides = [stride for x in operands for stride in x.stride()]
+    copies = where.copies and acts.dtype != torch.float32 and copyable(*operands)
+    vectors, sizes = copies or aligned(*operands), (tokens, val_tokens, max(inputs, outputs))
+    tile = matrix_tiles(where, acts.dtype, *sizes, accumulators=2, copies=copies, aligned=vectors)[0]
+    if copies:
+        rows = (tile.block_m, tile.block_m, tile.block_n, tile.block_n)
+        operands = tuple(descriptor(x, [1, n, tile.block_k]) for x, n in zip(operands, rows, strict=True))
     tiles = ceil_div(tokens, tile.block_m)
     partial = torch.empty(tiles, batch, n_val, dtype=torch.float32, device=acts.device)
     _pairwise_kernel[(batch, n_val, tiles)](
-        acts,
-        grads,
-        val_acts,
-        val_grads,
+        *operands,
         partial,
         tokens,
         val_tokens,
         inputs,
         outputs,
-        *acts.stride(),
-        *grads.stride(),
-        *val_acts.stride(),
-        *val_grads.stride(),
+        *strides,
+        COPIES=copies,
         WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
         BLOCK_T=tile.block_m,
         BLOCK_S=tile.block_n,

@@ -180,6 +180,24 @@ def test_forms_on_every_kind_of_chip(form, chip, segments, monkeypatch):
             check_form(form, make("linear", 7, 20, inputs, 40, directions=directions, dtype=dtype, segments=segments))
 
 
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("inputs, outputs", [(136, 72), (72, 136), (72, 17)])
+def test_dots_on_every_kind_of_chip(chip, inputs, outputs, monkeypatch):
+    """Descriptors of either orientation of the direction, and pointer loads; several tiles and their tails."""
+    from inrun_kernels import tiles
+
+    monkeypatch.setattr(tiles, "ON_CPU", chip)
+    for dtype in (torch.bfloat16, torch.float16):
+        case = make("linear", 5, 29, inputs, outputs, directions=2, dtype=dtype)
+        check(case, "triton")
+        val = make("linear", 2, 37, inputs, outputs, dtype=dtype, seed=1)
+        found = k.ghost_dot_pairwise(case.x, case.grads, val.x, val.grads, backend="triton")
+        of_samples = torch.stack([gradient_of(replace(val, x=x[None], grads=g[None]), torch.float64)
+                                  for x, g in zip(val.x, val.grads, strict=True)])  # fmt: skip
+        pairs = replace(case, val_grad=of_samples)
+        assert_close(found, dots_of, pairs)
+
+
 def test_the_two_form_keeps_a_small_sample_beside_a_large_one():
     """After a sample 1e6 times as large, `two` is as exact as alone, bit for bit; `prefix` keeps what it promises."""
     case = make("linear", 2, 33, 24, 16)
