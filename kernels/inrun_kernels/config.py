@@ -1,6 +1,6 @@
 """Tile shapes and launch parameters of the Triton kernels: what each chip offers, and an analytic default.
 
-No device is queried and triton is not imported here. `tune.py` may time the candidates instead.
+No device is queried and triton is not imported here.
 """
 
 from collections.abc import Sequence
