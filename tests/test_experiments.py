@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import codecs
 import json
 from pathlib import Path
 
@@ -99,13 +101,30 @@ def test_stages_average_the_visits_to_each_source():
 
 
 def test_curation_retrains_without_what_had_negative_value():
-    found = curation.run(steps=40, per_source=20, held_out=8, repeats=2)
-    assert set(found.data["steps_to_goal"]) == {"nothing", "negative value", "random", "highest loss"}
-    assert found.data["steps_to_goal"]["nothing"] == [40, 40]
-    ends = found.data["test_loss"]
-    assert ends["nothing"] == found.data["goals"] and ends["random"] != ends["nothing"]
-    assert all(0 <= share <= 1 for share in found.data["negative"].values())
+    found = curation.run(steps=20, per_source=20, test=8, repeats=2)
+    assert set(found.data["steps_to_goal"]) == set(curation.ARMS)
+    assert found.data["steps_to_goal"]["nothing"] == [20, 20] and found.data["steps_of_mean_curve"]["nothing"] == 20
+    ends = found.data["loss_at_end"]
+    assert ends["nothing"] == found.data["goals"] and len({ends[arm][0] for arm in curation.ARMS}) == 5
+    assert {"all", "python", *curation.HARM} <= found.data["negative"].keys()
+    assert all(0 <= share <= 1 for shares in found.data["negative"].values() for share in shares)
     assert "steps to" in found.text
+
+
+def test_planted_harm_is_what_it_says():
+    clean, _ = demo_corpus(SMALL.block_size, 0, 20, planted=0, validation=2)
+    pool = curation._harmed(clean, 5, np.random.default_rng(0))
+    original = dict(zip(clean.ids, clean.tokens, strict=True))
+    for i in range(len(clean), len(pool)):
+        name, _, kind = pool.ids[i].rpartition("~")
+        made, of = pool.tokens[i].tobytes(), original[name].tobytes()
+        if kind == "shuffled":
+            assert made != of and sorted(made) == sorted(of)
+        elif kind == "rot13":
+            assert codecs.encode(made.decode("latin1"), "rot13").encode("latin1") == of
+        else:
+            assert of.startswith(base64.b64decode(made[: len(made) // 4 * 4]))
+    assert pool.planted[len(clean) :] == [kind for kind in curation.HARM for _ in range(5)]
 
 
 def test_a_text_run_is_a_function_of_its_seed_and_is_not_changed_by_values():
