@@ -46,8 +46,9 @@ class Experiment:
     inrun experiment duplicates
     """
 
-    name: tyro.conf.Positional[Literal["mislabel", "duplicates", "stages", "curation"]]
-    """Wrong labels found; copies that share; sources over training; training again without harmful samples."""
+    name: tyro.conf.Positional[Literal["mislabel", "duplicates", "stages", "curation", "paraphrase"]]
+    """Wrong labels found; copies that share; sources over training; training again without harmful samples;
+    the rank of a text for its own rewriting."""
     out: Path = Path("runs/experiments")
     """Folder for experiment-NAME.json and .png."""
     seed: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import codecs
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 from inrun import cli, experiments, results, shapley
 from inrun.demo import demo_corpus
-from inrun.experiments import curation, duplicates, mislabel, stages, textrun
+from inrun.experiments import curation, duplicates, mislabel, paraphrase, stages, textrun
 from inrun.experiments.textrun import SMALL
 
 
@@ -125,6 +126,41 @@ def test_planted_harm_is_what_it_says():
         else:
             assert of.startswith(base64.b64decode(made[: len(made) // 4 * 4]))
     assert pool.planted[len(clean) :] == [kind for kind in curation.HARM for _ in range(5)]
+
+
+def test_paraphrase_ranks_every_original_for_every_version():
+    config = replace(SMALL, block_size=64, layers=1, width=16)
+    found = paraphrase.run(originals=3, steps=20, per_source=40, config=config)
+    ranks = {method: np.array(r) for method, r in found.data["ranks"].items()}
+    assert all(r.shape == (len(paraphrase.VERSIONS), 3) for r in ranks.values())
+    for method in ("gradient cosine, at the end", "BM25"):
+        assert ranks[method][0].tolist() == [1, 1, 1]  # its own copy
+    assert ranks["In-Run, first order"][0].mean() < found.data["samples"] / 4
+    assert "random order" in found.text
+
+
+def test_versions_of_an_original_and_their_text_is_not_trained_on():
+    corpus, chosen, versions = paraphrase.texts(64, 0, 3, 40)
+    exact, spaced, half, every, moved = (versions.take(range(3 * k, 3 * k + 3)) for k in range(5))
+    for i, row in enumerate(chosen):
+        text = corpus.text(row)
+        assert exact.text(i) == text and spaced.text(i) == paraphrase.respaced(text)[:65]
+        words = [set(paraphrase._NAME.findall(v.text(i)[:50])) for v in (exact, half, every)]
+        assert len(words[0] & words[1]) > len(words[0] & words[2])
+        assert len(moved.text(i)) > 10
+    assert not set(corpus.ids) & set(versions.ids)
+    rng = np.random.default_rng(0)
+    assert paraphrase.renamed("if ab: cd(ab)", 1.0, ["xx", "yy"], rng) in ("if xx: yy(xx)", "if yy: xx(yy)")
+
+
+def test_rank_and_bm25():
+    scores = np.array([[3.0, 1.0, 2.0], [1.0, 1.0, 0.0]])
+    assert paraphrase.rank(scores, np.array([2, 0])).tolist() == [2, 1.5]
+    documents = [["a", "b"], ["a", "a", "c"], ["d"]]
+    found = paraphrase.bm25(documents, [["a"], ["c", "d"]])
+    # "a" is in two of three documents of mean length 2: log(1 + 1.5 / 2.5) times its saturated count.
+    assert found[0] == pytest.approx([np.log(1.6), np.log(1.6) * 2 * 2.5 / (2 + 1.5 * (0.25 + 0.75 * 1.5)), 0])
+    assert found[1, 0] == 0 and found[1, 2] > found[1, 1] > 0
 
 
 def test_a_text_run_is_a_function_of_its_seed_and_is_not_changed_by_values():

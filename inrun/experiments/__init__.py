@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import results
 
-NAMES = ("mislabel", "duplicates", "stages", "curation")
+NAMES = ("mislabel", "duplicates", "stages", "curation", "paraphrase")
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def _draw(at: np.ndarray, curves: dict[str, np.ndarray], shares: dict[str, list[
 
     figure = Figure(figsize=(11.5, 4), layout="constrained")
     axes, bars = figure.subplots(1, 2, width_ratios=(1.6, 1))
-    colours = dict(zip(ARMS, ("black", "#d1495b", "#8d99ae", "#30638e", "#66a182"), strict=True))
+    colours: dict[str, str] = dict(zip(ARMS, ("black", "#d1495b", "#8d99ae", "#30638e", "#66a182"), strict=True))
     everything = curves["nothing"].mean(0)
     for name, curve in curves.items():
         middle, style = curve.mean(0), "--" if name == "what was planted" else "-"
