@@ -98,7 +98,7 @@ def largest_stable(task: Task, start: nn.Module, kind: str, steps: int, size: in
     with torch.no_grad():
         before = float(task.validation_loss(start))
     lowest = OPTIMIZERS[kind][1]
-    for lr in (lowest * 2**k for k in range(tries)):
+    for lr in (lowest * 2**k for k in range(-4, tries)):  # a start that is trained well may bear less than `lowest`
         model = copy.deepcopy(start)
         optimizer = OPTIMIZERS[kind][0](model.parameters(), lr)
         looks: list[float] = []
