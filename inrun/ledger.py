@@ -1,10 +1,11 @@
 """The ledger: every value of a run, in append-only Parquet shards that any reader of Parquet understands.
 
-One row per step, sample and target:
+One row per step, sample and target (and token, where tokens are scored):
 
     step       int64               optimizer step, from 0
     sample_id  int64 or string     the user's id (one kind per ledger)
-    target     dictionary(string)  name of the validation target
+    token      int32               position in the sample, from 0; null where the value is the whole sample's
+    target     dictionary(string)  name of the validation target, or of one validation sample
     value      float32             > 0: the sample lowered the validation loss; unit: nats (the paper's phi is
                                    the loss change, so phi = -value)
 
@@ -77,7 +78,7 @@ class Ledger:
         self.metadata: dict[str, Any] = {}
         self.last_step: int | None = None  # of this writer
         self._id_type: pa.DataType | None = None
-        self._pending: list[tuple[int, pa.Array, Any, tuple[str, ...]]] = []  # values perhaps on a GPU
+        self._pending: list[tuple[int, pa.Array, Any, tuple[str, ...], bool]] = []  # values perhaps on a GPU
         self._buffer: list[pa.RecordBatch] = []
         self._buffered_rows = 0
         self._kept: list[pa.Table] = []  # what an in-memory ledger flushed
@@ -91,7 +92,9 @@ class Ledger:
 
     # ------------------------------------------------------------------ writing
 
-    def append(self, step: int, ids: Any, values: Any, targets: Sequence[str] = ("validation",)) -> None:
+    def append(
+        self, step: int, ids: Any, values: Any, targets: Sequence[str] = ("validation",), *, per_token: bool = False
+    ) -> None:
         """Record the values of one step.
 
         Args:
@@ -99,6 +102,7 @@ class Ledger:
             ids: [B] sample ids: integers (tensor, array or sequence) or a sequence of str. May repeat.
             values: [B], or [B, M] with one column per target: tensor, array or sequence; kept as float32.
             targets: the M names.
+            per_token: values are [B, T] or [B, T, M], one for each token of every sample.
 
         Raises:
             ValueError, TypeError: counts, shapes or types that do not fit; nothing is recorded.
@@ -121,15 +125,18 @@ class Ledger:
             raise InRunError(f"expected ids of type {self._id_type} as in this ledger, received {id_array.type}")
         values = values.detach().clone() if hasattr(values, "detach") else np.array(values, dtype=np.float32)
         shape = tuple(values.shape)
-        if shape != (count, len(names)) and (shape != (count,) or len(names) > 1):
-            expected = f"({count},) or ({count}, 1)" if len(names) == 1 else f"({count}, {len(names)})"
+        lead = (count, *(shape[1:2] or (None,))) if per_token else (count,)
+        if shape != (*lead, len(names)) and (shape != lead or len(names) > 1):
+            shown = f"{count}, T" if per_token else f"{count}"
+            flat = f"({shown}{'' if per_token else ','}) or " if len(names) == 1 else ""
+            expected = f"{flat}({shown}, {len(names)})"
             raise ValueError(
                 f"expected values of shape {expected} for {count} ids and targets {names}, received {shape}"
             )
         at_hand = isinstance(values, np.ndarray) or values.device.type == "cpu"
         if at_hand or len(self._pending) >= _SETTLE_STEPS:
             self._settle()
-        self._pending.append((step, id_array, values, names))
+        self._pending.append((step, id_array, values, names, per_token))
         if at_hand:
             self._settle()
         self.last_step = step
@@ -220,12 +227,15 @@ class Ledger:
         return self.dataset().count_rows()
 
     def rows(self) -> pa.Table:
-        """All rows (step, sample_id, target, value): writer by writer, each in order of steps."""
+        """All rows (step, sample_id, token, target, value): writer by writer, each in order of steps."""
         return self.dataset().to_table()
 
-    def totals(self, target: str | None = None) -> pa.Table:
-        """Sum over the run: sample_id, target, value (float64, nats), count (times seen), ordered by id."""
-        return sum_values(self.dataset(), ["sample_id", "target"], target)
+    def totals(self, target: str | None = None, *, per_token: bool = False) -> pa.Table:
+        """Sum over the run: sample_id, target, value (float64, nats), count (times seen), ordered by id.
+
+        Tokens are summed into their sample; with `per_token` they stay apart, and a column token follows the id.
+        """
+        return sum_values(self.dataset(), ["sample_id", *(["token"] if per_token else []), "target"], target)
 
     def top(self, k: int, target: str | None = None) -> pa.Table:
         """The k samples of highest total value, highest first; columns as `totals`.
@@ -298,10 +308,10 @@ class Ledger:
     def _settle(self) -> None:
         """Move the pending values to the buffer, checked."""
         while self._pending:
-            step, ids, values, names = self._pending.pop(0)
+            step, ids, values, names, per_token = self._pending.pop(0)
             if not isinstance(values, np.ndarray):
                 values = values.float().cpu().numpy()
-            rows = shards.make_rows(step, ids, values, names)
+            rows = shards.make_rows(step, ids, values, names, per_token)
             if rows.num_rows:
                 self._buffer.append(rows)
                 self._buffered_rows += rows.num_rows

@@ -22,14 +22,15 @@ def sum_values(
     It runs in one thread, shard by shard, so the same ledger gives the same bits.
 
     Args:
-        rows: step, sample_id, target, value.
-        keys: columns that make a group, among step, sample_id, target and (with `sources`) source.
+        rows: step, sample_id, token, target, value.
+        keys: columns that make a group, among step, sample_id, token, target and (with `sources`) source.
         target: only this target.
         sources: mapping from sample id to source, or a table with the columns sample_id and source.
         step: what stands in the place of the step.
 
     Returns:
-        The keys, value (float64), count (int64), ordered by the keys.
+        The keys, value (float64), count (int64: a sample's tokens count once, unless they are apart), ordered by the
+        keys.
 
     Raises:
         ValueError: there is no such target, or `sources` lacks a column or names an id twice.
@@ -40,10 +41,12 @@ def sum_values(
     from pyarrow import acero
     from pyarrow.acero import Declaration
 
-    columns = {name: pc.field(name) for name in ("step", "sample_id", "target", "value")}
+    columns = {name: pc.field(name) for name in ("step", "sample_id", "token", "target", "value")}
     columns["target"] = columns["target"].cast(pa.string())  # shards differ in their dictionaries
     if step is not None:
         columns["step"] = step
+    token = pc.field("token")
+    columns["seen"] = pc.scalar(1) if "token" in keys else (token.is_null() | (token == 0)).cast(pa.int64())
     plan = Declaration("scan", acero.ScanNodeOptions(rows, **_SCAN))
     plan = Declaration("project", acero.ProjectNodeOptions(list(columns.values()), list(columns)), [plan])
     if target is not None:
@@ -55,7 +58,7 @@ def sum_values(
         plan = Declaration(
             "hashjoin", options, [plan, Declaration("table_source", acero.TableSourceNodeOptions(table))]
         )
-    sums = [("value", "hash_sum", None, "sum"), ("value", "hash_count", None, "count")]
+    sums: Any = [("value", "hash_sum", None, "sum"), ("seen", "hash_sum", None, "count")]
     plan = Declaration("aggregate", acero.AggregateNodeOptions(sums, keys), [plan])
     found = plan.to_table(use_threads=False).select([*keys, "sum", "count"])
     if target is not None and not found.num_rows and rows.count_rows():

@@ -22,7 +22,8 @@ from inrun.errors import InRunError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)  # 1 has no column `token`, which then reads as null
 _KEY = "inrun"
 
 
@@ -31,7 +32,8 @@ def make_schema(id_type: pa.DataType | None) -> pa.Schema:
     import pyarrow as pa
 
     target = pa.dictionary(pa.int32(), pa.string())
-    return pa.schema({"step": pa.int64(), "sample_id": id_type or pa.int64(), "target": target, "value": pa.float32()})
+    columns = {"step": pa.int64(), "sample_id": id_type or pa.int64(), "token": pa.int32(), "target": target}
+    return pa.schema({**columns, "value": pa.float32()})
 
 
 def as_int(value: Any, name: str) -> int:
@@ -64,34 +66,41 @@ def as_ids(ids: Any) -> pa.Array:
     return pa.array([as_int(each, "each id (where not all are str)") for each in ids], pa.int64())
 
 
-def make_rows(step: int, ids: pa.Array, values: np.ndarray, targets: tuple[str, ...]) -> pa.RecordBatch:
+def make_rows(
+    step: int, ids: pa.Array, values: np.ndarray, targets: tuple[str, ...], per_token: bool = False
+) -> pa.RecordBatch:
     """The rows of one step, target by target.
 
     Args:
         step: of all rows.
         ids: [B], from `as_ids`.
-        values: float32 [B] or [B, M].
+        values: float32 [B] or [B, M]; [B, T] or [B, T, M] per token.
         targets: the M names.
+        per_token: a row for each token.
 
     Raises:
         InRunError: values that are not finite, with the ids of their samples.
     """
     import pyarrow as pa
 
-    values = values.reshape(len(ids), len(targets))
-    finite = np.isfinite(values).all(axis=1)
+    tokens = values.shape[1] if per_token else 1
+    values = values.reshape(len(ids), tokens, len(targets))
+    finite = np.isfinite(values).all(axis=(1, 2))
     if not finite.all():
         bad = ids.filter(pa.array(~finite)).to_pylist()
         raise InRunError(
             f"step {step}: expected finite values, received NaN or infinity for {len(bad)} of {len(ids)} "
             f"samples, ids {bad[:10]}; the step was not recorded"
         )
-    codes = np.repeat(np.arange(len(targets), dtype=np.int32), len(ids))
+    codes = np.repeat(np.arange(len(targets), dtype=np.int32), len(ids) * tokens)
+    places = np.tile(np.arange(tokens, dtype=np.int32), len(ids) * len(targets))
+    ids = ids.take(pa.array(np.repeat(np.arange(len(ids)), tokens))) if per_token else ids
     columns = [
         pa.array(np.full(values.size, step, dtype=np.int64)),
         pa.concat_arrays([ids] * len(targets)),
+        pa.array(places) if per_token else pa.nulls(values.size, pa.int32()),
         pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(targets, pa.string())),
-        pa.array(values.T.reshape(-1)),
+        pa.array(np.moveaxis(values, 2, 0).reshape(-1)),
     ]
     return pa.record_batch(columns, schema=make_schema(ids.type))
 
@@ -117,7 +126,7 @@ def write(table: pa.Table, shard: Path) -> None:
     import pyarrow.parquet as pq
 
     temporary = shard.with_name(f"{shard.name}.tmp")
-    columns: Any = ["step", "target"]  # the other two hardly repeat within a shard
+    columns: Any = ["step", "token", "target"]  # the other two hardly repeat within a shard
     try:
         with temporary.open("wb") as file:
             pq.write_table(table, file, compression="zstd", use_dictionary=columns)
@@ -156,8 +165,9 @@ def inspect(folder: Path | None, id_type: pa.DataType | None) -> tuple[list[Path
             schema = _read_schema(shard)
         except FileNotFoundError:  # another writer resumes and drops it just now
             continue
-        if (found := _metadata(schema).get("schema")) != SCHEMA_VERSION:
-            raise InRunError(f"expected a shard of schema version {SCHEMA_VERSION}, received {found} in {shard}")
+        if (found := _metadata(schema).get("schema")) not in READABLE:
+            known = " or ".join(map(str, READABLE))
+            raise InRunError(f"expected a shard of schema version {known}, received {found} in {shard}")
         type_here = schema.field("sample_id").type
         if id_type not in (None, type_here):
             raise InRunError(f"expected ids of type {id_type} in every shard, received {type_here} in {shard}")

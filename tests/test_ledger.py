@@ -39,12 +39,14 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def sums_by(rows: list[tuple], *functions) -> dict[tuple, tuple[float, int]]:
-    """Sum and count of (step, id, target, value) rows by what the functions make of the first three."""
+    """Sum of (step, id, token, target, value) rows by what the functions make of step, id and target, and how many
+    samples they are of: tokens after a sample's first count for none."""
     sums: dict[tuple, list] = defaultdict(lambda: [0.0, 0])
-    for *columns, value in rows:
+    for step, sample, token, target, value in rows:
+        columns = (step, sample, target)
         group = tuple(make(column) for make, column in zip(functions, columns, strict=True) if make)
         sums[group][0] += value
-        sums[group][1] += 1
+        sums[group][1] += not token
     return {group: tuple(found) for group, found in sums.items()}
 
 
@@ -56,8 +58,9 @@ def same(column):
     return column
 
 
-# A run is a list of steps: the samples of each, and whether it was flushed after.
-runs = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=5), st.booleans()), min_size=1, max_size=12)
+# A run is a list of steps: the samples of each, its tokens per sample (None: scored whole), and whether it was flushed.
+ids_of_a_step = st.lists(st.integers(0, 5), max_size=5)
+runs = st.lists(st.tuples(ids_of_a_step, st.sampled_from([None, 1, 3]), st.booleans()), min_size=1, max_size=12)
 
 
 @settings(max_examples=40, deadline=None)
@@ -66,11 +69,18 @@ def test_queries_equal_plain_python(tmp_path_factory, run, targets, strings, dis
     ledger = Ledger(tmp_path_factory.mktemp("ledger") if disk else None)
     names = [f"target {index}" for index in range(targets)]
     rows = []
-    for step, (numbers, flush) in enumerate(run):
+    for step, (numbers, tokens, flush) in enumerate(run):
         ids = [f"sample {number}" for number in numbers] if strings else numbers
-        values = np.arange(len(ids) * targets, dtype=np.float32).reshape(-1, targets) / 8 - step
-        ledger.append(step, ids, torch.from_numpy(values), names)
-        rows += [(step, ids[b], names[m], float(values[b, m])) for m in range(targets) for b in range(len(ids))]
+        values = np.arange(len(ids) * (tokens or 1) * targets, dtype=np.float32).reshape(-1, tokens or 1, targets)
+        values = values / 8 - step
+        whole = values if tokens else values[:, 0]
+        ledger.append(step, ids, torch.from_numpy(whole), names, per_token=tokens is not None)
+        rows += [
+            (step, ids[b], t if tokens else None, names[m], float(values[b, t, m]))
+            for m in range(targets)
+            for b in range(len(ids))
+            for t in range(tokens or 1)
+        ]
         if flush:
             ledger.flush()
     assert [tuple(row.values()) for row in ledger.rows().to_pylist()] == rows
@@ -80,6 +90,11 @@ def test_queries_equal_plain_python(tmp_path_factory, run, targets, strings, dis
     assert totals.column_names == ["sample_id", "target", "value", "count"]
     assert as_sums(totals, "sample_id", "target") == sums_by(rows, None, same, same)
     assert totals["sample_id"].to_pylist() == sorted(totals["sample_id"].to_pylist())
+    apart = defaultdict(list)
+    for _, sample, token, target, value in rows:
+        apart[sample, token, target].append(value)
+    by_token = as_sums(ledger.totals(per_token=True), "sample_id", "token", "target")
+    assert by_token == {group: (sum(values), len(values)) for group, values in apart.items()}
 
     sources = {each: ("even", "odd")[place % 2] for place, each in enumerate(sorted({row[1] for row in rows})[1:])}
     by_source = ledger.by_source(sources)
@@ -227,6 +242,7 @@ def test_shards_say_what_they_hold(tmp_path):
     assert [(field.name, str(field.type)) for field in schema] == [
         ("step", "int64"),
         ("sample_id", "int64"),
+        ("token", "int32"),
         ("target", "dictionary<values=string, indices=int32, ordered=0>"),
         ("value", "float"),
     ]
@@ -280,6 +296,8 @@ def test_a_step_is_recorded_once(tmp_path):
     [
         ((0, [1, 2, 3], [1.0, 2.0]), ValueError, r"shape \(3,\) or \(3, 1\) for 3 ids .* received \(2,\)"),
         ((0, [1], [[1.0, 2.0]]), ValueError, r"received \(1, 2\)"),
+        ((0, [1, 2], [1.0, 2.0], "v", True), ValueError, r"shape \(2, T\) or \(2, T, 1\) for .* received \(2,\)"),
+        ((0, [1], [[1.0]], ("a", "b"), True), ValueError, r"shape \(1, T, 2\) for .* received \(1, 1\)"),
         ((0, [1, 2], [1.0, 2.0], ("a", "b")), ValueError, r"shape \(2, 2\)"),
         ((0, [1], [[1.0, 2.0]], ("a", "a")), ValueError, "distinct target names"),
         ((-1, [1], [1.0]), ValueError, "step=-1"),
@@ -300,7 +318,7 @@ def test_a_step_is_recorded_once(tmp_path):
 def test_bad_input_is_an_error_and_records_nothing(tmp_path, arguments, error, message):
     ledger = Ledger(tmp_path)
     with pytest.raises(error, match=message):
-        ledger.append(*arguments)
+        ledger.append(*arguments[:4], per_token=len(arguments) > 4)
     ledger.close()
     assert not list(tmp_path.iterdir()) and ledger.last_step is None
     ledger.append(0, ["strings", "still fit"], torch.ones(2, dtype=torch.bfloat16))
@@ -327,13 +345,29 @@ def test_foreign_files_and_versions_are_refused(tmp_path):
     table = pa.table({"step": [0], "sample_id": [0]})
     for metadata, found in ((None, "None"), ({"inrun": json.dumps({"schema": 99})}, "99")):
         pq.write_table(table.replace_schema_metadata(metadata), shard)
-        with pytest.raises(InRunError, match=f"schema version 1, received {found}"):
+        with pytest.raises(InRunError, match=f"schema version 1 or 2, received {found}"):
             Ledger(tmp_path)
     shard.write_bytes(b"not Parquet")
     with pytest.raises(InRunError, match="which is not Parquet"):
         Ledger(tmp_path)
     with pytest.raises(InRunError, match="missing, which does not exist"):
         Ledger(tmp_path / "missing").totals()
+
+
+def test_a_ledger_without_tokens_is_read_and_gone_on_with(tmp_path):
+    """Shards as schema version 1 wrote them, with no column `token`."""
+    names = pa.array(["v", "v"]).dictionary_encode()
+    old = pa.table({"step": [0, 1], "sample_id": [7, 8], "target": names, "value": pa.array([1.0, 2.0], pa.float32())})
+    facts = {"inrun": json.dumps({"schema": 1, "method": "first"})}
+    pq.write_table(old.replace_schema_metadata(facts), tmp_path / "rank00000-step000000000000.parquet")
+    with Ledger(tmp_path) as ledger:
+        assert ledger.last_step == 1 and ledger.metadata["method"] == "first"
+        ledger.append(2, [8], [[0.5, 0.25]], "v", per_token=True)
+    reopened = Ledger(tmp_path)
+    assert reopened.rows()["token"].to_pylist() == [None, None, 0, 1]
+    assert as_sums(reopened.totals(), "sample_id") == {(7,): (1.0, 1), (8,): (2.75, 2)}
+    reopened.resume(1)  # rewrites the old shard, as it was
+    assert [row["value"] for row in Ledger(tmp_path).rows().to_pylist()] == [1.0]
 
 
 def test_bad_questions(tmp_path):
