@@ -34,7 +34,7 @@ from . import check, directions
 from .errors import InRunError
 from .inline import Inline
 from .keep import Keeper
-from .tap import random_state, set_random_state, together
+from .tap import Layout, random_state, set_random_state, together
 from .updates import UpdateRule, chunks, require_elementwise, updates
 from .validation import Gradients
 
@@ -118,13 +118,13 @@ class Deferred:
         if self.starts_with_validation:
             self._start = {name: list(g) for name, g in self.tracker.validations.gradients.items()}
 
-    def batch(self, size: int, recompute: Callable[[], Tensor] | None) -> None:
+    def batch(self, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         self.recompute.append(recompute)
         self._random.append(None if recompute is None else random_state())
         if recompute is None:
-            self.keeper.begin_batch(size)
+            self.keeper.begin_batch(layout)
         else:
-            self.keeper.skip_batch(size)
+            self.keeper.skip_batch(layout)
 
     def end(self) -> None:
         self.keeper.pause()
@@ -150,9 +150,9 @@ class Deferred:
         """The dots of each batch, once everything the direction needs is there."""
         if not self.updated:
             many = () if self._many is None else (self._many,)
-            sizes, device = self.keeper.sizes, self.tracker.slots[0].param.device
+            layouts, device = self.keeper.layouts, self.tracker.slots[0].param.device
             self.keeper.reset()
-            return [torch.zeros(size, *many, device=device) for size in sizes]
+            return [torch.zeros(layout.count, *many, device=device) for layout in layouts]
         if self._early is not None:
             return self._early
         if self.ends_with_validation:
@@ -190,7 +190,7 @@ class Deferred:
         try:
             with torch.enable_grad(), torch.random.fork_rng():
                 set_random_state(self._random[i])
-                inline.batch(self.keeper.sizes[i])
+                inline.batch(self.keeper.layouts[i])
                 run().backward()
         finally:
             inline.end()

@@ -18,13 +18,14 @@ from torch.utils import _pytree as pytree
 
 from . import functional
 from .errors import InRunError
-from .tap import SUFFIX, Tap
+from .tap import SUFFIX, Layout, Tap
 
 
 def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
     """One ordinary forward that carries tangents beside it, then the dots attached to each output."""
     probe = tap.probe
     assert probe is not None
+    layout = tap.layout or Layout(probe.shape[0])
     if forward_ad._current_level >= 0:
         raise InRunError(f"{tap.name}: forward-mode scoring inside another forward-mode pass is not supported")
     single = probe.dim() == 1
@@ -37,18 +38,20 @@ def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: 
         if tangent is None:
             outputs.append(primal)
             continue
-        require_rows(module, tap, primal, probe.shape[0])
+        require_rows(module, tap, primal, layout)
         tangents = tangent.detach() if single else torch.stack([tangent.detach(), *(t[i] for t in more)])
-        outputs.append(functional.attach(primal, tangents, probe))
+        outputs.append(functional.attach(primal, tangents, probe, layout.segments))
     return pytree.tree_unflatten(outputs, spec)
 
 
-def require_rows(module: Any, tap: Tap, out: Tensor, batch: int) -> None:
-    """Raise `InRunError` unless the rows of a module's output are the samples."""
-    if out.dim() == 0 or out.shape[0] != batch:
+def require_rows(module: Any, tap: Tap, out: Tensor, layout: Layout) -> None:
+    """Raise `InRunError` unless the rows of a module's output are the samples, or its tokens theirs."""
+    if layout.segments is not None:
+        layout.require(tap, out)
+    elif out.dim() == 0 or out.shape[0] != layout.rows:
         raise InRunError(
             f"{tap.name or 'model'} ({type(module).__bases__[1].__name__}): expected every output to be [B, ...] "
-            f"with B = {batch}, got {tuple(out.shape)}; it holds parameters with no rule of their own "
+            f"with B = {layout.rows}, got {tuple(out.shape)}; it holds parameters with no rule of their own "
             f"({', '.join(n for _, n in tap.forward_mode)}), which are scored by their module's output rows"
         )
 

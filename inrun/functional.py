@@ -15,6 +15,9 @@ direction, `probe` is `[B]` and a direction has its parameter's shape; with M of
 `directions` pairs the weight's with the bias's; either may be None. Gradients have the dtypes torch would give
 them; the probe's is float32 (float64 for float64 layers). With `probe=None` each function is exactly torch's own.
 
+Packed documents: with `segments`, int64 offsets `[S + 1]` into the B*T tokens of an `x` that is `[B, T, ...]`, the
+probe is `[S]` (or `[S, M]`) and each document has a dot; offsets 0, 1, ..., B*T give every token its own.
+
 Second derivatives and forward-mode AD go through the written-out expression above, in plain torch operations.
 
 Source: In-Run Data Shapley, arXiv 2406.11011, section 4.2 (ghost dot-product), as one autograd function.
@@ -29,9 +32,10 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-from inrun_kernels import bias_wgrad_dot, embedding_dot, ghost_dot, ghost_wgrad_dot, norm_wgrad_dot
+from inrun_kernels import bias_wgrad_dot, embedding_dot, ghost_dot, ghost_wgrad_dot, norm_dot, norm_wgrad_dot
 
 Directions = tuple[Tensor | None, Tensor | None]
+_FEW_TOKENS = 32  # of a document, below which its dot is a product of its own
 
 
 def linear(
@@ -40,6 +44,7 @@ def linear(
     bias: Tensor | None = None,
     directions: Directions | None = None,
     probe: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """`torch.nn.functional.linear` that scores its samples.
 
@@ -49,6 +54,7 @@ def linear(
         bias: `[O]` or None.
         directions: `(weight_direction, bias_direction)`, each the parameter's shape (or `[M, *shape]`) or None.
         probe: `[B]` (or `[B, M]`) zeros with `requires_grad=True`; None computes the plain layer.
+        segments: offsets of packed documents (see the module), of which the probe then has one entry each.
 
     Returns:
         `[B, ..., O]`, in the dtype torch (and autocast) would give.
@@ -63,9 +69,8 @@ def linear(
     """
     if probe is None or directions is None:
         return F.linear(x, weight, bias)
-    x = by_sample(x, probe.shape[0])
-    x, weight, bias = _autocast(x, weight, bias)
-    return _apply(_Linear, x, weight, bias, *directions, probe)
+    x, weight, bias = _autocast(_placed(x, probe, segments), weight, bias)
+    return _apply(_Linear, x, weight, bias, *directions, probe, segments)
 
 
 def conv1d(
@@ -74,6 +79,7 @@ def conv1d(
     bias: Tensor | None = None,
     directions: Directions | None = None,
     probe: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """Hugging Face's `Conv1D` layer, `x @ weight + bias`, that scores its samples.
 
@@ -81,7 +87,7 @@ def conv1d(
     """
     if directions is not None and directions[0] is not None:
         directions = (directions[0].mT, directions[1])
-    return linear(x, weight.t(), bias, directions, probe)
+    return linear(x, weight.t(), bias, directions, probe, segments)
 
 
 def embedding(
@@ -90,6 +96,7 @@ def embedding(
     direction: Tensor | None = None,
     probe: Tensor | None = None,
     padding_idx: int | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """`torch.nn.functional.embedding` that scores its samples.
 
@@ -97,7 +104,7 @@ def embedding(
         ids: `[B, ...]` integers in `[0, V)`. Position ids that lack the sample axis (`[1, T]`, or `[T]` with T
             other than B) are expanded to `[B, T]`.
         weight: `[V, I]`; `direction`: `[V, I]` (or `[M, V, I]`).
-        probe: `[B]` (or `[B, M]`); None computes the plain layer.
+        probe, segments: as in `linear`; None computes the plain layer.
         padding_idx: this row gets no gradient and no score, as in torch.
 
     Returns:
@@ -109,8 +116,8 @@ def embedding(
     """
     if probe is None or direction is None:
         return F.embedding(ids, weight, padding_idx)
-    ids = ids_by_sample(ids, probe.shape[0])
-    return _apply(_Embedding, ids, weight, direction, probe, padding_idx)
+    ids = ids_by_sample(ids, probe.shape[0]) if segments is None else ids
+    return _apply(_Embedding, ids, weight, direction, probe, segments, padding_idx)
 
 
 def layer_norm(
@@ -121,6 +128,7 @@ def layer_norm(
     eps: float = 1e-5,
     directions: Directions | None = None,
     probe: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """`torch.nn.functional.layer_norm` that scores its samples; `x` is `[B, ..., *normalized_shape]`.
 
@@ -129,8 +137,8 @@ def layer_norm(
     shape = tuple(normalized_shape)
     if probe is None or directions is None or weight is None:
         return F.layer_norm(x, shape, weight, bias, eps)
-    normed = F.layer_norm(by_sample(x, probe.shape[0]), shape, None, None, eps)
-    return _apply(_Affine, normed, weight, bias, *directions, probe).to(_norm_dtype(x, normed))
+    normed = F.layer_norm(_placed(x, probe, segments), shape, None, None, eps)
+    return _apply(_Affine, normed, weight, bias, *directions, probe, segments).to(_norm_dtype(x, normed))
 
 
 def rms_norm(
@@ -140,6 +148,7 @@ def rms_norm(
     eps: float | None = None,
     direction: Tensor | None = None,
     probe: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """`torch.nn.functional.rms_norm` that scores its samples; `x` is `[B, ..., *normalized_shape]`.
 
@@ -148,32 +157,38 @@ def rms_norm(
     shape = list(normalized_shape)
     if probe is None or direction is None or weight is None:
         return F.rms_norm(x, shape, weight, eps)
-    normed = F.rms_norm(by_sample(x, probe.shape[0]), shape, None, eps)
-    return _apply(_Affine, normed, weight, None, direction, None, probe).to(_norm_dtype(x, normed))
+    normed = F.rms_norm(_placed(x, probe, segments), shape, None, eps)
+    return _apply(_Affine, normed, weight, None, direction, None, probe, segments).to(_norm_dtype(x, normed))
 
 
-def bias(x: Tensor, bias: Tensor, direction: Tensor | None = None, probe: Tensor | None = None) -> Tensor:
+def bias(
+    x: Tensor,
+    bias: Tensor,
+    direction: Tensor | None = None,
+    probe: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> Tensor:
     """`x + bias` over the last dimensions, that scores its samples; `x` is `[B, ..., *bias.shape]`.
 
     Args, returns and errors as in `linear`; `direction` has the bias's shape (or `[M, *shape]`).
     """
     if probe is None or direction is None:
         return x + bias
-    return _apply(_Bias, by_sample(x, probe.shape[0]), bias, direction, probe)
+    return _apply(_Bias, _placed(x, probe, segments), bias, direction, probe, segments)
 
 
-def attach(out: Tensor, tangents: Tensor, probe: Tensor) -> Tensor:
+def attach(out: Tensor, tangents: Tensor, probe: Tensor, segments: Tensor | None = None) -> Tensor:
     """Score samples by forward-mode tangents: `out`, with `dL/dprobe[b] = <dL/dout[b], tangents[b]>`.
 
     Args:
         out: `[B, ...]`, any layer's output whose rows belong to samples.
         tangents: the derivative of `out` along the direction: `out`'s shape (or `[M, *out.shape]`).
-        probe: `[B]` (or `[B, M]`).
+        probe, segments: as in `linear`.
 
     Returns:
         `out` itself, with the dots added to its backward.
     """
-    return _apply(_Attach, out, tangents, probe)
+    return _apply(_Attach, out, tangents, probe, segments)
 
 
 # Each layer is one autograd function. `written_out` is the layer with its probe in place, in plain torch operations:
@@ -182,7 +197,7 @@ def attach(out: Tensor, tangents: Tensor, probe: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, bias, direction, bias_direction, probe):
+    def forward(x, weight, bias, direction, bias_direction, probe, segments):
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -190,30 +205,32 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def written_out(x, weight, bias, direction, bias_direction, probe):
+    def written_out(x, weight, bias, direction, bias_direction, probe, segments):
         y = F.linear(x, weight, bias)
         if direction is not None:
-            y = y + _shifted(probe, lambda d: F.linear(x, d), direction, weight.dim())
+            y = y + _shifted(probe, lambda d: F.linear(x, d), direction, weight.dim(), segments)
         if bias_direction is not None:
-            y = y + _shifted(probe, lambda d: d.expand(y.shape), bias_direction, 1)
+            y = y + _shifted(probe, lambda d: d.expand(y.shape), bias_direction, 1, segments)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             return _written_out_backward(_Linear.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
-        x, weight, _, direction, bias_direction, probe = ctx.saved_tensors
-        need_x, need_weight, need_bias, _, _, need_probe = ctx.needs_input_grad
+        x, weight, _, direction, bias_direction, probe, segments = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, _, need_probe, _ = ctx.needs_input_grad
+        direction, bias_direction = (direction, bias_direction) if need_probe else (None, None)
         acts, grads = rows(x, 1), rows(grad, 1)
+        segments = by_row(segments, x, acts)
         grad_x = grad @ weight if need_x else None
-        grad_weight, dots = _weight_gradient(acts, grads, direction if need_probe else None, need_weight, weight.dtype)
-        grad_bias, bias_dots = _bias_gradient(grads, bias_direction if need_probe else None, need_bias, grad.dtype)
-        return grad_x, grad_weight, grad_bias, None, None, _add(dots, bias_dots, probe)
+        grad_weight, dots = _weight_gradient(acts, grads, direction, need_weight, weight.dtype, segments)
+        grad_bias, bias_dots = _bias_gradient(grads, bias_direction, need_bias, grad.dtype, segments)
+        return grad_x, grad_weight, grad_bias, None, None, _add(dots, bias_dots, probe), None
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ids, weight, direction, probe, padding_idx):
+    def forward(ids, weight, direction, probe, segments, padding_idx):
         return F.embedding(ids, weight, padding_idx)
 
     @staticmethod
@@ -222,34 +239,35 @@ class _Embedding(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def written_out(ids, weight, direction, probe, padding_idx):
-        moved = _shifted(probe, lambda d: F.embedding(ids, d), direction, 2)
+    def written_out(ids, weight, direction, probe, segments, padding_idx):
+        moved = _shifted(probe, lambda d: F.embedding(ids, d), direction, 2, segments)
         if padding_idx is not None:
             moved = moved * (ids != padding_idx).unsqueeze(-1)
         return F.embedding(ids, weight, padding_idx) + moved
 
     @staticmethod
     def backward(ctx, grad):
-        ids, weight, direction, probe = ctx.saved_tensors
+        ids, weight, direction, probe, segments = ctx.saved_tensors
         if torch.is_grad_enabled():
-            inputs = (ids, weight, direction, probe, ctx.padding_idx)
+            inputs = (ids, weight, direction, probe, segments, ctx.padding_idx)
             return _written_out_backward(_Embedding.written_out, inputs, ctx.needs_input_grad, grad)
-        _, need_weight, _, need_probe, _ = ctx.needs_input_grad
+        _, need_weight, _, need_probe, _, _ = ctx.needs_input_grad
         pad = -1 if ctx.padding_idx is None else ctx.padding_idx % weight.shape[0]
         grad_weight = dots = None
         if need_weight:
             grad_weight = torch.ops.aten.embedding_dense_backward(grad, ids, weight.shape[0], pad, False)
         if need_probe:
-            tokens = ids.reshape(ids.shape[0], -1)
-            dots = embedding_dot(tokens, rows(grad, 1), direction, padding_idx=None if pad < 0 else pad)
-        return None, grad_weight, None, _add(dots, None, probe), None
+            tokens, pad_row = ids.reshape(ids.shape[0], -1), None if pad < 0 else pad
+            segments = by_row(segments, ids, tokens)
+            dots = embedding_dot(tokens, rows(grad, 1), direction, segments=segments, padding_idx=pad_row)
+        return None, grad_weight, None, _add(dots, None, probe), None, None
 
 
 class _Affine(torch.autograd.Function):
     """`normed * weight + bias`, the learned part of a norm layer."""
 
     @staticmethod
-    def forward(normed, weight, bias, direction, bias_direction, probe):
+    def forward(normed, weight, bias, direction, bias_direction, probe, segments):
         return normed * weight if bias is None else torch.addcmul(bias, normed, weight)
 
     @staticmethod
@@ -257,40 +275,41 @@ class _Affine(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def written_out(normed, weight, bias, direction, bias_direction, probe):
+    def written_out(normed, weight, bias, direction, bias_direction, probe, segments):
         y = normed * weight if bias is None else normed * weight + bias
         if direction is not None:
-            y = y + _shifted(probe, lambda d: normed * d, direction, weight.dim())
+            y = y + _shifted(probe, lambda d: normed * d, direction, weight.dim(), segments)
         if bias_direction is not None:
-            y = y + _shifted(probe, lambda d: d.expand(y.shape), bias_direction, weight.dim())
+            y = y + _shifted(probe, lambda d: d.expand(y.shape), bias_direction, weight.dim(), segments)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             return _written_out_backward(_Affine.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
-        normed, weight, bias, direction, bias_direction, probe = ctx.saved_tensors
-        need_normed, need_weight, need_bias, _, _, need_probe = ctx.needs_input_grad
+        normed, weight, bias, direction, bias_direction, probe, segments = ctx.saved_tensors
+        need_normed, need_weight, need_bias, _, _, need_probe, _ = ctx.needs_input_grad
         last = weight.dim()
         grad_normed = (grad * weight).to(normed.dtype) if need_normed else None
         grads = rows(grad, last)
+        segments = by_row(segments, grad, grads)
         grad_weight = grad_bias = dots = bias_dots = None
         if direction is not None and need_probe:
             normed_rows = rows(normed, last).to(grads.dtype)
-            grad_weight, dots = norm_wgrad_dot(normed_rows, grads, flat(direction, last))
+            grad_weight, dots = norm_wgrad_dot(normed_rows, grads, flat(direction, last), segments=segments)
             grad_weight = grad_weight.view(weight.shape).to(weight.dtype) if need_weight else None
         elif need_weight:
             grad_weight = (normed * grad).flatten(0, -last - 1).sum(0).to(weight.dtype)
         if bias is not None:
             along = None if bias_direction is None or not need_probe else flat(bias_direction, last)
-            grad_bias, bias_dots = _bias_gradient(grads, along, need_bias, bias.dtype)
+            grad_bias, bias_dots = _bias_gradient(grads, along, need_bias, bias.dtype, segments)
             grad_bias = None if grad_bias is None else grad_bias.view(bias.shape)
-        return grad_normed, grad_weight, grad_bias, None, None, _add(dots, bias_dots, probe)
+        return grad_normed, grad_weight, grad_bias, None, None, _add(dots, bias_dots, probe), None
 
 
 class _Bias(torch.autograd.Function):
     @staticmethod
-    def forward(x, bias, direction, probe):
+    def forward(x, bias, direction, probe, segments):
         return x + bias
 
     @staticmethod
@@ -298,26 +317,27 @@ class _Bias(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def written_out(x, bias, direction, probe):
+    def written_out(x, bias, direction, probe, segments):
         y = x + bias
-        return y + _shifted(probe, lambda d: d.expand(y.shape), direction, bias.dim())
+        return y + _shifted(probe, lambda d: d.expand(y.shape), direction, bias.dim(), segments)
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             return _written_out_backward(_Bias.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
-        x, bias, direction, probe = ctx.saved_tensors
-        need_x, need_bias, _, need_probe = ctx.needs_input_grad
+        x, bias, direction, probe, segments = ctx.saved_tensors
+        need_x, need_bias, _, need_probe, _ = ctx.needs_input_grad
         last = bias.dim()
         along = flat(direction, last) if need_probe else None
-        grad_bias, dots = _bias_gradient(rows(grad, last), along, need_bias, bias.dtype)
+        grads = rows(grad, last)
+        grad_bias, dots = _bias_gradient(grads, along, need_bias, bias.dtype, by_row(segments, grad, grads))
         grad_bias = None if grad_bias is None else grad_bias.view(bias.shape)
-        return grad.to(x.dtype) if need_x else None, grad_bias, None, _add(dots, None, probe)
+        return grad.to(x.dtype) if need_x else None, grad_bias, None, _add(dots, None, probe), None
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(out, tangents, probe):
+    def forward(out, tangents, probe, segments):
         return out.view_as(out)
 
     @staticmethod
@@ -325,19 +345,19 @@ class _Attach(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def written_out(out, tangents, probe):
-        return out + _shifted(probe, lambda d: d, tangents, out.dim())
+    def written_out(out, tangents, probe, segments):
+        return out + _shifted(probe, lambda d: d, tangents, out.dim(), segments)
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             return _written_out_backward(_Attach.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
-        _, tangents, probe = ctx.saved_tensors
+        _, tangents, probe, segments = ctx.saved_tensors
         if probe.dim() == 1:
-            dots = (grad * tangents).flatten(1).sum(1, dtype=probe.dtype)
+            dots = output_dots(grad, tangents, segments)
         else:
-            dots = torch.stack([(grad * t).flatten(1).sum(1, dtype=probe.dtype) for t in tangents], 1)
-        return grad, None, dots
+            dots = torch.stack([output_dots(grad, t, segments) for t in tangents], 1)
+        return grad, None, dots.to(probe.dtype), None
 
 
 def _written_out_backward(written_out, inputs, needs_input_grad, grad):
@@ -353,6 +373,25 @@ def _apply(function: Any, *inputs: Any) -> Tensor:
     if forward_ad._current_level >= 0:
         return function.written_out(*inputs)
     return function.apply(*inputs)
+
+
+def _placed(x: Tensor, probe: Tensor, segments: Tensor | None) -> Tensor:
+    """`x` with the axis in front that the probe counts; documents say nothing of rows, their `x` has all of them."""
+    return by_sample(x, probe.shape[0]) if segments is None else x
+
+
+def by_row(segments: Tensor | None, x: Tensor, x_rows: Tensor) -> Tensor | None:
+    """Offsets into the tokens of `x [B, T, ..., I]` as offsets into its rows `[B, T * ..., I]`."""
+    return None if segments is None else segments * (x_rows.shape[1] // x.shape[1])
+
+
+def output_dots(grad: Tensor, tangents: Tensor, segments: Tensor | None) -> Tensor:
+    """`<grad, tangents>` of each row of two `[B, ...]` tensors, or of each document of two `[B, T, ...]`."""
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if segments is None:
+        return (grad * tangents).flatten(1).sum(1, dtype=dtype)
+    grads, shifts = (x.reshape(*x.shape[:2], -1) for x in (grad, tangents))
+    return norm_dot(shifts.to(grads.dtype), grads, grads.new_ones(grads.shape[2]), segments=segments)
 
 
 def ids_by_sample(ids: Tensor, batch: int) -> Tensor:
@@ -377,8 +416,8 @@ def by_sample(x: Tensor, batch: int) -> Tensor:
     if x.dim() >= 2 and x.shape[0] == 1:
         return x.expand(batch, *x.shape[1:])
     raise ValueError(
-        f"input: expected shape [B, ...] with B = {batch}, the number of sample ids (or 1, shared by all "
-        f"samples); got {tuple(x.shape)}"
+        f"input: expected shape [B, ...] with B = {batch}, the number of sample ids or packed rows (or 1, "
+        f"shared by all); got {tuple(x.shape)}"
     )
 
 
@@ -407,7 +446,7 @@ def flat(direction: Tensor, last: int) -> Tensor:
     return direction.flatten(-last) if last > 1 else direction
 
 
-def _shifted(probe: Tensor, layer, direction: Tensor, ndim: int) -> Tensor:
+def _shifted(probe: Tensor, layer, direction: Tensor, ndim: int, segments: Tensor | None) -> Tensor:
     """`sum_m probe[b, m] * layer(direction[m])`."""
     if direction.dim() == ndim:
         pairs = [(probe, direction)]
@@ -416,26 +455,34 @@ def _shifted(probe: Tensor, layer, direction: Tensor, ndim: int) -> Tensor:
     terms = []
     for weights, one in pairs:
         y = layer(one)
-        terms.append(weights.to(y.dtype).view(-1, *[1] * (y.dim() - 1)) * y)
+        if segments is not None:  # a document's probe at each of its tokens
+            weights = weights.repeat_interleave(segments.diff(), output_size=y.shape[0] * y.shape[1])
+            weights = weights.view(y.shape[:2])
+        terms.append(weights.to(y.dtype).view(*weights.shape, *[1] * (y.dim() - weights.dim())) * y)
     return sum(terms[1:], terms[0])
 
 
-def _weight_gradient(acts, grads, direction, need_weight, dtype):
+def _weight_gradient(acts, grads, direction, need_weight, dtype, segments):
+    grad_weight = None
+    # Riding on the weight's product costs three passes over a weight for each document: too much for a few tokens.
+    few = segments is not None and acts.shape[0] * acts.shape[1] < _FEW_TOKENS * (segments.shape[0] - 1)
+    if need_weight and (direction is None or few):
+        grad_weight = grads.flatten(0, 1).t() @ acts.flatten(0, 1)
     if direction is None:
-        return (grads.flatten(0, 1).t() @ acts.flatten(0, 1) if need_weight else None), None
-    if not need_weight:
-        return None, ghost_dot(acts, grads, direction)
+        return grad_weight, None
+    if few or not need_weight:
+        return grad_weight, ghost_dot(acts, grads, direction, segments=segments)
     if direction.stride(-1) != 1:  # a transposed weight (conv1d): exchange the factors, keep memory in order
-        grad_weight, dots = ghost_wgrad_dot(grads, acts, direction.mT)
+        grad_weight, dots = ghost_wgrad_dot(grads, acts, direction.mT, segments=segments)
         return grad_weight.t().to(dtype), dots
-    grad_weight, dots = ghost_wgrad_dot(acts, grads, direction)
+    grad_weight, dots = ghost_wgrad_dot(acts, grads, direction, segments=segments)
     return grad_weight.to(dtype), dots
 
 
-def _bias_gradient(grads, direction, need_bias, dtype):
+def _bias_gradient(grads, direction, need_bias, dtype, segments):
     if direction is None:
         return (grads.flatten(0, 1).sum(0).to(dtype) if need_bias else None), None
-    grad_bias, dots = bias_wgrad_dot(grads, direction)
+    grad_bias, dots = bias_wgrad_dot(grads, direction, segments=segments)
     return (grad_bias.to(dtype) if need_bias else None), dots
 
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from . import check, directions
 from .errors import InRunError
-from .tap import Tap, together
+from .tap import Layout, Tap, together
 
 if TYPE_CHECKING:
     from .tracker import Tracker
@@ -43,13 +43,14 @@ class Inline:
                 for name in tracker.targets:
                     gradients[name][i] = None  # the direction takes its place in memory
 
-    def batch(self, size: int, recompute: Any = None) -> None:
+    def batch(self, layout: Layout, recompute: Any = None) -> None:
         """Fresh probes for the next forward: one for all layers of a device; while the sums are to be checked,
         one for every layer. Nothing is kept, so nothing need be computed again."""
         tracker = self.tracker
-        shape = (size,) if len(tracker.targets) == 1 else (size, len(tracker.targets))
+        shape = (layout.count,) if len(tracker.targets) == 1 else (layout.count, len(tracker.targets))
         probes: dict[Any, Tensor] = {}
         by_tap: dict[Tap, Tensor] = {}
+        layouts = {device: layout.on(device) for device in {slot.param.device for slot in tracker.slots}}
         for slot in tracker.slots:
             for tap in slot.taps:
                 key = tap if tracker.check_due else slot.param.device
@@ -57,8 +58,9 @@ class Inline:
                     dtype = torch.float64 if slot.param.dtype == torch.float64 else torch.float32
                     probes[key] = torch.zeros(shape, dtype=dtype, device=slot.param.device, requires_grad=True)
                 by_tap[tap] = probes[key]
-        for tap in tracker.taps:
-            tap.probe = by_tap.get(tap)
+        for tap, probe in by_tap.items():
+            tap.probe = probe
+            tap.layout = None if layout.segments is None else layouts[probe.device]
         self.probes.append(probes)
 
     def before_update(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> Tensor:
@@ -71,10 +73,10 @@ class Inline:
 
     def end(self) -> None:
         for tap in self.tracker.taps:
-            tap.probe = None
+            tap.probe = tap.layout = None
 
     def finish(self) -> list[Tensor | None]:
-        """The dots of each batch, `[B]` or `[B, M]`; None where no backward reached a tracked layer."""
+        """The dots of each batch, `[count]` or `[count, M]`; None where no backward reached a tracked layer."""
         return [together(p.grad for p in probes.values()) for probes in self.probes]
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import forward_mode
+from . import forward_mode, functional
 from .errors import InRunError
-from .tap import SUFFIX, Tap, random_state, set_random_state
+from .tap import SUFFIX, Layout, Tap, random_state, set_random_state
 
 
 @dataclass
@@ -51,12 +51,12 @@ class Keeper:
         """Forget what was kept."""
         self.kept: list[_Kept] = []
         self.bytes = 0
-        self.sizes: list[int] = []
+        self.layouts: list[Layout] = []  # of the step's batches
         self._weights: dict[int, Tensor] = {}
 
-    def begin_batch(self, size: int) -> None:
-        """The layers run from now on see a batch of `size` samples, and are kept."""
-        self.sizes.append(size)
+    def begin_batch(self, layout: Layout) -> None:
+        """The layers run from now on see a batch that lies so, and are kept."""
+        self.layouts.append(layout)
         for tap in self.taps:
             tap.keep = self._run_module if tap.forward_mode else self._run_layer
 
@@ -65,16 +65,16 @@ class Keeper:
         for tap in self.taps:
             tap.keep = None
 
-    def skip_batch(self, size: int) -> None:
+    def skip_batch(self, layout: Layout) -> None:
         """Count a batch that is not kept, since it will be computed again."""
-        self.sizes.append(size)
+        self.layouts.append(layout)
         self.pause()
 
     def _run_layer(self, module: Any, plain: Callable, x: Tensor) -> Tensor:
-        x = module.by_sample(x, self.sizes[-1])
+        x = module.placed(x, self.layouts[-1])
         y = plain(x)
         if y.requires_grad:
-            kept = _Kept(module, len(self.sizes) - 1, x.detach())
+            kept = _Kept(module, len(self.layouts) - 1, x.detach())
             y.register_hook(functools.partial(self._arrived, kept, 0))
         return y
 
@@ -82,7 +82,7 @@ class Keeper:
         args, kwargs = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, inputs)
         kind = next(module.parameters()).device.type
         autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        kept = _Kept(module, len(self.sizes) - 1, (args, kwargs), {}, random_state(), autocast)
+        kept = _Kept(module, len(self.layouts) - 1, (args, kwargs), {}, random_state(), autocast)
         if self.weights_move:
             for name, p in module.named_parameters():
                 if not name.endswith(SUFFIX):
@@ -118,7 +118,7 @@ class Keeper:
 
     def dots(self, many: int | None) -> list[dict[Tap, Tensor | None]]:
         """Of each batch, tap -> `[B]` or `[B, M]`: the dots along the directions as they stand."""
-        found: list[dict[Tap, Tensor | None]] = [dict.fromkeys(self.taps) for _ in self.sizes]
+        found: list[dict[Tap, Tensor | None]] = [dict.fromkeys(self.taps) for _ in self.layouts]
         with torch.no_grad():
             for kept in self.kept:
                 tap = kept.module._inrun
@@ -129,7 +129,8 @@ class Keeper:
 
     def _layer_dots(self, kept: _Kept) -> Tensor:
         device = next(kept.module.parameters()).device
-        return kept.module.dots(kept.x.to(device), kept.grads[0].to(device))
+        segments = self.layouts[kept.batch].on(device).segments
+        return kept.module.dots(kept.x.to(device), kept.grads[0].to(device), segments)
 
     def _module_dots(self, kept: _Kept, many: int | None) -> Tensor:
         module, device = kept.module, next(kept.module.parameters()).device
@@ -146,13 +147,13 @@ class Keeper:
         return columns[0] if many is None else torch.stack(columns, 1)
 
     def _contract(self, module: Any, kept: _Kept, tangents: list[Any], device: torch.device) -> Tensor:
-        size = self.sizes[kept.batch]
-        total = torch.zeros(size, device=device)
+        layout = self.layouts[kept.batch].on(device)
+        total = torch.zeros(layout.count, device=device)
         for leaf, grad in kept.grads.items():
             tangent = tangents[leaf]
             if tangent is not None and bool(tangent.any()):
-                forward_mode.require_rows(module, module._inrun, tangent, size)
-                total = total + (grad.to(device) * tangent).flatten(1).sum(1, dtype=torch.float32)
+                forward_mode.require_rows(module, module._inrun, tangent, layout)
+                total = total + functional.output_dots(grad.to(device), tangent, layout.segments)
         return total
 
     @contextlib.contextmanager

@@ -26,7 +26,7 @@ from inrun_kernels import bias_dot, embedding_dot, ghost_dot, norm_dot
 from . import functional
 from .errors import InRunError
 from .forward_mode import forward_mode
-from .tap import SUFFIX, Tap, eagerly
+from .tap import SUFFIX, Layout, Tap, eagerly
 
 
 class Holder:
@@ -56,20 +56,32 @@ class Rule(Holder):
         plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
         if tap.keep is not None:
             return eagerly(tap.keep, self, plain, x)
-        if tap.probe is not None:
-            return self.probed(x, tap.probe)
-        return plain(x)
+        if tap.probe is None:
+            return plain(x)
+        if tap.layout is None:
+            return self.probed(x, tap.probe, None)
+        return self.probed(self.placed(x, tap.layout), tap.probe, tap.layout.segments)
+
+    def placed(self, x: Tensor, layout: Layout) -> Tensor:
+        """The input with its sample axis in front, `[B, ...]`, and where tokens count, `[B, T, ...]`."""
+        x = self.by_sample(x, layout.rows)
+        if layout.segments is not None:
+            layout.require(self._inrun, x, self.feature_dims())
+        return x
 
     def by_sample(self, x: Tensor, batch: int) -> Tensor:
-        """The input with its sample axis in front, `[B, ...]`."""
         return functional.by_sample(x, batch)
 
-    def probed(self, x: Tensor, probe: Tensor) -> Tensor:
+    def feature_dims(self) -> int:
+        """How many of the input's last dimensions are no position."""
+        return 1
+
+    def probed(self, x: Tensor, probe: Tensor, segments: Tensor | None) -> Tensor:
         """The layer's output, with the dots as the probe's gradient."""
         raise NotImplementedError
 
-    def dots(self, x: Tensor, grad: Tensor) -> Tensor:
-        """The dots `[B]` or `[B, M]`, from the layer's input and the gradient of its output."""
+    def dots(self, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
+        """The dots `[B]` or `[B, M]` (`[S]` or `[S, M]`), from the layer's input and the gradient of its output."""
         raise NotImplementedError
 
 
@@ -79,26 +91,29 @@ class LinearRule(Rule):
     weight_direction: Tensor | None
     bias_direction: Tensor | None
 
-    def probed(self, x, probe):
-        return functional.linear(x, self.weight, self.bias, (self.weight_direction, self.bias_direction), probe)
+    def probed(self, x, probe, segments):
+        both = (self.weight_direction, self.bias_direction)
+        return functional.linear(x, self.weight, self.bias, both, probe, segments)
 
-    def dots(self, x, grad):
+    def dots(self, x, grad, segments):
         acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
+        segments = functional.by_row(segments, x, acts)
         return _sum(
-            None if self.weight_direction is None else self.weight_dots(acts, grads, self.weight_direction),
-            None if self.bias_direction is None else bias_dot(grads, self.bias_direction),
+            None if self.weight_direction is None else self.weight_dots(acts, grads, self.weight_direction, segments),
+            None if self.bias_direction is None else bias_dot(grads, self.bias_direction, segments=segments),
         )
 
-    def weight_dots(self, acts: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
-        return ghost_dot(acts, grads, direction)
+    def weight_dots(self, acts: Tensor, grads: Tensor, direction: Tensor, segments: Tensor | None) -> Tensor:
+        return ghost_dot(acts, grads, direction, segments=segments)
 
 
 class Conv1dRule(LinearRule):
-    def probed(self, x, probe):
-        return functional.conv1d(x, self.weight, self.bias, (self.weight_direction, self.bias_direction), probe)
+    def probed(self, x, probe, segments):
+        both = (self.weight_direction, self.bias_direction)
+        return functional.conv1d(x, self.weight, self.bias, both, probe, segments)
 
-    def weight_dots(self, acts, grads, direction):
-        return ghost_dot(grads, acts, direction)  # the weight is [I, O]
+    def weight_dots(self, acts, grads, direction, segments):
+        return ghost_dot(grads, acts, direction, segments=segments)  # the weight is [I, O]
 
 
 class EmbeddingRule(Rule):
@@ -109,12 +124,16 @@ class EmbeddingRule(Rule):
     def by_sample(self, x, batch):
         return functional.ids_by_sample(x, batch)
 
-    def probed(self, x, probe):
-        return functional.embedding(x, self.weight, self.weight_direction, probe, self.padding_idx)
+    def feature_dims(self):
+        return 0
 
-    def dots(self, x, grad):
-        ids = x.reshape(x.shape[0], -1)
-        return embedding_dot(ids, functional.rows(grad, 1), self.weight_direction, padding_idx=self.padding_idx)
+    def probed(self, x, probe, segments):
+        return functional.embedding(x, self.weight, self.weight_direction, probe, self.padding_idx, segments)
+
+    def dots(self, x, grad, segments):
+        ids, grads = x.reshape(x.shape[0], -1), functional.rows(grad, 1)
+        segments = functional.by_row(segments, x, ids)
+        return embedding_dot(ids, grads, self.weight_direction, segments=segments, padding_idx=self.padding_idx)
 
 
 class LayerNormRule(Rule):
@@ -125,14 +144,17 @@ class LayerNormRule(Rule):
     normalized_shape: tuple[int, ...]
     eps: float
 
-    def probed(self, x, probe):
-        both = (self.weight_direction, self.bias_direction)
-        return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, both, probe)
+    def feature_dims(self):
+        return len(self.normalized_shape)
 
-    def dots(self, x, grad):
+    def probed(self, x, probe, segments):
+        both = (self.weight_direction, self.bias_direction)
+        return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, both, probe, segments)
+
+    def dots(self, x, grad, segments):
         return _affine_dots(
             torch.nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps),
-            grad, len(self.normalized_shape), self.weight_direction, self.bias_direction,
+            grad, len(self.normalized_shape), self.weight_direction, self.bias_direction, segments,
         )  # fmt: skip
 
 
@@ -142,12 +164,16 @@ class RMSNormRule(Rule):
     normalized_shape: tuple[int, ...]
     eps: float | None
 
-    def probed(self, x, probe):
-        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, self.weight_direction, probe)
+    def feature_dims(self):
+        return len(self.normalized_shape)
 
-    def dots(self, x, grad):
+    def probed(self, x, probe, segments):
+        shape, direction = self.normalized_shape, self.weight_direction
+        return functional.rms_norm(x, shape, self.weight, self.eps, direction, probe, segments)
+
+    def dots(self, x, grad, segments):
         normed = torch.nn.functional.rms_norm(x, list(self.normalized_shape), None, self.eps)
-        return _affine_dots(normed, grad, len(self.normalized_shape), self.weight_direction, None)
+        return _affine_dots(normed, grad, len(self.normalized_shape), self.weight_direction, None, segments)
 
 
 class ForwardModeRule(Holder):
@@ -276,11 +302,12 @@ def _direction_names(module: Any) -> list[str]:
     return [n for n in module._parameters if n.endswith(SUFFIX) and n.removesuffix(SUFFIX) in module._parameters]
 
 
-def _affine_dots(normed, grad, last: int, direction: Tensor | None, bias_direction: Tensor | None) -> Tensor:
-    normed, grads = functional.rows(normed, last), functional.rows(grad, last)
+def _affine_dots(normed, grad, last: int, direction: Tensor | None, bias_direction: Tensor | None, segments) -> Tensor:
+    normed, grads = functional.rows(normed, last).to(grad.dtype), functional.rows(grad, last)
+    segments = functional.by_row(segments, grad, grads)
     return _sum(
-        None if direction is None else norm_dot(normed.to(grads.dtype), grads, functional.flat(direction, last)),
-        None if bias_direction is None else bias_dot(grads, functional.flat(bias_direction, last)),
+        None if direction is None else norm_dot(normed, grads, functional.flat(direction, last), segments=segments),
+        None if bias_direction is None else bias_dot(grads, functional.flat(bias_direction, last), segments=segments),
     )
 
 

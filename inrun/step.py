@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import InRunError
+from .tap import Layout
 
 if TYPE_CHECKING:
     from .tracker import Tracker
@@ -24,15 +25,28 @@ class Step:
         values: `[B]`, or `[B, M]` for M targets, float32 on the model's device, nats; ready when the block has
             ended, with "secant" and "path_secant" over validation blocks when the next of those have.
             > 0: the sample lowered the validation loss. Zero where the optimizer made no update.
+            `[S]` or `[S, M]` for S documents, `[B, T]` or `[B, T, M]` for tokens (see `batch`).
         drop: target -> what this step's batch took off the validation loss, measured (path methods with a
             validation callable and true ends): the loss at `w + u(0)` less that at `w + u(g_B)`, a scalar tensor.
     """
 
     def __init__(
-        self, tracker: Tracker, ids: Any, recompute: Callable[[], Tensor] | None, scale: float | Tensor
+        self,
+        tracker: Tracker,
+        ids: Any,
+        recompute: Callable[[], Tensor] | None,
+        scale: float | Tensor,
+        segments: Any,
+        tokens: int | None,
     ) -> None:
-        self._tracker, self._recompute, self.scale = tracker, recompute, scale
-        self._first = None if ids is None else _as_ids(ids)
+        self._tracker, self.scale = tracker, scale
+        self._first = None
+        if ids is not None:
+            ids = _as_ids(ids)
+            self._first = (ids, _layout(len(ids), segments, tokens), recompute)
+        elif recompute is not None or segments is not None or tokens is not None:
+            raise ValueError("step: expected recompute, segments and tokens with their ids, or in batch(); got no ids")
+        self._tokens: int | None = None  # per row, where each has a value
         self.drop: dict[str, Tensor] = {}
         self._values: Tensor | None = None
         self.number = tracker.steps
@@ -43,23 +57,49 @@ class Step:
     def __enter__(self) -> Step:
         self._tracker.begin(self)
         if self._first is not None:
-            self.batch(self._first, self._recompute)
+            self._announce(*self._first)
         return self
 
-    def batch(self, ids: Any, recompute: Callable[[], Tensor] | None = None) -> None:
+    def batch(
+        self,
+        ids: Any,
+        recompute: Callable[[], Tensor] | None = None,
+        *,
+        segments: Any = None,
+        tokens: int | None = None,
+    ) -> None:
         """Announce the samples of the next forward.
+
+        Every layer must then see its tokens as `[B, T, ...]`. A document's value is the share that its tokens have in
+        the gradients: each layer's input and output gradient at them.
 
         Args:
             ids: one id per sample, in batch order: integers or strings; a sequence, 1-D array or tensor.
             recompute: as in `Tracker.step`.
+            segments: where the samples are documents packed into rows: `[S + 1]` offsets into the B*T tokens of the
+                batch (as `cu_seqlens`), integers from 0 to B*T, on the host for speed; one id per document. A
+                document may run over the end of a row; padding is a document too.
+            tokens: T, the tokens of a row. With `segments`, None means one row of all tokens. Without them, every
+                token of every row has a value, `[B, T]`, and they add up to the sample's.
 
         Raises:
-            InRunError: outside the step block.
-            TypeError, ValueError: ids that are none of these, or of no sample.
+            InRunError: outside the step block; tokens and samples in one step.
+            TypeError, ValueError: ids that are none of these, or of no sample; offsets or tokens that do not fit.
         """
         ids = _as_ids(ids)
-        self._tracker.batch(self, len(ids), recompute)
+        self._announce(ids, _layout(len(ids), segments, tokens), recompute)
+
+    def _announce(self, ids: list[int | str], layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
+        tokens = layout.tokens if layout.per_token else None
+        if self.ids and tokens != self._tokens:
+            raise InRunError(f"tokens: expected {self._tokens} as in this step's other batches, got {tokens}")
+        self._tracker.batch(self, layout, recompute)
+        self._tokens = tokens
         self.ids = [*self.ids, *ids]
+
+    @property
+    def per_token(self) -> bool:
+        return self._tokens is not None
 
     @property
     def values(self) -> Tensor:
@@ -90,6 +130,8 @@ class Step:
                     "(torch.autograd.grad does so only with the probe among its inputs; use backward())"
                 )
         together = torch.cat([part for part in dots if part is not None])
+        if self._tokens is not None:
+            together = together.unflatten(0, (-1, self._tokens))
         if self.factor is None:
             warnings.warn("optimizer.step() did not run in the step block; its values are zero", stacklevel=5)
             return torch.zeros_like(together)
@@ -99,6 +141,30 @@ class Step:
                 "unscaling); got gradients changed element by element"
             )
         return torch.where(self.factor == 0, torch.zeros_like(together), together * self.factor)
+
+
+def _layout(count: int, segments: Any, tokens: int | None) -> Layout:
+    """What a batch of so many ids looks like."""
+    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+        raise ValueError(f"tokens: expected an integer of at least 1, got {tokens!r}")
+    if segments is None:
+        if tokens is None:
+            return Layout(count)
+        return Layout(count, tokens, torch.arange(count * tokens + 1), per_token=True)
+    offsets = torch.as_tensor(segments).cpu()
+    if offsets.dtype not in (torch.int32, torch.int64) or offsets.shape != (count + 1,):
+        raise ValueError(
+            f"segments: expected {count + 1} integer offsets, one more than ids, got {tuple(offsets.shape)} of "
+            f"{offsets.dtype}"
+        )
+    end = int(offsets[-1])
+    tokens = tokens or end
+    if offsets[0] != 0 or (offsets.diff() < 0).any() or end == 0 or end % tokens:
+        raise ValueError(
+            f"segments: expected offsets from 0 to a multiple of {tokens} tokens that never decrease, got "
+            f"{offsets.tolist() if len(offsets) <= 16 else f'{int(offsets[0])}, ..., {end}'}"
+        )
+    return Layout(end // tokens, tokens, offsets.long())
 
 
 def _as_ids(ids: Any) -> list[int | str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .errors import InRunError
 
 SUFFIX = "_direction"  # a parameter's direction stands beside it under this name
 
@@ -17,8 +20,43 @@ class Tap:
     def __init__(self, name: str) -> None:
         self.name = name
         self.probe: Tensor | None = None
+        self.layout: Layout | None = None  # of the probe, where it counts documents or tokens
         self.keep: Callable | None = None  # in a deferred step, runs the layer and keeps what will score it
         self.forward_mode: list[tuple[nn.Module, str]] = []
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a batch lies in its layers' tensors, and what has a value of its own.
+
+    Attributes:
+        rows: B, dimension 0 of every layer's tensors; each row has a value where `segments` is None.
+        tokens: T, dimension 1; None where values belong to rows.
+        segments: int64 `[S + 1]`, offsets of what has a value into the B*T tokens: documents, or single tokens.
+        per_token: whether those are the tokens, one by one.
+    """
+
+    rows: int
+    tokens: int | None = None
+    segments: Tensor | None = None
+    per_token: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many values there are, for one target."""
+        return self.rows if self.segments is None else len(self.segments) - 1
+
+    def on(self, device: torch.device) -> Layout:
+        return self if self.segments is None else replace(self, segments=self.segments.to(device))
+
+    def require(self, tap: Tap, x: Tensor, feature_dims: int = 0) -> None:
+        """Raise `InRunError` unless `x`, of a layer whose values belong to tokens or documents, is `[B, T, ...]`."""
+        if x.shape[: max(0, x.dim() - feature_dims)][:2] != (self.rows, self.tokens):
+            raise InRunError(
+                f"{tap.name or 'model'}: expected its input and output to be [B, T, ...] with B = {self.rows} rows of "
+                f"T = {self.tokens} tokens, to score tokens or documents; got {tuple(x.shape)}. Exclude its "
+                "parameters, or score whole rows"
+            )
 
 
 def together(dots: Iterable[Tensor | None]) -> Tensor | None:

@@ -37,7 +37,7 @@ from .factor import Watch
 from .inline import Inline
 from .ledger import Ledger
 from .step import Step
-from .tap import SUFFIX, Tap
+from .tap import SUFFIX, Layout, Tap
 from .updates import UpdateRule
 from .validation import Validation, as_losses
 
@@ -241,13 +241,20 @@ class Tracker:
             self._record(self._waiting)
 
     def step(
-        self, ids: Any = None, *, recompute: Callable[[], Tensor] | None = None, scale: float | Tensor = 1.0
+        self,
+        ids: Any = None,
+        *,
+        segments: Any = None,
+        tokens: int | None = None,
+        recompute: Callable[[], Tensor] | None = None,
+        scale: float | Tensor = 1.0,
     ) -> Step:
         """A block that holds one training step, from its forward to `optimizer.step()`.
 
         Args:
             ids: one id per sample of the batch, integers or strings, in batch order. Left out under gradient
                 accumulation, where `Step.batch(ids)` comes before each forward.
+            segments, tokens: one value for each document of packed rows, or for each token; see `Step.batch`.
             recompute: for deferred methods: returns the batch's loss once more, exactly as the block computes
                 it, so that nothing need be kept.
             scale: for path methods with `clip`: what the loss is multiplied by (a loss scaler's factor).
@@ -257,19 +264,19 @@ class Tracker:
         """
         self._require_open()
         _ = self.optimizer
-        return Step(self, ids, recompute, scale)
+        return Step(self, ids, recompute, scale, segments, tokens)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run the tracked layers plainly inside the block: evaluation or sampling in the middle of a step."""
-        before = [(tap, tap.probe, tap.keep) for tap in self.taps]
+        before = [(tap, tap.probe, tap.layout, tap.keep) for tap in self.taps]
         for tap in self.taps:
-            tap.probe = tap.keep = None
+            tap.probe = tap.layout = tap.keep = None
         try:
             yield
         finally:
-            for tap, probe, keep in before:
-                tap.probe, tap.keep = probe, keep
+            for tap, probe, layout, keep in before:
+                tap.probe, tap.layout, tap.keep = probe, layout, keep
 
     def close(self) -> None:
         """Give the model its own classes back, drop directions and hooks, and flush the ledger."""
@@ -315,10 +322,10 @@ class Tracker:
         self._watch.begin()
         self._step = step
 
-    def batch(self, step: Step, size: int, recompute: Callable[[], Tensor] | None) -> None:
+    def batch(self, step: Step, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if self._step is not step:
             raise InRunError("batch: expected inside the step block, got outside of it")
-        self._method.batch(size, recompute)
+        self._method.batch(layout, recompute)
 
     def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         step = self._step
@@ -363,7 +370,7 @@ class Tracker:
             values = step.scaled(self._method.finish())
             if self.validations.excluded_share is not None:
                 self.ledger.metadata["excluded_share"] = self.validations.excluded_share
-            self.ledger.append(step.number, step.ids, values, self.targets)
+            self.ledger.append(step.number, step.ids, values, self.targets, per_token=step.per_token)
         step.settle(values, self._method.drop)
 
     @contextmanager

@@ -1,0 +1,329 @@
+"""Packed documents and single tokens: their values against float64 oracles that take one of them at a time."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import VOCAB, WIDTH, B, Scale, T, data, gradient, loss_of, make, oracle_values
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import inrun
+from inrun import functional
+
+LR = 0.3
+OFFSETS = [0, 4, 5, 11, 11, 16, 18]  # of the documents of three rows of six tokens: over a row's end, and an empty one
+ROWS = 3
+
+
+class Packed(nn.Module):
+    """Attention within a document only; norms over heads, a module with no rule, a tied head."""
+
+    def __init__(self, checkpointing=None):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(VOCAB, WIDTH), nn.Embedding(T, WIDTH)
+        self.norm, self.head_norm = nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH // 2)
+        self.qkv, self.scale = nn.Linear(WIDTH, 3 * WIDTH), Scale(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.head.weight = self.tokens.weight
+        self.checkpointing = checkpointing
+
+    def attention(self, x, mask):
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, 2, WIDTH // 2).unbind(2)
+        q, k, v = (z.transpose(1, 2) for z in (self.head_norm(q), self.head_norm(k), v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(x.shape)
+
+    def forward(self, x, documents):
+        mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+        h = self.tokens(x) + self.positions(torch.arange(x.shape[1])[None])
+        if self.checkpointing is None:
+            h = h + self.attention(h, mask)
+        else:
+            h = h + checkpoint(self.attention, h, mask, use_reentrant=self.checkpointing)
+        return self.head(self.scale(h))
+
+
+def packed_model(**options):
+    torch.manual_seed(0)
+    return Packed(**options)
+
+
+def packed_data(rows=ROWS, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCAB, (rows, T + 1), generator=g)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def documents_of(offsets):
+    lengths = torch.tensor(offsets).diff()
+    return torch.arange(len(lengths)).repeat_interleave(lengths).view(-1, T)
+
+
+def packed_loss(model, x, y, documents):
+    return F.cross_entropy(model(x, documents).flatten(0, 1), y.flatten())
+
+
+def validation_loss(model):
+    x, y = packed_data(2, seed=5)
+    return packed_loss(model, x, y, torch.zeros_like(x))
+
+
+def document_oracle(model, offsets, x, y, loss=validation_loss):
+    """`<lr * g_v, g_s>` of each document s, whose own loss terms alone make g_s."""
+    model = copy.deepcopy(model).double()
+    model.checkpointing = None
+    params = [p for p in model.parameters() if p.requires_grad]
+    directions = torch.autograd.grad(loss(model), params)
+    documents, found = documents_of(offsets), []
+    for s in range(len(offsets) - 1):
+        terms = F.cross_entropy(model(x, documents).flatten(0, 1), y.flatten(), reduction="none")
+        share = terms[documents.flatten() == s].sum() / y.numel()
+        grads = torch.autograd.grad(share, params)
+        found.append(LR * sum((d * g).sum() for d, g in zip(directions, grads, strict=True)))
+    return torch.stack(found)
+
+
+def close(found, expected, rtol=2e-4):
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+
+def packed_step(model, method="first", losses=validation_loss, cuts=(0, ROWS), run=None, recompute=False, **options):
+    """One tracked step over batches of rows `cuts[i]:cuts[i + 1]`, which must not cut a document."""
+    x, y = packed_data()
+    documents, run = documents_of(OFFSETS), model if run is None else run
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    if not isinstance(losses, dict):
+        losses = {"validation": losses}
+    validation = {name: lambda loss=loss: loss(model) for name, loss in losses.items()}
+    tracker = inrun.track(model, optimizer, method, validation=validation, **options)
+    for _ in range(1 if method == "path" else 2):  # the first step is the one with its sums checked
+        before = copy.deepcopy(model)
+        with tracker.step() as step:
+            for low, high in itertools.pairwise(cuts):
+                inside = [o for o in OFFSETS if low * T <= o <= high * T]
+                segments = torch.tensor(inside) - low * T
+
+                def loss(rows=slice(low, high)):
+                    share = len(x[rows]) / len(x)
+                    return packed_loss(run, x[rows], y[rows], documents[rows]) * share
+
+                ids = [f"d{OFFSETS.index(o)}" for o in inside[:-1]]
+                step.batch(ids, loss if recompute else None, segments=segments, tokens=T)
+                loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    tracker.close()
+    return step, before, tracker
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_a_document_is_worth_what_it_is_alone(method, checkpointing):
+    step, before, tracker = packed_step(packed_model(checkpointing=checkpointing), method)
+    expected = document_oracle(before, OFFSETS, *packed_data())
+    assert step.values.shape == (6,) and step.values[3] == 0
+    close(step.values, expected)
+    rows = tracker.ledger.rows().to_pylist()[-6:]
+    assert [row["token"] for row in rows] == [None] * 6
+    assert [row["value"] for row in rows] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_documents_with_targets_accumulation_and_recomputing(method):
+    def other(model):
+        x, y = packed_data(1, seed=7)
+        return packed_loss(model, x, y, torch.zeros_like(x))
+
+    losses = {"a": validation_loss, "b": other}
+    options = [{"cuts": (0, 3)}, *([{"recompute": True}] if method == "path" else [])]
+    for each in options:
+        step, before, _ = packed_step(packed_model(), method, losses, **each)
+        expected = [document_oracle(before, OFFSETS, *packed_data(), loss) for loss in losses.values()]
+        assert step.values.shape == (6, 2)
+        close(step.values, torch.stack(expected, 1))
+
+
+@pytest.mark.parametrize("few", [0, 32], ids=["riding on the weight's product", "apart"])
+def test_rows_in_batches_of_their_own(few, monkeypatch):
+    monkeypatch.setattr(functional, "_FEW_TOKENS", few)
+    x, y = packed_data()
+    model, offsets = packed_model(), [[0, 2, 6], [0, 12]]
+    whole = [0, 2, 6, 18]
+    expected = document_oracle(model, whole, x, y)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: validation_loss(model))
+    documents = documents_of(whole)
+    with tracker.step() as step:
+        for rows, part in zip((slice(0, 1), slice(1, 3)), offsets, strict=True):
+            step.batch(range(len(part) - 1), segments=part, tokens=T)
+            (packed_loss(model, x[rows], y[rows], documents[rows]) * len(x[rows]) / 3).backward()
+        optimizer.step()
+    close(step.values, expected)
+
+
+def test_documents_under_a_compiler():
+    torch._dynamo.reset()
+    model = packed_model()
+    model.scale = nn.RMSNorm(WIDTH)  # forward-mode rules leave the graph
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    step, before, _ = packed_step(model, run=compiled)
+    close(step.values, document_oracle(before, OFFSETS, *packed_data()))
+
+
+class ByPosition(nn.Module):
+    """A layer with parameters of its own at every position, so that autograd tells the positions apart."""
+
+    def __init__(self, layer, tokens=T):
+        super().__init__()
+        self.at = nn.ModuleList(copy.deepcopy(layer) for _ in range(tokens))
+
+    def forward(self, x):
+        return torch.cat([layer(x[:, t : t + 1]) for t, layer in enumerate(self.at)], 1)
+
+
+def token_oracle(model, directions, x, loss_of_row):
+    """`<D, g>` of the pairs of input and output gradient at each token, `[B, T]`, one sample at a time in float64."""
+    model = copy.deepcopy(model).double()
+    names = {id(p): n for n, p in model.named_parameters()}
+    split: list[tuple[ByPosition, list]] = []
+    for path, layer in list(model.named_modules()):
+        if next(layer.parameters(recurse=False), None) is not None:
+            found = [directions[names[id(p)]] for p in layer.parameters()]
+            split.append((ByPosition(layer), found))
+            parent, _, local = path.rpartition(".")
+            setattr(model.get_submodule(parent), local, split[-1][0])
+    rows = []
+    for b in range(len(x)):
+        model.zero_grad()
+        loss_of_row(model, b).backward()
+        pairs = [[zip(layer.parameters(), d, strict=True) for layer in split_.at] for split_, d in split]
+        rows.append([sum((p.grad * d).sum() for layer in pairs for p, d in layer[t] if p.grad is not None)
+                     for t in range(T)])  # fmt: skip
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("name", ["gpt_tied", "gpt_untied", "reused"])
+def test_a_token_is_worth_its_own_pairs(name, method):
+    model = make(name)
+    (x, y), validation = data(name), data(name, 4, 2)
+    wide = x.double() if x.is_floating_point() else x
+
+    def loss_of_row(model, b):
+        return F.cross_entropy(model(wide[b : b + 1])[0], y[b], reduction="sum") / y.numel()
+
+    directions = {n: LR * g for n, g in gradient(model, *validation).items()}
+    expected = token_oracle(model, directions, x, loss_of_row)
+    sums = oracle_values(model, lambda n, g: LR * g, (x, y), validation)
+    close(expected.sum(1), sums, 1e-9)  # the oracles agree
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *validation))
+    with tracker.step(list("abcde"), tokens=T) as step:
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    assert step.values.shape == (B, T)
+    close(step.values, expected)
+
+    by_token = tracker.ledger.totals(per_token=True)
+    assert by_token["token"].to_pylist() == [*range(T)] * B
+    close(torch.tensor(by_token["value"].to_pylist()).view(B, T), expected)
+    totals = tracker.ledger.totals()
+    assert totals["count"].to_pylist() == [1] * B
+    close(torch.tensor(totals["value"].to_pylist()), sums)
+
+
+def test_tokens_with_several_targets_and_accumulation():
+    model, optimizer = make("gpt_tied"), None
+    x, y = data("gpt")
+    losses = {n: (lambda v=v: loss_of(model, *v)) for n, v in (("a", data("gpt", 4, 2)), ("b", data("gpt", 3, 3)))}
+
+    def loss_of_row(model, b):
+        return F.cross_entropy(model(x[b : b + 1])[0], y[b], reduction="sum") / y.numel()
+
+    expected = []
+    for val in (data("gpt", 4, 2), data("gpt", 3, 3)):
+        directions = {n: LR * g for n, g in gradient(model, *val).items()}
+        expected.append(token_oracle(model, directions, x, loss_of_row))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=losses)
+    with tracker.step() as step:
+        for part in (slice(0, 2), slice(2, B)):
+            step.batch(range(B)[part], tokens=T)
+            (loss_of(model, x[part], y[part]) * len(x[part]) / B).backward()
+        optimizer.step()
+    close(step.values, torch.stack(expected, 2))
+    assert len(tracker.ledger) == B * T * 2
+
+
+def test_a_layer_that_keeps_no_tokens_is_refused_by_name():
+    for name, layer in (("loose", r"norm: expected its input and output to be \[B, T, ...\].*6 tokens"),
+                        ("mlp", r"net\.0: .*B = 5 rows of T = 6 tokens.* got \(5, 8\)")):  # fmt: skip
+        for method in ("first", "path"):
+            model = make(name)
+            x, y = data(name)
+            optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+            tracker = inrun.track(model, optimizer, method, validation=lambda model=model, v=(x, y): loss_of(model, *v))
+            with pytest.raises(inrun.InRunError, match=layer), tracker.step(range(B), tokens=T):
+                loss_of(model, x, y).backward()
+                optimizer.step()
+
+    # A pooled input as wide as a row is long does not pass for tokens.
+    head = nn.Linear(T, VOCAB)
+    optimizer = torch.optim.SGD(head.parameters(), lr=LR)
+    pooled, classes = torch.randn(B, T), torch.randint(VOCAB, (B,))
+    tracker = inrun.track(head, optimizer, validation=lambda: loss_of(head, pooled, classes))
+    with pytest.raises(inrun.InRunError, match=r"got \(5, 6\)"), tracker.step(range(B), tokens=T):
+        loss_of(head, pooled, classes)
+
+
+def test_bad_offsets_and_tokens_are_one_clear_error():
+    model = packed_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: validation_loss(model))
+    for segments, tokens, message in (
+        ([0, 6], None, r"expected 3 integer offsets, one more than ids, got \(2,\)"),
+        ([0.0, 1.0, 6.0], None, "float32"),
+        ([0, 4, 3], None, r"never decrease, got \[0, 4, 3\]"),
+        ([1, 4, 6], None, r"offsets from 0"),
+        ([0, 4, 7], T, r"a multiple of 6 tokens .* got \[0, 4, 7\]"),
+        (None, 0, r"tokens: expected an integer of at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tracker.step(["a", "b"], segments=segments, tokens=tokens)
+    with pytest.raises(ValueError, match="with their ids"):
+        tracker.step(segments=[0, 6])
+    x, y = packed_data()
+    refused = pytest.raises(ValueError, match=r"B = 1, the number of sample ids or packed rows.* got \(3, 6\)")
+    with refused, tracker.step(["a"], segments=[0, 18]):
+        packed_loss(model, x, y, torch.zeros_like(x))
+    with pytest.raises(inrun.InRunError, match="tokens: expected None as in"), tracker.step() as step:
+        step.batch(["a"], segments=[0, 6])
+        step.batch(["b"], tokens=T)
+
+
+def test_second_derivatives_go_through_documents():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)
+    x, weight, bias = (t.double().requires_grad_() for t in (x, weight, bias))
+    directions = (torch.randn(5, 4).double(), torch.randn(5).double())
+    segments = torch.tensor([0, 2, 6])
+    probe = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+
+    def dots(x, weight, bias):
+        y = functional.linear(x, weight, bias, directions, probe, segments)
+        return torch.autograd.grad(y.sin().sum(), probe, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(dots, (x, weight, bias))
+    with torch.no_grad():  # the written-out dots are the kernels'
+        grads = F.linear(x, weight, bias).cos().flatten(0, 1)
+    each = [(g.T @ a * directions[0]).sum() + (g @ directions[1]).sum()
+            for g, a in zip(grads.split([2, 4]), x.flatten(0, 1).split([2, 4]), strict=True)]  # fmt: skip
+    torch.testing.assert_close(dots(x, weight, bias), torch.stack(each))
