@@ -39,7 +39,7 @@ def efficiency(
     _require_every_batch(batches)
     direction_of = {id(s): d for s, d in zip(slots, directions, strict=True)}
     wrong = []
-    for members in _components(slots):
+    for members in components(slots):
         taps = {tap for slot in members for tap in slot.taps}
         dots = [d for batch in batches for tap, d in batch.items() if tap in taps and d is not None]
         grads = [(s.param.grad, direction_of[id(s)]) for s in members if s.param.grad is not None]
@@ -78,7 +78,7 @@ def _require_every_batch(batches: Sequence[Mapping[Any, Tensor | None]]) -> None
             )
 
 
-def _components(slots: Sequence[Any]) -> list[list[Any]]:
+def components(slots: Sequence[Any]) -> list[list[Any]]:
     """Parameters that share a module, or modules that share a parameter, can only be compared together."""
     by_tap: dict[Any, list[Any]] = {}
     for slot in slots:

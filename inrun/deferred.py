@@ -9,6 +9,8 @@ update begins, G multiplied in when its last part is known, and then each kept l
     path_secant   K as path                             G = mean of g_v at w + u(0) and w + u(g_B)
     path_simpson  K as path                             G = Simpson's mean of both ends and the middle
     second        lr * g_v - (lr^2 / 2) H_v g_B, SGD only
+    first         K as secant                           G = g_v(w_t); scored inline unless each validation sample
+                                                        has a score of its own (`pairwise.py`)
 
 Path values are Aumann-Shapley values: every sample's gradient grows from 0 to full together, and each is paid what
 its growth changed. With G exact along the path they add up to the loss change net of u(0), which belongs to nobody.
@@ -33,8 +35,9 @@ from torch.optim import SGD, Optimizer
 from . import check, directions
 from .errors import InRunError
 from .inline import Inline
-from .keep import Keeper
-from .tap import Layout, random_state, set_random_state, together
+from .keep import Budget, Keeper
+from .pairwise import Pairs
+from .tap import Layout, random_state, set_random_state, size_of, together
 from .updates import UpdateRule, chunks, require_elementwise, updates
 from .validation import Gradients
 
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
 METHODS = ("second", "secant", "path", "path_secant", "path_simpson")
 TWO_ENDS = ("secant", "path_secant", "path_simpson")
+PAIRWISE = ("first", "secant", "path", "path_secant")
 
 
 class Deferred:
@@ -50,7 +54,7 @@ class Deferred:
 
     Args:
         tracker: whose step.
-        name: one of `METHODS`.
+        name: one of `METHODS`; of `PAIRWISE`, where the tracker scores each validation sample.
         keep: where activations wait, "device" or "host"; keep_bytes: how much may wait.
         update: a user's update rule, "elementwise", or None.
         clip: the `max_norm` of the user's clipping by norm, or None.
@@ -67,14 +71,22 @@ class Deferred:
     ) -> None:
         if keep not in ("device", "host"):
             raise ValueError(f"keep: expected 'device' or 'host', got {keep!r}")
+        pairwise = bool(tracker.samples)
+        if pairwise and (name not in PAIRWISE or clip is not None):
+            raise InRunError(
+                f"pairwise: expected a method of {', '.join(PAIRWISE)} and no clip, whose values are sums over the "
+                f"validation samples of products; got {name!r} and clip={clip}"
+            )
         by_callable = bool(tracker.validations.losses)
         if name in ("second", "path_simpson") and not by_callable:
             raise InRunError(f"method {name!r}: expected validation=<callable>, got validation blocks")
         if name in TWO_ENDS and tracker.validations.every != 1:
             raise ValueError(f"validate_every: expected 1 with method {name!r}, got {tracker.validations.every}")
         self.tracker, self.name, self.update, self.clip = tracker, name, update, clip
-        self.true_ends = by_callable and name in ("path_secant", "path_simpson")
-        self.keeper = Keeper(tracker.taps, keep, keep_bytes, weights_move=name != "second")
+        self.true_ends = by_callable and name in ("path_secant", "path_simpson") and not pairwise
+        self.budget = Budget(keep, keep_bytes)
+        self.keeper = Keeper(tracker.taps, self.budget, weights_move=name != "second")
+        self.pairs = Pairs(tracker, self.budget) if pairwise else None
         self.recompute: list[Callable[[], Tensor] | None] = []
         self.scale: float | Tensor = 1.0
         self._start: dict[str, Gradients] = {}
@@ -89,7 +101,7 @@ class Deferred:
     @property
     def _many(self) -> int | None:
         """How many targets, where dots and directions have an axis for them."""
-        return len(self.tracker.targets) if len(self.tracker.targets) > 1 else None
+        return self.tracker.many
 
     @property
     def starts_with_validation(self) -> bool:
@@ -105,7 +117,7 @@ class Deferred:
         if self.name == "second" and type(optimizer) is not SGD:
             raise InRunError(f"method 'second': expected torch.optim.SGD, got {type(optimizer).__name__}; "
                              "path_secant is exact to higher order for any elementwise optimizer")  # fmt: skip
-        if self.name == "secant":
+        if self.name in ("first", "secant"):
             directions.require_supported(optimizer)
         if self.name.startswith("path"):
             require_elementwise(optimizer, self.update)
@@ -115,10 +127,14 @@ class Deferred:
         self.recompute, self._random, self._weights = [], [], []
         self._parts, self._clipped, self._early = [], None, None
         self.drop, self.updated = {}, False
+        if self.pairs is not None:
+            self.pairs.begin()
         if self.starts_with_validation:
             self._start = {name: list(g) for name, g in self.tracker.validations.gradients.items()}
 
     def batch(self, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
+        if recompute is not None and self.pairs is not None:
+            raise InRunError("recompute: expected None with pairwise, whose scores need what the step keeps")
         self.recompute.append(recompute)
         self._random.append(None if recompute is None else random_state())
         if recompute is None:
@@ -129,6 +145,17 @@ class Deferred:
     def end(self) -> None:
         self.keeper.pause()
 
+    def memory(self) -> dict[str, int]:
+        """Bytes kept now and at most, and those of copied weights."""
+        return {"kept": self.budget.bytes, "kept_peak": self.budget.peak, "weights": size_of(self._weights)}
+
+    def release(self) -> None:
+        """Forget all that waits."""
+        self.keeper.reset()
+        self._start, self._parts, self._weights = {}, [], []
+        if self.pairs is not None:
+            self.pairs.kept, self.pairs.start = {}, {}
+
     @torch.no_grad()
     def before_update(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> Tensor:
         if self.tracker.check_due and not any(self.recompute):
@@ -138,9 +165,9 @@ class Deferred:
         if self.name == "second":
             self._write_second_order(optimizer, unscale)
             self._early = self._scored()
-        elif self.name == "secant":
+        elif self.name in ("first", "secant"):
             self._write_coefficients(optimizer)
-            self._parts = [(0.5, self._start)]
+            self._parts = [(0.5 if self.name == "secant" else 1.0, self._start)]
         else:
             self._write_path(optimizer, factor, unscale)
         self.updated = True
@@ -149,12 +176,17 @@ class Deferred:
     def finish(self) -> list[Tensor | None]:
         """The dots of each batch, once everything the direction needs is there."""
         if not self.updated:
-            many = () if self._many is None else (self._many,)
+            columns = len(self.tracker.columns)
+            many = () if columns == 1 and self.pairs is None else (columns,)
             layouts, device = self.keeper.layouts, self.tracker.slots[0].param.device
             self.keeper.reset()
             return [torch.zeros(layout.count, *many, device=device) for layout in layouts]
         if self._early is not None:
             return self._early
+        if self.pairs is not None:
+            dots = self.pairs.dots(self.keeper, self.ends_with_validation)
+            self.keeper.reset()
+            return dots
         if self.ends_with_validation:
             gradients = self.tracker.validations.gradients
             weight = 1 / 6 if self.name == "path_simpson" else 0.5
@@ -175,6 +207,7 @@ class Deferred:
             for i, (dots, run) in enumerate(zip(self.keeper.dots(self._many), self.recompute, strict=True))
         ]
         self.keeper.reset()
+        self._weights = []
         return found
 
     def _recomputed(self, i: int, run: Callable[[], Tensor]) -> Tensor | None:
@@ -220,7 +253,10 @@ class Deferred:
             grads = [g for name in self.tracker.targets if (g := self._start[name][i]) is not None]
             like = grads or [torch.zeros_like(slot.param)]
             group = optimizer.param_groups[slot.group]
-            slot.direction[...] = directions.coefficient(optimizer, group, slot.param, like)
+            factor = directions.coefficient(optimizer, group, slot.param, like)
+            slot.direction[...] = factor
+            if self.pairs is not None and (not isinstance(factor, Tensor) or factor.dim() == 0):
+                self.pairs.scalars[id(slot)] = factor
 
     def _write_path(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> None:
         """K, from the optimizer's own update at g_B, at 0, and (where it was clipped) around g_B."""

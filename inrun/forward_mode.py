@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
@@ -70,13 +70,20 @@ def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
 
 def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | None) -> list[Any]:
     """The outputs' tangents along direction m (None: the only one), leaving random state and buffers as they were."""
-    buffers = [(b, b.clone()) for b in module.buffers()]
-    with torch.no_grad(), torch.random.fork_rng(), dual(tap, m):
+    with torch.no_grad(), torch.random.fork_rng(), buffers_kept(module), dual(tap, m):
         leaves = pytree.tree_leaves(_run(tap, forward, args, kwargs))
         pairs = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in leaves]
+    return [torch.zeros_like(x) if t is None and isinstance(x, Tensor) else t for x, t in pairs]
+
+
+@contextlib.contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Buffers that the block writes stand again after it."""
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    yield
+    with torch.no_grad():
         for buffer, saved in buffers:
             buffer.copy_(saved)
-    return [torch.zeros_like(x) if t is None and isinstance(x, Tensor) else t for x, t in pairs]
 
 
 @contextlib.contextmanager

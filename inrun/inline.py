@@ -71,6 +71,13 @@ class Inline:
             check.efficiency(tracker.slots, dots, [s.direction for s in tracker.slots], factor, unscale)
         return factor * lr_change(self._lr, optimizer)
 
+    def memory(self) -> dict[str, int]:
+        """Nothing is kept."""
+        return {"kept": 0, "kept_peak": 0, "weights": 0}
+
+    def release(self) -> None:
+        self.probes = []
+
     def end(self) -> None:
         for tap in self.tracker.taps:
             tap.probe = tap.layout = None

@@ -2,14 +2,16 @@
 
 Kept tensors stay on their device, or go to (pinned) host memory; their bytes are counted and bounded. Layers with a
 rule need nothing else. A module scored by forward-mode AD is run again, with the random numbers, autocast state and
-weights it had.
+weights it had. For one score per validation sample, the layers of the validation losses are kept too, and give each
+sample's gradient one at a time (`pairwise.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +21,11 @@ from torch.utils import _pytree as pytree
 
 from . import forward_mode, functional
 from .errors import InRunError
-from .tap import SUFFIX, Layout, Tap, random_state, set_random_state
+from .tap import SUFFIX, Layout, Tap, random_state, set_random_state, size_of
 
 
 @dataclass
-class _Kept:
+class Kept:
     module: Any
     batch: int
     x: Any  # the layer's input, or (args, kwargs)
@@ -32,25 +34,53 @@ class _Kept:
     autocast: tuple[str, torch.dtype, bool] | None = None
 
 
+class Budget:
+    """The bytes that a tracker's keepers hold together.
+
+    Args:
+        where: keeps "device", or "host" for pinned host memory.
+        limit: bytes that may be kept; None for no limit.
+    """
+
+    def __init__(self, where: str, limit: int | None) -> None:
+        self.where, self.limit, self.peak = where, limit, 0
+        self.keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
+
+    @property
+    def bytes(self) -> int:
+        return sum(keeper.bytes for keeper in self.keepers)
+
+    def check(self) -> None:
+        """Raise `InRunError` where there is more than the limit."""
+        held = self.bytes
+        self.peak = max(self.peak, held)
+        if self.limit is not None and held > self.limit:
+            raise InRunError(
+                f"keep: the step's activations and output gradients exceed keep_bytes={self.limit:,} "
+                f"({held:,} so far); allow more, use smaller batches, keep='host', or give "
+                "recompute= to step() or batch(), which keeps nothing"
+            )
+
+
 class Keeper:
     """Keeps the layers of a step's batches, and scores them.
 
     Args:
         taps: of the tracked modules.
-        where: "device", or "host" for pinned host memory.
-        limit: bytes that may be kept; None for no limit.
+        budget: where they are kept, and how many.
         weights_move: whether the weights will have changed before the scoring.
     """
 
-    def __init__(self, taps: Sequence[Tap], where: str, limit: int | None, weights_move: bool) -> None:
-        self.taps, self.where, self.limit, self.weights_move = taps, where, limit, weights_move
-        self.peak = 0
+    def __init__(self, taps: Sequence[Tap], budget: Budget, weights_move: bool) -> None:
+        self.taps, self.budget, self.weights_move = taps, budget, weights_move
         self.reset()
+        budget.keepers.add(self)
 
     def reset(self) -> None:
         """Forget what was kept."""
-        self.kept: list[_Kept] = []
+        self.kept: list[Kept] = []
         self.bytes = 0
+        self._counted: set[tuple] = set()
         self.layouts: list[Layout] = []  # of the step's batches
         self._weights: dict[int, Tensor] = {}
 
@@ -74,7 +104,7 @@ class Keeper:
         x = module.placed(x, self.layouts[-1])
         y = plain(x)
         if y.requires_grad:
-            kept = _Kept(module, len(self.layouts) - 1, x.detach())
+            kept = Kept(module, len(self.layouts) - 1, x.detach())
             y.register_hook(functools.partial(self._arrived, kept, 0))
         return y
 
@@ -82,18 +112,19 @@ class Keeper:
         args, kwargs = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, inputs)
         kind = next(module.parameters()).device.type
         autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        kept = _Kept(module, len(self.layouts) - 1, (args, kwargs), {}, random_state(), autocast)
+        kept = Kept(module, len(self.layouts) - 1, (args, kwargs), {}, random_state(), autocast)
         if self.weights_move:
             for name, p in module.named_parameters():
-                if not name.endswith(SUFFIX):
-                    self._weights.setdefault(id(p), p.detach().clone())
+                if not name.endswith(SUFFIX) and id(p) not in self._weights:
+                    self._weights[id(p)] = p.detach().clone()
+                    self._count(p)
         out = plain(*inputs[0], **inputs[1])
         for i, leaf in enumerate(pytree.tree_leaves(out)):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(functools.partial(self._arrived, kept, i))
         return out
 
-    def _arrived(self, kept: _Kept, leaf: int, grad: Tensor) -> None:
+    def _arrived(self, kept: Kept, leaf: int, grad: Tensor) -> None:
         if not kept.grads:
             kept.x = pytree.tree_map(self._store, kept.x)
             self.kept.append(kept)
@@ -103,50 +134,80 @@ class Keeper:
     def _store(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        self.bytes += x.numel() * x.element_size()
-        self.peak = max(self.peak, self.bytes)
-        if self.limit is not None and self.bytes > self.limit:
-            raise InRunError(
-                f"keep: the step's activations and output gradients exceed keep_bytes={self.limit:,} "
-                f"({self.bytes:,} so far); allow more, use smaller batches, keep='host', or give "
-                "recompute= to step() or batch(), which keeps nothing"
-            )
-        if self.where == "device" or not x.is_cuda:
+        if self.budget.where == "device" or not x.is_cuda:
+            same = (x.data_ptr(), x.shape, x.stride(), x.dtype)  # one input of several layers is one tensor
+            if same not in self._counted:
+                self._counted.add(same)
+                self._count(x)
             return x
+        self._count(x)
         host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
         return host.copy_(x, non_blocking=True)
+
+    def _count(self, x: Tensor) -> None:
+        self.bytes += size_of([x])
+        self.budget.check()
 
     def dots(self, many: int | None) -> list[dict[Tap, Tensor | None]]:
         """Of each batch, tap -> `[B]` or `[B, M]`: the dots along the directions as they stand."""
         found: list[dict[Tap, Tensor | None]] = [dict.fromkeys(self.taps) for _ in self.layouts]
         with torch.no_grad():
             for kept in self.kept:
-                tap = kept.module._inrun
-                dots = self._module_dots(kept, many) if tap.forward_mode else self._layer_dots(kept)
+                tap, dots = kept.module._inrun, self.dots_of(kept, many)
                 before = found[kept.batch][tap]
                 found[kept.batch][tap] = dots if before is None else before + dots
         return found
 
-    def _layer_dots(self, kept: _Kept) -> Tensor:
-        device = next(kept.module.parameters()).device
-        segments = self.layouts[kept.batch].on(device).segments
-        return kept.module.dots(kept.x.to(device), kept.grads[0].to(device), segments)
-
-    def _module_dots(self, kept: _Kept, many: int | None) -> Tensor:
+    def dots_of(self, kept: Kept, many: int | None) -> Tensor:
+        """`[B]` or `[B, M]`: what one run of a layer adds to its batch's dots."""
         module, device = kept.module, next(kept.module.parameters()).device
-        args, kwargs = pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, kept.x)
-        rule: Any = type(module).__mro__[1]
-        plain = super(rule, module).forward
-        kind, dtype, enabled = kept.autocast or (device.type, torch.float32, False)
+        if not module._inrun.forward_mode:
+            segments = self.layouts[kept.batch].on(device).segments
+            return module.dots(kept.x.to(device), kept.grads[0].to(device), segments)
+        args, kwargs = _moved(kept.x, device)
         columns = []
         for m in [None] if many is None else range(many):
-            with torch.random.fork_rng(), torch.autocast(kind, dtype, enabled), self._weights_of(module):
-                set_random_state(kept.random)
-                tangents = forward_mode.tangents_only(module, module._inrun, plain, args, kwargs, m)
+            with self._as_it_was(kept, device):
+                tangents = forward_mode.tangents_only(module, module._inrun, _plain(module), args, kwargs, m)
             columns.append(self._contract(module, kept, tangents, device))
         return columns[0] if many is None else torch.stack(columns, 1)
 
-    def _contract(self, module: Any, kept: _Kept, tangents: list[Any], device: torch.device) -> Tensor:
+    def sample_gradients(self, kept: Kept, samples: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+        """Of each sample, by `id` of a parameter's direction: the gradient that one run of a layer gave it."""
+        module, device = kept.module, next(kept.module.parameters()).device
+        grads = {leaf: grad.to(device) for leaf, grad in kept.grads.items()}
+        if not module._inrun.forward_mode:
+            found = {id(d): p for n, p in module._parameters.items()
+                     if p is not None and (d := module._parameters.get(n + SUFFIX)) is not None}  # fmt: skip
+            x = kept.x.to(device, next(iter(found.values())).dtype) if kept.x.is_floating_point() else kept.x.to(device)
+            for v in samples:
+                with torch.enable_grad():
+                    y = _plain(module)(x[v : v + 1])
+                    one = torch.autograd.grad(y, list(found.values()), grads[0][v : v + 1].to(y.dtype))
+                yield dict(zip(found, one, strict=True))
+            return
+        args, kwargs = _moved(kept.x, device)
+        with self._as_it_was(kept, device), forward_mode.buffers_kept(module), torch.enable_grad():
+            places = module._inrun.forward_mode
+            params = [owner._parameters[local].requires_grad_() for owner, local in places]
+            leaves = pytree.tree_leaves(_plain(module)(*args, **kwargs))
+        names = [id(owner._parameters[local + SUFFIX]) for owner, local in places]
+        for v in samples:
+            only = [torch.zeros_like(grad).index_copy(0, torch.tensor([v], device=device), grad[v : v + 1])
+                    for grad in grads.values()]  # fmt: skip
+            outputs = [leaves[leaf] for leaf in grads]
+            one = torch.autograd.grad(outputs, params, only, retain_graph=True, allow_unused=True)
+            yield {name: g for name, g in zip(names, one, strict=True) if g is not None}
+
+    @contextlib.contextmanager
+    def _as_it_was(self, kept: Kept, device: torch.device) -> Iterator[None]:
+        """Run a module with the random numbers, autocast state and weights of its step."""
+        kind, dtype, enabled = kept.autocast or (device.type, torch.float32, False)
+        with torch.random.fork_rng(), torch.autocast(kind, dtype, enabled), self._weights_of(kept.module):
+            set_random_state(kept.random)
+            yield
+
+    def _contract(self, module: Any, kept: Kept, tangents: list[Any], device: torch.device) -> Tensor:
         layout = self.layouts[kept.batch].on(device)
         total = torch.zeros(layout.count, device=device)
         for leaf, grad in kept.grads.items():
@@ -171,3 +232,13 @@ class Keeper:
         finally:
             for owner, local, p in swapped:
                 owner._parameters[local] = p
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, x)
+
+
+def _plain(module: Any) -> Callable:
+    """The forward of a tracked module's own class."""
+    rule: Any = type(module).__mro__[1]
+    return super(rule, module).forward

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import InRunError
 from .tap import Layout
+from .validation import as_ids
 
 if TYPE_CHECKING:
     from .tracker import Tracker
@@ -42,7 +43,7 @@ class Step:
         self._tracker, self.scale = tracker, scale
         self._first = None
         if ids is not None:
-            ids = _as_ids(ids)
+            ids = as_ids(ids)
             self._first = (ids, _layout(len(ids), segments, tokens), recompute)
         elif recompute is not None or segments is not None or tokens is not None:
             raise ValueError("step: expected recompute, segments and tokens with their ids, or in batch(); got no ids")
@@ -56,8 +57,12 @@ class Step:
 
     def __enter__(self) -> Step:
         self._tracker.begin(self)
-        if self._first is not None:
-            self._announce(*self._first)
+        try:
+            if self._first is not None:
+                self._announce(*self._first)
+        except BaseException:
+            self._tracker.end(self)
+            raise
         return self
 
     def batch(
@@ -86,7 +91,7 @@ class Step:
             InRunError: outside the step block; tokens and samples in one step.
             TypeError, ValueError: ids that are none of these, or of no sample; offsets or tokens that do not fit.
         """
-        ids = _as_ids(ids)
+        ids = as_ids(ids)
         self._announce(ids, _layout(len(ids), segments, tokens), recompute)
 
     def _announce(self, ids: list[int | str], layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
@@ -165,19 +170,3 @@ def _layout(count: int, segments: Any, tokens: int | None) -> Layout:
             f"{offsets.tolist() if len(offsets) <= 16 else f'{int(offsets[0])}, ..., {end}'}"
         )
     return Layout(end // tokens, tokens, offsets.long())
-
-
-def _as_ids(ids: Any) -> list[int | str]:
-    """Sample ids as a list of integers or of strings."""
-    if hasattr(ids, "tolist"):
-        ids = ids.tolist()
-    if isinstance(ids, str) or not isinstance(ids, Sequence):
-        raise TypeError(f"ids: expected a sequence, array or tensor of integers or strings, got {ids!r}")
-    if not ids:
-        raise ValueError("ids: expected one id per sample, got none")
-    kinds = {type(i) for i in ids}
-    if kinds != {int} and kinds != {str}:
-        raise TypeError(
-            f"ids: expected all integers or all strings, got {', '.join(sorted(k.__name__ for k in kinds))}"
-        )
-    return list(ids)

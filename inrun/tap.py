@@ -59,6 +59,11 @@ class Layout:
             )
 
 
+def size_of(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
 def together(dots: Iterable[Tensor | None]) -> Tensor | None:
     """The sum of a batch's dots over its layers and devices, float32; None where there are none."""
     known = [d for d in dots if d is not None]

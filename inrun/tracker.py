@@ -37,9 +37,9 @@ from .factor import Watch
 from .inline import Inline
 from .ledger import Ledger
 from .step import Step
-from .tap import SUFFIX, Layout, Tap
+from .tap import SUFFIX, Layout, Tap, size_of
 from .updates import UpdateRule
-from .validation import Validation, as_losses
+from .validation import Validation, as_losses, as_samples, columns_of
 
 METHODS = ("first", *DEFERRED)
 
@@ -78,6 +78,7 @@ def track(
     keep_bytes: int | None = None,
     update: UpdateRule | str | None = None,
     clip: float | None = None,
+    pairwise: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
 ) -> Tracker:
     """Track what each training sample does to the validation loss.
 
@@ -101,16 +102,20 @@ def track(
         update: for path methods and an optimizer of another class: "elementwise" says that its step is; or its
             update as a function, `update(grad, param, state, group)`.
         clip: for path methods: the `max_norm` that the loop clips the gradient's norm to.
+        pairwise: ids of the validation samples (of each target, where there are several): one value for each of
+            them, in place of one for their loss, as a target of its own in the ledger. Every forward of a validation
+            loss must then see all of its samples, in this order. What both sides' layers do is kept until the update.
 
     Returns:
         The `Tracker`.
 
     Raises:
         InRunError: a parameter that cannot be scored or is not in the optimizer; an unknown optimizer.
-        ValueError: an unknown method, a bad `validate_every`, empty or repeated targets.
+        ValueError: an unknown method, a bad `validate_every`, empty or repeated targets or validation ids.
     """
     waiting = (keep, keep_bytes, update, clip)
-    return Tracker(model, optimizer, method, validation, validate_every, targets, exclude, ledger, check, waiting)
+    sides = (validation, validate_every, targets, pairwise)
+    return Tracker(model, optimizer, method, sides, exclude, ledger, check, waiting)
 
 
 class Tracker:
@@ -119,14 +124,14 @@ class Tracker:
     Attributes:
         coverage: names of the parameters: `{"tracked": [...], "excluded": [...], "frozen": [...]}`.
         ledger: the `Ledger` that holds the values.
+        columns: names of the values' last axis: the targets, or with `pairwise` the validation samples.
         steps: number of the next step; set it when resuming a run.
         last_validation: target -> last loss of its validation callable (a detached scalar tensor).
         seconds: wall seconds spent so far in "validation", "direction" and "harvest" (no device synchronisation).
     """
 
-    def __init__(
-        self, model, optimizer, method, validation, validate_every, targets, exclude, ledger, checked, waiting
-    ):
+    def __init__(self, model, optimizer, method, sides, exclude, ledger, checked, waiting):
+        validation, validate_every, targets, pairwise = sides
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if not isinstance(validate_every, int) or validate_every < 1:
@@ -135,6 +140,10 @@ class Tracker:
         self.targets = tuple(losses) if losses else tuple(targets)
         if not self.targets or len(set(self.targets)) < len(self.targets) or isinstance(targets, str):
             raise ValueError(f"targets: expected a sequence of distinct names, got {targets!r}")
+        self.samples = as_samples(pairwise, self.targets)
+        self.columns = columns_of(self.samples, self.targets)
+        # How many targets, where dots and directions have an axis for them.
+        self.many = len(self.targets) if len(self.targets) > 1 and not self.samples else None
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise InRunError(f"track: expected one process, got a group of {dist.get_world_size()}")
         self.taps: list[Tap] = []
@@ -143,7 +152,8 @@ class Tracker:
             raise InRunError("model: is tracked already; close its tracker first")
         plan = rules.plan(model, exclude)
         self.validations = Validation(model, plan.excluded, losses, self.targets, validate_every)
-        self._method: Any = Inline(self) if method == "first" else Deferred(self, method, *waiting)
+        inline = method == "first" and not self.samples
+        self._method: Any = Inline(self) if inline else Deferred(self, method, *waiting)
         if optimizer is not None:
             self._method.require_supported(optimizer)
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -166,15 +176,14 @@ class Tracker:
             sign="value > 0: the sample lowered the validation loss (the paper's phi is -value)",
             unit="nats of validation loss",
             method=method,
-            targets=list(self.targets),
+            targets=list(self.columns),
             tracked_parameters=len(plan.tracked),
             excluded_parameters=plan.excluded,
         )
 
     def _install(self, plan: rules.Plan) -> None:
         params = dict(self.model.named_parameters())
-        many = len(self.targets) if len(self.targets) > 1 else None
-        siblings = {name: _sibling(params[name], many) for name in plan.tracked}
+        siblings = {name: _sibling(params[name], self.many) for name in plan.tracked}
         slots: dict[str, Slot] = {}
         for site in plan.sites:
             tap = rules.install(site, siblings)
@@ -193,6 +202,21 @@ class Tracker:
     @property
     def last_validation(self) -> dict[str, Tensor]:
         return self.validations.last_losses
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes that the tracker holds now, beside the model's and the optimizer's own.
+
+        "directions" and "validation" (gradients of the validation losses); and of deferred methods "kept", the
+        activations and output gradients that wait (in host memory with `keep="host"`, bounded by `keep_bytes`),
+        "kept_peak", the most there ever were, and "weights", copies for a batch that is computed again.
+        """
+        gradients = [g for each in self.validations.gradients.values() for g in each]
+        return {
+            "directions": size_of(slot.direction for slot in self.slots),
+            "validation": size_of(gradients),
+            **self._method.memory(),
+        }
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -295,7 +319,9 @@ class Tracker:
         for module in self.model.modules():
             if isinstance(module, rules.Holder):
                 rules.remove(module)
+        self._method.release()
         self.validations.gradients.clear()
+        self.slots.clear()
         self.ledger.flush()
 
     def __enter__(self) -> Tracker:
@@ -370,7 +396,7 @@ class Tracker:
             values = step.scaled(self._method.finish())
             if self.validations.excluded_share is not None:
                 self.ledger.metadata["excluded_share"] = self.validations.excluded_share
-            self.ledger.append(step.number, step.ids, values, self.targets, per_token=step.per_token)
+            self.ledger.append(step.number, step.ids, values, self.columns, per_token=step.per_token)
         step.settle(values, self._method.drop)
 
     @contextmanager

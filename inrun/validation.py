@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Validation:
         self.age: dict[str, int | None] = dict.fromkeys(targets)
         self.last_losses: dict[str, Tensor] = {}
         self.excluded_share: float | None = None
+        self.watch: Callable[[str, Any], AbstractContextManager] = lambda name, scale: nullcontext()
         self.seconds = 0.0
 
     @contextmanager
@@ -49,7 +50,7 @@ class Validation:
         name = self.targets[0] if target is None and len(self.targets) == 1 else target
         if name is None or name not in self.targets:
             raise ValueError(f"target: expected one of {', '.join(self.targets)}, got {target!r}")
-        with self._gradients() as found:
+        with self.watch(name, scale), self._gradients() as found:
             yield
         self.gradients[name] = self._checked(name, found, scale)
         self.age[name] = 0
@@ -148,3 +149,40 @@ def as_losses(validation: Any) -> dict[str, Callable[[], Tensor]]:
         if not callable(loss_of):
             raise TypeError(f"validation[{name!r}]: expected a callable that returns the loss, got {loss_of!r}")
     return losses
+
+
+def as_samples(pairwise: Any, targets: Sequence[str]) -> dict[str, list[str]]:
+    """The `pairwise` argument of `track` as target -> names of its validation samples; empty where there are none."""
+    if pairwise is None:
+        return {}
+    by_target = pairwise if isinstance(pairwise, Mapping) else dict.fromkeys(targets[:1], pairwise)
+    if set(by_target) != set(targets):
+        raise ValueError(f"pairwise: expected ids for each of {', '.join(targets)}, got {', '.join(by_target)}")
+    found = {name: [str(i) for i in as_ids(by_target[name], "pairwise")] for name in targets}
+    for name, ids in found.items():
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"pairwise: expected distinct ids for {name!r}, got {len(ids) - len(set(ids))} repeated")
+    return found
+
+
+def columns_of(samples: Mapping[str, Sequence[str]], targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The names under which values are recorded: the targets, or their samples (`target/id`, of several targets)."""
+    if len(samples) > 1:
+        return tuple(f"{name}/{i}" for name in targets for i in samples[name])
+    return tuple(i for ids in samples.values() for i in ids) or targets
+
+
+def as_ids(ids: Any, name: str = "ids") -> list[int | str]:
+    """Sample ids as a list of integers or of strings."""
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    if isinstance(ids, str) or not isinstance(ids, Sequence):
+        raise TypeError(f"{name}: expected a sequence, array or tensor of integers or strings, got {ids!r}")
+    if not ids:
+        raise ValueError(f"{name}: expected one id per sample, got none")
+    kinds = {type(i) for i in ids}
+    if kinds != {int} and kinds != {str}:
+        raise TypeError(
+            f"{name}: expected all integers or all strings, got {', '.join(sorted(k.__name__ for k in kinds))}"
+        )
+    return list(ids)

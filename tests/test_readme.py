@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import inrun
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -34,6 +36,20 @@ def test_the_loop():
     assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
+def test_what_has_a_value_of_its_own():
+    model, x = nn.Linear(4, 3), torch.randn(2, 3, 4)
+    tracked = nn.Linear(4, 3)
+    tracker = inrun.track(tracked, torch.optim.SGD(tracked.parameters()), validation=lambda: tracked(x).sum())
+    names = {"inrun": inrun, "tracker": tracker, "ids": ["a", "b"], "offsets": [0, 4, 6], "x": x}
+    names |= {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "val_ids": range(5)}
+    exec(BLOCKS[1], names)
+    for line, shape in zip(BLOCKS[1].splitlines(), [(2,), (2, 3)], strict=False):
+        with eval(line.partition("#")[0], names) as step:
+            tracked(x).square().sum().backward()
+            tracker.optimizer.step()
+        assert step.values.shape == shape
+
+
 def test_the_layers_and_the_kernels():
     def direction(*shape):
         return torch.randn(*shape)
@@ -46,7 +62,7 @@ def test_the_layers_and_the_kernels():
         "weight_direction": direction(3, 4),
         "bias_direction": direction(3),
     }
-    exec(BLOCKS[1], names)
+    exec(BLOCKS[2], names)
     total = (names["weight"].grad * names["weight_direction"]).sum() + (
         names["bias"].grad * names["bias_direction"]
     ).sum()
@@ -54,7 +70,7 @@ def test_the_layers_and_the_kernels():
 
     names = {"acts": direction(2, 6, 4), "grads": direction(2, 6, 3), "val_grad": direction(3, 4)}
     names |= {"val_acts": direction(3, 5, 4), "val_grads": direction(3, 5, 3)}
-    exec(BLOCKS[2], names)
+    exec(BLOCKS[3], names)
     torch.testing.assert_close(names["dots"].sum(), (names["weight_grad"] * names["val_grad"]).sum())
     assert names["pairs"].shape == (2, 3)
 

@@ -1,0 +1,166 @@
+"""One score per validation sample: `value[z, v] = <K * g_v, g_z>`, from what was kept of both.
+
+K is what the method has written where the directions stand: how the optimizer turns a gradient into an update,
+coordinate by coordinate. Two forms, layer by layer, both exact:
+
+    pairs        K a number, a linear layer, short validation samples: `ghost_dot_pairwise`, 2*B*T*V*S*(I+O) FLOPs
+    directions   all else: the gradient of some validation samples at a time, times K, as the layer's directions:
+                 2*V*(B*T + 3*S)*I*O FLOPs for a linear layer; `CHUNK` elements, or one sample's, stand at a time
+
+B*T training tokens, V validation samples of S tokens. So the second costs V times a method's ordinary scoring.
+
+Source: arXiv 2406.11011, appendix D ("ghost dot-product" of pairs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from inrun_kernels import bias_dot, ghost_dot_pairwise
+
+from . import check, functional, rules
+from .keep import Budget, Keeper, Kept
+from .tap import Layout, together
+
+if TYPE_CHECKING:
+    from .tracker import Tracker
+
+CHUNK = 1 << 24  # elements of the validation samples' gradients that stand together
+
+
+class Pairs:
+    """The validation samples of a tracker's targets, kept until they are scored with a step's.
+
+    Args:
+        tracker: whose; its validation losses are kept from now on.
+        budget: of what is kept.
+    """
+
+    def __init__(self, tracker: Tracker, budget: Budget) -> None:
+        self.tracker, self.budget = tracker, budget
+        self.kept: dict[str, tuple[Keeper, Any]] = {}  # target -> its samples' layers, what its loss was scaled by
+        self.start: dict[str, tuple[Keeper, Any]] = {}  # those a step began with
+        self.scalars: dict[int, Any] = {}  # id of a slot -> K, where that is a number
+        tracker.validations.watch = self.keep
+
+    @contextlib.contextmanager
+    def keep(self, target: str, scale: Any) -> Iterator[None]:
+        """Keep what the layers do in a validation loss, whose samples are one batch."""
+        keeper = Keeper(self.tracker.taps, self.budget, weights_move=True)
+        keeper.begin_batch(Layout(len(self.tracker.samples[target])))
+        try:
+            yield
+        finally:
+            keeper.pause()
+        self.kept[target] = (keeper, scale)
+
+    def begin(self) -> None:
+        self.start = dict(self.kept)
+
+    def dots(self, train: Keeper, both_ends: bool) -> list[Tensor | None]:
+        """Of each batch, `[count, columns]`: the dots with every sample of every target, as K stands."""
+        ends = [self.start, self.kept] if both_ends else [self.start]
+        found: list[list[Tensor]] = [[] for _ in train.layouts]  # of each batch, the targets' columns
+        for target in self.tracker.targets:
+            at_ends = []
+            for keeper, scale in (kept[target] for kept in ends):
+                parts = dots(train, keeper, self.tracker.slots, self.scalars)
+                at_ends.append([None if part is None else part / scale / len(ends) for part in parts])
+            for columns, parts in zip(found, zip(*at_ends, strict=True), strict=True):
+                if (total := together(parts)) is not None:
+                    columns.append(total)
+        self.start = {}
+        return [torch.cat(columns, 1) if columns else None for columns in found]
+
+
+@torch.no_grad()
+def dots(train: Keeper, validation: Keeper, slots: Sequence[Any], scalars: Mapping[int, Any]) -> list[Tensor | None]:
+    """The dots of every value of the training batches with every validation sample.
+
+    Args:
+        train: keeps the step's batches.
+        validation: keeps one batch, of V samples.
+        slots: the tracked parameters, each with K in its `direction`, of the parameter's shape.
+        scalars: `id` of a slot -> K, where K is a number.
+
+    Returns:
+        Of each batch, float32 `[count, V]`; None where no backward reached a tracked layer.
+    """
+    many = validation.layouts[0].count
+    found: list[Tensor | None] = [None] * len(train.layouts)
+
+    def add(kept: Kept, part: slice, dots: Tensor) -> None:
+        total = found[kept.batch]
+        if total is None:
+            total = found[kept.batch] = torch.zeros(train.layouts[kept.batch].count, many, device=dots.device)
+        total[:, part] += dots.to(total.device)
+
+    for members in check.components(slots):
+        taps = {tap for slot in members for tap in slot.taps}
+        ours = [kept for kept in train.kept if kept.module._inrun in taps]
+        theirs = [kept for kept in validation.kept if kept.module._inrun in taps]
+        if _as_pairs(train, members, ours, theirs, scalars):
+            for kept in ours:
+                for other in theirs:
+                    add(kept, slice(0, many), _pairs(kept, other, members, scalars))
+            continue
+        size = max(1, CHUNK // sum(slot.param.numel() for slot in members))
+        for low in range(0, many, size):
+            samples = range(low, min(low + size, many))
+            factors = [slot.direction.data for slot in members]
+            gradients = _gradients(validation, theirs, members, samples)
+            try:
+                for slot, factor, gradient in zip(members, factors, gradients, strict=True):
+                    slot.direction.data = gradient.mul_(factor)
+                for kept in ours:
+                    add(kept, slice(samples.start, samples.stop), train.dots_of(kept, len(samples)))
+            finally:
+                for slot, factor in zip(members, factors, strict=True):
+                    slot.direction.data = factor
+    return found
+
+
+def _gradients(validation: Keeper, runs: list[Kept], members: Sequence[Any], samples: range) -> list[Tensor]:
+    """Of each parameter, its gradients by these samples, `[m, *shape]`."""
+    total = [torch.zeros((len(samples), *s.param.shape), dtype=s.direction.dtype, device=s.param.device)
+             for s in members]  # fmt: skip
+    place = {id(slot.direction): gradient for slot, gradient in zip(members, total, strict=True)}
+    for kept in runs:
+        for i, one in enumerate(validation.sample_gradients(kept, samples)):
+            for name, gradient in one.items():
+                place[name][i] += gradient
+    return total
+
+
+def _as_pairs(train: Keeper, members: Sequence[Any], ours: list[Kept], theirs: list[Kept], scalars: Mapping) -> bool:
+    """Whether this is one linear layer whose pairs are possible, and cheaper than directions."""
+    modules = {id(kept.module): kept.module for kept in (*ours, *theirs)}
+    if len(modules) != 1 or any(id(slot) not in scalars for slot in members):
+        return False
+    (module,) = modules.values()
+    if not isinstance(module, rules.LinearRule) or any(layout.segments is not None for layout in train.layouts):
+        return False
+    tokens = max((functional.rows(kept.grads[0], 1).shape[1] for kept in theirs), default=0)
+    return tokens * sum(module.weight.shape) < module.weight.numel()
+
+
+def _pairs(kept: Kept, other: Kept, members: Sequence[Any], scalars: Mapping[int, Any]) -> Tensor:
+    """`[B, V]` of one run of a linear layer with another."""
+    device = kept.module.weight.device
+    grads, val_grads = (functional.rows(k.grads[0].to(device), 1) for k in (kept, other))
+    acts, val_acts = (functional.rows(k.x.to(device, grads.dtype), 1) for k in (kept, other))
+    val_grads = val_grads.to(grads.dtype)
+    total = torch.zeros((), device=device)
+    for slot in members:
+        if slot.direction is kept.module.weight_direction:
+            dots = ghost_dot_pairwise(acts, grads, val_acts, val_grads)
+        else:
+            wide = torch.promote_types(grads.dtype, torch.float32)
+            dots = bias_dot(grads, val_grads.sum(1, dtype=wide))
+        total = total + scalars[id(slot)] * dots
+    return total

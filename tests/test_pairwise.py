@@ -1,0 +1,253 @@
+"""One value for each validation sample: against float64 gradients of single samples, and a target for each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import MODELS, B, T, data, gradient, loss_of, make, sample_gradients
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import inrun
+from inrun import pairwise
+
+V, LR = 4, 0.3
+IDS = [f"v{v}" for v in range(V)]
+
+
+def close(found, expected, rtol=2e-4):
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+
+def oracle(model, train, validation, rule=lambda n, total, g: LR * g):
+    """`<K g_v, g_z>`, `[B, V]`; the rule: a parameter's name, the whole validation gradient, one sample's -> K g_v."""
+    ours, theirs = sample_gradients(model, *train), sample_gradients(model, *validation)
+    total = gradient(model, *validation)
+    return torch.stack([
+        torch.stack([sum((rule(n, total[n], v[n]) * z[n]).sum() for n in z) for v in theirs]) for z in ours
+    ])  # fmt: skip
+
+
+def run(tracker, model, optimizer, train, validation, steps=1, ids=None):
+    """So many steps by validation blocks, and one block after them."""
+    for t in range(steps + 1):
+        with tracker.validation():
+            loss_of(model, *validation).backward()
+        if t < steps:
+            with tracker.step(range(len(train[0])) if ids is None else ids) as step:
+                loss_of(model, *train).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return step
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_sgd_values_are_the_products_of_single_samples(name, monkeypatch):
+    calls = []
+    kernel = pairwise.ghost_dot_pairwise
+    monkeypatch.setattr(pairwise, "ghost_dot_pairwise", lambda *a: calls.append(1) or kernel(*a))
+    model = make(name)
+    train, validation = data(name), data(name, V, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    expected = oracle(model, train, validation)
+    tracker = inrun.track(model, optimizer, pairwise=IDS)
+    step = run(tracker, model, optimizer, train, validation)
+    assert step.values.shape == (B, V)
+    close(step.values, expected)
+    assert bool(calls) == (name not in ("reused", "attention"))  # whose samples are too long for their widths
+    rows = tracker.ledger.rows().to_pylist()
+    assert {row["target"] for row in rows} == set(IDS)
+    close(torch.tensor([r["value"] for r in rows if r["target"] == "v2"]), expected[:, 2])
+
+
+def test_adam_in_its_second_step_and_in_parts_of_the_validation_samples(monkeypatch):
+    lr, b1, b2, eps = 0.01, 0.9, 0.999, 1e-8
+    model = make("gpt_tied")
+    train, validation = data("gpt"), data("gpt", V, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    monkeypatch.setattr(pairwise, "CHUNK", 3 * 8 * 8 * 3)
+    tracker = inrun.track(model, optimizer, pairwise=IDS)
+    run(tracker, model, optimizer, train, validation)
+    states = {n: optimizer.state[p] for n, p in model.named_parameters() if p.requires_grad}
+
+    def rule(n, total, g):
+        moment = b2 * states[n]["exp_avg_sq"].double() + (1 - b2) * total**2
+        return lr * (1 - b1) / (1 - b1**2) * g / ((moment / (1 - b2**2)).sqrt() + eps)
+
+    tracker.close()
+    expected = oracle(model, train, validation, rule)
+    tracker = inrun.track(model, optimizer, pairwise=IDS)
+    close(run(tracker, model, optimizer, train, validation).values, expected, 1e-3)
+
+
+@pytest.mark.parametrize("name", ["gpt_tied", "unknown"])
+@pytest.mark.parametrize("method", ["secant", "path", "path_secant"])
+def test_deferred_methods_equal_a_target_for_each_sample(name, method):
+    def values(pairs):
+        model = make(name)
+        kind = torch.optim.SGD if method == "secant" else torch.optim.AdamW
+        optimizer = kind(model.parameters(), lr=0.02)
+        x, y = data(name, V, 2)
+        options = {"pairwise": IDS} if pairs else {"targets": IDS}
+        tracker = inrun.track(model, optimizer, method, **options)
+        steps = []
+        for t in range(4):
+            if pairs:
+                with tracker.validation():
+                    loss_of(model, x, y).backward()
+            else:
+                for v, sample in enumerate(IDS):
+                    with tracker.validation(sample):
+                        (loss_of(model, x[v : v + 1], y[v : v + 1]) / V).backward()
+            if t < 3:
+                with tracker.step(range(B)) as step:
+                    loss_of(model, *data(name, seed=t)).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                steps.append(step)
+        return torch.stack([step.values for step in steps])
+
+    close(values(True), values(False).double(), 1e-3)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.inner, self.reentrant = make("gpt_tied"), reentrant
+
+    def forward(self, x):
+        gpt = self.inner
+        h = gpt.tokens(x) + gpt.positions(torch.arange(T)[None])
+        for block in gpt.blocks:
+            h = checkpoint(block, h, use_reentrant=self.reentrant)
+        return gpt.head(gpt.norm(h))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_callable_targets_accumulation_checkpointing_and_a_kept_set(reentrant):
+    model = Checkpointed(reentrant)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    (x, y), code, prose = data("gpt"), data("gpt", V, 2), data("gpt", 3, 3)
+    losses = {"code": lambda: loss_of(model, *code), "prose": lambda: loss_of(model, *prose)}
+    samples = {"prose": ["a", "b", "c"], "code": range(V)}
+    tracker = inrun.track(model, optimizer, validation=losses, validate_every=2, pairwise=samples, keep="host")
+    assert tracker.columns == ("code/0", "code/1", "code/2", "code/3", "prose/a", "prose/b", "prose/c")
+    kept = [sample_gradients(model.inner, *v) for v in (code, prose)]
+    for _ in range(2):  # the second step with the validation samples of the first
+        rows = sample_gradients(model.inner, x, y)
+        expected = [[LR * sum((v[n] * z[n]).sum() for n in z) for v in (*kept[0], *kept[1])] for z in rows]
+        with tracker.step() as step:
+            for part in (slice(0, 2), slice(2, B)):
+                step.batch(range(B)[part])
+                (loss_of(model, x[part], y[part]) * len(x[part]) / B).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        close(step.values, torch.tensor(expected))
+
+
+def test_with_documents_with_tokens_and_with_a_loss_scale():
+    def values(scale=1.0, **layout):
+        model = make("gpt_tied")
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        tracker = inrun.track(model, optimizer, pairwise=IDS)
+        with tracker.validation(scale=scale):
+            (scale * loss_of(model, *data("gpt", V, 2))).backward()
+        ids = range(len(layout["segments"]) - 1) if "segments" in layout else range(B)
+        with tracker.step(ids, **layout) as step:
+            loss_of(model, *data("gpt")).backward()
+            optimizer.step()
+        return step.values
+
+    whole = values().double()
+    tokens = values(tokens=T)
+    assert tokens.shape == (B, T, V)
+    close(tokens.sum(1), whole)
+    close(values(segments=[0, 2, 4 * T, 5 * T], tokens=T), torch.stack([
+        tokens[0, :2].sum(0), tokens[0, 2:].sum(0) + tokens[1:4].sum((0, 1)), tokens[4].sum(0)]).double())  # fmt: skip
+    close(values(scale=64.0), whole)
+
+
+def test_autocast_and_half_precision_weights():
+    train, validation = data("gpt"), data("gpt", V, 2)
+    expected = oracle(make("gpt_tied"), train, validation)
+    for half in (False, True):
+        model = make("gpt_tied")
+        model = model.bfloat16() if half else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        tracker = inrun.track(model, optimizer, pairwise=IDS)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not half):
+            step = run(tracker, model, optimizer, train, validation)
+        close(step.values, expected, 0.05)
+
+
+def test_training_is_untouched_and_memory_is_bounded_and_reported():
+    def trained(tracked=True, **options):
+        model = make("unknown")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        tracker = inrun.track(model, optimizer, "path", pairwise=IDS, **options) if tracked else None
+        for _ in range(2):
+            if tracker is None:
+                loss_of(model, *data("unknown")).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            else:
+                run(tracker, model, optimizer, data("unknown"), data("unknown", V, 2))
+        return model, tracker
+
+    plain = trained(False)[0].state_dict()
+    model, tracker = trained()
+    assert all(torch.equal(v, plain[k]) for k, v in model.state_dict().items())
+    memory = tracker.memory
+    parameters = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    assert memory["directions"] == memory["validation"] == parameters
+    assert memory["weights"] == 0 < memory["kept"] < memory["kept_peak"]  # the validation's; with the step's
+    trained(keep_bytes=memory["kept_peak"])
+    with pytest.raises(inrun.InRunError, match=f"keep_bytes={memory['kept_peak'] - 1:,} "):
+        trained(keep_bytes=memory["kept_peak"] - 1)
+    tracker.close()
+    assert set(tracker.memory.values()) == {0, memory["kept_peak"]}
+
+
+def test_one_input_of_several_layers_counts_once():
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+        def forward(self, x):
+            return self.q(x) * self.k(x) + self.v(x)
+
+    model, x = Three(), torch.randn(5, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: model(x).sum())
+    with tracker.step(range(5)):
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert tracker.memory["kept_peak"] == 4 * x.numel() * 4  # x, and three output gradients
+
+
+def test_bad_input_is_one_clear_error():
+    model = make("mlp")
+    sgd = torch.optim.SGD(model.parameters(), lr=LR)
+    loss = lambda: loss_of(model, *data("mlp", V, 2))  # noqa: E731
+    for method, options in (("second", {}), ("path_simpson", {}), ("path", {"clip": 1.0})):
+        with pytest.raises(inrun.InRunError, match=f"pairwise: expected a method of .* got '{method}'"):
+            inrun.track(model, sgd, method, validation=loss, pairwise=IDS, **options)
+    with pytest.raises(ValueError, match="expected distinct ids for 'validation', got 1 repeated"):
+        inrun.track(model, sgd, pairwise=["a", "a"])
+    with pytest.raises(ValueError, match="pairwise: expected ids for each of a, b, got a"):
+        inrun.track(model, sgd, targets=("a", "b"), pairwise=IDS)
+    with pytest.raises(TypeError, match="pairwise: expected a sequence"):
+        inrun.track(model, sgd, pairwise="abc")
+
+    tracker = inrun.track(model, sgd, validation=loss, pairwise=["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"B = 3, the number of sample ids"), tracker.step(range(B)):
+        pass
+    tracker.close()
+    tracker = inrun.track(model, sgd, validation=loss, pairwise=IDS)
+    with pytest.raises(inrun.InRunError, match="recompute: expected None"), tracker.step(range(B), recompute=loss):
+        pass
+    with pytest.warns(UserWarning, match="did not run"), tracker.step(range(B)) as step:
+        F.cross_entropy(model(data("mlp")[0]), data("mlp")[1]).backward()
+    assert torch.equal(step.values, torch.zeros(B, V))
