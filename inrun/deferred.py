@@ -77,6 +77,11 @@ class Deferred:
                 f"pairwise: expected a method of {', '.join(PAIRWISE)} and no clip, whose values are sums over the "
                 f"validation samples of products; got {name!r} and clip={clip}"
             )
+        if tracker.in_batch and (not pairwise or name not in ("first", "path")):
+            raise InRunError(
+                "validation='batch': expected pairwise= and method 'first' or 'path', whose direction needs no "
+                f"validation gradient beforehand; got method {name!r}{'' if pairwise else ' without pairwise'}"
+            )
         by_callable = bool(tracker.validations.losses)
         if name in ("second", "path_simpson") and not by_callable:
             raise InRunError(f"method {name!r}: expected validation=<callable>, got validation blocks")
@@ -106,7 +111,7 @@ class Deferred:
     @property
     def starts_with_validation(self) -> bool:
         """Whether a step needs the validation gradient at the weights it begins with."""
-        return not self.true_ends
+        return not self.true_ends and not self.tracker.in_batch
 
     @property
     def ends_with_validation(self) -> bool:
@@ -117,6 +122,10 @@ class Deferred:
         if self.name == "second" and type(optimizer) is not SGD:
             raise InRunError(f"method 'second': expected torch.optim.SGD, got {type(optimizer).__name__}; "
                              "path_secant is exact to higher order for any elementwise optimizer")  # fmt: skip
+        if self.tracker.in_batch and self.name == "first" and not isinstance(optimizer, SGD):
+            raise InRunError(f"validation='batch': expected torch.optim.SGD with method 'first', got "
+                             f"{type(optimizer).__name__}, whose direction needs the validation gradient beforehand; "
+                             "take method 'path', or validation blocks")  # fmt: skip
         if self.name in ("first", "secant"):
             directions.require_supported(optimizer)
         if self.name.startswith("path"):
@@ -131,6 +140,8 @@ class Deferred:
             self.pairs.begin()
         if self.starts_with_validation:
             self._start = {name: list(g) for name, g in self.tracker.validations.gradients.items()}
+        elif self.tracker.in_batch:
+            self._start = {name: [None] * len(self.tracker.slots) for name in self.tracker.targets}
 
     def batch(self, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if recompute is not None and self.pairs is not None:
@@ -138,7 +149,8 @@ class Deferred:
         self.recompute.append(recompute)
         self._random.append(None if recompute is None else random_state())
         if recompute is None:
-            self.keeper.begin_batch(layout)
+            held = self.pairs.hold(self.scale) if self.pairs is not None and self.tracker.in_batch else None
+            self.keeper.begin_batch(layout, held)
         else:
             self.keeper.skip_batch(layout)
 

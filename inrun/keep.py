@@ -12,7 +12,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -82,11 +82,17 @@ class Keeper:
         self.bytes = 0
         self._counted: set[tuple] = set()
         self.layouts: list[Layout] = []  # of the step's batches
+        self.held: Keeper | None = None  # of the batch's last rows, where those are validation samples
         self._weights: dict[int, Tensor] = {}
 
-    def begin_batch(self, layout: Layout) -> None:
-        """The layers run from now on see a batch that lies so, and are kept."""
+    def begin_batch(self, layout: Layout, held: Keeper | None = None) -> None:
+        """The layers run from now on see a batch that lies so, and are kept.
+
+        With `held`, another keeper's samples follow in the same tensors: they are kept there, and the weights they
+        meet take no gradient from them.
+        """
         self.layouts.append(layout)
+        self.held = held
         for tap in self.taps:
             tap.keep = self._run_module if tap.forward_mode else self._run_layer
 
@@ -101,12 +107,24 @@ class Keeper:
         self.pause()
 
     def _run_layer(self, module: Any, plain: Callable, x: Tensor) -> Tensor:
-        x = module.placed(x, self.layouts[-1])
-        y = plain(x)
-        if y.requires_grad:
-            kept = Kept(module, len(self.layouts) - 1, x.detach())
-            y.register_hook(functools.partial(self._arrived, kept, 0))
+        layout, held = self.layouts[-1], self.held
+        if held is None:
+            x = module.placed(x, layout)
+            y = plain(x)
+            self._await(y, module, x, slice(None))
+            return y
+        ours, theirs = slice(layout.rows), slice(layout.rows, None)
+        x = module.placed(x, replace(layout, rows=layout.rows + held.layouts[0].rows))
+        y = torch.cat([plain(x[ours]), _without_gradients(module, plain, x[theirs])])
+        self._await(y, module, x, ours)
+        held._await(y, module, x, theirs)
         return y
+
+    def _await(self, y: Tensor, module: Any, x: Tensor, rows: slice) -> None:
+        """Keep these rows of a layer's input, and of the gradient of its output when it comes."""
+        if y.requires_grad:
+            kept = Kept(module, len(self.layouts) - 1, x[rows].detach())
+            y.register_hook(lambda grad: self._arrived(kept, 0, grad[rows]))
 
     def _run_module(self, module: Any, plain: Callable, inputs: tuple[tuple, dict]) -> Any:
         args, kwargs = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, inputs)
@@ -236,6 +254,16 @@ class Keeper:
 
 def _moved(x: Any, device: torch.device) -> Any:
     return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, x)
+
+
+def _without_gradients(module: Any, plain: Callable, x: Tensor) -> Tensor:
+    """The layer's output, from which its own parameters get no gradient."""
+    params = dict(module._parameters)
+    try:
+        module._parameters.update({n: None if p is None else p.detach() for n, p in params.items()})
+        return plain(x)
+    finally:
+        module._parameters.update(params)
 
 
 def _plain(module: Any) -> Callable:

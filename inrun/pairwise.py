@@ -24,6 +24,7 @@ from torch import Tensor
 from inrun_kernels import bias_dot, ghost_dot_pairwise
 
 from . import check, functional, rules
+from .errors import InRunError
 from .keep import Budget, Keeper, Kept
 from .tap import Layout, together
 
@@ -61,6 +62,17 @@ class Pairs:
 
     def begin(self) -> None:
         self.start = dict(self.kept)
+
+    def hold(self, scale: Any) -> Keeper:
+        """A keeper for the validation samples that follow a batch's own, whose loss is scaled as the batch's is."""
+        (target,) = self.tracker.targets
+        if target in self.start:
+            raise InRunError("batch: expected one in a step, with validation='batch'; got a second one")
+        keeper = Keeper(self.tracker.taps, self.budget, weights_move=True)
+        keeper.begin_batch(Layout(len(self.tracker.samples[target])))
+        keeper.pause()
+        self.start[target] = (keeper, scale)
+        return keeper
 
     def dots(self, train: Keeper, both_ends: bool) -> list[Tensor | None]:
         """Of each batch, `[count, columns]`: the dots with every sample of every target, as K stands."""

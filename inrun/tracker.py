@@ -68,7 +68,7 @@ def track(
     optimizer: Optimizer | None = None,
     method: str = "first",
     *,
-    validation: Callable[[], Tensor] | Mapping[str, Callable[[], Tensor]] | None = None,
+    validation: Callable[[], Tensor] | Mapping[str, Callable[[], Tensor]] | str | None = None,
     validate_every: int = 1,
     targets: Sequence[str] = ("validation",),
     exclude: Sequence[str] = (),
@@ -90,7 +90,9 @@ def track(
             The others are scored when their direction is known, from activations kept until then: "second",
             "secant", "path", "path_secant", "path_simpson" (see `inrun.deferred`).
         validation: returns the validation loss (a scalar); or a dict of names and such callables. The tracker runs
-            it when it is due. Without it, validation losses are run in `Tracker.validation()` blocks.
+            it when it is due. Without it, validation losses are run in `Tracker.validation()` blocks. "batch", with
+            `pairwise`: the validation samples are the last rows of every batch, after those that `step(ids)` names;
+            the loop adds their loss to the batch's, and the parameters get no gradient from it.
         validate_every: a validation gradient serves this many steps.
         targets: names of the validation losses, when they come from blocks.
         exclude: names of parameters, or shell patterns, that get no score. Recorded with the scores.
@@ -136,7 +138,8 @@ class Tracker:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if not isinstance(validate_every, int) or validate_every < 1:
             raise ValueError(f"validate_every: expected an integer of at least 1, got {validate_every!r}")
-        losses = as_losses(validation)
+        self.in_batch = isinstance(validation, str) and validation == "batch"
+        losses = {} if self.in_batch else as_losses(validation)
         self.targets = tuple(losses) if losses else tuple(targets)
         if not self.targets or len(set(self.targets)) < len(self.targets) or isinstance(targets, str):
             raise ValueError(f"targets: expected a sequence of distinct names, got {targets!r}")
@@ -151,8 +154,10 @@ class Tracker:
         if any(isinstance(m, rules.Holder) for m in model.modules()):
             raise InRunError("model: is tracked already; close its tracker first")
         plan = rules.plan(model, exclude)
+        if self.in_batch:
+            _require_rules(plan)
         self.validations = Validation(model, plan.excluded, losses, self.targets, validate_every)
-        inline = method == "first" and not self.samples
+        inline = method == "first" and not self.samples and not self.in_batch
         self._method: Any = Inline(self) if inline else Deferred(self, method, *waiting)
         if optimizer is not None:
             self._method.require_supported(optimizer)
@@ -259,6 +264,8 @@ class Tracker:
         self._require_open()
         if self._step is not None:
             raise InRunError("validation: expected outside of a step block, got inside one")
+        if self.in_batch:
+            raise InRunError("validation: expected in the batches, as validation='batch' says; got a block")
         with self.validations.block(target, scale):
             yield
         if self._waiting is not None and all(age == 0 for age in self.validations.age.values()):
@@ -281,7 +288,8 @@ class Tracker:
             segments, tokens: one value for each document of packed rows, or for each token; see `Step.batch`.
             recompute: for deferred methods: returns the batch's loss once more, exactly as the block computes
                 it, so that nothing need be kept.
-            scale: for path methods with `clip`: what the loss is multiplied by (a loss scaler's factor).
+            scale: for path methods with `clip`, and for validation="batch": what the loss is multiplied by (a loss
+                scaler's factor).
 
         Raises:
             InRunError: no optimizer is bound; inside another step; the validation gradient is missing or too old.
@@ -411,6 +419,17 @@ def _sibling(param: nn.Parameter, many: int | None) -> nn.Parameter:
     dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
     shape = param.shape if many is None else (many, *param.shape)
     return nn.Parameter(torch.zeros(shape, dtype=dtype, device=param.device), requires_grad=False)
+
+
+def _require_rules(plan: rules.Plan) -> None:
+    """Raise `InRunError` unless the validation rows of a batch can be kept from every trainable parameter."""
+    others = [full for site in plan.sites if site.rule is rules.ForwardModeRule for _, _, full in site.owned]
+    if others or plan.excluded:
+        raise InRunError(
+            "validation='batch': expected every trainable parameter in a layer with a rule of its own, so that the "
+            f"validation rows do not train it; {', '.join((others + plan.excluded)[:5])} "
+            "is not, or is excluded. Use validation blocks"
+        )
 
 
 def _require_all(missing: list[str]) -> None:

@@ -251,3 +251,54 @@ def test_bad_input_is_one_clear_error():
     with pytest.warns(UserWarning, match="did not run"), tracker.step(range(B)) as step:
         F.cross_entropy(model(data("mlp")[0]), data("mlp")[1]).backward()
     assert torch.equal(step.values, torch.zeros(B, V))
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt_tied", "reused", "checkpointed"])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_validation_samples_in_the_batch_itself_do_not_train(name, method):
+    def made():
+        return Checkpointed(False) if name == "checkpointed" else make(name)
+
+    data_name = "gpt" if name == "checkpointed" else name
+    (x, y), (x_val, y_val) = data(data_name), data(data_name, V, 2)
+    model, plain = made(), made()
+    expected = oracle(plain, (x, y), (x_val, y_val))
+    optimizer, other = (torch.optim.SGD(m.parameters(), lr=LR) for m in (model, plain))
+    tracker = inrun.track(model, optimizer, method, validation="batch", pairwise=IDS)
+    scale = 8.0
+    with tracker.step(range(B), scale=scale) as step:
+        out = model(torch.cat([x, x_val]))
+        losses = [F.cross_entropy(o.flatten(0, -2), t.flatten()) for o, t in ((out[:B], y), (out[B:], y_val))]
+        (scale * sum(losses)).backward()
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.div_(scale)
+        nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        optimizer.step()
+    close(step.values, expected)
+    loss_of(plain, x, y).backward()
+    other.step()
+    for p, q in zip([p for p in model.parameters() if p.requires_grad], plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_what_cannot_hold_validation_samples_in_its_batches_says_so():
+    model = make("mlp")
+    sgd, adam = torch.optim.SGD(model.parameters(), lr=LR), torch.optim.Adam(model.parameters())
+    for method, options in (("first", {}), ("secant", {"pairwise": IDS})):
+        with pytest.raises(inrun.InRunError, match=f"expected pairwise= and method 'first' or 'path'.*{method}"):
+            inrun.track(model, sgd, method, validation="batch", **options)
+    with pytest.raises(inrun.InRunError, match=r"expected torch\.optim\.SGD with method 'first', got Adam"):
+        inrun.track(model, adam, validation="batch", pairwise=IDS)
+    with pytest.raises(inrun.InRunError, match=r"do not train it; head\.bias is not, or is excluded"):
+        inrun.track(model, sgd, validation="batch", pairwise=IDS, exclude=["head.bias"])
+    unknown = make("unknown")
+    with pytest.raises(inrun.InRunError, match=r"do not train it; conv\.weight, conv\.bias, norm\.weight is not"):
+        inrun.track(unknown, torch.optim.SGD(unknown.parameters()), validation="batch", pairwise=IDS)
+    tracker = inrun.track(model, sgd, validation="batch", pairwise=IDS)
+    with pytest.raises(inrun.InRunError, match="validation: expected in the batches"), tracker.validation():
+        pass
+    with pytest.raises(ValueError, match=r"expected shape \[B, ...\] with B = 9"), tracker.step(range(B)):
+        model(data("mlp")[0])
+    with pytest.raises(inrun.InRunError, match="batch: expected one in a step"), tracker.step(range(B)) as step:
+        step.batch(range(B))
