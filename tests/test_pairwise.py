@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from models import MODELS, B, T, data, gradient, loss_of, make, sample_gradients
+from models import MODELS, B, Scale, T, data, gradient, loss_of, make, sample_gradients
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -225,6 +225,31 @@ def test_one_input_of_several_layers_counts_once():
         model(x).square().sum().backward()
         optimizer.step()
     assert tracker.memory["kept_peak"] == 4 * x.numel() * 4  # x, and three output gradients
+
+
+class Counting(Scale):
+    """A module with no rule, and a buffer that every forward writes."""
+
+    def __init__(self):
+        super().__init__(8)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        self.runs += 1
+        return super().forward(x)
+
+
+def test_a_module_that_is_run_again_keeps_its_buffers_and_its_copied_weights_count():
+    model, x = Counting(), torch.randn(5, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, "path", pairwise=range(5))
+    with tracker.validation():
+        model(x).square().sum().backward()
+    assert tracker.memory["kept"] == (2 * 40 + 8) * 4  # input, output gradient, and the weight as it was
+    with tracker.step(range(5)):
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert model.runs == 2
 
 
 def test_bad_input_is_one_clear_error():
