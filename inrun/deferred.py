@@ -265,8 +265,9 @@ class Deferred:
             grads = [g for name in self.tracker.targets if (g := self._start[name][i]) is not None]
             like = grads or [torch.zeros_like(slot.param)]
             group = optimizer.param_groups[slot.group]
-            factor = directions.coefficient(optimizer, group, slot.param, like)
-            slot.direction[...] = factor
+            for part in directions.parts(slot.param):
+                factor = directions.coefficient(optimizer, group, slot.param, like, part)
+                slot.direction[part] = factor
             if self.pairs is not None and (not isinstance(factor, Tensor) or factor.dim() == 0):
                 self.pairs.scalars[id(slot)] = factor
 

@@ -14,7 +14,7 @@ Source: SGD, arXiv 2406.11011 (equation 7); Adam with frozen state, arXiv 2602.0
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from .errors import InRunError
 
 SUPPORTED = (SGD, Adam, AdamW)
+_BLOCK = 1 << 17  # elements that are worked on at a time on a CPU, so that temporaries stay in its cache
 
 
 def require_supported(optimizer: Optimizer) -> None:
@@ -35,7 +36,18 @@ def require_supported(optimizer: Optimizer) -> None:
         )
 
 
-def coefficient(optimizer: Optimizer, group: dict[str, Any], param: Tensor, val_grads: Sequence[Tensor]) -> Any:
+def parts(param: Tensor) -> Iterator[Any]:
+    """Indices that cut a parameter into blocks along its first dimension (on a GPU: the whole)."""
+    if param.is_cuda or param.numel() <= _BLOCK:
+        yield ...
+        return
+    step = max(1, _BLOCK * len(param) // param.numel())
+    yield from (slice(low, low + step) for low in range(0, len(param), step))
+
+
+def coefficient(
+    optimizer: Optimizer, group: dict[str, Any], param: Tensor, val_grads: Sequence[Tensor], part: Any = ...
+) -> Any:
     """What turns a validation gradient into the first-order, frozen-state direction, coordinate by coordinate.
 
     Args:
@@ -45,22 +57,30 @@ def coefficient(optimizer: Optimizer, group: dict[str, Any], param: Tensor, val_
         val_grads: its validation gradients, one per target. Under Adam the mean of their squares stands in for the
             square of the batch's own gradient, which the second moment is about to take in.
 
+        part: which part of all these tensors, one of `parts(param)`.
+
     Returns:
-        A number (SGD), or a tensor of the parameter's shape. `<coefficient * val_grad, g_z>` is in nats.
+        A number (SGD), or a tensor of the part's shape. `<coefficient * val_grad, g_z>` is in nats.
     """
     state = optimizer.state.get(param, {})
     if isinstance(optimizer, SGD):
         return sgd_coefficient(group, state)
     beta1, beta2 = group["betas"]
     step = state.get("step", 0) + 1
-    squares = torch.stack([g.square() for g in val_grads]).mean(0) if len(val_grads) > 1 else val_grads[0].square()
-    moment = squares.mul_(1 - beta2)
+    if isinstance(step, Tensor) and not step.is_cuda:
+        step = step.item()
+    unbias = 1 / (1 - beta2**step)
+    # With the state alone, a coordinate whose few past gradients happened to be small would count without bound.
     if state:
-        # With the state alone, a coordinate whose few past gradients happened to be small would count without bound.
-        moment += beta2 * state["exp_avg_sq"]
-        if group["amsgrad"]:
-            moment = torch.maximum(moment, state["max_exp_avg_sq"])
-    scale = moment.div_(1 - beta2**step).sqrt_().add_(group["eps"]).to(val_grads[0].dtype)
+        moment = torch.mul(state["exp_avg_sq"][part], beta2 * unbias)
+    else:
+        moment = torch.zeros_like(val_grads[0][part])
+    entering = (1 - beta2) * unbias / len(val_grads)
+    for grad in val_grads:
+        moment.addcmul_(grad[part], grad[part] * entering)
+    if state and group["amsgrad"]:
+        moment = torch.maximum(moment, state["max_exp_avg_sq"][part] * unbias)
+    scale = moment.sqrt_().add_(group["eps"]).to(val_grads[0].dtype)
     share = group["lr"] * (1 - beta1) / (1 - beta1**step)
     if isinstance(share, Tensor):
         share = share.to(scale.device, scale.dtype)

@@ -137,8 +137,10 @@ def layer_norm(
     shape = tuple(normalized_shape)
     if probe is None or directions is None or weight is None:
         return F.layer_norm(x, shape, weight, bias, eps)
-    normed = F.layer_norm(_placed(x, probe, segments), shape, None, None, eps)
-    return _apply(_Affine, normed, weight, bias, *directions, probe, segments).to(_norm_dtype(x, normed))
+    x = _placed(x, probe, segments)
+    if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:  # the cast autocast makes
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+    return _apply(_LayerNorm, x, weight, bias, *directions, probe, segments, eps)
 
 
 def rms_norm(
@@ -261,6 +263,50 @@ class _Embedding(torch.autograd.Function):
             segments = by_row(segments, ids, tokens)
             dots = embedding_dot(tokens, rows(grad, 1), direction, segments=segments, padding_idx=pad_row)
         return None, grad_weight, None, _add(dots, None, probe), None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Torch's own layer norm. It is linear in its parameters: its derivative along the direction is the layer norm
+    with the direction for parameters, and a sample's dot contracts that with the output's gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, direction, bias_direction, probe, segments, eps):
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, bias, direction, bias_direction, probe, segments, mean, rstd)
+        return y
+
+    @staticmethod
+    def written_out(x, weight, bias, direction, bias_direction, probe, segments, eps):
+        normed = F.layer_norm(x, weight.shape, None, None, eps)
+        return _Affine.written_out(normed, weight, bias, direction, bias_direction, probe, segments)
+
+    @staticmethod
+    def backward(ctx, grad):
+        *inputs, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _written_out_backward(_LayerNorm.written_out, (*inputs, ctx.eps), ctx.needs_input_grad, grad)
+        x, weight, bias, direction, bias_direction, probe, segments = inputs
+        needs = list(ctx.needs_input_grad)
+        grads = torch.ops.aten.native_layer_norm_backward(grad, x, weight.shape, mean, rstd, weight, bias, needs[:3])
+        dots = None
+        if needs[5]:
+            wide = x.to(probe.dtype)
+            scales = torch.zeros_like(weight).expand_as(bias_direction) if direction is None else direction
+            if probe.dim() == 1:
+                dots = output_dots(grad, _layer_norm_along(wide, scales, bias_direction, ctx.eps), segments)
+            else:
+                shifts = [None] * probe.shape[1] if bias_direction is None else bias_direction
+                pairs = zip(scales, shifts, strict=True)
+                along = (_layer_norm_along(wide, *pair, ctx.eps) for pair in pairs)
+                dots = torch.stack([output_dots(grad, one, segments) for one in along], 1)
+            dots = dots.to(probe.dtype)
+        return *grads, None, None, dots, None, None
+
+
+def _layer_norm_along(x: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:
+    shift = None if shift is None else shift.to(x.dtype)
+    return F.layer_norm(x, scale.shape, scale.to(x.dtype), shift, eps)
 
 
 class _Affine(torch.autograd.Function):

@@ -94,13 +94,14 @@ def write_direction(optimizer: Optimizer, slot: Any, val_grads: list[Tensor | No
     if not known:
         slot.direction.zero_()
         return
-    coefficient = directions.coefficient(optimizer, optimizer.param_groups[slot.group], slot.param, known)
     slices = [slot.direction] if len(val_grads) == 1 else slot.direction.unbind(0)
-    for slice_, grad in zip(slices, val_grads, strict=True):
-        if grad is None:
-            slice_.zero_()
-        else:
-            slice_.copy_(grad * coefficient)
+    for part in directions.parts(slot.param):
+        coefficient = directions.coefficient(optimizer, optimizer.param_groups[slot.group], slot.param, known, part)
+        for slice_, grad in zip(slices, val_grads, strict=True):
+            if grad is None:
+                slice_[part].zero_()
+            else:
+                torch.mul(grad[part], coefficient, out=slice_[part])
 
 
 def lr_change(before: list[Any], optimizer: Optimizer) -> float:

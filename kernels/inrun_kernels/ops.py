@@ -34,15 +34,15 @@ def ghost_dot(
 
 @torch.library.custom_op("inrun::ghost_wgrad_dot", mutates_args=())
 def ghost_wgrad_dot(
-    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, form: str, backend: str | None
+    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, form: str | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
     with _launch_context(acts):
         if _use_triton(backend, acts, grads):
             from inrun_kernels.wgrad_dot import launch_wgrad_dot
 
-            return launch_wgrad_dot(acts, grads, val_grad, segments, form)
-        return torch_path.ghost_wgrad_dot(acts, grads, val_grad, segments)
+            return launch_wgrad_dot(acts, grads, val_grad, segments, form or "two")
+        return torch_path.ghost_wgrad_dot(acts, grads, val_grad, segments, form)
 
 
 @torch.library.custom_op("inrun::ghost_dot_pairwise", mutates_args=())

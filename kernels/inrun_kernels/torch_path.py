@@ -14,7 +14,8 @@ from torch import Tensor
 
 _CHUNK = 1 << 20  # elements of a temporary: 4 MB in float32, about an L2 cache
 _BLOCK = 1 << 21  # elements of the block of weight-gradient rows that ghost_wgrad_dot fills at a time
-_SHORT_SAMPLE = 32  # tokens per sample below which two GEMMs win; measured on two x86 cores
+# Tokens per sample below which ghost_wgrad_dot changes its form; measured on two x86 cores.
+_TWO_FROM, _DIRECT_BELOW = 96, {None: 12, "prefix": 12, "two": 32}
 
 
 def ghost_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool) -> Tensor:
@@ -33,32 +34,39 @@ def ghost_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | 
     return reduce_tokens(out, batch, tokens, segments, per_token)
 
 
-def ghost_wgrad_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Per sample: GEMM into one scratch weight, contract it with each direction, add it to the total.
+def ghost_wgrad_dot(
+    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, form: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """A GEMM per sample, contracted with each direction while it is in cache.
 
-    Each sample costs three passes over a weight, as much as the GEMM of some 30 tokens; below that a second
-    GEMM over all tokens is cheaper. So it is where reading the offsets would synchronise a GPU.
+    "two": into a scratch weight, then added to the total: three more passes over a weight, as much as the GEMM of
+    some 30 tokens. "prefix": into the total, whose contraction grows by the sample's dot: one pass. Where samples
+    are shorter still, or reading the offsets would synchronise a GPU: one GEMM and a `ghost_dot`.
     """
     wide = accumulate_dtype(acts)
-    n_tokens = acts.shape[0] * acts.shape[1]
     n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
-    reads_device = segments is not None and segments.is_cuda
-    if reads_device or n_tokens < _SHORT_SAMPLE * n_samples:
+    tokens = acts.shape[0] * acts.shape[1] / max(1, n_samples)
+    if tokens < _DIRECT_BELOW[form] or (segments is not None and segments.is_cuda):
         return _weight_grad(acts, grads, wide), ghost_dot(acts, grads, val_grad, segments, False)
+    form = form or ("two" if tokens >= _TWO_FROM else "prefix")
     total = acts.new_zeros(val_grad.shape[1:], dtype=wide)
-    dots = acts.new_zeros(n_samples, val_grad.shape[0], dtype=wide)
+    dots = acts.new_zeros(n_samples, val_grad.shape[0], dtype=torch.float64)
     samples = list(zip(_split_tokens(acts, segments), _split_tokens(grads, segments), strict=True))
     for rows in _chunks(total.shape[0], total.shape[1], _BLOCK):
-        block, directions = total[rows], val_grad[:, rows].to(wide).flatten(1)
-        scratch = torch.empty_like(block)
+        block, directions = total[rows], val_grad[:, rows].to(wide).flatten(1).unbind()
+        product, contracted = block, []
         for s, (a, g) in enumerate(samples):
-            product = scratch.zero_() if s else block
-            product.addmm_(g[:, rows].to(wide).T, a.to(wide))  # MKL adds to zeros faster than it overwrites
-            for m, direction in enumerate(directions):
-                dots[s, m] += torch.dot(direction, product.flatten())
-            if s:
+            if form == "two" and s:
+                product = torch.empty_like(block) if s == 1 else product
+                product.zero_()  # MKL adds to zeros faster than it overwrites
+            product.addmm_(g[:, rows].to(wide).T, a.to(wide))
+            contracted += [torch.dot(direction, product.flatten()) for direction in directions]
+            if product is not block:
                 block += product
-    return total, dots
+        dots += torch.stack(contracted).view_as(dots)
+    if form == "prefix":
+        dots = torch.diff(dots, dim=0, prepend=dots.new_zeros(1, dots.shape[1]))
+    return total, dots.to(wide)
 
 
 def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor) -> Tensor:

@@ -97,10 +97,10 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend: expected None, 'triton' or 'torch', received {backend!r}")
 
 
-def check_form(form: str) -> None:
+def check_form(form: str | None) -> None:
     """Require a known form of the weight-gradient kernel."""
-    if form not in ("two", "prefix"):
-        raise ValueError(f"form: expected 'two' or 'prefix', received {form!r}")
+    if form not in (None, "two", "prefix"):
+        raise ValueError(f"form: expected None, 'two' or 'prefix', received {form!r}")
 
 
 def check_segment_values(segments: Tensor | None, n_tokens: int) -> None:

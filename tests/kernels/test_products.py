@@ -133,9 +133,11 @@ def test_float16_scores_survive_directions_outside_its_range(backend, size):
 def test_invariants(layer, backend, segments):
     """Dots sum to <weight_grad, D>; same bits twice; permuted samples permute; a duplicate scores the same."""
     case = make(layer, 5, 40, 48, 33, segments=segments)
+    form = {"form": "two"} if layer == "linear" else {}
 
     def run(order: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return WGRAD_DOTS[layer](case.x[order], case.grads[order], case.val_grad, segments=segments, backend=backend)
+        x, grads = case.x[order], case.grads[order]
+        return WGRAD_DOTS[layer](x, grads, case.val_grad, segments=segments, backend=backend, **form)
 
     weight_grad, dots = run([0, 1, 2, 3, 4])
     scale = dots_of(absolute(case), torch.float64).sum().item()
@@ -150,19 +152,26 @@ def test_invariants(layer, backend, segments):
         assert torch.equal(repeated, dots[[0, 1, 1, 1, 2]])
 
 
-def in_form(form: str, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    return k.ghost_wgrad_dot(case.x, case.grads, case.val_grad, segments=case.segments, form=form, backend="triton")
+def in_form(form: str, case: Case, backend: str = "triton") -> tuple[torch.Tensor, torch.Tensor]:
+    return k.ghost_wgrad_dot(case.x, case.grads, case.val_grad, segments=case.segments, form=form, backend=backend)
 
 
-def check_form(form: str, case: Case) -> None:
+def check_form(form: str, case: Case, backend: str = "triton") -> None:
     """The weight gradient and `two`'s dots as everywhere; `prefix` may round each sum of the whole batch's terms."""
-    weight_grad, dots = in_form(form, case)
+    weight_grad, dots = in_form(form, case, backend)
     assert_close(weight_grad, gradient_of, case)
     if form == "two":
         return assert_close(dots, dots_of, case)
     exact, terms = dots_of(case, torch.float64), dots_of(absolute(case), torch.float64).sum(0)
     plain = (dots_of(case, case.grads.dtype) - exact).abs().max()
     assert ((dots - exact).abs() <= 2 * plain + 4 * torch.finfo(torch.float32).eps * terms).all()
+
+
+@pytest.mark.parametrize("form", ["two", "prefix"])
+@pytest.mark.parametrize("tokens", [8, 20, 40, 120])
+def test_forms_on_the_torch_path(form, tokens):
+    """Short samples in a product of their own, then one buffer or two."""
+    check_form(form, make("linear", 5, tokens, 24, 40, directions=2), "torch")
 
 
 @pytest.mark.parametrize("form", ["two", "prefix"])
