@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from inrun_kernels import torch_path
 
 BATCH, IN, OUT = 8, 150, 160
-SHORT, LONG = 16, 64  # tokens: one GEMM over all samples, or one per sample
+SHORT, MIDDLE, LONG = 8, 64, 128  # tokens: one GEMM over all samples; one per sample, into one buffer or into two
 
 
 class LargestTensor(TorchDispatchMode):
@@ -36,11 +36,11 @@ def largest(run, *arguments) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("tokens", [SHORT, LONG])
+@pytest.mark.parametrize("tokens", [SHORT, MIDDLE, LONG])
 def test_no_per_sample_gradient_is_stored(dtype, packed, tokens, monkeypatch):
     from inrun_kernels import dot, wgrad_dot
 
-    assert SHORT < torch_path._SHORT_SAMPLE < LONG
+    assert SHORT < torch_path._DIRECT_BELOW[None] <= MIDDLE < torch_path._TWO_FROM <= LONG
     monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 10_000)  # as many splits as are allowed
     acts, grads = torch.randn(BATCH, tokens, IN, dtype=dtype), torch.randn(BATCH, tokens, OUT, dtype=dtype)
     matrix = torch.randn(1, OUT, IN, dtype=dtype)
@@ -55,6 +55,6 @@ def test_no_matrix_of_token_pairs_is_stored(monkeypatch):
     from inrun_kernels import pairwise
 
     monkeypatch.setattr(torch_path, "_CHUNK", 4096)
-    acts, grads = torch.randn(BATCH, LONG, 5), torch.randn(BATCH, LONG, 6)
+    acts, grads = torch.randn(BATCH, MIDDLE, 5), torch.randn(BATCH, MIDDLE, 6)
     for run in (torch_path.ghost_dot_pairwise, pairwise.launch_pairwise):
-        assert 0 < largest(run, acts, grads, acts, grads) <= 4 * 4096 < 4 * (BATCH * LONG) ** 2
+        assert 0 < largest(run, acts, grads, acts, grads) <= 4 * 4096 < 4 * (BATCH * MIDDLE) ** 2
