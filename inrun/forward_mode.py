@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
@@ -37,20 +37,51 @@ def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: 
         if tangent is None:
             outputs.append(primal)
             continue
-        require_rows(module, tap, primal, probe.shape[0])
-        tangents = tangent.detach() if single else torch.stack([tangent.detach(), *(t[i] for t in more)])
-        outputs.append(functional.attach(primal, tangents, probe))
+        size = probe.shape[0]
+        tangents = [by_sample(module, tap, i, t, size) for t in (tangent.detach(), *(t[i] for t in more))]
+        scored = functional.attach(
+            by_sample(module, tap, i, primal, size), tangents[0] if single else torch.stack(tangents), probe
+        )
+        outputs.append(scored.flatten(0, 1) if tap.flat else scored.movedim(0, _sample_axis(module, i)))
     return pytree.tree_unflatten(outputs, spec)
 
 
-def require_rows(module: Any, tap: Tap, out: Tensor, batch: int) -> None:
-    """Raise `InRunError` unless the rows of a module's output are the samples."""
-    if out.dim() == 0 or out.shape[0] != batch:
+def by_sample(module: Any, tap: Tap, leaf: int, out: Tensor, batch: int) -> Tensor:
+    """A module's output with its sample axis in front, `[B, ...]`.
+
+    Raises:
+        InRunError: its rows are not the samples.
+    """
+    if tap.flat:
+        return split_samples(tap, out, batch)
+    axis = _sample_axis(module, leaf)
+    if out.dim() <= axis or out.shape[axis] != batch:
+        expected = "[B, ...]" if axis == 0 else "[N, B, ...]"
         raise InRunError(
-            f"{tap.name or 'model'} ({type(module).__bases__[1].__name__}): expected every output to be [B, ...] "
-            f"with B = {batch}, got {tuple(out.shape)}; it holds parameters with no rule of their own "
-            f"({', '.join(n for _, n in tap.forward_mode)}), which are scored by their module's output rows"
+            f"{tap.name or 'model'} ({module._inrun_class.__name__}): expected every output to be {expected} with "
+            f"B = {batch}, got {tuple(out.shape)}; it holds parameters with no rule of their own "
+            f"({', '.join(n for _, n in tap.forward_mode)}), which are scored by their module's output. Name an "
+            "enclosing module whose outputs are [B, ...] with track(..., through={parameter: module}), or exclude them"
         )
+    return out.movedim(axis, 0)
+
+
+def split_samples(tap: Tap, x: Tensor, batch: int) -> Tensor:
+    """`[B * T, ...]` as `[B, T, ...]`."""
+    if x.dim() == 0 or x.shape[0] % batch:
+        raise InRunError(
+            f"{tap.name}: expected the flattened tokens of {batch} samples, of equal length, got {tuple(x.shape)}"
+        )
+    return x.unflatten(0, (batch, -1))
+
+
+def _sample_axis(module: Any, leaf: int) -> int:
+    """Of an output, counted in the order of `pytree`. A recurrent layer's states are `[layers, B, H]`."""
+    if isinstance(module, nn.RNNBase):
+        return 0 if leaf == 0 and module.batch_first else 1
+    if isinstance(module, nn.MultiheadAttention):
+        return 0 if leaf > 0 or module.batch_first else 1
+    return 0
 
 
 def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -78,15 +109,32 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
 
 @contextlib.contextmanager
 def dual(tap: Tap, target: int | None) -> Iterator[None]:
-    # The fused attention kernels have no forward derivative; the written-out one does.
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+    # Fused attention, recurrent layers and grouped products have no forward derivative; written out they have one.
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap):
         plain = [(owner, local, owner._parameters[local]) for owner, local in tap.forward_mode]
         try:
             for owner, local, param in plain:
                 direction: Any = owner._parameters[local + SUFFIX]
                 tangent = direction if target is None else direction[target]
                 owner._parameters[local] = forward_ad.make_dual(param, tangent)  # pyright: ignore
+                _refresh(owner)
             yield
         finally:
             for owner, local, param in plain:
                 owner._parameters[local] = param
+                _refresh(owner)
+
+
+@contextlib.contextmanager
+def _written_out_layers(tap: Tap) -> Iterator[None]:
+    owners = [owner for owner, _ in tap.forward_mode]
+    with contextlib.ExitStack() as stack:
+        if any(isinstance(owner, nn.RNNBase) for owner in owners):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        yield
+
+
+def _refresh(owner: Any) -> None:
+    if isinstance(owner, nn.RNNBase):  # which reads its parameters from a list of its own
+        owner._flat_weights = [owner._parameters.get(name) for name in owner._flat_weights_names]

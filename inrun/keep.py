@@ -151,8 +151,8 @@ class Keeper:
         for leaf, grad in kept.grads.items():
             tangent = tangents[leaf]
             if tangent is not None and bool(tangent.any()):
-                forward_mode.require_rows(module, module._inrun, tangent, size)
-                total = total + (grad.to(device) * tangent).flatten(1).sum(1, dtype=torch.float32)
+                product = forward_mode.by_sample(module, module._inrun, leaf, grad.to(device) * tangent, size)
+                total = total + product.flatten(1).sum(1, dtype=torch.float32)
         return total
 
     @contextlib.contextmanager

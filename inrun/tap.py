@@ -19,6 +19,8 @@ class Tap:
         self.probe: Tensor | None = None
         self.keep: Callable | None = None  # in a deferred step, runs the layer and keeps what will score it
         self.forward_mode: list[tuple[nn.Module, str]] = []
+        self.affine: Any = None  # of a module that scales and shifts, how
+        self.flat = False  # whether the module's rows are the tokens of [B, T], flattened
 
 
 def together(dots: Iterable[Tensor | None]) -> Tensor | None:

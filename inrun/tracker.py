@@ -72,6 +72,7 @@ def track(
     validate_every: int = 1,
     targets: Sequence[str] = ("validation",),
     exclude: Sequence[str] = (),
+    through: Mapping[str, str] | None = None,
     ledger: Ledger | str | Path | None = None,
     check: bool = True,
     keep: str = "device",
@@ -93,6 +94,8 @@ def track(
         validate_every: a validation gradient serves this many steps.
         targets: names of the validation losses, when they come from blocks.
         exclude: names of parameters, or shell patterns, that get no score. Recorded with the scores.
+        through: names of parameters, or patterns -> the module ("" for the model) that scores them, slowly, by its
+            outputs, which must be `[B, ...]`: for parameters that something inside it uses past their own module.
         ledger: where the values go: a `Ledger`, the folder of one, or None for one in memory.
         check: on the first step, compare the sum of the scores with the parameters' gradients, and raise where
             they disagree.
@@ -109,8 +112,8 @@ def track(
         InRunError: a parameter that cannot be scored or is not in the optimizer; an unknown optimizer.
         ValueError: an unknown method, a bad `validate_every`, empty or repeated targets.
     """
-    waiting = (keep, keep_bytes, update, clip)
-    return Tracker(model, optimizer, method, validation, validate_every, targets, exclude, ledger, check, waiting)
+    scope, waiting = (exclude, through), (keep, keep_bytes, update, clip)
+    return Tracker(model, optimizer, method, validation, validate_every, targets, scope, ledger, check, waiting)
 
 
 class Tracker:
@@ -124,9 +127,7 @@ class Tracker:
         seconds: wall seconds spent so far in "validation", "direction" and "harvest" (no device synchronisation).
     """
 
-    def __init__(
-        self, model, optimizer, method, validation, validate_every, targets, exclude, ledger, checked, waiting
-    ):
+    def __init__(self, model, optimizer, method, validation, validate_every, targets, scope, ledger, checked, waiting):
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if not isinstance(validate_every, int) or validate_every < 1:
@@ -141,7 +142,7 @@ class Tracker:
         self.slots: list[Slot] = []
         if any(isinstance(m, rules.Holder) for m in model.modules()):
             raise InRunError("model: is tracked already; close its tracker first")
-        plan = rules.plan(model, exclude)
+        plan = rules.plan(model, *scope)
         self.validations = Validation(model, plan.excluded, losses, self.targets, validate_every)
         self._method: Any = Inline(self) if method == "first" else Deferred(self, method, *waiting)
         if optimizer is not None:

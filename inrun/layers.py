@@ -1,0 +1,194 @@
+"""The tracked classes: how each kind of layer scores its samples.
+
+A tracked module changes class in place: `TrackedLinear` is a `Linear` in every other respect, with the same
+parameters, `state_dict()` and `isinstance`. Beside each covered parameter stands a frozen sibling, its direction
+(`weight_direction`), which `state_dict()` leaves out and loading does not ask for. Without a probe a tracked module
+runs its original forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inrun_kernels import bias_dot, embedding_dot, ghost_dot, norm_dot
+
+from . import functional
+from .convolution import Geometry, convolution, convolution_dots
+from .forward_mode import forward_mode, split_samples
+from .tap import SUFFIX, Tap, eagerly
+
+
+class Holder:
+    """Mixin of every module that holds directions: they appear in no checkpoint."""
+
+    _inrun: Tap
+    _inrun_class: type[nn.Module]  # the module's own
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # pyright: ignore[reportAttributeAccessIssue]
+        for name in direction_names(self):
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        load = super()._load_from_state_dict  # pyright: ignore[reportAttributeAccessIssue]
+        load(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        for name in direction_names(self):
+            if prefix + name in missing:
+                missing.remove(prefix + name)
+
+
+class Rule(Holder):
+    """A layer with a rule: `probed` runs it with a probe, `dots` scores it from what a deferred step kept."""
+
+    def forward(self, *args, **kwargs):
+        x = args[0] if args else next(iter(kwargs.values()))
+        tap = self._inrun
+        plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
+        if tap.keep is not None:
+            y = eagerly(tap.keep, self, plain, x)
+        elif tap.probe is not None:
+            y = self.probed(split_samples(tap, x, tap.probe.shape[0]) if tap.flat else x, tap.probe)
+        else:
+            return plain(x)
+        return y.flatten(0, 1) if tap.flat else y
+
+    def by_sample(self, x: Tensor, batch: int) -> Tensor:
+        """The input with its sample axis in front, `[B, ...]`."""
+        return split_samples(self._inrun, x, batch) if self._inrun.flat else functional.by_sample(x, batch)
+
+    def probed(self, x: Tensor, probe: Tensor) -> Tensor:
+        """The layer's output, with the dots as the probe's gradient."""
+        raise NotImplementedError
+
+    def dots(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The dots `[B]` or `[B, M]`, from the layer's input and the gradient of its output."""
+        raise NotImplementedError
+
+
+class LinearRule(Rule):
+    weight: Tensor
+    bias: Tensor | None
+    weight_direction: Tensor | None
+    bias_direction: Tensor | None
+
+    def probed(self, x, probe):
+        return functional.linear(x, self.weight, self.bias, (self.weight_direction, self.bias_direction), probe)
+
+    def dots(self, x, grad):
+        acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
+        return _sum(
+            None if self.weight_direction is None else self.weight_dots(acts, grads, self.weight_direction),
+            None if self.bias_direction is None else bias_dot(grads, self.bias_direction),
+        )
+
+    def weight_dots(self, acts: Tensor, grads: Tensor, direction: Tensor) -> Tensor:
+        return ghost_dot(acts, grads, direction)
+
+
+class Conv1dRule(LinearRule):
+    def probed(self, x, probe):
+        return functional.conv1d(x, self.weight, self.bias, (self.weight_direction, self.bias_direction), probe)
+
+    def weight_dots(self, acts, grads, direction):
+        return ghost_dot(grads, acts, direction)  # the weight is [I, O]
+
+
+class EmbeddingRule(Rule):
+    weight: Tensor
+    weight_direction: Tensor
+    padding_idx: int | None
+
+    def by_sample(self, x, batch):
+        return functional.ids_by_sample(x, batch)
+
+    def probed(self, x, probe):
+        return functional.embedding(x, self.weight, self.weight_direction, probe, self.padding_idx)
+
+    def dots(self, x, grad):
+        ids = x.reshape(x.shape[0], -1)
+        return embedding_dot(ids, functional.rows(grad, 1), self.weight_direction, padding_idx=self.padding_idx)
+
+
+class LayerNormRule(Rule):
+    weight: Tensor
+    bias: Tensor | None
+    weight_direction: Tensor | None
+    bias_direction: Tensor | None
+    normalized_shape: tuple[int, ...]
+    eps: float
+
+    def probed(self, x, probe):
+        both = (self.weight_direction, self.bias_direction)
+        return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, both, probe)
+
+    def dots(self, x, grad):
+        return affine_dots(
+            torch.nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps),
+            grad, len(self.normalized_shape), self.weight_direction, self.bias_direction,
+        )  # fmt: skip
+
+
+class RMSNormRule(Rule):
+    weight: Tensor
+    weight_direction: Tensor
+    normalized_shape: tuple[int, ...]
+    eps: float | None
+
+    def probed(self, x, probe):
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, self.weight_direction, probe)
+
+    def dots(self, x, grad):
+        normed = torch.nn.functional.rms_norm(x, list(self.normalized_shape), None, self.eps)
+        return affine_dots(normed, grad, len(self.normalized_shape), self.weight_direction, None)
+
+
+class ConvRule(Rule):
+    weight: Tensor
+    bias: Tensor | None
+    weight_direction: Tensor | None
+    bias_direction: Tensor | None
+
+    def probed(self, x, probe):
+        return convolution(x, self.weight, self.bias, self._directions(), probe, self._geometry())
+
+    def dots(self, x, grad):
+        return convolution_dots(x.to(grad.dtype), grad, self._directions(), self._geometry())
+
+    def _directions(self):
+        return self.weight_direction, self.bias_direction
+
+    def _geometry(self: Any) -> Geometry:
+        return Geometry(self.stride, self.padding, self.dilation, self.groups)
+
+
+class ForwardModeRule(Holder):
+    """Any other module: `dot_b = <dL/dout_b, JVP_D(out)_b>`."""
+
+    def forward(self, *args, **kwargs):
+        tap = self._inrun
+        plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
+        if tap.keep is not None:
+            return eagerly(tap.keep, self, plain, (args, kwargs))
+        if tap.probe is not None:
+            return eagerly(forward_mode, self, tap, plain, args, kwargs)
+        return plain(*args, **kwargs)
+
+
+def direction_names(module: Any) -> list[str]:
+    return [n for n in module._parameters if n.endswith(SUFFIX) and n.removesuffix(SUFFIX) in module._parameters]
+
+
+def affine_dots(normed, grad, last: int, direction: Tensor | None, bias_direction: Tensor | None) -> Tensor:
+    normed, grads = functional.rows(normed, last), functional.rows(grad, last)
+    return _sum(
+        None if direction is None else norm_dot(normed.to(grads.dtype), grads, functional.flat(direction, last)),
+        None if bias_direction is None else bias_dot(grads, functional.flat(bias_direction, last)),
+    )
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor:
+    found = [x for x in (a, b) if x is not None]
+    return found[0] if len(found) == 1 else found[0] + found[1]
