@@ -52,6 +52,7 @@ def convolution_dots(x: Tensor, grad: Tensor, directions: Directions, geometry: 
     total: Any = 0.0
     if direction is not None:
         wanted = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        x = x.float() if x.dtype == torch.float16 else x  # float16 has no range for a direction
         slices = [direction] if direction.dim() == x.dim() else direction.unbind(0)
         dots = [(_convolve(x, d.to(x.dtype), geometry) * grad).flatten(1).sum(1, dtype=wanted) for d in slices]
         total = dots[0] if direction.dim() == x.dim() else torch.stack(dots, 1)
@@ -80,7 +81,7 @@ class _Convolution(torch.autograd.Function):
     def written_out(x, weight, bias, direction, bias_direction, probe, geometry):
         y = _convolve(x, weight, geometry, bias)
         if direction is not None:
-            y = y + functional._shifted(probe, lambda d: _convolve(x, d, geometry), direction, weight.dim())
+            y = y + functional._shifted(probe, lambda d: _convolve(x, d.to(x.dtype), geometry), direction, weight.dim())
         if bias_direction is not None:
             shape = (1, -1, *[1] * (y.dim() - 2))
             y = y + functional._shifted(probe, lambda d: d.view(shape).expand(y.shape), bias_direction, 1)

@@ -29,16 +29,16 @@ def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: 
         raise InRunError(f"{tap.name}: forward-mode scoring inside another forward-mode pass is not supported")
     single = probe.dim() == 1
     more = [] if single else [tangents_only(module, tap, forward, args, kwargs, m) for m in range(1, probe.shape[1])]
-    with dual(tap, None if single else 0):
+    with dual(tap, None if single else 0) as scale:
         leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
-        pairs = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in leaves]
+        pairs = [_unpacked(x, scale) for x in leaves]
     outputs = []
     for i, (primal, tangent) in enumerate(pairs):
         if tangent is None:
             outputs.append(primal)
             continue
         size = probe.shape[0]
-        tangents = [by_sample(module, tap, i, t, size) for t in (tangent.detach(), *(t[i] for t in more))]
+        tangents = [by_sample(module, tap, i, t, size) for t in (tangent, *(t[i] for t in more))]
         scored = functional.attach(
             by_sample(module, tap, i, primal, size), tangents[0] if single else torch.stack(tangents), probe
         )
@@ -99,26 +99,39 @@ def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
 def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | None) -> list[Any]:
     """The outputs' tangents along direction m (None: the only one), leaving random state and buffers as they were."""
     buffers = [(b, b.clone()) for b in module.buffers()]
-    with torch.no_grad(), torch.random.fork_rng(), dual(tap, m):
+    with torch.no_grad(), torch.random.fork_rng(), dual(tap, m) as scale:
         leaves = pytree.tree_leaves(_run(tap, forward, args, kwargs))
-        pairs = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in leaves]
+        pairs = [_unpacked(x, scale) for x in leaves]
         for buffer, saved in buffers:
             buffer.copy_(saved)
     return [torch.zeros_like(x) if t is None and isinstance(x, Tensor) else t for x, t in pairs]
 
 
+def _unpacked(x: Any, scale: Tensor | None) -> tuple[Any, Tensor | None]:
+    """An output and its tangent, the latter without its graph and its scale."""
+    primal, tangent = forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None)
+    if tangent is None:
+        return primal, None
+    return primal, tangent.detach() if scale is None else tangent.detach().float() * scale
+
+
 @contextlib.contextmanager
-def dual(tap: Tap, target: int | None) -> Iterator[None]:
+def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
+    """The parameters carry their directions as tangents; yields what those were divided by, if anything."""
     # Fused attention, recurrent layers and grouped products have no forward derivative; written out they have one.
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap):
         plain = [(owner, local, owner._parameters[local]) for owner, local in tap.forward_mode]
+        tangents: list[Any] = [owner._parameters[local + SUFFIX] for owner, local, _ in plain]
+        tangents = tangents if target is None else [t[target] for t in tangents]
+        scale = None
+        if _in_float16(tangents[0].device.type, plain[0][2].dtype):  # which has no range for a direction
+            scale = torch.stack([t.abs().max() for t in tangents]).max().clamp(min=torch.finfo(torch.float32).tiny)
+            tangents = [t / scale for t in tangents]
         try:
-            for owner, local, param in plain:
-                direction: Any = owner._parameters[local + SUFFIX]
-                tangent = direction if target is None else direction[target]
+            for (owner, local, param), tangent in zip(plain, tangents, strict=True):
                 owner._parameters[local] = forward_ad.make_dual(param, tangent)  # pyright: ignore
                 _refresh(owner)
-            yield
+            yield scale
         finally:
             for owner, local, param in plain:
                 owner._parameters[local] = param
@@ -132,7 +145,15 @@ def _written_out_layers(tap: Tap) -> Iterator[None]:
         if any(isinstance(owner, nn.RNNBase) for owner in owners):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        for config in {id(c): c for o in owners if (c := getattr(o, "config", None)) is not None}.values():
+            if hasattr(config, "_experts_implementation"):  # Hugging Face's fused experts
+                stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
+                config._experts_implementation = "eager"
         yield
+
+
+def _in_float16(device: str, dtype: torch.dtype) -> bool:
+    return (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype) == torch.float16
 
 
 def _refresh(owner: Any) -> None:

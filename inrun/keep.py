@@ -87,11 +87,13 @@ class Keeper:
             for name, p in module.named_parameters():
                 if not name.endswith(SUFFIX):
                     self._weights.setdefault(id(p), p.detach().clone())
-        out = plain(*inputs[0], **inputs[1])
-        for i, leaf in enumerate(pytree.tree_leaves(out)):
+        leaves, spec = pytree.tree_flatten(plain(*inputs[0], **inputs[1]))
+        for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(functools.partial(self._arrived, kept, i))
-        return out
+                # An alias: where one output is made from another, each has the gradient that came from outside.
+                leaves[i] = leaf.view_as(leaf)
+                leaves[i].register_hook(functools.partial(self._arrived, kept, i))
+        return pytree.tree_unflatten(leaves, spec)
 
     def _arrived(self, kept: _Kept, leaf: int, grad: Tensor) -> None:
         if not kept.grads:

@@ -164,6 +164,45 @@ class ConvRule(Rule):
         return Geometry(self.stride, self.padding, self.dilation, self.groups)
 
 
+class RelativeBiasRule(Rule):
+    """T5's attention, whose position bias `[1, heads, Q, K]` has no sample axis: it is given one, and scored there."""
+
+    relative_attention_bias: nn.Embedding
+
+    def forward(self, *args, **kwargs):
+        return self._inrun_class.forward(self, *args, **kwargs)
+
+    def compute_bias(self: Any, *args, **kwargs):
+        tap = self._inrun
+        bias = self._inrun_class.compute_bias(self, *args, **kwargs)
+        if tap.keep is not None:
+            return eagerly(tap.keep, self, lambda x: x, bias)
+        if tap.probe is None:
+            return bias
+        size = tap.probe.shape[0]
+        tangents = self._tangents(
+            lambda: self._inrun_class.compute_bias(self, *args, **kwargs).expand(size, -1, -1, -1)
+        )
+        return functional.attach(bias.expand(size, -1, -1, -1), tangents, tap.probe)
+
+    def dots(self: Any, x, grad):
+        tangents = self._tangents(lambda: self._inrun_class.compute_bias(self, *x.shape[-2:], device=x.device))
+        return grad.flatten(1).to(tangents.dtype) @ tangents.flatten(-4).t()  # [1, h, Q, K], or [M, 1, h, Q, K]
+
+    def _tangents(self, bias) -> Tensor:
+        table: Any = self.relative_attention_bias
+        weight, direction = table.weight, table.weight_direction
+        many = direction.dim() > weight.dim()
+        found = []
+        try:
+            for one in direction.unbind(0) if many else [direction]:
+                table._parameters["weight"] = one
+                found.append(bias())
+        finally:
+            table._parameters["weight"] = weight
+        return torch.stack(found) if many else found[0]
+
+
 class ForwardModeRule(Holder):
     """Any other module: `dot_b = <dL/dout_b, JVP_D(out)_b>`."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from . import affine
+from . import affine, routing
 from .errors import InRunError
 from .layers import (
     Conv1dRule,
@@ -27,6 +27,7 @@ from .layers import (
     Holder,
     LayerNormRule,
     LinearRule,
+    RelativeBiasRule,
     RMSNormRule,
     Rule,
     direction_names,
@@ -99,7 +100,14 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
         owned[path] = [(module, k, names[id(p)]) for k, p in params if names[id(p)] not in excluded]
     owned = {path: found for path, found in owned.items() if found}
     via = _via(modules, owned, list(names.values()), through or {})
-    sites = {path: _site(path, modules[path]) for path in owned if path not in via}
+    flat: set[nn.Module] = set()
+    for path, block in modules.items():
+        if isinstance(getattr(block, "experts", None), nn.Module) and path not in via:
+            flat |= routing.flattened(block)
+            others = [p for p in owned if _inside(p, path) and modules[p] not in flat]
+            via |= {p: path for p in others if p not in via}
+    tables = {p: p.rpartition(".")[0] for p in owned if p not in via and _is_relative_bias(p, modules)}
+    sites = {path: _site(path, modules[path]) for path in owned if path not in via and path not in tables}
     for path in [p for p, found in sites.items() if found.rule is ForwardModeRule]:
         if _is_held_by_a_child(path, owned, sites):
             del owned[path], sites[path]
@@ -110,8 +118,11 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
     for path in via:
         sites.pop(path, None)
     sites |= {path: Site(path, modules[path], ForwardModeRule) for path in outermost}
+    sites |= {path: Site(path, modules[path], RelativeBiasRule) for path in tables.values()}
+    for path, site in sites.items():
+        site.flat = modules[path] in flat
     for path, found in owned.items():
-        target = path
+        target = tables.get(path, path)
         if path in via:
             target = next(p for p in outermost if p == via[path] or _inside(via[path], p))
         sites[target].owned.extend(found)
@@ -157,7 +168,7 @@ def _adopt(module: nn.Module, mixin: type[Holder], tap: Tap, under: type[nn.Modu
 def _tracked_class(mixin: type[Holder], cls: type[nn.Module], under: type[nn.Module] | None) -> type[nn.Module]:
     # Beneath a subclass, the rule stands between it and the layer that its super().forward() means.
     bases = (mixin, cls) if under is None else (cls, type(f"Tracked{under.__name__}", (mixin, under), {}))
-    namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_inrun_class": cls}
+    namespace = {"__module__": __name__, "__doc__": cls.__doc__, "_inrun_class": cls}
     return type(f"Tracked{cls.__name__}", bases, namespace)
 
 
@@ -196,6 +207,12 @@ def _site(path: str, module: nn.Module) -> Site:
                 return Site(path, module, rule, under=under)
     found = affine.recognise(module)
     return Site(path, module, ForwardModeRule if found is None else affine.AffineRule, affine=found)
+
+
+def _is_relative_bias(path: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether a table is the relative position bias of T5's attention, and of what descends from it."""
+    parent, _, name = path.rpartition(".")
+    return name == "relative_attention_bias" and hasattr(modules[parent], "compute_bias")
 
 
 def _calls_super(cls: type, base: type) -> bool:
