@@ -120,7 +120,7 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
     """The parameters carry their directions as tangents; yields what those were divided by, if anything."""
     # Fused attention, recurrent layers and grouped products have no forward derivative; written out they have one.
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap):
-        plain = [(owner, local, owner._parameters[local]) for owner, local in tap.forward_mode]
+        plain: list[Any] = [(owner, local, owner._parameters[local]) for owner, local in tap.forward_mode]
         tangents: list[Any] = [owner._parameters[local + SUFFIX] for owner, local, _ in plain]
         tangents = tangents if target is None else [t[target] for t in tangents]
         scale = None

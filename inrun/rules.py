@@ -46,6 +46,7 @@ RULES: dict[type[nn.Module], type[Holder]] = {
 
 # Modules that use their children's parameters without calling the children.
 _WHOLE = (nn.MultiheadAttention,)
+_SEQUENCE_FIRST = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # unless batch_first
 
 
 @dataclass
@@ -100,6 +101,10 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
         owned[path] = [(module, k, names[id(p)]) for k, p in params if names[id(p)] not in excluded]
     owned = {path: found for path, found in owned.items() if found}
     via = _via(modules, owned, list(names.values()), through or {})
+    for path, module in modules.items():
+        if isinstance(module, _SEQUENCE_FIRST) and not module.self_attn.batch_first:
+            raise InRunError(f"{path or 'model'}: expected {type(module).__name__}(batch_first=True), got False, with "
+                             "which dimension 0 of its layers is not the sample")  # fmt: skip
     flat: set[nn.Module] = set()
     for path, block in modules.items():
         if isinstance(getattr(block, "experts", None), nn.Module) and path not in via:

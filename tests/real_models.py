@@ -324,7 +324,7 @@ def prepare(case: Case, stack: Stack, backend: Any = "aot_eager", fullgraph: boo
 
 def step(called: Any, optimizer: Any, tracker: Any, stack: Stack, train: Any, validation: Any) -> Tensor:
     """One tracked training step in its stack; its values."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, enabled=stack.scaled)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=stack.scaled)
 
     def backward(x: Any, y: Tensor, count: int) -> None:
         with stack.context():
@@ -363,7 +363,9 @@ def compare(case: Case, stack: Stack, fullgraph: bool = True) -> tuple[float, fl
         if stack.autocast is not None:
             rounding = torch.finfo(stack.autocast).eps
             allowed = max(allowed, rounding + 2 * error(oracle(plain, train, validation, stack), expected))
-        errors.append(error(step(called, optimizer, tracker, stack, train, validation), expected))
+        with torch._dynamo.config.patch(recompile_limit=32):  # T5's blocks are of four kinds, and share one forward
+            values = step(called, optimizer, tracker, stack, train, validation)
+        errors.append(error(values, expected))
     assert not tracker.coverage["excluded"] and set(tracker.coverage["tracked"]) == {
         n for n, p in model.named_parameters() if p.requires_grad
     }
