@@ -314,7 +314,8 @@ def prepare(case: Case, stack: Stack, backend: Any = "aot_eager", fullgraph: boo
     if stack.compiled == "whole":
         called = torch.compile(model, backend=backend, fullgraph=fullgraph)
     if stack.compiled == "blocks":
-        blocks = [m for group in model.modules() if isinstance(group, nn.ModuleList) for m in group]
+        groups = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+        blocks = [m for group in groups for m in group if not isinstance(m, nn.Sequential)]
         if not blocks:
             raise NotOffered
         for block in blocks:
