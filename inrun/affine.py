@@ -12,6 +12,7 @@ the output, as everywhere: they still add up to the parameter's gradient.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,8 @@ def recognise(module: nn.Module) -> Affine | None:
     params = {name: p for name, p in module._parameters.items() if p is not None}
     if any(isinstance(module, c) and type(module).forward is c.forward for c in _CHANNEL_NORMS) and params:
         return Affine("weight", "bias", wide=True, axis=1)
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # self and x: a gate would be lost
+        return None
     like = next(iter(params.values()), None)
     if like is None or like.dim() != 1 or like.is_meta or any(p.shape != like.shape for p in params.values()):
         return None

@@ -158,3 +158,27 @@ def test_time_first_encoder_layers_are_refused():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12), 1)
     with pytest.raises(inrun.InRunError, match=r"layers\.0: expected TransformerEncoderLayer\(batch_first=True\)"):
         inrun.track(model)
+
+
+def test_a_gated_norm_keeps_its_gate():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8))
+
+        def forward(self, x, gate=None):
+            x = nn.functional.rms_norm(x, (8,)) * self.weight
+            return x if gate is None else x * gate.sigmoid()
+
+    torch.manual_seed(0)
+    model, x = Gated(), torch.randn(5, 3, 8)
+    expected = model(x, gate=x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x, gate=x).square().sum())
+    with tracker.step(range(5)) as one:
+        out = model(x, gate=x)
+        out.square().sum().backward()
+        optimizer.step()
+    assert torch.equal(out, expected)
+    # Training and validation are the same samples, so that the values add up to lr |g|^2.
+    torch.testing.assert_close(one.values.sum(), LR * model.weight.grad.square().sum())
