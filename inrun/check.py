@@ -61,7 +61,8 @@ def efficiency(
     if wrong:
         raise InRunError(
             "the scores do not add up to the gradients. Either something uses these parameters past their modules "
-            "(call the module, or exclude the parameter), or gradients were left over from before the step, or "
+            "(call the module, track with through={parameter: the module that does}, or exclude the parameter), or "
+            "gradients were left over from before the step, or "
             "dimension 0 of a layer's input is not the sample:\n  " + "\n  ".join(wrong)
         )
 

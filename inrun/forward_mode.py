@@ -30,30 +30,63 @@ def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: 
         raise InRunError(f"{tap.name}: forward-mode scoring inside another forward-mode pass is not supported")
     single = probe.dim() == 1
     more = [] if single else [tangents_only(module, tap, forward, args, kwargs, m) for m in range(1, probe.shape[1])]
-    with dual(tap, None if single else 0):
+    with dual(tap, None if single else 0) as scale:
         leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
-        pairs = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in leaves]
+        pairs = [_unpacked(x, scale) for x in leaves]
     outputs = []
     for i, (primal, tangent) in enumerate(pairs):
         if tangent is None:
             outputs.append(primal)
             continue
-        require_rows(module, tap, primal, layout)
-        tangents = tangent.detach() if single else torch.stack([tangent.detach(), *(t[i] for t in more)])
-        outputs.append(functional.attach(primal, tangents, probe, layout.segments))
+        tangents = [by_sample(module, tap, i, t, layout) for t in (tangent, *(t[i] for t in more))]
+        scored = functional.attach(
+            by_sample(module, tap, i, primal, layout),
+            tangents[0] if single else torch.stack(tangents), probe, layout.segments,
+        )  # fmt: skip
+        outputs.append(scored.flatten(0, 1) if tap.flat else scored.movedim(0, sample_axis(module, i)))
     return pytree.tree_unflatten(outputs, spec)
 
 
-def require_rows(module: Any, tap: Tap, out: Tensor, layout: Layout) -> None:
-    """Raise `InRunError` unless the rows of a module's output are the samples, or its tokens theirs."""
+def by_sample(module: Any, tap: Tap, leaf: int, out: Tensor, layout: Layout) -> Tensor:
+    """A module's output with its sample axis in front, `[B, ...]`, and where tokens count, `[B, T, ...]`.
+
+    Raises:
+        InRunError: its rows are not the samples, or its tokens not theirs.
+    """
+    axis = sample_axis(module, leaf)
+    if tap.flat:
+        out = split_samples(tap, out, layout.rows)
+    elif out.dim() <= axis or (out.shape[axis] != layout.rows and layout.segments is None):
+        expected = "[B, ...]" if axis == 0 else "[N, B, ...]"
+        raise InRunError(
+            f"{tap.name or 'model'} ({module._inrun_class.__name__}): expected every output to be {expected} with "
+            f"B = {layout.rows}, got {tuple(out.shape)}; it holds parameters with no rule of their own "
+            f"({', '.join(n for _, n in tap.forward_mode)}), which are scored by their module's output. Name an "
+            "enclosing module whose outputs are [B, ...] with track(..., through={parameter: module}), or exclude them"
+        )
+    else:
+        out = out.movedim(axis, 0)
     if layout.segments is not None:
         layout.require(tap, out)
-    elif out.dim() == 0 or out.shape[0] != layout.rows:
+    return out
+
+
+def split_samples(tap: Tap, x: Tensor, batch: int) -> Tensor:
+    """`[B * T, ...]` as `[B, T, ...]`."""
+    if x.dim() == 0 or x.shape[0] % batch:
         raise InRunError(
-            f"{tap.name or 'model'} ({type(module).__bases__[1].__name__}): expected every output to be [B, ...] "
-            f"with B = {layout.rows}, got {tuple(out.shape)}; it holds parameters with no rule of their own "
-            f"({', '.join(n for _, n in tap.forward_mode)}), which are scored by their module's output rows"
+            f"{tap.name}: expected the flattened tokens of {batch} samples, of equal length, got {tuple(x.shape)}"
         )
+    return x.unflatten(0, (batch, -1))
+
+
+def sample_axis(module: Any, leaf: int) -> int:
+    """Of an output, counted in the order of `pytree`. A recurrent layer's states are `[layers, B, H]`."""
+    if isinstance(module, nn.RNNBase):
+        return 0 if leaf == 0 and module.batch_first else 1
+    if isinstance(module, nn.MultiheadAttention):
+        return 0 if leaf > 0 or module.batch_first else 1
+    return 0
 
 
 def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -70,9 +103,9 @@ def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
 
 def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | None) -> list[Any]:
     """The outputs' tangents along direction m (None: the only one), leaving random state and buffers as they were."""
-    with torch.no_grad(), torch.random.fork_rng(), buffers_kept(module), dual(tap, m):
+    with torch.no_grad(), torch.random.fork_rng(), buffers_kept(module), dual(tap, m) as scale:
         leaves = pytree.tree_leaves(_run(tap, forward, args, kwargs))
-        pairs = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in leaves]
+        pairs = [_unpacked(x, scale) for x in leaves]
     return [torch.zeros_like(x) if t is None and isinstance(x, Tensor) else t for x, t in pairs]
 
 
@@ -86,17 +119,55 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
             buffer.copy_(saved)
 
 
+def _unpacked(x: Any, scale: Tensor | None) -> tuple[Any, Tensor | None]:
+    """An output and its tangent, the latter without its graph and its scale."""
+    primal, tangent = forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None)
+    if tangent is None:
+        return primal, None
+    return primal, tangent.detach() if scale is None else tangent.detach().float() * scale
+
+
 @contextlib.contextmanager
-def dual(tap: Tap, target: int | None) -> Iterator[None]:
-    # The fused attention kernels have no forward derivative; the written-out one does.
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-        plain = [(owner, local, owner._parameters[local]) for owner, local in tap.forward_mode]
+def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
+    """The parameters carry their directions as tangents; yields what those were divided by, if anything."""
+    # Fused attention, recurrent layers and grouped products have no forward derivative; written out they have one.
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap):
+        plain: list[Any] = [(owner, local, owner._parameters[local]) for owner, local in tap.forward_mode]
+        tangents: list[Any] = [owner._parameters[local + SUFFIX] for owner, local, _ in plain]
+        tangents = tangents if target is None else [t[target] for t in tangents]
+        scale = None
+        if _in_float16(tangents[0].device.type, plain[0][2].dtype):  # which has no range for a direction
+            scale = torch.stack([t.abs().max() for t in tangents]).max().clamp(min=torch.finfo(torch.float32).tiny)
+            tangents = [t / scale for t in tangents]
         try:
-            for owner, local, param in plain:
-                direction: Any = owner._parameters[local + SUFFIX]
-                tangent = direction if target is None else direction[target]
+            for (owner, local, param), tangent in zip(plain, tangents, strict=True):
                 owner._parameters[local] = forward_ad.make_dual(param, tangent)  # pyright: ignore
-            yield
+                _refresh(owner)
+            yield scale
         finally:
             for owner, local, param in plain:
                 owner._parameters[local] = param
+                _refresh(owner)
+
+
+@contextlib.contextmanager
+def _written_out_layers(tap: Tap) -> Iterator[None]:
+    owners = [owner for owner, _ in tap.forward_mode]
+    with contextlib.ExitStack() as stack:
+        if any(isinstance(owner, nn.RNNBase) for owner in owners):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        for config in {id(c): c for o in owners if (c := getattr(o, "config", None)) is not None}.values():
+            if hasattr(config, "_experts_implementation"):  # Hugging Face's fused experts
+                stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
+                config._experts_implementation = "eager"
+        yield
+
+
+def _in_float16(device: str, dtype: torch.dtype) -> bool:
+    return (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype) == torch.float16
+
+
+def _refresh(owner: Any) -> None:
+    if isinstance(owner, nn.RNNBase):  # which reads its parameters from a list of its own
+        owner._flat_weights = [owner._parameters.get(name) for name in owner._flat_weights_names]

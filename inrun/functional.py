@@ -163,6 +163,22 @@ def rms_norm(
     return _apply(_Affine, normed, weight, None, direction, None, probe, segments).to(_norm_dtype(x, normed))
 
 
+def affine(
+    normed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    directions: Directions,
+    probe: Tensor,
+    segments: Tensor | None = None,
+) -> Tensor:
+    """`normed * weight + bias` over the last dimensions, that scores its samples.
+
+    Args, returns and errors as in `linear`; `normed` is `[B, ..., *weight.shape]`, and weight, bias and their
+    directions are of one shape (or `[M, *shape]`).
+    """
+    return _apply(_Affine, _placed(normed, probe, segments), weight, bias, *directions, probe, segments)
+
+
 def bias(
     x: Tensor,
     bias: Tensor,
@@ -384,11 +400,11 @@ class _Bias(torch.autograd.Function):
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(out, tangents, probe, segments):
-        return out.view_as(out)
+        return out.detach()  # no view of `out`, so that what follows may write into it
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def written_out(out, tangents, probe, segments):
@@ -396,9 +412,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            return _written_out_backward(_Attach.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
-        _, tangents, probe, segments = ctx.saved_tensors
+        tangents, probe, segments = ctx.saved_tensors
         if probe.dim() == 1:
             dots = output_dots(grad, tangents, segments)
         else:

@@ -136,11 +136,13 @@ class Keeper:
                 if not name.endswith(SUFFIX) and id(p) not in self._weights:
                     self._weights[id(p)] = p.detach().clone()
                     self._count(p)
-        out = plain(*inputs[0], **inputs[1])
-        for i, leaf in enumerate(pytree.tree_leaves(out)):
+        leaves, spec = pytree.tree_flatten(plain(*inputs[0], **inputs[1]))
+        for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(functools.partial(self._arrived, kept, i))
-        return out
+                # An alias: where one output is made from another, each has the gradient that came from outside.
+                leaves[i] = leaf.view_as(leaf)
+                leaves[i].register_hook(functools.partial(self._arrived, kept, i))
+        return pytree.tree_unflatten(leaves, spec)
 
     def _arrived(self, kept: Kept, leaf: int, grad: Tensor) -> None:
         if not kept.grads:
@@ -231,8 +233,10 @@ class Keeper:
         for leaf, grad in kept.grads.items():
             tangent = tangents[leaf]
             if tangent is not None and bool(tangent.any()):
-                forward_mode.require_rows(module, module._inrun, tangent, layout)
-                total = total + functional.output_dots(grad.to(device), tangent, layout.segments)
+                here, along = (
+                    forward_mode.by_sample(module, module._inrun, leaf, x, layout) for x in (grad.to(device), tangent)
+                )
+                total = total + functional.output_dots(here, along, layout.segments)
         return total
 
     @contextlib.contextmanager

@@ -72,6 +72,7 @@ def track(
     validate_every: int = 1,
     targets: Sequence[str] = ("validation",),
     exclude: Sequence[str] = (),
+    through: Mapping[str, str] | None = None,
     ledger: Ledger | str | Path | None = None,
     check: bool = True,
     keep: str = "device",
@@ -96,6 +97,8 @@ def track(
         validate_every: a validation gradient serves this many steps.
         targets: names of the validation losses, when they come from blocks.
         exclude: names of parameters, or shell patterns, that get no score. Recorded with the scores.
+        through: names of parameters, or patterns -> the module ("" for the model) that scores them, slowly, by its
+            outputs, which must be `[B, ...]`: for parameters that something inside it uses past their own module.
         ledger: where the values go: a `Ledger`, the folder of one, or None for one in memory.
         check: on the first step, compare the sum of the scores with the parameters' gradients, and raise where
             they disagree.
@@ -115,9 +118,9 @@ def track(
         InRunError: a parameter that cannot be scored or is not in the optimizer; an unknown optimizer.
         ValueError: an unknown method, a bad `validate_every`, empty or repeated targets or validation ids.
     """
-    waiting = (keep, keep_bytes, update, clip)
+    scope, waiting = (exclude, through), (keep, keep_bytes, update, clip)
     sides = (validation, validate_every, targets, pairwise)
-    return Tracker(model, optimizer, method, sides, exclude, ledger, check, waiting)
+    return Tracker(model, optimizer, method, sides, scope, ledger, check, waiting)
 
 
 class Tracker:
@@ -132,7 +135,7 @@ class Tracker:
         seconds: wall seconds spent so far in "validation", "direction" and "harvest" (no device synchronisation).
     """
 
-    def __init__(self, model, optimizer, method, sides, exclude, ledger, checked, waiting):
+    def __init__(self, model, optimizer, method, sides, scope, ledger, checked, waiting):
         validation, validate_every, targets, pairwise = sides
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
@@ -153,7 +156,9 @@ class Tracker:
         self.slots: list[Slot] = []
         if any(isinstance(m, rules.Holder) for m in model.modules()):
             raise InRunError("model: is tracked already; close its tracker first")
-        plan = rules.plan(model, exclude)
+        plan = rules.plan(model, *scope)
+        if self.samples:
+            _require_one_by_one(plan)
         if self.in_batch:
             _require_rules(plan)
         self.validations = Validation(model, plan.excluded, losses, self.targets, validate_every)
@@ -419,6 +424,16 @@ def _sibling(param: nn.Parameter, many: int | None) -> nn.Parameter:
     dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
     shape = param.shape if many is None else (many, *param.shape)
     return nn.Parameter(torch.zeros(shape, dtype=dtype, device=param.device), requires_grad=False)
+
+
+def _require_one_by_one(plan: rules.Plan) -> None:
+    """Raise `InRunError` unless a validation sample's gradient can be had of each layer alone."""
+    others = [full for site in plan.sites if not site.takes_one_sample for _, _, full in site.owned]
+    if others:
+        raise InRunError(
+            "pairwise: expected layers that compute each row of a batch by itself, with the sample axis in front; got "
+            f"{', '.join(others[:5])}. Exclude them, or give every validation sample a target of its own"
+        )
 
 
 def _require_rules(plan: rules.Plan) -> None:

@@ -1,0 +1,126 @@
+"""Modules that scale (and shift) what they computed: RMSNorm and LayerNorm as models write them themselves, LayerScale,
+and torch's batch, group and instance norms.
+
+Such a module is `f(x; w, b) = n(x) * (offset + w) + b`, elementwise along one dimension, with w (and b) its only
+parameters; the offset is 0, or 1 as in Gemma. Which modules are of this kind is found out by running them on random
+input, whatever their class is called. `n(x)` is then the module's own forward with `w = 1 - offset` and `b = 0`, so
+that its output is what it always was, and no second forward is needed.
+
+Where n mixes the samples of a batch (batch norm in training), a sample's dot is its gradient through its own rows of
+the output, as everywhere: they still add up to the parameter's gradient.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .layers import Rule, affine_dots, require_whole_rows
+from .tap import SUFFIX, Layout
+
+_CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The names of w and b, the dimension they lie along, and how the module rounds.
+
+    Attributes:
+        wide: whether the product with w is taken in float32, and rounded to x's dtype after it.
+    """
+
+    weight: str
+    bias: str | None = None
+    offset: float = 0.0
+    wide: bool = False
+    axis: int = -1
+
+    def normed(self, module: Any, x: Tensor) -> Tensor:
+        """`n(x)`, with `axis` last."""
+        weight = module._parameters[self.weight]
+        values = {self.weight: torch.full_like(weight, 1 - self.offset)}
+        if self.bias is not None:
+            values[self.bias] = torch.zeros_like(weight)
+        x = x.float() if self.wide and x.dtype.itemsize == 2 else x
+        return _run(module, x, values).movedim(self.axis, -1)
+
+    def factor(self, weight: Tensor) -> Tensor:
+        weight = weight.float() if self.wide and weight.dtype.itemsize == 2 else weight
+        return weight + self.offset if self.offset else weight
+
+
+class AffineRule(Rule):
+    def placed(self: Any, x: Tensor, layout: Layout) -> Tensor:
+        if self._inrun.affine.axis != -1:
+            require_whole_rows(self, layout)
+        return super().placed(x, layout)
+
+    def probed(self: Any, x: Tensor, probe: Tensor, segments: Tensor | None) -> Tensor:
+        affine: Affine = self._inrun.affine
+        x = functional.by_sample(x, probe.shape[0]) if segments is None else x
+        normed = affine.normed(self, x)
+        weight, bias = affine.factor(self._parameters[affine.weight]), self._parameters.get(affine.bias)
+        directions = self._directions(normed)
+        y = functional.affine(normed, weight, bias, directions, probe, segments)
+        y = y.movedim(-1, affine.axis)
+        return y.to(x.dtype) if affine.wide else y
+
+    def dots(self: Any, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
+        affine: Affine = self._inrun.affine
+        normed = affine.normed(self, x)
+        grad = grad.movedim(affine.axis, -1).to(normed.dtype)
+        direction, bias_direction = self._directions(normed)
+        return affine_dots(normed, grad, 1, direction, bias_direction, segments)
+
+    def _directions(self: Any, normed: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        affine: Affine = self._inrun.affine
+        pair = [self._parameters.get(f"{name}{SUFFIX}") for name in (affine.weight, affine.bias)]
+        weight, bias = (None if d is None else d.to(torch.promote_types(d.dtype, normed.dtype)) for d in pair)
+        return weight, bias
+
+
+@torch.no_grad()
+def recognise(module: nn.Module) -> Affine | None:
+    """How `module` scales and shifts, if that is all its parameters do; it is left as it was."""
+    params = {name: p for name, p in module._parameters.items() if p is not None}
+    if any(isinstance(module, c) and type(module).forward is c.forward for c in _CHANNEL_NORMS) and params:
+        return Affine("weight", "bias", wide=True, axis=1)
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # self and x: a gate would be lost
+        return None
+    like = next(iter(params.values()), None)
+    if like is None or like.dim() != 1 or like.is_meta or any(p.shape != like.shape for p in params.values()):
+        return None
+    if len(params) > 2 or any(module.children()) or any(True for _ in module.buffers()):
+        return None
+    with torch.random.fork_rng(), torch.autocast(like.device.type, enabled=False):
+        for weight in params:
+            bias = next((name for name in params if name != weight), None)
+            for offset in (0.0, 1.0):
+                x, w, b = (torch.randn(*lead, len(like), device=like.device) for lead in ((2, 3), (), ()))
+                ones = torch.full_like(w, 1 - offset)
+                try:
+                    y = _run(module, x, {weight: w} | ({bias: b} if bias else {}))
+                    normed = _run(module, x, {weight: ones} | ({bias: torch.zeros_like(b)} if bias else {}))
+                    mixed = _run(module, x.bfloat16(), {weight: w} | ({bias: b} if bias else {}))
+                except Exception:  # a module that cannot be run like this is of another kind, whatever it says
+                    return None
+                expected = normed * (offset + w) + (b if bias else 0.0)
+                if y.shape == x.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-5):
+                    return Affine(weight, bias, offset, wide=mixed.dtype == torch.bfloat16)
+    return None
+
+
+def _run(module: Any, x: Tensor, values: dict[str, Tensor]) -> Tensor:
+    """The module's own forward with other values for its parameters, past its hooks."""
+    forward = getattr(module, "_inrun_class", type(module)).forward
+    before = {name: module._parameters[name] for name in values}
+    try:
+        module._parameters.update(values)
+        return forward(module, x)
+    finally:
+        module._parameters.update(before)

@@ -1,0 +1,283 @@
+"""The tracked classes: how each kind of layer scores its samples.
+
+A tracked module changes class in place: `TrackedLinear` is a `Linear` in every other respect, with the same
+parameters, `state_dict()` and `isinstance`. Beside each covered parameter stands a frozen sibling, its direction
+(`weight_direction`), which `state_dict()` leaves out and loading does not ask for. Without a probe a tracked module
+runs its original forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inrun_kernels import bias_dot, embedding_dot, ghost_dot, norm_dot
+
+from . import functional
+from .convolution import Geometry, convolution, convolution_dots
+from .errors import InRunError
+from .forward_mode import forward_mode, split_samples
+from .tap import SUFFIX, Layout, Tap, eagerly
+
+
+class Holder:
+    """Mixin of every module that holds directions: they appear in no checkpoint."""
+
+    _inrun: Tap
+    _inrun_class: type[nn.Module]  # the module's own
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # pyright: ignore[reportAttributeAccessIssue]
+        for name in direction_names(self):
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        load = super()._load_from_state_dict  # pyright: ignore[reportAttributeAccessIssue]
+        load(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        for name in direction_names(self):
+            if prefix + name in missing:
+                missing.remove(prefix + name)
+
+
+class Rule(Holder):
+    """A layer with a rule: `probed` runs it with a probe, `dots` scores it from what a deferred step kept."""
+
+    def forward(self, *args, **kwargs):
+        x = args[0] if args else next(iter(kwargs.values()))
+        tap = self._inrun
+        plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
+        if tap.keep is not None:
+            y = eagerly(tap.keep, self, plain, x)
+        elif tap.probe is not None:
+            layout, segments = tap.layout, None
+            if layout is not None:
+                x, segments = self.placed(x, layout), layout.segments
+            elif tap.flat:
+                x = split_samples(tap, x, tap.probe.shape[0])
+            y = self.probed(x, tap.probe, segments)
+        else:
+            return plain(x)
+        return y.flatten(0, 1) if tap.flat else y
+
+    def placed(self, x: Tensor, layout: Layout) -> Tensor:
+        """The input with its sample axis in front, `[B, ...]`, and where tokens count, `[B, T, ...]`."""
+        x = self.by_sample(x, layout.rows)
+        if layout.segments is not None:
+            layout.require(self._inrun, x, self.feature_dims())
+        return x
+
+    def by_sample(self, x: Tensor, batch: int) -> Tensor:
+        return split_samples(self._inrun, x, batch) if self._inrun.flat else functional.by_sample(x, batch)
+
+    def feature_dims(self) -> int:
+        """How many of the input's last dimensions are no position."""
+        return 1
+
+    def probed(self, x: Tensor, probe: Tensor, segments: Tensor | None) -> Tensor:
+        """The layer's output, with the dots as the probe's gradient."""
+        raise NotImplementedError
+
+    def dots(self, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
+        """The dots `[B]` or `[B, M]` (`[S]` or `[S, M]`), from the layer's input and the gradient of its output."""
+        raise NotImplementedError
+
+
+class LinearRule(Rule):
+    weight: Tensor
+    bias: Tensor | None
+    weight_direction: Tensor | None
+    bias_direction: Tensor | None
+
+    def probed(self, x, probe, segments):
+        both = (self.weight_direction, self.bias_direction)
+        return functional.linear(x, self.weight, self.bias, both, probe, segments)
+
+    def dots(self, x, grad, segments):
+        acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
+        segments = functional.by_row(segments, x, acts)
+        return _sum(
+            None if self.weight_direction is None else self.weight_dots(acts, grads, self.weight_direction, segments),
+            None if self.bias_direction is None else bias_dot(grads, self.bias_direction, segments=segments),
+        )
+
+    def weight_dots(self, acts: Tensor, grads: Tensor, direction: Tensor, segments: Tensor | None) -> Tensor:
+        return ghost_dot(acts, grads, direction, segments=segments)
+
+
+class Conv1dRule(LinearRule):
+    def probed(self, x, probe, segments):
+        both = (self.weight_direction, self.bias_direction)
+        return functional.conv1d(x, self.weight, self.bias, both, probe, segments)
+
+    def weight_dots(self, acts, grads, direction, segments):
+        return ghost_dot(grads, acts, direction, segments=segments)  # the weight is [I, O]
+
+
+class EmbeddingRule(Rule):
+    weight: Tensor
+    weight_direction: Tensor
+    padding_idx: int | None
+
+    def by_sample(self, x, batch):
+        return functional.ids_by_sample(x, batch)
+
+    def feature_dims(self):
+        return 0
+
+    def probed(self, x, probe, segments):
+        return functional.embedding(x, self.weight, self.weight_direction, probe, self.padding_idx, segments)
+
+    def dots(self, x, grad, segments):
+        ids, grads = x.reshape(x.shape[0], -1), functional.rows(grad, 1)
+        segments = functional.by_row(segments, x, ids)
+        return embedding_dot(ids, grads, self.weight_direction, segments=segments, padding_idx=self.padding_idx)
+
+
+class LayerNormRule(Rule):
+    weight: Tensor
+    bias: Tensor | None
+    weight_direction: Tensor | None
+    bias_direction: Tensor | None
+    normalized_shape: tuple[int, ...]
+    eps: float
+
+    def feature_dims(self):
+        return len(self.normalized_shape)
+
+    def probed(self, x, probe, segments):
+        both = (self.weight_direction, self.bias_direction)
+        return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, both, probe, segments)
+
+    def dots(self, x, grad, segments):
+        return affine_dots(
+            torch.nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps),
+            grad, len(self.normalized_shape), self.weight_direction, self.bias_direction, segments,
+        )  # fmt: skip
+
+
+class RMSNormRule(Rule):
+    weight: Tensor
+    weight_direction: Tensor
+    normalized_shape: tuple[int, ...]
+    eps: float | None
+
+    def feature_dims(self):
+        return len(self.normalized_shape)
+
+    def probed(self, x, probe, segments):
+        shape, direction = self.normalized_shape, self.weight_direction
+        return functional.rms_norm(x, shape, self.weight, self.eps, direction, probe, segments)
+
+    def dots(self, x, grad, segments):
+        normed = torch.nn.functional.rms_norm(x, list(self.normalized_shape), None, self.eps)
+        return affine_dots(normed, grad, len(self.normalized_shape), self.weight_direction, None, segments)
+
+
+class ConvRule(Rule):
+    weight: Tensor
+    bias: Tensor | None
+    weight_direction: Tensor | None
+    bias_direction: Tensor | None
+
+    def placed(self, x, layout):
+        require_whole_rows(self, layout)
+        return super().placed(x, layout)
+
+    def probed(self, x, probe, segments):
+        return convolution(x, self.weight, self.bias, self._directions(), probe, self._geometry())
+
+    def dots(self, x, grad, segments):
+        return convolution_dots(x.to(grad.dtype), grad, self._directions(), self._geometry())
+
+    def _directions(self):
+        return self.weight_direction, self.bias_direction
+
+    def _geometry(self: Any) -> Geometry:
+        return Geometry(self.stride, self.padding, self.dilation, self.groups)
+
+
+class RelativeBiasRule(Rule):
+    """T5's attention, whose position bias `[1, heads, Q, K]` has no sample axis: it is given one, and scored there."""
+
+    relative_attention_bias: nn.Embedding
+
+    def forward(self, *args, **kwargs):
+        return self._inrun_class.forward(self, *args, **kwargs)
+
+    def compute_bias(self: Any, *args, **kwargs):
+        tap = self._inrun
+        bias = self._inrun_class.compute_bias(self, *args, **kwargs)
+        if tap.keep is not None:
+            return eagerly(tap.keep, self, lambda x: x, bias)
+        if tap.probe is None:
+            return bias
+        if tap.layout is not None:
+            require_whole_rows(self, tap.layout)
+        size = tap.probe.shape[0]
+        tangents = self._tangents(
+            lambda: self._inrun_class.compute_bias(self, *args, **kwargs).expand(size, -1, -1, -1)
+        )
+        return functional.attach(bias.expand(size, -1, -1, -1), tangents, tap.probe)
+
+    def placed(self, x, layout):
+        require_whole_rows(self, layout)
+        return self.by_sample(x, layout.rows)
+
+    def dots(self: Any, x, grad, segments):
+        tangents = self._tangents(lambda: self._inrun_class.compute_bias(self, *x.shape[-2:], device=x.device))
+        return grad.flatten(1).to(tangents.dtype) @ tangents.flatten(-4).t()  # [1, h, Q, K], or [M, 1, h, Q, K]
+
+    def _tangents(self, bias) -> Tensor:
+        table: Any = self.relative_attention_bias
+        weight, direction = table.weight, table.weight_direction
+        many = direction.dim() > weight.dim()
+        found = []
+        try:
+            for one in direction.unbind(0) if many else [direction]:
+                table._parameters["weight"] = one
+                found.append(bias())
+        finally:
+            table._parameters["weight"] = weight
+        return torch.stack(found) if many else found[0]
+
+
+class ForwardModeRule(Holder):
+    """Any other module: `dot_b = <dL/dout_b, JVP_D(out)_b>`."""
+
+    def forward(self, *args, **kwargs):
+        tap = self._inrun
+        plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
+        if tap.keep is not None:
+            return eagerly(tap.keep, self, plain, (args, kwargs))
+        if tap.probe is not None:
+            return eagerly(forward_mode, self, tap, plain, args, kwargs)
+        return plain(*args, **kwargs)
+
+
+def require_whole_rows(module: Any, layout: Layout) -> None:
+    """Raise `InRunError` where values belong to documents or tokens, in a layer that does not go token by token."""
+    if layout.segments is not None:
+        raise InRunError(
+            f"{module._inrun.name or 'model'} ({module._inrun_class.__name__}): expected a layer that goes token by "
+            "token, to score tokens or documents. Exclude its parameters, or score whole rows"
+        )
+
+
+def direction_names(module: Any) -> list[str]:
+    return [n for n in module._parameters if n.endswith(SUFFIX) and n.removesuffix(SUFFIX) in module._parameters]
+
+
+def affine_dots(normed, grad, last: int, direction: Tensor | None, bias_direction: Tensor | None, segments) -> Tensor:
+    normed, grads = functional.rows(normed, last).to(grad.dtype), functional.rows(grad, last)
+    segments = functional.by_row(segments, grad, grads)
+    return _sum(
+        None if direction is None else norm_dot(normed, grads, functional.flat(direction, last), segments=segments),
+        None if bias_direction is None else bias_dot(grads, functional.flat(bias_direction, last), segments=segments),
+    )
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor:
+    found = [x for x in (a, b) if x is not None]
+    return found[0] if len(found) == 1 else found[0] + found[1]

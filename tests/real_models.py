@@ -1,0 +1,376 @@
+"""Models that people train, at tiny size, in the stacks they train them in, beside the one-sample-at-a-time oracle.
+
+Hugging Face models are made from their configs, so nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import inrun
+
+B, T, VOCAB, WIDTH = 5, 6, 17, 16
+LR = 0.3
+
+SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 4}
+TEXT = {"vocab_size": VOCAB, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+
+
+def hf(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import transformers
+
+        made = getattr(transformers, config)(**settings)
+        made.use_cache = False
+        return getattr(transformers, model)(made)
+
+    return make
+
+
+def decoder(name: str, config: str | None = None, **settings: Any) -> Callable[[], nn.Module]:
+    """A causal language model of the Llama family."""
+    known = {"intermediate_size": 24} | SHAPE | GROUPED | TEXT | settings
+    return hf(f"{name}ForCausalLM", config or f"{name}Config", **known)
+
+
+def lora() -> nn.Module:
+    import peft
+
+    # init_lora_weights would leave B at zero, and A without a gradient.
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    return peft.get_peft_model(decoder("Llama")(), config)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(WIDTH, 4, batch_first=True), nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 24, dropout=0.0, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x))
+
+
+class Recurrent(nn.Module):
+    """An LSTM, time first as torch's default has it, whose last states are used too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(WIDTH, 8, 2, bidirectional=True), nn.Linear(16, VOCAB)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, (_, cell) = self.lstm(x.transpose(0, 1))
+        return self.head(out.transpose(0, 1) + cell[-1].repeat(1, 2).unsqueeze(1))
+
+
+class Borrowed(nn.Module):
+    """The output layer is another module's weight, used without calling that module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.norm = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(self.hidden(self.embed(x))), self.embed.weight)
+
+
+class Routed(nn.Module):
+    """A mixture of experts that calls each expert with the tokens routed to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 12), nn.GELU(), nn.Linear(12, WIDTH)) for _ in "abc"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        weights, chosen = self.gate(rows).softmax(-1).topk(2)
+        out = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            token, place = torch.where(chosen == i)
+            out = out.index_add(0, token, (expert(rows[token]) * weights[token, place, None]).to(out.dtype))
+        return out.view_as(x)
+
+
+def tokens(batch: int, g: torch.Generator) -> tuple[Any, Tensor]:
+    ids = torch.randint(3, VOCAB, (batch, T + 1), generator=g)
+    return {"input_ids": ids[:, :-1]}, ids[:, 1:]
+
+
+def pairs(batch: int, g: torch.Generator) -> tuple[Any, Tensor]:
+    x, y = tokens(batch, g)
+    return x | {"decoder_input_ids": torch.randint(3, VOCAB, (batch, T - 1), generator=g)}, y[:, 1:]
+
+
+def images(size: int) -> Callable[[int, torch.Generator], tuple[Any, Tensor]]:
+    def make(batch: int, g: torch.Generator) -> tuple[Any, Tensor]:
+        x = torch.randn(batch, 3, size, size, generator=g)
+        return {"pixel_values": x}, torch.randint(VOCAB, (batch,), generator=g)
+
+    return make
+
+
+def vectors(batch: int, g: torch.Generator) -> tuple[Any, Tensor]:
+    return torch.randn(batch, T, WIDTH, generator=g), torch.randint(VOCAB, (batch, T), generator=g)
+
+
+def plain_tokens(batch: int, g: torch.Generator) -> tuple[Any, Tensor]:
+    x, y = tokens(batch, g)
+    return x["input_ids"], y
+
+
+@dataclass
+class Case:
+    """A model, its data, and how it is tracked."""
+
+    make: Callable[[], nn.Module]
+    data: Callable[[int, torch.Generator], tuple[Any, Tensor]] = tokens
+    frozen_statistics: bool = False  # run in eval mode
+    through: dict[str, str] = field(default_factory=dict)
+
+    def built(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.make()
+        for p in model.parameters():  # no norm at its initial ones, no bias at zero
+            if p.dim() == 1 and p.requires_grad:
+                p.data += 0.1 * torch.randn_like(p)
+        return model.eval() if self.frozen_statistics else model.train()
+
+    def batch(self, size: int, seed: int) -> tuple[Any, Tensor]:
+        return self.data(size, torch.Generator().manual_seed(seed))
+
+
+T5 = {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+T5 |= {"dropout_rate": 0.0, "decoder_start_token_id": 0, "pad_token_id": 0}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic", "num_labels": VOCAB}
+VIT = {"image_size": 8, "patch_size": 4, "num_labels": VOCAB, "intermediate_size": 24} | SHAPE | NO_DROPOUT
+GPT2 = {"vocab_size": VOCAB, "n_positions": 32, "n_embd": WIDTH, "n_layer": 2, "n_head": 4}
+GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+BERT = {"intermediate_size": 24, "vocab_size": VOCAB, "max_position_embeddings": 32} | SHAPE | NO_DROPOUT
+
+CASES = {
+    "GPT-2": Case(hf("GPT2LMHeadModel", "GPT2Config", **GPT2)),
+    "Llama": Case(decoder("Llama")),
+    "Qwen2": Case(decoder("Qwen2")),
+    "Qwen3": Case(decoder("Qwen3")),
+    "Gemma": Case(decoder("Gemma")),
+    "Gemma 3": Case(decoder("Gemma3", "Gemma3TextConfig", sliding_window=4)),
+    "Llama + PEFT LoRA": Case(lora),
+    "BERT": Case(hf("BertForMaskedLM", "BertConfig", **BERT)),
+    "T5": Case(hf("T5ForConditionalGeneration", "T5Config", **T5), pairs),
+    "ViT": Case(hf("ViTForImageClassification", "ViTConfig", **VIT), images(8)),
+    "Mixtral": Case(decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2)),
+    "Qwen2-MoE": Case(decoder("Qwen2Moe", shared_expert_intermediate_size=20, **EXPERTS)),
+    "Qwen3-MoE": Case(decoder("Qwen3Moe", **EXPERTS)),
+    "ResNet, eval mode": Case(hf("ResNetForImageClassification", "ResNetConfig", **RESNET), images(16), True),
+    "nn.MultiheadAttention": Case(Attention, vectors),
+    "nn.TransformerEncoder": Case(Encoder, vectors),
+    "nn.LSTM": Case(Recurrent, vectors),
+    "experts as modules": Case(lambda: nn.Sequential(Routed(), nn.Linear(WIDTH, VOCAB)), vectors),
+    "F.linear(x, other.weight)": Case(Borrowed, plain_tokens, through={"embed.weight": ""}),
+}
+
+
+@dataclass
+class Stack:
+    """How a model is run."""
+
+    autocast: torch.dtype | None = None
+    scaled: bool = False
+    reentrant: bool | None = None  # of activation checkpointing
+    parts: int = 1  # of gradient accumulation
+    compiled: str | None = None  # "whole" or "blocks"
+    attention: str | None = None
+    adam: dict[str, bool] | None = None
+
+    def context(self) -> Any:
+        return nullcontext() if self.autocast is None else torch.autocast("cpu", self.autocast)
+
+
+STACKS = {
+    "float32": Stack(),
+    "bf16": Stack(torch.bfloat16),
+    "fp16 + GradScaler": Stack(torch.float16, scaled=True),
+    "checkpointing": Stack(reentrant=False),
+    "reentrant": Stack(reentrant=True),
+    "accumulation": Stack(parts=2),
+    "SDPA": Stack(attention="sdpa"),
+    "eager attention": Stack(attention="eager"),
+    "fused AdamW": Stack(adam={"fused": True}),
+    "foreach AdamW": Stack(adam={"foreach": True}),
+    "compiled": Stack(compiled="whole"),
+    "compiled blocks": Stack(compiled="blocks"),
+}
+
+
+class NotOffered(Exception):
+    """The model has no such stack of its own."""
+
+
+def logits(model: nn.Module, x: Any) -> Tensor:
+    return model(**x).logits if isinstance(x, dict) else model(x)
+
+
+def part(x: Any, rows: slice) -> Any:
+    return {k: v[rows] for k, v in x.items()} if isinstance(x, dict) else x[rows]
+
+
+def double(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {k: double(v) for k, v in x.items()}
+    return x.double() if x.is_floating_point() else x
+
+
+def share(model: nn.Module, x: Any, y: Tensor, count: int) -> Tensor:
+    """The part of a batch's mean loss that (x, y) are, the batch having `count` targets."""
+    return F.cross_entropy(logits(model, x).flatten(0, -2).to(torch.promote_types(torch.float32, dtype(model))),
+                           y.flatten(), reduction="sum") / count  # fmt: skip
+
+
+def dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def sample_gradients(model: nn.Module, x: Any, y: Tensor, context: Any = None) -> list[dict[str, Tensor]]:
+    """Each sample's gradient of its share of the loss, one sample at a time: in float64, or within `context`."""
+    model = copy.deepcopy(model)
+    if hasattr(model, "config") and hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"  # the grouped products have no float64
+    if getattr(model, "supports_gradient_checkpointing", False):
+        model.gradient_checkpointing_disable()
+    if context is None:
+        model, x, context = model.double(), double(x), nullcontext()
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    rows = []
+    for b in range(len(y)):
+        one = slice(b, b + 1)
+        with context:
+            loss = share(model, part(x, one), y[one], y.numel())
+        found = torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True)
+        rows.append({n: g.double() for n, g in zip(params, found, strict=True)})
+    return rows
+
+
+def oracle(model: nn.Module, train: Any, validation: Any, stack: Stack | None = None) -> Tensor:
+    """The values of a first step; `stack` computes them in its precision instead of float64."""
+    context = None if stack is None else stack.context()
+    rows = sample_gradients(model, *validation, context)
+    direction = {n: sum(row[n] for row in rows) for n in rows[0]}
+    if stack is not None and stack.adam is not None:
+        direction = {n: g / (g.abs() + 1e-3) for n, g in direction.items()}
+    rows = sample_gradients(model, *train, context)
+    return torch.stack([sum((LR * direction[n] * row[n]).sum() for n in direction) for row in rows])
+
+
+def prepare(case: Case, stack: Stack, backend: Any = "aot_eager", fullgraph: bool = True) -> Any:
+    """A model in its stack, its optimizer, its tracker, and the model as it is to be called."""
+    model: Any = case.built()
+    if stack.attention is not None:
+        if not getattr(model, "_supports_sdpa", False):
+            raise NotOffered
+        model.set_attn_implementation(stack.attention)
+    if stack.reentrant is not None:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise NotOffered
+        model.gradient_checkpointing_enable({"use_reentrant": stack.reentrant})
+        if hasattr(model, "peft_config"):  # a frozen embedding's output must ask for gradients
+            model.enable_input_require_grads()
+    params = [p for p in model.parameters() if p.requires_grad]
+    if stack.adam is None:
+        optimizer: Any = torch.optim.SGD(params, lr=LR)
+    else:
+        optimizer = torch.optim.AdamW(params, lr=LR, eps=1e-3, **stack.adam)
+    tracker = inrun.track(model, optimizer, through=case.through)
+    called = model
+    if stack.compiled is not None:
+        torch._dynamo.reset()
+    if stack.compiled == "whole":
+        called = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    if stack.compiled == "blocks":
+        groups = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+        blocks = [m for group in groups for m in group if not isinstance(m, nn.Sequential)]
+        if not blocks:
+            raise NotOffered
+        for block in blocks:
+            block.compile(backend=backend, fullgraph=fullgraph)
+    return called, optimizer, tracker
+
+
+def step(called: Any, optimizer: Any, tracker: Any, stack: Stack, train: Any, validation: Any) -> Tensor:
+    """One tracked training step in its stack; its values."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=stack.scaled)
+
+    def backward(x: Any, y: Tensor, count: int) -> None:
+        with stack.context():
+            loss = share(called, x, y, count)
+        scaler.scale(loss).backward()
+
+    with tracker.validation(scale=scaler.get_scale()):
+        backward(*validation, validation[1].numel())
+    x, y = train
+    edges = torch.linspace(0, len(y), stack.parts + 1).long().tolist()
+    with tracker.step() as one:
+        for start, end in itertools.pairwise(edges):
+            one.batch(range(start, end))
+            backward(part(x, slice(start, end)), y[start:end], y.numel())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return one.values
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+def compare(case: Case, stack: Stack, fullgraph: bool = True) -> tuple[float, float, list[str]]:
+    """Two steps of a model in a stack: the larger error of the values, what it may be, and the modules that fell back.
+
+    In half precision the plain computation's own error, doubled, is what it may be.
+    """
+    called, optimizer, tracker = prepare(case, stack, fullgraph=fullgraph)
+    model, errors, allowed = tracker.model, [], 2e-4
+    for number in range(2 if stack.adam is None else 1):  # the first step's sums are checked, the second's not
+        train, validation = case.batch(B, 10 + number), case.batch(4, 20 + number)
+        plain = copy.deepcopy(model)
+        expected = oracle(plain, train, validation, None if stack.autocast or not stack.adam else stack)
+        if stack.autocast is not None:
+            rounding = torch.finfo(stack.autocast).eps
+            allowed = max(allowed, rounding + 2 * error(oracle(plain, train, validation, stack), expected))
+        with torch._dynamo.config.patch(recompile_limit=32):  # T5's blocks are of four kinds, and share one forward
+            values = step(called, optimizer, tracker, stack, train, validation)
+        errors.append(error(values, expected))
+    assert not tracker.coverage["excluded"] and set(tracker.coverage["tracked"]) == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    fallen = {tap.name for tap in tracker.taps if tap.forward_mode}
+    slow = {type(m)._inrun_class.__name__ for name, m in model.named_modules() if name in fallen}
+    tracker.close()
+    return max(errors), allowed, sorted(slow)

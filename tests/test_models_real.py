@@ -1,0 +1,184 @@
+"""Real models in real stacks: every trainable parameter scored, and the values those of the float64 oracle."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from real_models import (
+    CASES,
+    LR,
+    STACKS,
+    compare,
+    double,
+    error,
+    logits,
+    oracle,
+    part,
+    prepare,
+    sample_gradients,
+    step,
+)
+
+import inrun
+
+FAST = ["GPT-2", "Llama", "Qwen2", "Qwen3", "Gemma", "Gemma 3", "Llama + PEFT LoRA", "BERT", "T5", "ResNet, eval mode"]
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_model(name):
+    found, allowed, slow = compare(CASES[name], STACKS["float32"])
+    assert found <= allowed
+    assert not (name in FAST and slow), slow
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2-MoE", "ViT"])
+@pytest.mark.parametrize("stack", [s for s in STACKS if s != "float32" and not STACKS[s].compiled])
+def test_every_stack(name, stack):
+    found, allowed, _ = compare(CASES[name], STACKS[stack])
+    assert found <= allowed
+
+
+@pytest.mark.parametrize("name", ["T5", "nn.LSTM", "Mixtral", "ViT", "ResNet, eval mode", "Gemma"])
+def test_deferred_methods_and_two_targets(name):
+    """The secant over two targets, from what a step kept, is the inline values' mean over its two ends."""
+    case = CASES[name]
+    model = case.built()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+    train, targets = case.batch(5, 1), {"a": case.batch(4, 2), "b": case.batch(3, 3)}
+    losses = {k: lambda v=v: mean_loss(model, *v) for k, v in targets.items()}
+    tracker = inrun.track(model, optimizer, "secant", validation=losses, through=case.through)
+    before = copy.deepcopy(model)
+    with tracker.step(range(5)) as one:
+        mean_loss(model, *train).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    rows = sample_gradients(plain(case, before), *train)
+    for m, validation in enumerate(targets.values()):
+        ends = [sample_gradients(plain(case, w), *validation) for w in (before, model)]
+        direction = {n: LR / 2 * sum(row[n] for end in ends for row in end) for n in rows[0]}
+        expected = torch.stack([sum((direction[n] * row[n]).sum() for n in row) for row in rows])
+        assert error(one.values[:, m], expected) < 5e-4
+
+
+def mean_loss(model, x, y):
+    return nn.functional.cross_entropy(logits(model, x).flatten(0, -2), y.flatten())
+
+
+def plain(case, model):
+    """An untracked model with these weights."""
+    fresh = case.built()
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def test_batch_norm_in_training_scores_what_flows_through_a_samples_rows():
+    """The oracle runs each module twice, and lets gradients reach its parameters only through the sample's rows."""
+    case = CASES["ResNet, eval mode"]
+    model = case.built().train()
+    train, validation = case.batch(5, 1), case.batch(4, 2)
+
+    def through_rows(model, x, y, b):
+        model = copy.deepcopy(model).double()
+        params = {n: p for n, p in model.named_parameters()}
+
+        def only_row(module, args, out):
+            frozen = {n: p.detach() for n, p in module.named_parameters()}
+            other = module.forward_of(frozen, *args)
+            mask = (torch.arange(len(out)) == b).view(-1, *[1] * (out.dim() - 1))
+            return torch.where(mask, out, other)
+
+        for module in model.modules():
+            if module._parameters:
+                module.forward_of = lambda p, *a, m=module: call_without_hooks(m, p, a)
+                module.register_forward_hook(only_row)
+        loss = mean_loss(model, double(x), y)
+        return dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+
+    def call_without_hooks(module, values, args):
+        before = dict(module._parameters)
+        module._parameters.update(values)
+        try:
+            return type(module).forward(module, *args)
+        finally:
+            module._parameters.update(before)
+
+    plain_model = copy.deepcopy(model).double()
+    mean_loss(plain_model, double(validation[0]), validation[1]).backward()
+    direction = {n: LR * p.grad for n, p in plain_model.named_parameters()}
+    rows = [through_rows(model, *train, b) for b in range(5)]
+    expected = torch.stack([sum((direction[n] * row[n]).sum() for n in row) for row in rows])
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer)
+    statistics = [b.clone() for b in copy.deepcopy(model).buffers()]
+    values = step(model, optimizer, tracker, STACKS["float32"], train, validation)
+    assert error(values, expected) < 2e-4
+    # Two forwards, and so two updates of the running statistics: the tracker adds none.
+    assert {int(b) for n, b in model.named_buffers() if n.endswith("num_batches_tracked")} == {2}
+    assert any(not torch.equal(a, b) for a, b in zip(statistics, model.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_with_a_changing_batch(whole):
+    """One graph each for validation, the checked step and later steps, and one more once the batch size is open."""
+    case, stack = CASES["Llama"], STACKS["compiled" if whole else "compiled blocks"]
+    graphs = CompileCounterWithBackend("aot_eager")
+    called, optimizer, tracker = prepare(case, stack, backend=graphs)
+    counts = []
+    for batch in (5, 5, 4, 3, 7):
+        train, validation = case.batch(batch, 1), case.batch(4, 2)
+        expected = oracle(copy.deepcopy(tracker.model), train, validation)
+        assert error(step(called, optimizer, tracker, stack, train, validation), expected) < 2e-4
+        counts.append(graphs.frame_count)
+    assert counts[2] == counts[-1] <= 4 * (1 if whole else 2)
+
+
+def test_an_outer_module_scores_only_what_it_encloses():
+    model = CASES["F.linear(x, other.weight)"].built()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with pytest.raises(ValueError, match="expected a module that encloses 'embed', got 'hidden'"):
+        inrun.track(model, optimizer, through={"embed.weight": "hidden"})
+    with pytest.raises(ValueError, match="expected the name of a module, got 'nothing'"):
+        inrun.track(model, optimizer, through={"embed.weight": "nothing"})
+    tracker = inrun.track(model, optimizer)
+    x, y = CASES["F.linear(x, other.weight)"].batch(5, 1)
+    with pytest.raises(inrun.InRunError, match=r"through=\{parameter: the module that does\}"):
+        step(model, optimizer, tracker, STACKS["float32"], (x, y), (part(x, slice(2)), y[:2]))
+
+
+def test_time_first_encoder_layers_are_refused():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12), 1)
+    with pytest.raises(inrun.InRunError, match=r"layers\.0: expected TransformerEncoderLayer\(batch_first=True\)"):
+        inrun.track(model)
+
+
+def test_a_gated_norm_keeps_its_gate():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8))
+
+        def forward(self, x, gate=None):
+            x = nn.functional.rms_norm(x, (8,)) * self.weight
+            return x if gate is None else x * gate.sigmoid()
+
+    torch.manual_seed(0)
+    model, x = Gated(), torch.randn(5, 3, 8)
+    expected = model(x, gate=x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x, gate=x).square().sum())
+    with tracker.step(range(5)) as one:
+        out = model(x, gate=x)
+        out.square().sum().backward()
+        optimizer.step()
+    assert torch.equal(out, expected)
+    # Training and validation are the same samples, so that the values add up to lr |g|^2.
+    torch.testing.assert_close(one.values.sum(), LR * model.weight.grad.square().sum())
