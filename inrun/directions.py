@@ -24,7 +24,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from .errors import InRunError
 
 SUPPORTED = (SGD, Adam, AdamW)
-_BLOCK = 1 << 17  # elements that are worked on at a time on a CPU, so that temporaries stay in its cache
+_BLOCK = 1 << 18  # elements that are worked on at a time on a CPU, so that temporaries stay in its cache
 
 
 def require_supported(optimizer: Optimizer) -> None:
@@ -46,7 +46,12 @@ def parts(param: Tensor) -> Iterator[Any]:
 
 
 def coefficient(
-    optimizer: Optimizer, group: dict[str, Any], param: Tensor, val_grads: Sequence[Tensor], part: Any = ...
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    param: Tensor,
+    val_grads: Sequence[Tensor],
+    part: Any = ...,
+    out: Tensor | None = None,
 ) -> Any:
     """What turns a validation gradient into the first-order, frozen-state direction, coordinate by coordinate.
 
@@ -58,6 +63,7 @@ def coefficient(
             square of the batch's own gradient, which the second moment is about to take in.
 
         part: which part of all these tensors, one of `parts(param)`.
+        out: where to compute a tensor, of the part's shape.
 
     Returns:
         A number (SGD), or a tensor of the part's shape. `<coefficient * val_grad, g_z>` is in nats.
@@ -71,16 +77,20 @@ def coefficient(
         step = step.item()
     unbias = 1 / (1 - beta2**step)
     # With the state alone, a coordinate whose few past gradients happened to be small would count without bound.
+    scale = torch.empty_like(val_grads[0][part]) if out is None else out
     if state:
-        moment = torch.mul(state["exp_avg_sq"][part], beta2 * unbias)
+        torch.mul(state["exp_avg_sq"][part], beta2 * unbias, out=scale)
     else:
-        moment = torch.zeros_like(val_grads[0][part])
+        scale.zero_()
     entering = (1 - beta2) * unbias / len(val_grads)
     for grad in val_grads:
-        moment.addcmul_(grad[part], grad[part] * entering)
+        if isinstance(entering, Tensor):
+            scale.addcmul_(grad[part], grad[part] * entering)
+        else:
+            scale.addcmul_(grad[part], grad[part], value=entering)
     if state and group["amsgrad"]:
-        moment = torch.maximum(moment, state["max_exp_avg_sq"][part] * unbias)
-    scale = moment.sqrt_().add_(group["eps"]).to(val_grads[0].dtype)
+        torch.maximum(scale, state["max_exp_avg_sq"][part] * unbias, out=scale)
+    scale.sqrt_().add_(group["eps"])
     share = group["lr"] * (1 - beta1) / (1 - beta1**step)
     if isinstance(share, Tensor):
         share = share.to(scale.device, scale.dtype)

@@ -94,14 +94,19 @@ def write_direction(optimizer: Optimizer, slot: Any, val_grads: list[Tensor | No
     if not known:
         slot.direction.zero_()
         return
-    slices = [slot.direction] if len(val_grads) == 1 else slot.direction.unbind(0)
+    group = optimizer.param_groups[slot.group]
     for part in directions.parts(slot.param):
-        coefficient = directions.coefficient(optimizer, optimizer.param_groups[slot.group], slot.param, known, part)
-        for slice_, grad in zip(slices, val_grads, strict=True):
+        if len(val_grads) == 1:
+            direction = slot.direction[part]
+            factor = directions.coefficient(optimizer, group, slot.param, known, part, out=direction)
+            torch.mul(known[0][part], factor, out=direction)
+            continue
+        factor = directions.coefficient(optimizer, group, slot.param, known, part)
+        for slice_, grad in zip(slot.direction.unbind(0), val_grads, strict=True):
             if grad is None:
                 slice_[part].zero_()
             else:
-                torch.mul(grad[part], coefficient, out=slice_[part])
+                torch.mul(grad[part], factor, out=slice_[part])
 
 
 def lr_change(before: list[Any], optimizer: Optimizer) -> float:
