@@ -97,8 +97,8 @@ def largest_stable(task: Task, start: nn.Module, kind: str, steps: int, size: in
     stable = []
     with torch.no_grad():
         before = float(task.validation_loss(start))
-    lowest = OPTIMIZERS[kind][1]
-    for lr in (lowest * 2**k for k in range(-4, tries)):  # a start that is trained well may bear less than `lowest`
+    lowest = OPTIMIZERS[kind][1] / 16  # a start that is trained well may bear less than the usual lowest
+    for lr in (lowest * 2**k for k in range(tries + 4)):
         model = copy.deepcopy(start)
         optimizer = OPTIMIZERS[kind][0](model.parameters(), lr)
         looks: list[float] = []
