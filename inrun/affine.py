@@ -62,7 +62,6 @@ class AffineRule(Rule):
 
     def probed(self: Any, x: Tensor, probe: Tensor, segments: Tensor | None) -> Tensor:
         affine: Affine = self._inrun.affine
-        x = functional.by_sample(x, probe.shape[0]) if segments is None else x
         normed = affine.normed(self, x)
         weight, bias = affine.factor(self._parameters[affine.weight]), self._parameters.get(affine.bias)
         directions = self._directions(normed)

@@ -51,10 +51,9 @@ def convolution_dots(x: Tensor, grad: Tensor, directions: Directions, geometry: 
     direction, bias_direction = directions
     total: Any = 0.0
     if direction is not None:
-        wanted = torch.float64 if grad.dtype == torch.float64 else torch.float32
         x = x.float() if x.dtype == torch.float16 else x  # float16 has no range for a direction
         slices = [direction] if direction.dim() == x.dim() else direction.unbind(0)
-        dots = [(_convolve(x, d.to(x.dtype), geometry) * grad).flatten(1).sum(1, dtype=wanted) for d in slices]
+        dots = [functional.output_dots(grad, _convolve(x, d.to(x.dtype), geometry), None) for d in slices]
         total = dots[0] if direction.dim() == x.dim() else torch.stack(dots, 1)
     if bias_direction is not None:
         wide = grad.flatten(2).sum(2, dtype=bias_direction.dtype)  # [B, O]

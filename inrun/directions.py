@@ -61,7 +61,6 @@ def coefficient(
         param: the parameter, whose state is looked up.
         val_grads: its validation gradients, one per target. Under Adam the mean of their squares stands in for the
             square of the batch's own gradient, which the second moment is about to take in.
-
         part: which part of all these tensors, one of `parts(param)`.
         out: where to compute a tensor, of the part's shape.
 

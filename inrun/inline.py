@@ -95,14 +95,11 @@ def write_direction(optimizer: Optimizer, slot: Any, val_grads: list[Tensor | No
         slot.direction.zero_()
         return
     group = optimizer.param_groups[slot.group]
+    slices = [slot.direction] if len(val_grads) == 1 else slot.direction.unbind(0)
     for part in directions.parts(slot.param):
-        if len(val_grads) == 1:
-            direction = slot.direction[part]
-            factor = directions.coefficient(optimizer, group, slot.param, known, part, out=direction)
-            torch.mul(known[0][part], factor, out=direction)
-            continue
-        factor = directions.coefficient(optimizer, group, slot.param, known, part)
-        for slice_, grad in zip(slot.direction.unbind(0), val_grads, strict=True):
+        place = slot.direction[part] if len(slices) == 1 else None  # of one direction, its own memory will do
+        factor = directions.coefficient(optimizer, group, slot.param, known, part, out=place)
+        for slice_, grad in zip(slices, val_grads, strict=True):
             if grad is None:
                 slice_[part].zero_()
             else:

@@ -16,7 +16,7 @@ B, T, VOCAB, WIDTH = 5, 6, 13, 8
 
 
 class Scale(nn.Module):
-    """A module no rule knows: `x * weight / rms`, its weight offset by one as Gemma's is."""
+    """A norm as models write it themselves: `x * weight / rms`, its weight offset by one as Gemma's is."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Reused(nn.Module):
 
 
 class Unknown(nn.Module):
-    """Leaf modules without a rule: a convolution and an offset norm."""
+    """Leaf modules that are no plain layer of torch: a convolution and an offset norm of its own."""
 
     def __init__(self) -> None:
         super().__init__()

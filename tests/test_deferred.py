@@ -207,7 +207,7 @@ def test_training_is_untouched_to_the_bit(method):
     assert all(torch.equal(v, plain[k]) for k, v in trained(True).items())
 
 
-@pytest.mark.parametrize("name", ["gpt_tied", "unknown"])
+@pytest.mark.parametrize("name", ["gpt_tied", "unknown", "loose"])
 @pytest.mark.parametrize("method", ["second", "path_secant"])
 def test_accumulation_recomputing_and_host_memory_change_nothing(name, method):
     def values(accumulate=False, recompute=False, **options):

@@ -284,6 +284,19 @@ def test_a_layer_that_keeps_no_tokens_is_refused_by_name():
         loss_of(head, pooled, classes)
 
 
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("kind, sizes", [(nn.Conv1d, (T, T, 1)), (nn.BatchNorm1d, (T,))])
+def test_a_layer_that_does_not_go_token_by_token_is_refused(kind, sizes, method):
+    """Even where its channels pass for tokens: its input is [B, C, L] with C = T."""
+    model, x = nn.Sequential(kind(*sizes)), torch.randn(B, T, WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(x).square().mean())
+    refused = pytest.raises(inrun.InRunError, match=rf"0 \({kind.__name__}\): expected a layer that goes token by")
+    with refused, tracker.step(range(B), tokens=T):
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
 def test_bad_offsets_and_tokens_are_one_clear_error():
     model = packed_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)

@@ -307,6 +307,15 @@ def test_validation_samples_in_the_batch_itself_do_not_train(name, method):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(8), nn.LSTM(8, 8, batch_first=True)], ids=lambda m: type(m).__name__)
+def test_a_layer_whose_rows_cannot_be_had_one_by_one_is_refused(layer):
+    model = nn.Sequential(nn.Linear(8, 8), layer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with pytest.raises(inrun.InRunError, match=r"pairwise: expected layers that compute each row .* got 1\.\w+"):
+        inrun.track(model, optimizer, pairwise=IDS)
+    assert type(model[0]) is nn.Linear  # nothing was changed
+
+
 def test_what_cannot_hold_validation_samples_in_its_batches_says_so():
     model = make("mlp")
     sgd, adam = torch.optim.SGD(model.parameters(), lr=LR), torch.optim.Adam(model.parameters())

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import results
 
 NAMES = ("mislabel", "duplicates", "stages", "curation", "paraphrase")
@@ -23,6 +25,11 @@ class Finding:
     text: str
     data: dict[str, Any]
     figure: Any
+
+
+def standard_error(runs: Any) -> np.ndarray:
+    """Of the mean over the first axis."""
+    return np.std(runs, axis=0, ddof=1) / len(runs) ** 0.5
 
 
 def run(name: str, out: Path, seed: int = 0) -> None:

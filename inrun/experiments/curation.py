@@ -29,7 +29,7 @@ from .. import results
 from ..data import Samples, join
 from ..demo import demo_corpus
 from ..shapley import auroc
-from . import Finding
+from . import Finding, standard_error
 from .textrun import SMALL, sample_losses, smoothed, train
 
 ARMS = ("nothing", "negative value", "random", "highest loss", "what was planted")
@@ -56,7 +56,7 @@ def run(seed: int = 0, steps: int = 600, per_source: int = 400, test: int = 96, 
     whole = {n: _first(at, curves[n].mean(0), goals.mean()) for n in ARMS}
     gained = {n: curves[n][:, -1] - goals for n in ARMS}
     rows = [
-        [n, *map(_step, reached[n]), _step(whole[n]), f"{gained[n].mean():+.3f}", f"{_error(gained[n]):.3f}"]
+        [n, *map(_step, reached[n]), _step(whole[n]), f"{gained[n].mean():+.3f}", f"{standard_error(gained[n]):.3f}"]
         for n in ARMS
     ]
     head = [*(f"{s}: to {g:.2f}" for s, g in zip(range(seed, seed + repeats), goals, strict=True)), "mean curve"]
@@ -132,10 +132,6 @@ def _step(at: int | None) -> str:
     return "never" if at is None else str(at)
 
 
-def _error(x: np.ndarray) -> float:
-    return float(np.std(x, ddof=1) / len(x) ** 0.5)
-
-
 def _draw(at: np.ndarray, curves: dict[str, np.ndarray], shares: dict[str, list[float]]) -> Any:
     from matplotlib.figure import Figure
 
@@ -147,7 +143,7 @@ def _draw(at: np.ndarray, curves: dict[str, np.ndarray], shares: dict[str, list[
         middle, style = curve.mean(0), "--" if name == "what was planted" else "-"
         axes.plot(at, middle, style, color=colours[name], label=f"left out: {name}")
         # A pool is easy or hard for every arm: the error is that of the difference from leaving out nothing.
-        error = np.array([_error(d) for d in (curve - curves["nothing"]).T])
+        error = standard_error(curve - curves["nothing"])
         axes.fill_between(at, middle - error, middle + error, color=colours[name], alpha=0.15, linewidth=0)
     axes.axhline(everything[-1], color="black", linewidth=0.6, linestyle=":")
     shown = everything[at >= 0.1 * at[-1]]

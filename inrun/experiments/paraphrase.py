@@ -29,7 +29,7 @@ from .. import results
 from ..config import GPTConfig
 from ..data import Document, Samples, cut, join
 from ..demo import demo_corpus
-from . import Finding
+from . import Finding, standard_error
 from .textrun import loss, train
 
 VERSIONS = ("exact copy", "respaced", "half the names", "all names", "names, lines", "same file", "other file")
@@ -55,7 +55,7 @@ def run(
     wanted = np.tile(chosen, len(VERSIONS))  # versions are in the order of VERSIONS, then of originals
     ranks = {m: rank(s, wanted).reshape(len(VERSIONS), -1) for m, s in scores.items()}
     chance = (len(corpus) + 1) / 2
-    rows = [[m, *(f"{r.mean():.1f} +-{_error(r):.1f}" for r in of)] for m, of in ranks.items()]
+    rows = [[m, *(f"{r.mean():.1f} +-{standard_error(r):.1f}" for r in of)] for m, of in ranks.items()]
     rows += [[f"  median of {m}", *(f"{np.median(r):g}" for r in of)] for m, of in ranks.items()]
     rows.append(["random order", *[f"{chance:.1f}"] * len(VERSIONS)])
     text = (
@@ -146,10 +146,6 @@ def _gradients(model: torch.nn.Module, samples: Samples) -> np.ndarray:
         parts = torch.autograd.grad(loss(model, *samples.batch([i])), params)
         rows.append(torch.cat([g.flatten() for g in parts]))
     return torch.stack(rows).numpy()
-
-
-def _error(x: np.ndarray) -> float:
-    return float(np.std(x, ddof=1) / len(x) ** 0.5)
 
 
 def _draw(ranks: dict[str, np.ndarray], chance: float) -> Any:

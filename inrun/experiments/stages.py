@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import results
 from ..demo import demo_corpus
-from . import Finding
+from . import Finding, standard_error
 from .textrun import SMALL, train
 
 
@@ -40,7 +40,7 @@ def run(seed: int = 0, steps: int = 800, windows: int = 8, per_source: int = 240
     order = sorted(means, key=lambda n: -np.mean(means[n], axis=0)[-1])
     head = ["value per visit, 1e-3 nats", *(f"to {high}" for _, high in bounds)]
     rows = [[n, *(f"{1e3 * v:+.2f}" for v in np.mean(means[n], axis=0))] for n in order]
-    rows += [[f"  standard error, {n}", *(f"{1e3 * v:.2f}" for v in _error(means[n]))] for n in order]
+    rows += [[f"  standard error, {n}", *(f"{1e3 * v:.2f}" for v in standard_error(means[n]))] for n in order]
     losses = {t: np.mean([look[t] for look in looks]) for t in looks[0]}
     at_end = [[f"{v:.2f}" for s, v in losses.items() if s <= high][-1:] or ["-"] for _, high in bounds]
     rows.append(["validation loss at the end", *(cell for (cell,) in at_end)])
@@ -52,11 +52,6 @@ def run(seed: int = 0, steps: int = 800, windows: int = 8, per_source: int = 240
     return Finding(text, data, _draw(order, means, bounds))
 
 
-def _error(runs: list[list[float]]) -> np.ndarray:
-    """Standard error of the mean over seeds, by stage."""
-    return np.std(runs, axis=0, ddof=1) / len(runs) ** 0.5
-
-
 def _draw(order: list[str], means: dict[str, list[list[float]]], bounds: list[tuple[int, int]]) -> Any:
     from matplotlib.figure import Figure
 
@@ -64,7 +59,7 @@ def _draw(order: list[str], means: dict[str, list[list[float]]], bounds: list[tu
     axes = figure.subplots()
     middle = [np.sqrt(max(low, 1) * high) for low, high in bounds]
     for i, name in enumerate(order):
-        mean, error = 1e3 * np.mean(means[name], axis=0), 1e3 * _error(means[name])
+        mean, error = 1e3 * np.mean(means[name], axis=0), 1e3 * standard_error(means[name])
         style = "--" if "," in name else "-"
         axes.plot(middle, mean, style, color=f"C{i}", marker="o", markersize=4, label=name)
         axes.fill_between(middle, mean - error, mean + error, color=f"C{i}", alpha=0.15, linewidth=0)
