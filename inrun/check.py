@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import Ranks
 from .errors import InRunError
 
 # Of the scores' absolute sum, and of |g * D| as if each product had been rounded once in bfloat16.
@@ -26,38 +27,43 @@ def efficiency(
     directions: Sequence[Tensor],
     factor: Tensor,
     unscale: Any,
+    ranks: Ranks,
 ) -> None:
     """Raise `InRunError` with names and sizes where scores and gradients disagree.
 
     Args:
-        slots: parameters with `name`, `param` and `taps` (what scores them).
+        slots: parameters with `name`, `param`, `grad` and `taps` (what scores them).
         batches: of each batch, tap -> its dots along the directions, `[B]` or `[B, M]`; None where it made none.
         directions: of each slot, the parameter's shape or `[M, *shape]`.
         factor: scalar; the dots times this belong to the gradients as they are now, unscaled.
         unscale: what a gradient as it stands must still be multiplied by (a fused optimizer's loss scale).
+        ranks: the processes whose scores add up to the gradients.
     """
     _require_every_batch(batches)
-    direction_of = {id(s): d for s, d in zip(slots, directions, strict=True)}
-    wrong = []
-    for members in components(slots):
+    lead = directions[0].shape[: directions[0].dim() - slots[0].param.dim()]  # [M], with several targets
+    none = torch.zeros(lead, device=factor.device)
+    expected, noise = {}, {}
+    for slot, direction in zip(slots, directions, strict=True):
+        expected[id(slot)] = noise[id(slot)] = none
+        if slot.grad is not None:
+            product = (direction.float() * (slot.grad.float() * unscale)).reshape(*lead, -1).to(factor.device)
+            expected[id(slot)], noise[id(slot)] = product.sum(-1), product.square().sum(-1)
+    groups = components(slots)
+    scored = []
+    for members in groups:
         taps = {tap for slot in members for tap in slot.taps}
-        dots = [d for batch in batches for tap, d in batch.items() if tap in taps and d is not None]
-        grads = [(s.param.grad, direction_of[id(s)]) for s in members if s.param.grad is not None]
-        if not dots and not grads:
-            continue
-        device = factor.device
-        scored = size = expected = noise = torch.zeros((), device=device)
-        for d in dots:
-            d = d.to(device, torch.float32) * factor
-            scored, size = scored + d.sum(0), size + d.abs().sum(0)
-        for grad, direction in grads:
-            lead = direction.shape[: direction.dim() - grad.dim()]  # [M], with several targets
-            product = direction.float() * (grad.float() * unscale)
-            expected = expected + product.reshape(*lead, -1).sum(-1).to(device)
-            noise = noise + product.reshape(*lead, -1).norm(dim=-1).to(device)
-        if not bool(((scored - expected).abs() <= SUM_TOLERANCE * size + ROUNDING * noise).all()):
+        dots = [d.to(none) * factor for batch in batches for tap, d in batch.items() if tap in taps and d is not None]
+        scored.append(torch.stack([sum((d.sum(0) for d in dots), none), sum((d.abs().sum(0) for d in dots), none)]))
+    scores = ranks.sum(torch.stack(scored))
+    sums = ranks.over_shards(torch.stack([torch.stack([expected[k], noise[k]]) for k in expected]))
+    of_slot = dict(zip(expected, sums, strict=True))
+    wrong = []
+    for members, (total, size) in zip(groups, scores, strict=True):
+        gradient = sum((of_slot[id(s)][0] for s in members), none)
+        rounding = sum((of_slot[id(s)][1].sqrt() for s in members), none)
+        if not bool(((total - gradient).abs() <= SUM_TOLERANCE * size + ROUNDING * rounding).all()):
             shapes = ", ".join(f"{s.name} {tuple(s.param.shape)}" for s in members)
-            wrong.append(f"{shapes}: scored {_shown(scored)}, its gradient gives {_shown(expected)}")
+            wrong.append(f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}")
     if wrong:
         raise InRunError(
             "the scores do not add up to the gradients. Either something uses these parameters past their modules "

@@ -225,15 +225,13 @@ class Deferred:
     def _recomputed(self, i: int, run: Callable[[], Tensor]) -> Tensor | None:
         """Score a batch by computing its loss and backward once more, with probes, as they were."""
         tracker, inline = self.tracker, Inline(self.tracker)
-        gradients = [(p, p.grad) for p in tracker.model.parameters() if p.requires_grad]
         tensors = [*(s.param for s in tracker.slots), *tracker.model.buffers()]
         after = [(t, t.detach().clone()) for t in tensors]
         for slot, weight in zip(tracker.slots, self._weights, strict=False):
             slot.param.data.copy_(weight)
-        for p, _ in gradients:
-            p.grad = None
+        params = [p for p in tracker.model.parameters() if p.requires_grad]
         try:
-            with torch.enable_grad(), torch.random.fork_rng():
+            with tracker.ranks.aside(params), torch.enable_grad(), torch.random.fork_rng():
                 set_random_state(self._random[i])
                 inline.batch(self.keeper.layouts[i])
                 run().backward()
@@ -241,8 +239,6 @@ class Deferred:
             inline.end()
             for tensor, value in after:
                 tensor.data.copy_(value)
-            for p, grad in gradients:
-                p.grad = grad
         return inline.finish()[0]
 
     def _check(self, factor: Tensor, unscale: Any) -> None:
@@ -252,7 +248,7 @@ class Deferred:
             if slot.param.grad is not None:
                 slot.direction.copy_(slot.param.grad * unscale)  # every target's slice, by broadcasting
         along = [s.direction for s in tracker.slots]
-        check.efficiency(tracker.slots, self.keeper.dots(self._many), along, factor, unscale)
+        check.efficiency(tracker.slots, self.keeper.dots(self._many), along, factor, unscale, tracker.ranks)
 
     # ------------------------------------------------------------------ directions
 
@@ -320,7 +316,7 @@ class Deferred:
         if self.clip is None:
             return None
         norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
-        shrink = float(factor) * float(self.scale)
+        shrink = float(factor) * float(self.scale) * self.tracker.ranks.size  # of the mean over the processes
         return (math.log(1 / shrink), norm) if norm > self.clip * (1 - 1e-3) and shrink < 1 - 1e-6 else None
 
     def _run_along(self, moves: dict[int, tuple[Tensor, Tensor]]) -> None:
@@ -400,13 +396,12 @@ class Deferred:
                 loss = validations.loss(name)
                 first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
                 pairs = [(g, v) for g, v in zip(first, vector, strict=True) if g is not None and g.requires_grad]
-                return list(
-                    torch.autograd.grad([g for g, _ in pairs], params, [v for _, v in pairs], allow_unused=True)
-                )
+                own = torch.autograd.grad([g for g, _ in pairs], params, [v for _, v in pairs], allow_unused=True)
         except (RuntimeError, NotImplementedError) as error:
             if "not implemented" not in str(error) and "not differentiable" not in str(error):
                 raise
-        return self._hessian_by_differences(name, vector)
+            return self._hessian_by_differences(name, vector)
+        return self.tracker.ranks.mean_gradients(own, params)
 
     def _hessian_by_differences(self, name: str, vector: list[Tensor]) -> list[Tensor | None]:
         slots = self.tracker.slots

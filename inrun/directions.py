@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from .distributed import local
 from .errors import InRunError
 
 SUPPORTED = (SGD, Adam, AdamW)
@@ -59,15 +60,16 @@ def coefficient(
         optimizer: one of `SUPPORTED`; its state is read, never changed.
         group: the entry of `optimizer.param_groups` that holds `param`.
         param: the parameter, whose state is looked up.
-        val_grads: its validation gradients, one per target. Under Adam the mean of their squares stands in for the
-            square of the batch's own gradient, which the second moment is about to take in.
+        val_grads: its validation gradients (or this process's shards of them), one per target. Under Adam the mean
+            of their squares stands in for the square of the batch's own gradient, which the second moment is about
+            to take in.
         part: which part of all these tensors, one of `parts(param)`.
         out: where to compute a tensor, of the part's shape.
 
     Returns:
         A number (SGD), or a tensor of the part's shape. `<coefficient * val_grad, g_z>` is in nats.
     """
-    state = optimizer.state.get(param, {})
+    state = {name: local(value) for name, value in optimizer.state.get(param, {}).items()}
     if isinstance(optimizer, SGD):
         return sgd_coefficient(group, state)
     beta1, beta2 = group["betas"]

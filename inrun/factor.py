@@ -3,7 +3,7 @@
 The dots are taken in the backward; the optimizer sees `c * gradient` for one common factor c. It is found by
 remembering the beginnings of a few gradients, small ones and large ones, as the backward left them, and comparing
 when the update begins, so the user's loop needs no change and nothing need be declared. Gradients changed element by
-element have no such factor.
+element have no such factor. Of several processes' gradients, the optimizer sees c times their sum.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .distributed import Ranks, local
 from .errors import InRunError
 
 WATCHED_PER_GROUP = 8
@@ -22,10 +23,10 @@ WATCHED_ELEMENTS = 4096
 
 
 class Watch:
-    """Remembers some gradients of `slots` (objects with `name`, `param`, `group`) while `active` is True."""
+    """Remembers some gradients of `slots` (objects with `name`, `param`, `grad`, `group`) while `active` is True."""
 
-    def __init__(self, slots: Sequence[Any], groups: int) -> None:
-        self.active = False
+    def __init__(self, slots: Sequence[Any], groups: int, ranks: Ranks) -> None:
+        self.active, self._ranks = False, ranks
         self._raw: dict[str, Tensor] = {}
         self._slots = []
         for i in range(groups):
@@ -37,7 +38,7 @@ class Watch:
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def remember(param: Tensor) -> None:
             if self.active and param.grad is not None:
-                self._raw[name] = _beginning(param.grad).clone()
+                self._raw[name] = _beginning(local(param.grad)).clone()
 
         return remember
 
@@ -59,24 +60,35 @@ class Watch:
         Raises:
             InRunError: no backward pass since `begin`.
         """
-        known = [(s.param.grad, self._raw[s.name]) for s in self._slots if s.name in self._raw]
-        pairs = [(_beginning(grad), raw) for grad, raw in known if grad is not None]
-        if not pairs:
+        ranks = self._ranks
+        # Another process may have had a backward through a parameter that had none here.
+        slots = [s for s in self._slots if s.grad is not None and (s.name in self._raw or ranks.size > 1)]
+        if not slots:
             raise InRunError("optimizer.step(): expected a backward pass in the step block, there was none")
-        device = pairs[0][1].device
-        now = torch.cat([n.to(device, torch.float32) for n, _ in pairs])
-        raw = torch.cat([r.to(device, torch.float32) for _, r in pairs])
-        largest = raw.abs().max()
+        device = slots[0].param.device
+        now = _together([s.grad for s in slots], slots, device)
+        raw = ranks.added(_together([self._raw.get(s.name) for s in slots], slots, device))
+        largest = ranks.largest_shard(raw.abs().max())
         largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-        unit = raw / largest  # no overflow under a loss scale
-        squared = unit.square().sum()
-        factor = torch.where(squared > 0, (now * unit).sum() / (squared * largest), torch.ones_like(squared))
-        uneven = (now - factor * raw).norm() > 1e-2 * now.norm()
+        now, raw = now / largest, raw / largest  # no overflow under a loss scale
+        products = torch.stack([raw.square().sum(), (now * raw).sum(), now.square().sum()])
+        squared, along, size = ranks.over_shards(products)
+        factor = torch.where(squared > 0, along / squared, torch.ones_like(squared))
+        uneven = size - along * factor > 1e-4 * size
         if (scale := getattr(optimizer, "grad_scale", None)) is not None:
             factor = factor / scale.to(device)  # a fused optimizer divides the loss scale out itself
         if (overflow := getattr(optimizer, "found_inf", None)) is not None:
             factor = torch.where(overflow.to(device).squeeze() > 0, torch.zeros_like(factor), factor)
         return factor, uneven
+
+
+def _together(grads: Sequence[Tensor | None], slots: Sequence[Any], device: torch.device) -> Tensor:
+    """The beginnings of the slots' gradients (0 for None), float32."""
+    begun = [
+        torch.zeros_like(_beginning(local(s.param))) if g is None else _beginning(g)
+        for g, s in zip(grads, slots, strict=True)
+    ]
+    return torch.cat([torch.zeros(1, device=device), *(g.to(device, torch.float32) for g in begun)])  # never empty
 
 
 def _beginning(grad: Tensor) -> Tensor:

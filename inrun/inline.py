@@ -68,7 +68,7 @@ class Inline:
         tracker = self.tracker
         if tracker.check_due:
             dots = [{tap: probe.grad for tap, probe in probes.items()} for probes in self.probes]
-            check.efficiency(tracker.slots, dots, [s.direction for s in tracker.slots], factor, unscale)
+            check.efficiency(tracker.slots, dots, [s.direction for s in tracker.slots], factor, unscale, tracker.ranks)
         return factor * lr_change(self._lr, optimizer)
 
     def memory(self) -> dict[str, int]:
@@ -96,7 +96,7 @@ def write_direction(optimizer: Optimizer, slot: Any, val_grads: list[Tensor | No
         return
     group = optimizer.param_groups[slot.group]
     slices = [slot.direction] if len(val_grads) == 1 else slot.direction.unbind(0)
-    for part in directions.parts(slot.param):
+    for part in directions.parts(known[0]):
         place = slot.direction[part] if len(slices) == 1 else None  # of one direction, its own memory will do
         factor = directions.coefficient(optimizer, group, slot.param, known, part, out=place)
         for slice_, grad in zip(slices, val_grads, strict=True):

@@ -42,7 +42,8 @@ class Step:
     ) -> None:
         self._tracker, self.scale = tracker, scale
         self._first = None
-        if ids is not None:
+        self._idle = ids is not None and tracker.ranks.size > 1 and hasattr(ids, "__len__") and len(ids) == 0
+        if ids is not None and not self._idle:
             ids = as_ids(ids)
             self._first = (ids, _layout(len(ids), segments, tokens), recompute)
         elif recompute is not None or segments is not None or tokens is not None:
@@ -126,6 +127,8 @@ class Step:
 
     def scaled(self, dots: Sequence[Tensor | None]) -> Tensor:
         """The batches' dots as values: together, and as the update used their gradients."""
+        if self._idle and not dots:
+            dots = [torch.zeros(0, *([self._tracker.many] if self._tracker.many else []))]
         if not dots:
             raise InRunError("step: expected ids, by step(ids) or by batch(ids) before each forward; got neither")
         for i, part in enumerate(dots):
@@ -144,6 +147,11 @@ class Step:
             raise InRunError(
                 "optimizer.step(): expected the gradients of the backward up to one common factor (clipping by norm, "
                 "unscaling); got gradients changed element by element"
+                + (
+                    ""
+                    if self._tracker.ranks.size == 1
+                    else ", or not the sum or mean of all processes' (is the model wrapped in DDP?)"
+                )
             )
         return torch.where(self.factor == 0, torch.zeros_like(together), together * self.factor)
 

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import rules
+from . import distributed, rules
 from .deferred import METHODS as DEFERRED
 from .deferred import Deferred
+from .distributed import Ranks
 from .errors import InRunError
 from .factor import Watch
 from .inline import Inline
@@ -59,8 +59,17 @@ class Slot:
         return self.owner._parameters[self.local]  # pyright: ignore[reportReturnType]
 
     @property
-    def direction(self) -> nn.Parameter:
+    def sibling(self) -> nn.Parameter:
         return self.owner._parameters[self.local + SUFFIX]  # pyright: ignore[reportReturnType]
+
+    @property
+    def direction(self) -> Tensor:
+        """This process's part of it, as of the gradient."""
+        return distributed.local(self.sibling)
+
+    @property
+    def grad(self) -> Tensor | None:
+        return distributed.local(self.param.grad)
 
 
 def track(
@@ -150,8 +159,12 @@ class Tracker:
         self.columns = columns_of(self.samples, self.targets)
         # How many targets, where dots and directions have an axis for them.
         self.many = len(self.targets) if len(self.targets) > 1 and not self.samples else None
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise InRunError(f"track: expected one process, got a group of {dist.get_world_size()}")
+        self.ranks = Ranks(model)
+        model = distributed.unwrapped(model)
+        distributed.require_whole(model.named_parameters())
+        if isinstance(ledger, Ledger) and ledger.path is not None and ledger.rank != distributed.rank():
+            raise InRunError(f"ledger: expected Ledger(path, rank={distributed.rank()}), the number of this process, "
+                             f"got rank={ledger.rank}")  # fmt: skip
         self.taps: list[Tap] = []
         self.slots: list[Slot] = []
         if any(isinstance(m, rules.Holder) for m in model.modules()):
@@ -161,7 +174,7 @@ class Tracker:
             _require_one_by_one(plan)
         if self.in_batch:
             _require_rules(plan)
-        self.validations = Validation(model, plan.excluded, losses, self.targets, validate_every)
+        self.validations = Validation(model, plan.excluded, losses, self.targets, validate_every, self.ranks)
         inline = method == "first" and not self.samples and not self.in_batch
         self._method: Any = Inline(self) if inline else Deferred(self, method, *waiting)
         if optimizer is not None:
@@ -171,7 +184,7 @@ class Tracker:
             _require_all([n for n in plan.tracked if id(params[n]) not in held])
         self.model = model
         self.coverage = {"tracked": plan.tracked, "excluded": plan.excluded, "frozen": plan.frozen}
-        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger, rank=distributed.rank())
         self.steps = 0
         self.check_due = checked
         self._install(plan)
@@ -241,7 +254,11 @@ class Tracker:
         if self._optimizer is not None:
             raise InRunError("optimizer: one is bound already; close the tracker and track again")
         self._method.require_supported(optimizer)
-        siblings = {id(s.direction) for s in self.slots}
+        self.ranks.bind(self.slots)
+        if self.ranks.sharded and not isinstance(self._method, Inline):
+            raise InRunError(f"method {self.ledger.metadata['method']!r}: expected parameters that every process holds "
+                             "whole, as under DDP; under fully_shard there is only 'first'")  # fmt: skip
+        siblings = {id(s.sibling) for s in self.slots}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in siblings]
         where = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -250,7 +267,7 @@ class Tracker:
             slot.group = where[id(slot.param)]
         self._optimizer = optimizer
         self._handle = optimizer.register_step_pre_hook(self._before_update)
-        self._watch = Watch(self.slots, len(optimizer.param_groups))
+        self._watch = Watch(self.slots, len(optimizer.param_groups), self.ranks)
 
     @contextmanager
     def validation(self, target: str | None = None, *, scale: float | Tensor = 1.0) -> Iterator[None]:
@@ -352,6 +369,8 @@ class Tracker:
     def begin(self, step: Step) -> None:
         if self._step is not None:
             raise InRunError("step: expected outside of a step block, got inside one")
+        self.ranks.require_all()
+        self.ranks.settle()
         if self._method.starts_with_validation:
             self.validations.run_due()
             self.validations.require_fresh()
@@ -374,6 +393,7 @@ class Tracker:
             raise InRunError("optimizer.step(closure): expected the backward pass before it; call step() without one")
         if step.factor is not None:
             raise InRunError("step: expected one optimizer.step() in the block, got a second one")
+        self.ranks.settle()
         factor, step.uneven = self._watch.factor(optimizer)
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
         with self.paused():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import Ranks
 from .errors import InRunError
 
 Gradients = list[Tensor | None]
@@ -24,6 +25,7 @@ class Validation:
         losses: target -> callable that returns its loss; empty where blocks are used.
         targets: names, in the order of the values' columns.
         every: steps that a gradient may serve.
+        ranks: the processes whose gradients and losses are averaged.
     """
 
     def __init__(
@@ -33,8 +35,9 @@ class Validation:
         losses: Mapping[str, Callable[[], Tensor]],
         targets: tuple[str, ...],
         every: int,
+        ranks: Ranks,
     ) -> None:
-        self.model, self.excluded = model, set(excluded)
+        self.model, self.excluded, self.ranks = model, set(excluded), ranks
         self.slots: Sequence[Any] = ()  # objects with `name` and `param`
         self.losses, self.targets, self.every = losses, targets, every
         self.gradients: dict[str, Gradients] = {}
@@ -99,23 +102,23 @@ class Validation:
     def _backward(self, name: str) -> None:
         loss = self.loss(name)
         loss.backward()
-        self.last_losses[name] = loss.detach()
+        self.last_losses[name] = self.ranks.mean(loss.detach())
 
     @contextmanager
     def _gradients(self) -> Iterator[dict[str, Tensor | None]]:
         """By name, the gradients that the block's backward passes leave; filled in when it ends."""
         start = time.perf_counter()
+        self.ranks.settle()
         params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        before = {n: p.grad for n, p in params.items()}
+        # The excluded ones' share of the gradient is measured once.
+        wanted = [n for n in params if self.excluded_share is None or n not in self.excluded]
         found: dict[str, Tensor | None] = {}
-        for p in params.values():
-            p.grad = None
         try:
-            yield found
-            found.update({n: p.grad for n, p in params.items()})
+            with self.ranks.aside(params.values()):
+                yield found
+                grads = self.ranks.mean_gradients([params[n].grad for n in wanted], [params[n] for n in wanted])
+                found.update(zip(wanted, grads, strict=True))
         finally:
-            for n, p in params.items():
-                p.grad = before[n]
             self.seconds += time.perf_counter() - start
 
     def _checked(self, name: str, found: dict[str, Tensor | None], scale: float | Tensor) -> Gradients:
@@ -123,16 +126,17 @@ class Validation:
         grads = [g for g in ours if g is not None]
         if not grads:
             raise InRunError(f"validation({name!r}): no backward pass of the block reached a tracked parameter")
-        norm = nn.utils.get_total_norm(grads)
+        norm = self.ranks.norm(grads)
         if not torch.isfinite(norm):
             bad = [s.name for s, g in zip(self.slots, ours, strict=True) if g is not None and not g.isfinite().all()]
             raise InRunError(
-                f"validation({name!r}): expected a finite gradient, got NaN or infinity in {', '.join(bad[:5])}"
+                f"validation({name!r}): expected a finite gradient, got NaN or infinity in "
+                f"{', '.join(bad[:5]) or 'the shards of another process'}"
                 f"{'' if len(bad) <= 5 else f' and {len(bad) - 5} more'}"
             )
         if self.excluded and self.excluded_share is None:
             others = [g for n, g in found.items() if n in self.excluded and g is not None]
-            squared = nn.utils.get_total_norm(others).square()
+            squared = self.ranks.norm(others).square()
             self.excluded_share = float(squared / (squared + norm.square()))
         if isinstance(scale, Tensor) or scale != 1.0:
             for g in grads:

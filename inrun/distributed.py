@@ -1,0 +1,200 @@
+"""More than one process: what a tracker exchanges so that values are those of one process with the whole batch.
+
+Each process scores its own samples. The validation gradient is the mean over the processes, as DDP and FSDP take the
+mean of training's gradients. Replicated parameters (DDP) have whole gradients in every process; sharded ones (FSDP2's
+`fully_shard`) have a shard of the mean in each, and all work on them is done shard by shard.
+
+The sums and means here are collectives: every process must come to them. With one process they do nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .errors import InRunError
+
+
+def local(tensor: Any) -> Any:
+    """This process's shard of a sharded tensor; anything else as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def rank() -> int:
+    """This process's number, by which it writes the ledger."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP's wrapper."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+class Ranks:
+    """The processes that train a model together.
+
+    Args:
+        model: DDP's wrapper tells its process group; with any other it is the default group, until `bind`.
+
+    Attributes:
+        sharded: whether each process holds a shard of every parameter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._groups: list[Any] = [model.process_group if isinstance(model, DistributedDataParallel) else None]
+        self.sharded = False
+
+    @property
+    def size(self) -> int:
+        if not (dist.is_available() and dist.is_initialized()):
+            return 1
+        return math.prod(dist.get_world_size(group) for group in self._groups)
+
+    def bind(self, slots: Sequence[Any]) -> None:
+        """See how the tracked parameters (`name`, `param`, `sibling`) are spread over the processes.
+
+        Raises:
+            InRunError: in any other way than by DDP or `fully_shard`, or not all in the same way.
+        """
+        sharded = [s for s in slots if hasattr(s.param, "placements")]
+        if not sharded:
+            return
+        mesh = sharded[0].param.device_mesh
+        for slot in slots:
+            _require_fully_sharded(slot, mesh)
+        self.sharded, self._groups = True, [mesh.get_group(i) for i in range(mesh.ndim)]
+        if not self._fully_sharded():
+            raise InRunError(
+                f"{sharded[0].name}: expected a parameter sharded by fully_shard, got the placements "
+                f"{sharded[0].param.placements} of a model without it (tensor parallelism is not supported)"
+            )
+
+    def _fully_sharded(self) -> list[Any]:
+        return [module for module in self._model.modules() if hasattr(module, "set_requires_gradient_sync")]
+
+    def settle(self) -> None:
+        """Put the shards in place, where a forward or the user's settings left gathered parameters."""
+        if self.sharded:
+            for module in self._fully_sharded():
+                module.reshard()
+
+    def require_all(self) -> None:
+        """Raise `InRunError` within DDP's `join()`, where some processes have stopped."""
+        if isinstance(self._model, DistributedDataParallel) and self._model._join_config.enable:
+            raise InRunError(
+                "step: expected every process to take part until the last step, got model.join(); where no samples "
+                "are left, use step([]) and multiply the loss by 0"
+            )
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes."""
+        return _reduce(tensor, self._groups) if self.size > 1 else tensor
+
+    def over_shards(self, tensor: Tensor) -> Tensor:
+        """The sum over the shards of a parameter of what belongs to each shard."""
+        return _reduce(tensor, self._groups[-1:]) if self.sharded else tensor
+
+    def largest_shard(self, tensor: Tensor) -> Tensor:
+        return _reduce(tensor, self._groups[-1:], largest=True) if self.sharded else tensor
+
+    def added(self, grad: Tensor) -> Tensor:
+        """What the processes' gradients add up to, given this one's as the backward left it."""
+        return grad * self.size if self.sharded else self.sum(grad)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        return self.sum(tensor) / self.size if self.size > 1 else tensor
+
+    def norm(self, grads: Sequence[Tensor]) -> Tensor:
+        """The norm of gradients, all their shards together."""
+        norm = nn.utils.get_total_norm(grads)
+        return self.over_shards(norm.square()).sqrt() if self.sharded and grads else norm
+
+    @torch.no_grad()
+    def mean_gradients(self, grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+        """The mean over the processes of each parameter's gradient; None where no process has one.
+
+        Args:
+            grads: this process's own, or DDP's mean, which the mean of equals leaves as it is. Shards are means.
+            like: the parameters.
+
+        Returns:
+            The gradients, or this process's shards of them; several replicated ones in memory of their own, since
+            DDP may use that of `grads` for the next.
+
+        Raises:
+            InRunError: some processes have gradients and others have none.
+        """
+        if self.size == 1 or self.sharded:
+            return [local(g) for g in grads]
+        count = self.sum(torch.tensor([any(g is not None for g in grads), *(g is not None for g in grads)],
+                                      dtype=torch.int32, device=like[0].device)).tolist()  # fmt: skip
+        if 0 < count[0] < self.size:
+            raise InRunError(f"validation: expected a backward pass in each of {self.size} processes, got {count[0]}")
+        found = [None if n == 0 else torch.zeros_like(p) if g is None else g.clone()
+                 for n, p, g in zip(count[1:], like, grads, strict=True)]  # fmt: skip
+        known = [g for g in found if g is not None]
+        for work in [dist.all_reduce(g, group=self._groups[0], async_op=True) for g in known]:
+            if work is not None:
+                work.wait()
+        for g in known:
+            g.div_(self.size)
+        return found
+
+    @contextmanager
+    def aside(self, params: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Take the parameters' gradients away for the block; afterwards those that stood stand again."""
+        before = [(p, p.grad) for p in params]
+        # DDP writes its next gradients where the last ones stand (gradient_as_bucket_view).
+        copies = [None if g is None or self.size == 1 or self.sharded else g.clone() for _, g in before]
+        for p, _ in before:
+            p.grad = None
+        try:
+            yield
+        finally:
+            for (p, grad), copy in zip(before, copies, strict=True):
+                p.grad = grad
+                if copy is not None and grad is not None:
+                    grad.copy_(copy)
+
+
+def require_whole(names: Iterable[tuple[str, Any]]) -> None:
+    """Raise `InRunError` where a parameter is spread over processes already."""
+    for name, param in names:
+        if hasattr(param, "placements"):
+            raise InRunError(
+                f"{name}: expected a whole parameter, got one with placements {param.placements}; call track before "
+                "fully_shard, and bind(optimizer) after it (tensor parallelism is not supported)"
+            )
+
+
+def _require_fully_sharded(slot: Any, mesh: Any) -> None:
+    param, sibling = slot.param, slot.sibling
+    placements = getattr(param, "placements", ())
+    split = [p.is_shard() for p in placements]
+    if getattr(param, "device_mesh", None) != mesh or split != [False] * (mesh.ndim - 1) + [True]:
+        raise InRunError(
+            f"{slot.name}: expected a parameter sharded by fully_shard along the last axis of {mesh} and by nothing "
+            f"else, got {f'placements {placements}' if placements else 'a whole one'} (tensor parallelism is not "
+            "supported)"
+        )
+    if getattr(sibling, "placements", ()) != placements or sibling.shape != param.shape:
+        raise InRunError(
+            f"{slot.name}: expected its direction, {tuple(sibling.shape)}, to be sharded alike, {placements}; got "
+            f"{getattr(sibling, 'placements', 'a whole one')}. Under fully_shard there is one target, and a "
+            "shard_placement_fn must treat both alike"
+        )
+
+
+def _reduce(tensor: Tensor, groups: Sequence[Any], largest: bool = False) -> Tensor:
+    tensor = tensor.clone()
+    for group in groups:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
+    return tensor
