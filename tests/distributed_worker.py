@@ -8,6 +8,7 @@ the checks compare with are made before the process group is.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
@@ -33,6 +34,7 @@ SPLITS = ((4, 2), (1, 5), (3, 3))  # samples of each rank, by step
 CLIP = 0.3
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "plain": lambda p: torch.optim.SGD(p, lr=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-4, weight_decay=0.1),
 }
 
@@ -152,13 +154,188 @@ def check_ddp_adamw():
 
 
 def check_ddp_forward_mode():
-    train_ddp("loose", "adamw", wrap_first=True, bare_validation=True, find_unused_parameters=True)
+    train_ddp("loose", "adamw", wrap_first=True, bare_validation=False, static_graph=True)
+
+
+def prepared(name="gpt_tied", kind="sgd", **options):
+    model = make(name)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    tracker = inrun.track(model, optimizer, **options)
+    return model, optimizer, tracker, DDP(model)
+
+
+def validate(tracker, model, name="gpt_tied"):
+    with tracker.validation():
+        loss_of(model, *(mine(v, (2, 2)) for v in data(name, 4, seed=2))).backward()
+
+
+def check_accumulation_without_synchronisation():
+    model, optimizer, tracker, wrapped = prepared(kind="adamw")
+    found = []
+    for (x, y), split in zip(batches("gpt_tied", SPLITS), SPLITS, strict=True):
+        validate(tracker, model)
+        x, y = mine(x, split), mine(y, split)
+        parts = (slice(0, 1), slice(1, None)) if len(x) > 1 else (slice(0, 1),)
+        with tracker.step() as step:
+            for i, part in enumerate(parts):
+                step.batch([f"{RANK}-{k}" for k in range(len(x))][part])
+                with wrapped.no_sync() if i < len(parts) - 1 else contextlib.nullcontext():
+                    (loss_of(wrapped, x[part], y[part]) * len(x[part]) / len(x)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert step.ids == [f"{RANK}-{k}" for k in range(len(x))]
+        found.append(step.values)
+    same_run(found, model.state_dict(), alone("gpt_tied", "adamw"))
+
+
+def check_a_rank_without_samples_and_one_ledger():
+    """The second rank runs out of samples before the last step; both write into one folder."""
+    splits = ((4, 2), (3, 0))
+    folder = FOLDER / "ledger"
+    model, optimizer, tracker, wrapped = prepared(ledger=folder)
+    found = []
+    for t, ((x, y), split) in enumerate(zip(batches("gpt_tied", splits), splits, strict=True)):
+        validate(tracker, model)
+        ids = mine(torch.arange(len(x)) + 100 * t, split)
+        x, y = mine(x, split), mine(y, split)
+        with tracker.step(ids) as step:
+            loss = loss_of(wrapped, x, y) if len(x) else 0 * loss_of(wrapped, *data("gpt_tied", 1))
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert step.values.shape == (len(ids),)
+        found.append(step.values)
+    tracker.close()
+    same_run(found, model.state_dict(), alone("gpt_tied", "sgd", splits))
+    dist.barrier()
+    rows = inrun.Ledger(folder).rows().sort_by([("step", "ascending"), ("sample_id", "ascending")])
+    assert rows["step"].to_pylist() == [0] * 6 + [1] * 3
+    assert rows["sample_id"].to_pylist() == [*range(6), *range(100, 103)]
+    close(torch.tensor(rows["value"].to_pylist()), torch.cat(alone("gpt_tied", "sgd", splits)[0]))
+    raises("rank=", lambda: inrun.track(make("mlp"), None, ledger=inrun.Ledger(folder, rank=RANK + 1)))
+
+
+def check_targets_callables_and_validation_that_serves_two_steps():
+    """Two named callables, one of them of an equal loss in every rank; the accumulated p.grad stands through it."""
+    model = make("gpt_tied")
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    val = data("gpt_tied", 4, seed=2)
+    losses = {"parts": lambda: loss_of(model, *(mine(v, (2, 2)) for v in val)), "whole": lambda: loss_of(model, *val)}
+    tracker = inrun.track(model, optimizer, validation=losses, validate_every=2)
+    wrapped = DDP(model, gradient_as_bucket_view=True)
+    for (x, y), split in zip(batches("gpt_tied", SPLITS), SPLITS, strict=True):
+        x, y = mine(x, split), mine(y, split)
+        with tracker.step(range(len(x))) as step:
+            loss_of(wrapped, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        close(step.values[:, 0], step.values[:, 1])
+    close(tracker.last_validation["parts"], tracker.last_validation["whole"])
+    loss_of(wrapped, x, y).backward()
+    params = [p for p in model.parameters() if p.requires_grad]
+    before = [p.grad.clone() for p in params]
+    with tracker.validation("whole"):
+        loss_of(wrapped, *val).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, before, strict=True))
+
+
+def check_excluded_share():
+    model, _, tracker, _ = prepared(exclude=["positions.weight"])
+    validate(tracker, model)
+    shares = gathered(torch.tensor([tracker.validations.excluded_share]))
+    assert shares[0] == shares[1] and 0 < shares[0] < 1
+
+
+def check_what_is_refused():
+    x, y = data("gpt_tied", 2)
+
+    def step(model, tracker, optimizer):
+        with tracker.step(range(2)):
+            loss_of(model, x * (RANK + 1) % 13, y).backward()
+            optimizer.step()
+
+    # Nobody wraps the model: its gradients are not a mean over the ranks.
+    model = make("gpt_tied")
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    tracker = inrun.track(model, optimizer, check=False)
+    validate(tracker, model)
+    raises("DDP", lambda: step(model, tracker, optimizer))
+    # The sums of scores, over all ranks, are compared with the gradient.
+    model, optimizer, tracker, wrapped = prepared()
+    validate(tracker, model)
+    loss_of(wrapped, x, y).backward()
+    raises("do not add up", lambda: step(wrapped, tracker, optimizer))
+
+    def only_first():
+        with tracker.validation():
+            if RANK == 0:
+                loss_of(model, x, y).backward()
+
+    raises("in each of 2 processes, got 1", only_first)
+    tracker.close()
+    wrapped = DDP(make("gpt_tied"))
+    tracker = inrun.track(wrapped, OPTIMIZERS["sgd"](wrapped.parameters()), check=False)
+    validate(tracker, wrapped.module)
+    with wrapped.join():
+        raises("join()", lambda: tracker.step([]).__enter__())
+
+
+def deferred(method, kind, by_callable, **keep):
+    """A deferred method, whose direction needs the mean gradient and, for true ends, losses along the step."""
+    model = make("gpt_tied")
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    val = [mine(v, (2, 2)) for v in data("gpt_tied", 4, seed=2)]
+    options: dict[str, Any] = {"clip": CLIP} if method.startswith("path") else {}
+    if by_callable:
+        options["validation"] = lambda: loss_of(model, *val)
+    tracker = inrun.track(model, optimizer, method, **options)
+    wrapped = DDP(model, gradient_as_bucket_view=True)
+    steps = []
+    for (x, y), split in zip(batches("gpt_tied", SPLITS), SPLITS, strict=True):
+        if not by_callable:
+            validate(tracker, model)
+        x, y = mine(x, split), mine(y, split)
+        recompute = (lambda x=x, y=y: loss_of(model, x, y)) if keep.get("recompute") else None
+        with tracker.step(range(len(x)), recompute=recompute) as step:
+            loss_of(wrapped, x, y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+        steps.append(step)
+    if method in ("secant", "path_secant") and not by_callable:
+        validate(tracker, model)
+    tracker.close()
+    expected = alone("gpt_tied", kind, SPLITS, method, by_callable)
+    same_run([s.values for s in steps], model.state_dict(), expected, 1e-3)
+    for step, drop in zip(steps, expected[2], strict=True):
+        if drop is not None:
+            close(step.drop["validation"], drop, 1e-3)
+
+
+def check_deferred_second():
+    deferred("second", "plain", True)
+
+
+def check_deferred_secant():
+    deferred("secant", "adamw", False)
+
+
+def check_deferred_path_computed_again():
+    deferred("path", "adamw", False, recompute=True)
+
+
+def check_deferred_path_secant():
+    deferred("path_secant", "adamw", True)
 
 
 # ----------------------------------------------------------------------
 
 
-REFERENCES = [("gpt_tied", "sgd"), ("gpt_tied", "adamw"), ("loose", "adamw")]
+REFERENCES = [("gpt_tied", "sgd"), ("gpt_tied", "adamw"), ("loose", "adamw"), ("gpt_tied", "sgd", ((4, 2), (3, 0))),
+    ("gpt_tied", "plain", SPLITS, "second", True), ("gpt_tied", "adamw", SPLITS, "secant", False),
+    ("gpt_tied", "adamw", SPLITS, "path", False), ("gpt_tied", "adamw", SPLITS, "path_secant", True)]  # fmt: skip
 
 
 def main() -> None:
