@@ -30,23 +30,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from inrun import shards
 from inrun.errors import InRunError
-from inrun.queries import stretches, sum_values
+from inrun.reading import Reader
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pyarrow as pa
-    from pyarrow.dataset import Dataset
 
 _SETTLE_STEPS = 32  # values on a GPU are read back once in so many steps: no synchronisation at each step
 
 
-class Ledger:
+class Ledger(Reader):
     """Append-only record of values, with the queries that a run needs.
 
     Args:
@@ -72,23 +72,23 @@ class Ledger:
     ) -> None:
         if rank < 0 or flush_rows < 1:
             raise ValueError(f"expected rank >= 0 and flush_rows >= 1, received {rank=}, {flush_rows=}")
-        self.path = None if path is None else Path(path)
+        super().__init__(path)
         self.rank = rank
         self.flush_rows = flush_rows
         self.metadata: dict[str, Any] = {}
         self.last_step: int | None = None  # of this writer
-        self._id_type: pa.DataType | None = None
         self._pending: list[tuple[int, pa.Array, Any, tuple[str, ...], bool]] = []  # values perhaps on a GPU
         self._buffer: list[pa.RecordBatch] = []
         self._buffered_rows = 0
         self._kept: list[pa.Table] = []  # what an in-memory ledger flushed
-        found, own = self._shards(), self._own_shards()
+        found = self._ask(lambda rows: rows.files) if self.path is not None and self.path.is_dir() else []
+        own = [shard for shard in found if shard.name.startswith(self._prefix)]
         if metadata is not None:
             self.metadata = dict(metadata)
         elif found:
             self.metadata = shards.read_metadata((own or found)[-1])
         if own:
-            self.last_step = shards.last_step(own[-1])
+            self.last_step = self._last_of(own)
 
     # ------------------------------------------------------------------ writing
 
@@ -165,6 +165,26 @@ class Ledger:
         """Flush; a closed ledger can still be read."""
         self.flush()
 
+    def compact(self, rows: int = 1 << 22, *, progress: bool = False) -> None:
+        """Make of each writer's many shards few large ones, sorted by sample: smaller, and summed faster.
+
+        Readers see every row once all the while, also where this is killed; the next call, or a `resume`, clears up.
+        (What reads ``folder/*.parquet`` by itself sees rows twice for the moment in which old shards are removed, or
+        until they are where a kill came in between.) Not while another process appends or resumes.
+
+        Args:
+            rows: in a shard, at most; so many are sorted in memory (about 150 bytes each).
+            progress: show a bar, on stderr.
+        """
+        from tqdm import tqdm
+
+        if rows < 1:
+            raise ValueError(f"expected rows >= 1, received {rows}")
+        self.flush()
+        if self.path is not None and self.path.is_dir():
+            with tqdm(total=len(self), unit="row", unit_scale=True, desc="compacting", disable=not progress) as bar:
+                shards.compact(self.path, rows, bar.update)
+
     def __enter__(self) -> Ledger:
         return self
 
@@ -178,7 +198,6 @@ class Ledger:
         first, and a shard that straddles `step` is replaced by its first part in one rename.
         """
         import pyarrow.compute as pc
-        import pyarrow.parquet as pq
 
         step = shards.as_int(step, "step")
         before = pc.field("step") < step
@@ -190,107 +209,18 @@ class Ledger:
         self.last_step = None
         if self.path is not None and self.path.is_dir():
             shards.remove_leftovers(self.path, self._prefix)
-            own = self._own_shards()
-            while own and int(own[-1].stem.removeprefix(self._prefix)) >= step:
+            shards.remove_superseded(self.path, self._prefix)
+            own = shards.listing(self.path, self._prefix)
+            while own and shards.span(own[-1])[1] >= step:
                 own.pop().unlink()
             shards.sync(self.path)
-            if own and shards.last_step(own[-1]) >= step:
-                shards.write(pq.read_table(own[-1]).filter(before), own[-1])
-            if own:
-                self.last_step = shards.last_step(own[-1])
+            if own and (self._last_of(own) or 0) >= step:
+                own[-1] = self._cut(own[-1], step)
+            self.last_step = self._last_of(own)
         for part in (*self._kept, *self._buffer):
             self.last_step = part["step"][-1].as_py()
         if self.last_step is None:
             self._id_type = None
-
-    # ------------------------------------------------------------------ queries
-
-    def dataset(self) -> Dataset:
-        """All rows as a pyarrow Dataset, for queries of one's own: DuckDB and Polars take it as it is.
-
-        Raises:
-            InRunError: the folder does not exist and nothing was appended.
-        """
-        import pyarrow.dataset as ds
-
-        self._settle()
-        if self.path is not None and not self._buffer and not self.path.is_dir():
-            raise InRunError(f"expected a folder of shards, received {self.path}, which does not exist")
-        files = [str(shard) for shard in self._shards()]
-        parts = [ds.dataset(table) for table in (*self._kept, self._buffered())]
-        if files:
-            parts.insert(0, ds.dataset(files, schema=shards.make_schema(self._id_type), format="parquet"))
-        return ds.dataset(parts)
-
-    def __len__(self) -> int:
-        """Number of rows, of all writers."""
-        return self.dataset().count_rows()
-
-    def rows(self) -> pa.Table:
-        """All rows (step, sample_id, token, target, value): writer by writer, each in order of steps."""
-        return self.dataset().to_table()
-
-    def totals(self, target: str | None = None, *, per_token: bool = False) -> pa.Table:
-        """Sum over the run: sample_id, target, value (float64, nats), count (times seen), ordered by id.
-
-        Tokens are summed into their sample; with `per_token` they stay apart, and a column token follows the id.
-        """
-        return sum_values(self.dataset(), ["sample_id", *(["token"] if per_token else []), "target"], target)
-
-    def top(self, k: int, target: str | None = None) -> pa.Table:
-        """The k samples of highest total value, highest first; columns as `totals`.
-
-        Raises:
-            ValueError: the ledger has several targets and none is named.
-        """
-        return self._ranked(k, target, "descending")
-
-    def bottom(self, k: int, target: str | None = None) -> pa.Table:
-        """The k samples of lowest total value, lowest first; as `top`."""
-        return self._ranked(k, target, "ascending")
-
-    def by_source(self, sources: Any, target: str | None = None) -> pa.Table:
-        """Sum per source: source, target, value (float64, nats), mean (per time seen), count (times seen).
-
-        Args:
-            sources: mapping from sample id to source, or a table with the columns sample_id and source
-                (pyarrow, pandas, polars: what `pyarrow.table` takes).
-            target: only this target; None keeps them apart.
-
-        Samples that `sources` does not name are summed under the source null, so that nothing goes missing.
-
-        Raises:
-            ValueError, TypeError: `sources` lacks a column, has ids of the other kind or names an id twice.
-        """
-        table = sum_values(self.dataset(), ["source", "target"], target, sources)
-        mean = table["value"].to_numpy() / table["count"].to_numpy()
-        return table.add_column(3, "mean", [mean])
-
-    def over_time(self, sources: Any = None, *, bins: int = 50, target: str | None = None) -> pa.Table:
-        """Sum per stretch of steps: step (first of the stretch), source if given, target, value, count.
-
-        Args:
-            sources: as in `by_source`; None sums over all samples.
-            bins: at most so many stretches, all of one length.
-            target: only this target; None keeps them apart.
-        """
-        if bins < 1:
-            raise ValueError(f"expected bins >= 1, received {bins}")
-        rows = self.dataset()
-        keys = ["step", "target"] if sources is None else ["step", "source", "target"]
-        return sum_values(rows, keys, target, sources, stretches(rows, bins))
-
-    def _ranked(self, k: int, target: str | None, order: str) -> pa.Table:
-        import pyarrow.compute as pc
-
-        if k < 0:
-            raise ValueError(f"expected k >= 0, received {k}")
-        table = self.totals(target)
-        names = table["target"].unique().to_pylist()
-        if len(names) > 1:
-            raise ValueError(f"expected target to be one of {names}, received None")
-        options = pc.SelectKOptions(k, [("value", order), ("sample_id", "ascending")])
-        return table.take(pc.call_function("select_k_unstable", [table], options))
 
     # ------------------------------------------------------------------ shards and memory
 
@@ -298,12 +228,31 @@ class Ledger:
     def _prefix(self) -> str:
         return f"rank{self.rank:05d}-step"
 
-    def _own_shards(self) -> list[Path]:
-        return [] if self.path is None else sorted(self.path.glob(f"{self._prefix}*.parquet"))
+    @staticmethod
+    def _last_of(own: list[Path]) -> int | None:
+        steps = shards.steps_of(own[-1:])  # of the last shard: each has later steps than the one before
+        return steps[1] if steps else None
 
-    def _shards(self) -> list[Path]:
-        found, self._id_type = shards.inspect(self.path, self._id_type)
-        return found
+    def _cut(self, shard: Path, step: int) -> Path:
+        """Replace a shard by its rows before `step`."""
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        _, first, last = shards.span(shard)
+        # A compacted one gives its name up, as it stands for steps that will come again; until it is gone, readers
+        # take it and not its first part.
+        rest = shard if last == first else shard.with_name(f"{self._prefix}{first:012d}-{step - 1:012d}.parquet")
+        shards.write(pq.read_table(shard).filter(pc.field("step") < step), rest)
+        if rest != shard:
+            shard.unlink()
+            shards.sync(shard.parent)
+        return rest
+
+    def _in_memory(self) -> pa.Table:
+        import pyarrow as pa
+
+        self._settle()
+        return pa.concat_tables([*self._kept, self._buffered()])
 
     def _settle(self) -> None:
         """Move the pending values to the buffer, checked."""

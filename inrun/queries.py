@@ -1,41 +1,153 @@
-"""Sums over the rows of a ledger, streamed with pyarrow: memory goes with the groups, not with the rows."""
+"""Sums over the rows of a ledger: memory goes with the groups, not with the rows.
+
+DuckDB, where it is installed, reads the shards some three times as fast as the same sums streamed with pyarrow, and
+moves to disk what exceeds its memory. Both add float64 numbers in one thread, so the same ledger gives the same bits.
+"""
 
 from __future__ import annotations
 
+import glob
+import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from inrun import shards
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from pyarrow.compute import Expression
     from pyarrow.dataset import Dataset
 
 # Small steps: shards are read no faster than they are summed.
 _SCAN: Any = {"batch_size": 1 << 15, "batch_readahead": 1, "fragment_readahead": 1}
+_MEMORY = "2GB"  # DuckDB's; beyond it goes to disk
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a ledger: those of the shards, and a table (with the schema of all) of what is in none."""
+
+    files: list[Path]
+    table: pa.Table
+
+    def dataset(self) -> Dataset:
+        import pyarrow.dataset as ds
+
+        parts = [ds.dataset(self.table)]
+        if self.files:
+            names = [str(file) for file in self.files]
+            parts.insert(0, ds.dataset(names, schema=self.table.schema, format="parquet"))
+        return ds.dataset(parts)
 
 
 def sum_values(
-    rows: Dataset, keys: list[str], target: str | None, sources: Any = None, step: Expression | None = None
+    rows: Rows,
+    keys: list[str],
+    target: str | None,
+    *,
+    sources: Any = None,
+    stretch: tuple[int, int] | None = None,
+    among: Any = None,
+    best: tuple[int, str] | None = None,
 ) -> pa.Table:
     """Sum and count the values of each group.
-
-    It runs in one thread, shard by shard, so the same ledger gives the same bits.
 
     Args:
         rows: step, sample_id, token, target, value.
         keys: columns that make a group, among step, sample_id, token, target and (with `sources`) source.
         target: only this target.
         sources: mapping from sample id to source, or a table with the columns sample_id and source.
-        step: what stands in the place of the step.
+        stretch: (first, width): the first step of its stretch stands in the place of the step.
+        among: only these sample ids.
+        best: (k, "ascending" or "descending"): only the first k by value, then by sample_id.
 
     Returns:
         The keys, value (float64), count (int64: a sample's tokens count once, unless they are apart), ordered by the
-        keys.
+        keys, or as `best` says.
 
     Raises:
         ValueError: there is no such target, or `sources` lacks a column or names an id twice.
-        TypeError: `sources` has ids of another kind.
+        TypeError: `sources` or `among` has ids of another kind.
     """
+    import pyarrow as pa
+
+    id_type = rows.table.schema.field("sample_id").type
+    if sources is not None:
+        sources = _source_table(sources, id_type)
+    if among is not None:
+        among = pa.table({"sample_id": _ids(pa.array(among), id_type, "among").unique()})
+    if best is not None:
+        order = [("value", best[1]), ("sample_id", "ascending")]
+    else:
+        order = [(key, "ascending") for key in keys]
+    try:
+        import duckdb  # noqa: F401
+    except ImportError:
+        engine = _stream
+    else:
+        engine = _duckdb
+    found = engine(rows, keys, target, sources, stretch, among, order, best[0] if best else None)
+    if target is not None and not found.num_rows and (names := targets_of(rows)) and target not in names:
+        raise ValueError(f"expected target to be one of {names}, received {target!r}")
+    return found
+
+
+def targets_of(rows: Rows) -> list[str]:
+    """The names of the targets, sorted."""
+    names: set[str] = set()
+    for batch in rows.dataset().to_batches(columns=["target"], batch_readahead=1, fragment_readahead=1):
+        names.update(batch["target"].unique().to_pylist())
+    return sorted(names)
+
+
+def stretches(rows: Rows, bins: int) -> tuple[int, int]:
+    """First step, and the length of at most `bins` stretches that hold all steps."""
+    import pyarrow.compute as pc
+
+    ends = [*(shards.steps_of(rows.files) or ()), *pc.call_function("min_max", [rows.table["step"]]).as_py().values()]
+    steps = [step for step in ends if step is not None]
+    return (min(steps), -(-(max(steps) - min(steps) + 1) // bins)) if steps else (0, 1)
+
+
+def _duckdb(rows: Rows, keys, target, sources, stretch, among, order, k) -> pa.Table:
+    import duckdb
+    import pyarrow as pa
+
+    schema = rows.table.schema
+    names = pa.schema([field.with_type(pa.string()) if field.name == "target" else field for field in schema])
+    columns = {key: f'"{key}"' for key in keys}
+    if stretch is not None:
+        columns["step"] = f"(step - {stretch[0]}) // {stretch[1]} * {stretch[1]} + {stretch[0]}"
+    seen = "1" if "token" in keys else "(token is null or token = 0)::int"
+    selected = ", ".join(f"{column} as {key}" for key, column in columns.items())
+    read = "select * from read_parquet($files, union_by_name = true) union all by name " if rows.files else ""
+    query = f"""
+        select {selected}, sum("value"::double) as "value", sum({seen})::bigint as "count"
+        from ({read} select * from memory)
+        {"semi join among using (sample_id)" if among is not None else ""}
+        {"left join sources using (sample_id)" if sources is not None else ""}
+        {"where target = $target" if target is not None else ""}
+        group by {", ".join(columns.values())}
+        order by {", ".join(f"{name} {direction.removesuffix('ending')}" for name, direction in order)}
+        {"" if k is None else f"limit {k}"}
+    """
+    given = {"files": [glob.escape(str(file)) for file in rows.files]} if rows.files else {}
+    given |= {} if target is None else {"target": target}
+    with tempfile.TemporaryDirectory() as spill:
+        config: Any = {"threads": 1, "memory_limit": _MEMORY, "temp_directory": spill}
+        with duckdb.connect(config=config) as connection:
+            for name, table in (("memory", rows.table.cast(names)), ("sources", sources), ("among", among)):
+                if table is not None:
+                    connection.register(name, table)
+            try:
+                return connection.sql(query, params=given).to_arrow_table()
+            except duckdb.IOException as error:
+                missing = [file for file in rows.files if not file.exists()]
+                raise (FileNotFoundError(str(missing[0])) if missing else error) from error
+
+
+def _stream(rows: Rows, keys, target, sources, stretch, among, order, k) -> pa.Table:
     import pyarrow as pa
     import pyarrow.compute as pc
     from pyarrow import acero
@@ -43,41 +155,28 @@ def sum_values(
 
     columns = {name: pc.field(name) for name in ("step", "sample_id", "token", "target", "value")}
     columns["target"] = columns["target"].cast(pa.string())  # shards differ in their dictionaries
-    if step is not None:
-        columns["step"] = step
+    if stretch is not None:
+        columns["step"] = (pc.field("step") - stretch[0]) / stretch[1] * stretch[1] + stretch[0]
     token = pc.field("token")
     columns["seen"] = pc.scalar(1) if "token" in keys else (token.is_null() | (token == 0)).cast(pa.int64())
-    plan = Declaration("scan", acero.ScanNodeOptions(rows, **_SCAN))
+    plan = Declaration("scan", acero.ScanNodeOptions(rows.dataset(), **_SCAN))
     plan = Declaration("project", acero.ProjectNodeOptions(list(columns.values()), list(columns)), [plan])
     if target is not None:
         plan = Declaration("filter", acero.FilterNodeOptions(pc.field("target") == target), [plan])
+    if among is not None:
+        plan = Declaration("filter", acero.FilterNodeOptions(pc.field("sample_id").isin(among["sample_id"])), [plan])
     if sources is not None:
-        table = _source_table(sources, rows.schema.field("sample_id").type)
         outputs = [name for name in columns if name != "sample_id"]
         options = acero.HashJoinNodeOptions("left outer", "sample_id", "sample_id", outputs, ["source"])
         plan = Declaration(
-            "hashjoin", options, [plan, Declaration("table_source", acero.TableSourceNodeOptions(table))]
+            "hashjoin", options, [plan, Declaration("table_source", acero.TableSourceNodeOptions(sources))]
         )
     sums: Any = [("value", "hash_sum", None, "sum"), ("seen", "hash_sum", None, "count")]
     plan = Declaration("aggregate", acero.AggregateNodeOptions(sums, keys), [plan])
-    found = plan.to_table(use_threads=False).select([*keys, "sum", "count"])
-    if target is not None and not found.num_rows and rows.count_rows():
-        raise ValueError(f"expected the name of a target of this ledger, received {target!r}")
-    return found.rename_columns([*keys, "value", "count"]).sort_by([(key, "ascending") for key in keys])
-
-
-def stretches(rows: Dataset, bins: int) -> Expression:
-    """The first step of the stretch in which a step lies: at most `bins` stretches, all of one length."""
-    import numpy as np
-    import pyarrow.compute as pc
-
-    first, last = np.iinfo(np.int64).max, -1
-    for batch in rows.to_batches(columns=["step"], **_SCAN):
-        if batch.num_rows:
-            steps = batch["step"].to_numpy()
-            first, last = min(first, int(steps.min())), max(last, int(steps.max()))
-    width = max(1, -(-(last - first + 1) // bins))
-    return (pc.field("step") - first) / width * width + first
+    found = plan.to_table(use_threads=False).select([*keys, "sum", "count"]).rename_columns([*keys, "value", "count"])
+    if k is None:
+        return found.sort_by(order)
+    return found.take(pc.call_function("select_k_unstable", [found], pc.SelectKOptions(k, order)))
 
 
 def _source_table(sources: Any, id_type: pa.DataType) -> pa.Table:
@@ -90,8 +189,7 @@ def _source_table(sources: Any, id_type: pa.DataType) -> pa.Table:
     if not {"sample_id", "source"} <= set(table.column_names):
         raise ValueError(f"expected sources with columns sample_id and source, received {table.column_names}")
     ids, source = table["sample_id"], table["source"]
-    if len(ids) and pa.types.is_integer(ids.type) != pa.types.is_integer(id_type):
-        raise TypeError(f"expected sources to name samples by {id_type}, as the ledger, received {ids.type}")
+    ids = _ids(ids, id_type, "sources")
     if pa.types.is_dictionary(source.type):
         source = source.cast(source.type.value_type)
     elif pa.types.is_null(source.type):
@@ -99,4 +197,13 @@ def _source_table(sources: Any, id_type: pa.DataType) -> pa.Table:
     twice = [each["values"] for each in ids.value_counts().to_pylist() if each["counts"] > 1]
     if twice:
         raise ValueError(f"expected sources to name each id once, received {len(twice)} twice: {twice[:10]}")
-    return pa.table({"sample_id": ids.cast(id_type), "source": source})
+    return pa.table({"sample_id": ids, "source": source})
+
+
+def _ids(ids: Any, id_type: pa.DataType, name: str) -> Any:
+    """Ids (an array) in the ledger's type."""
+    import pyarrow as pa
+
+    if len(ids) and pa.types.is_integer(ids.type) != pa.types.is_integer(id_type):
+        raise TypeError(f"expected {name} to name samples by {id_type}, as the ledger, received {ids.type}")
+    return ids.cast(id_type)

@@ -3,6 +3,9 @@
 A shard is named ``rank00000-step000000000000.parquet`` after its writer's rank and its first step. It is
 written under a name that does not end in ``.parquet``, fsynced and renamed. Its schema metadata holds, under
 the key ``inrun``, a JSON object: schema version, sign, unit, rank, versions, and what the run adds.
+
+Compaction makes ``rank00000-step000000000000-000000000999.parquet`` of a writer's shards of these steps. Whoever
+sees it takes it in their place (`listing`), so what a kill left of them counts for nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import contextlib
 import json
 import operator
 import os
+import re
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 READABLE = (1, 2)  # 1 has no column `token`, which then reads as null
 _KEY = "inrun"
+_NAME = re.compile(r"(rank\d+)-step(\d+)(?:-(\d+))?")
 
 
 def make_schema(id_type: pa.DataType | None) -> pa.Schema:
@@ -127,9 +133,10 @@ def write(table: pa.Table, shard: Path) -> None:
 
     temporary = shard.with_name(f"{shard.name}.tmp")
     columns: Any = ["step", "token", "target"]  # the other two hardly repeat within a shard
+    encoding: Any = {"sample_id": "DELTA_BINARY_PACKED" if table["sample_id"].type == "int64" else "DELTA_BYTE_ARRAY"}
     try:
         with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd", use_dictionary=columns)
+            pq.write_table(table, file, compression="zstd", use_dictionary=columns, column_encoding=encoding)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, shard)
@@ -153,27 +160,52 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def inspect(folder: Path | None, id_type: pa.DataType | None) -> tuple[list[Path], pa.DataType | None]:
-    """All shards of `folder`, sorted, and the type of their ids.
+def span(shard: Path) -> tuple[str, int, int]:
+    """The writer of a shard, its first step, and the last step that it stands for in its writer's name.
+
+    A shard as it was flushed names its first step alone.
+    """
+    match = _NAME.fullmatch(shard.stem)
+    if match is None:  # not a writer's: `check` finds out what it is
+        return shard.name, 0, 0
+    writer, first, last = match.groups()
+    return writer, int(first), int(last or first)
+
+
+def listing(folder: Path | None, writer: str = "") -> list[Path]:
+    """The shards that are the ledger (or the writer's part), by writer and step, as they were at one moment."""
+    found, before = sorted(folder.glob(f"{writer}*.parquet")) if folder else [], None
+    while folder and found != before:  # a listing is not made at one moment; two that agree are as good
+        found, before = sorted(folder.glob(f"{writer}*.parquet")), found
+    kept: list[Path] = []
+    for shard in sorted(found, key=lambda each: (span(each)[:2], -span(each)[2], each.name)):
+        name, _, last = span(shard)
+        if not kept or span(kept[-1])[0] != name or last > span(kept[-1])[2]:
+            kept.append(shard)
+    return kept
+
+
+def check(found: list[Path], id_type: pa.DataType | None) -> pa.DataType | None:
+    """The type of the ids in all of these shards.
 
     Raises:
         InRunError: a file is not a shard, of a schema version we do not know, or with ids not of `id_type`.
+        FileNotFoundError: another process compacted or dropped a shard after it was listed.
     """
-    shards = []
-    for shard in [] if folder is None else sorted(folder.glob("*.parquet")):
-        try:
-            schema = _read_schema(shard)
-        except FileNotFoundError:  # another writer resumes and drops it just now
-            continue
-        if (found := _metadata(schema).get("schema")) not in READABLE:
+    for shard in found:
+        schema = _read_schema(shard)
+        if (version := _metadata(schema).get("schema")) not in READABLE:
             known = " or ".join(map(str, READABLE))
-            raise InRunError(f"expected a shard of schema version {known}, received {found} in {shard}")
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
+            raise InRunError(
+                f"expected a shard of schema version {known}, received {version} in {shard}: "
+                + ("a newer inrun wrote it; upgrade with pip install -U inrun" if newer else "no ledger wrote it")
+            )
         type_here = schema.field("sample_id").type
         if id_type not in (None, type_here):
             raise InRunError(f"expected ids of type {id_type} in every shard, received {type_here} in {shard}")
         id_type = type_here
-        shards.append(shard)
-    return shards, id_type
+    return id_type
 
 
 def read_metadata(shard: Path) -> dict[str, Any]:
@@ -181,11 +213,57 @@ def read_metadata(shard: Path) -> dict[str, Any]:
     return _metadata(_read_schema(shard))
 
 
-def last_step(shard: Path) -> int:
-    """The last step of a shard; its rows are in order of steps."""
+def steps_of(found: list[Path]) -> tuple[int, int] | None:
+    """First and last step of these shards, from the statistics in their footers; None where there is no row."""
     import pyarrow.parquet as pq
 
-    return pq.read_table(shard, columns=["step"])["step"][-1].as_py()
+    steps: list[int] = []
+    for footer in map(pq.read_metadata, found):
+        for group in map(footer.row_group, range(footer.num_row_groups)):
+            statistics = group.column(0).statistics  # `step`
+            steps += [statistics.min, statistics.max]
+    return (min(steps), max(steps)) if steps else None
+
+
+def compact(folder: Path, rows: int, done: Callable[[int], object]) -> None:
+    """Make of every writer's shards few large ones of at most `rows` rows, sorted by sample.
+
+    Sorted ids take less space, and sums over them are about three times as fast.
+
+    Args:
+        folder: of the shards.
+        rows: larger shards stay alone. A group of shards is sorted in memory.
+        done: told the rows of each group when it is finished.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    groups: list[tuple[str, int, list[Path]]] = []  # writer, rows, shards
+    for shard in listing(folder):
+        writer, count = span(shard)[0], pq.read_metadata(shard).num_rows
+        if not groups or groups[-1][0] != writer or groups[-1][1] + count > rows:
+            groups.append((writer, 0, []))
+        _, before, members = groups.pop()
+        groups.append((writer, before + count, [*members, shard]))
+    remove_superseded(folder)
+    for writer, count, members in groups:
+        if len(members) > 1 or _NAME.fullmatch(members[0].stem)[3] is None:  # pyright: ignore[reportOptionalSubscript]
+            facts, (first, last) = read_metadata(members[-1]), steps_of(members) or (0, 0)
+            schema = make_schema(pq.read_schema(members[0]).field("sample_id").type)
+            parts = [pq.read_table(member, schema=schema) for member in members]
+            table = pa.concat_tables(parts).unify_dictionaries().combine_chunks().sort_by("sample_id")
+            merged = folder / f"{writer}-step{first:012d}-{last:012d}.parquet"
+            write(describe(table, int(writer.removeprefix("rank")), facts), merged)
+            remove_superseded(folder, writer)
+        done(count)
+
+
+def remove_superseded(folder: Path, writer: str = "") -> None:
+    """Remove the shards (of one writer) for which a compacted one stands."""
+    kept = set(listing(folder, writer))
+    for shard in set(folder.glob(f"{writer}*.parquet")) - kept:
+        shard.unlink()
+    sync(folder)
 
 
 def _read_schema(shard: Path) -> pa.Schema:

@@ -17,8 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inrun import InRunError, Ledger
+from inrun import InRunError, Ledger, shards
 from inrun.ledger import _SETTLE_STEPS
+from inrun.reading import Reader
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,6 +59,17 @@ def same(column):
     return column
 
 
+@pytest.fixture(params=["duckdb", "pyarrow"], scope="module")
+def engine(request):
+    """What sums: DuckDB, or pyarrow as where DuckDB is not installed."""
+    if request.param == "duckdb":
+        pytest.importorskip("duckdb")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "pyarrow":
+            patch.setitem(sys.modules, "duckdb", None)
+        yield request.param
+
+
 # A run is a list of steps: the samples of each, its tokens per sample (None: scored whole), and whether it was flushed.
 ids_of_a_step = st.lists(st.integers(0, 5), max_size=5)
 runs = st.lists(st.tuples(ids_of_a_step, st.sampled_from([None, 1, 3]), st.booleans()), min_size=1, max_size=12)
@@ -65,7 +77,7 @@ runs = st.lists(st.tuples(ids_of_a_step, st.sampled_from([None, 1, 3]), st.boole
 
 @settings(max_examples=40, deadline=None)
 @given(run=runs, targets=st.integers(1, 3), strings=st.booleans(), disk=st.booleans(), bins=st.integers(1, 15))
-def test_queries_equal_plain_python(tmp_path_factory, run, targets, strings, disk, bins):
+def test_queries_equal_plain_python(tmp_path_factory, engine, run, targets, strings, disk, bins):
     ledger = Ledger(tmp_path_factory.mktemp("ledger") if disk else None)
     names = [f"target {index}" for index in range(targets)]
     rows = []
@@ -85,6 +97,9 @@ def test_queries_equal_plain_python(tmp_path_factory, run, targets, strings, dis
             ledger.flush()
     assert [tuple(row.values()) for row in ledger.rows().to_pylist()] == rows
     assert len(ledger) == len(rows)
+    if bins % 2:
+        ledger.compact(bins)
+        assert sorted(map(repr, rows)) == sorted(repr(tuple(row.values())) for row in ledger.rows().to_pylist())
 
     totals = ledger.totals()
     assert totals.column_names == ["sample_id", "target", "value", "count"]
@@ -120,6 +135,11 @@ def test_queries_equal_plain_python(tmp_path_factory, run, targets, strings, dis
         order = sorted(sums, key=lambda sample: (-sums[sample], sample))
         assert ledger.top(3, name)["sample_id"].to_pylist() == order[:3]
         assert ledger.bottom(100, name)["value"].to_pylist() == sorted(sums.values())
+        among = order[::2]
+        assert (
+            ledger.bottom(3, name, among=among)["sample_id"].to_pylist()
+            == sorted(among, key=lambda i: (sums[i], i))[:3]
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -204,7 +224,7 @@ def test_several_writers_are_one_ledger(tmp_path):
     assert totals["value"].to_pylist() == [10 + 5 * sample / 16 for sample in range(12)]
 
 
-def test_same_ledger_same_bits(tmp_path):
+def test_same_ledger_same_bits(tmp_path, engine):
     rng = np.random.default_rng(0)
     with Ledger(tmp_path, flush_rows=1 << 14) as ledger:
         for step in range(200):
@@ -212,6 +232,134 @@ def test_same_ledger_same_bits(tmp_path):
     sources = {number: str(number % 3) for number in range(50)}
     for query in (Ledger.totals, lambda each: each.by_source(sources), lambda each: each.over_time(sources)):
         assert all(query(Ledger(tmp_path)).equals(query(ledger)) for _ in range(5))
+
+
+def merged(folder: Path, rows: int = 1 << 22) -> list[str]:
+    """The names of the shards after a compaction."""
+    Ledger(folder).compact(rows)
+    return sorted(each.name for each in folder.iterdir())
+
+
+def test_compaction_makes_few_sorted_shards_of_each_writer(tmp_path):
+    for rank in range(2):
+        with Ledger(tmp_path, rank=rank, flush_rows=8, metadata={"rank's": rank}) as ledger:
+            fill(ledger, range(10), offset=4 * rank)  # five shards of 8 rows
+    before = Ledger(tmp_path).totals()
+    assert merged(tmp_path, 24) == [
+        f"rank0000{rank}-step00000000000{a}-00000000000{b}.parquet" for rank in (0, 1) for a, b in ((0, 5), (6, 9))
+    ]
+    assert Ledger(tmp_path).totals() == before and len(Ledger(tmp_path)) == 80
+    first = pq.read_table(sorted(tmp_path.iterdir())[0])
+    assert first["sample_id"].to_pylist() == [sample for sample in range(4) for _ in range(6)]
+    assert first["step"].to_pylist() == [*range(6)] * 4
+    assert [Ledger(tmp_path, rank=rank).metadata["rank's"] for rank in (0, 1)] == [0, 1]
+    unchanged = listing(tmp_path)
+    assert merged(tmp_path, 24) == sorted(unchanged) and listing(tmp_path) == unchanged
+    with Ledger(tmp_path, rank=1) as ledger:
+        assert ledger.last_step == 9
+        fill(ledger, range(10, 12), offset=4)
+    names = merged(tmp_path)
+    assert names[1:] == ["rank00001-step000000000000-000000000011.parquet"] and len(names) == 2
+    assert steps_of(Ledger(tmp_path)) == sorted([*range(10)] * 8 + [10, 11] * 4)
+    with pytest.raises(ValueError, match="rows >= 1, received 0"):
+        ledger.compact(0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    flushes=st.lists(st.integers(1, 3), min_size=1, max_size=6),
+    rows=st.integers(1, 20),
+    at=st.integers(0, 12),
+    strings=st.booleans(),
+)
+def test_resume_after_compaction_leaves_exactly_the_steps_before(tmp_path_factory, flushes, rows, at, strings):
+    path = tmp_path_factory.mktemp("ledger")
+    steps = iter(range(100))
+    ledger = Ledger(path)
+
+    def go_on(step: int) -> None:
+        ledger.append(step, ["b", "a"] if strings else [2, 1], [step, step / 2])
+
+    for count in flushes:
+        for _ in range(count):
+            go_on(next(steps))
+        ledger.flush()
+    for _ in range(2):
+        ledger.compact(rows)
+        left = [step for step in range(min(at, sum(flushes))) for _ in range(2)]
+        ledger.resume(at)
+        assert steps_of(Ledger(path)) == left and Ledger(path).last_step == (left[-1] if left else None)
+        go_on(at)
+        ledger.flush()
+        assert steps_of(Ledger(path)) == [*left, at, at]
+        assert pq.read_table(sorted(path.iterdir()))["value"].to_pylist().count(at) >= 1
+
+
+def test_compaction_and_resume_stopped_at_any_moment_lose_and_double_nothing(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    unlink, replace = Path.unlink, os.replace
+    for moment in range(14):
+        path = tmp_path / str(moment)
+        with Ledger(path, flush_rows=8) as ledger:
+            fill(ledger, range(10))  # five shards of two steps
+        expected = Ledger(path).totals()
+        reader, calls = Ledger(path), iter(range(100))
+
+        def counted(change, moment=moment, calls=calls):
+            def step(*arguments, **options):
+                if next(calls) == moment:
+                    raise Killed
+                return change(*arguments, **options)
+
+            return step
+
+        def change(act, counted=counted):
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                patch.setattr(Path, "unlink", counted(unlink))
+                patch.setattr(os, "replace", counted(replace))
+                act()
+                raise Killed  # after its last change
+
+        change(lambda path=path: Ledger(path).compact(24))
+        assert reader.totals() == Ledger(path).totals() == expected and Ledger(path).last_step == 9
+        # The killed compaction is gone on with, or cut back, and that killed too.
+        change(lambda path=path: Ledger(path).resume(3))
+        found = set(steps_of(Ledger(path)))
+        assert found == set(range(len(found))) and len(steps_of(Ledger(path))) == 4 * len(found) >= 12
+        Ledger(path).resume(3)
+        assert set(steps_of(Ledger(path))) == {0, 1, 2}
+        assert len(pq.read_table(sorted(path.glob("*.parquet")))) == 12
+        with Ledger(path) as ledger:
+            fill(ledger, range(3, 10))
+        ledger.compact()
+        assert Ledger(path).totals() == expected and len(list(path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("query", [Ledger.totals, Ledger.rows, lambda each: each.top(3), Ledger.__len__])
+def test_a_question_is_asked_again_where_the_ledger_was_compacted_meanwhile(tmp_path, monkeypatch, query, engine):
+    path = tmp_path / "odd [name] *"
+    with Ledger(path, flush_rows=8) as ledger:
+        fill(ledger, range(10))
+    expected = query(ledger)
+    reader = Ledger(path)
+    in_memory, calls = Reader._in_memory, []
+
+    def late(self):  # the shards have been listed and checked, and not read yet
+        if self is reader and not calls:
+            calls.append(1)
+            Ledger(path).compact()
+        return in_memory(self)
+
+    monkeypatch.setattr(Ledger, "_in_memory", late)
+    found = query(reader)
+    assert calls and len(list(path.iterdir())) == 1
+    assert found == expected or found.sort_by("step") == expected
+    next(path.iterdir()).unlink()
+    monkeypatch.setattr(shards, "listing", lambda *_: [path / "rank00000-step000000000000.parquet"])
+    with pytest.raises(FileNotFoundError):  # and not asked for ever
+        query(reader)
 
 
 def test_opening_and_reading_change_nothing(tmp_path):
@@ -343,7 +491,8 @@ def test_ids_are_of_one_kind(tmp_path):
 def test_foreign_files_and_versions_are_refused(tmp_path):
     shard = tmp_path / "rank00000-step000000000000.parquet"
     table = pa.table({"step": [0], "sample_id": [0]})
-    for metadata, found in ((None, "None"), ({"inrun": json.dumps({"schema": 99})}, "99")):
+    newer = {"inrun": json.dumps({"schema": 99})}
+    for metadata, found in ((None, "None in .*: no ledger"), (newer, "99 in .*: a newer inrun wrote it; upgrade")):
         pq.write_table(table.replace_schema_metadata(metadata), shard)
         with pytest.raises(InRunError, match=f"schema version 1 or 2, received {found}"):
             Ledger(tmp_path)
@@ -375,7 +524,7 @@ def test_bad_questions(tmp_path):
     ledger.append(0, [1, 2], [[1.0, 2.0], [3.0, 4.0]], ("code", "prose"))
     with pytest.raises(ValueError, match=r"one of \['code', 'prose'\]"):
         ledger.top(1)
-    with pytest.raises(ValueError, match="target of this ledger, received 'maths'"):
+    with pytest.raises(ValueError, match=r"one of \['code', 'prose'\], received 'maths'"):
         ledger.totals("maths")
     with pytest.raises(ValueError, match="k >= 0"):
         ledger.bottom(-1, "code")
@@ -385,8 +534,10 @@ def test_bad_questions(tmp_path):
         ledger.by_source(pa.table({"sample_id": [1, 1, 2], "source": ["a", "b", "c"]}))
     with pytest.raises(ValueError, match=r"columns sample_id and source, received \['id'\]"):
         ledger.by_source(pa.table({"id": [1]}))
-    with pytest.raises(TypeError, match="by int64, as the ledger, received string"):
+    with pytest.raises(TypeError, match="sources to name samples by int64, as the ledger, received string"):
         ledger.by_source({"1": "a"})
+    with pytest.raises(TypeError, match="among to name samples by int64, as the ledger, received string"):
+        ledger.top(1, "code", among=["1"])
 
 
 def test_what_was_appended_is_a_copy():
@@ -440,6 +591,47 @@ def test_values_on_a_gpu():
         ledger.append(step, torch.tensor([1, 2], device="cuda"), values)
         values.zero_()
     assert ledger.totals()["value"].to_pylist() == [3.0, 3.0]
+
+
+def test_data_frames(monkeypatch):
+    ledger = Ledger()
+    fill(ledger, range(2), batch=2)
+    for name in ("polars", "pandas"):
+        pytest.importorskip(name)
+        frame = getattr(ledger, f"to_{name}")()
+        assert type(frame).__module__.split(".")[0] == name
+        assert list(frame.columns) == ["step", "sample_id", "token", "target", "value"]
+        assert frame["value"].to_list() == [0, 1 / 16, 1, 17 / 16] and list(frame["target"]) == ["validation"] * 4
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(InRunError, match=f"pip install {name}"):
+            getattr(ledger, f"to_{name}")()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", [None, "numpy"])
+def test_a_dataset_filtered_by_value(streaming, form):
+    datasets = pytest.importorskip("datasets")
+    ledger = Ledger()
+    ledger.append(0, [1, 2, 3], [1.0, -1.0, 0.5])
+    ledger.append(1, [2, 3], [3.0, -0.5])  # totals: 1, 2, 0; 4 is never scored
+    dataset = datasets.Dataset.from_dict({"text": ["a", "b", "c", "d"], "id": [1, 2, 3, 4]}).with_format(form)
+    dataset = dataset.to_iterable_dataset() if streaming else dataset
+
+    def left(**choice):
+        return "".join(row["text"] for row in ledger.filter(dataset, column="id", **choice))
+
+    assert left(unscored="drop") == "abc" and left(unscored="keep") == "abcd"
+    assert left(unscored="drop", at_least=0.5) == "ab" and left(unscored="keep", at_least=1.5) == "bd"
+    with pytest.raises(TypeError, match="unscored"):
+        left()
+    with pytest.raises(ValueError, match="'keep' or 'drop', received True"):
+        left(unscored=True)
+    with pytest.raises(TypeError, match="int64 ids in 'text', as in the ledger, received string"):
+        list(ledger.filter(dataset, column="text", unscored="keep"))
+    ledger.append(2, [1], [[1.0, 2.0]], ("code", "prose"))
+    with pytest.raises(ValueError, match=r"one of \['code', 'prose', 'validation'\]"):
+        left(unscored="drop")
+    assert left(unscored="drop", target="validation") == "abc"
 
 
 def test_duckdb_reads_the_folder_and_the_dataset(tmp_path):
