@@ -385,12 +385,23 @@ class Tracker:
             raise InRunError("batch: expected inside the step block, got outside of it")
         self._method.batch(layout, recompute)
 
-    def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """The optimizer's step begins; with a closure, its update only after that."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
+        if self._step is None or closure is None:
+            return self._update_begins(optimizer)
+
+        def closed() -> Any:
+            loss = closure()
+            self._update_begins(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": closed}
+
+    def _update_begins(self, optimizer: Optimizer) -> None:
         step = self._step
         if step is None:
             return
-        if len(args) > 1 or kwargs.get("closure") is not None:  # args[0] is the optimizer
-            raise InRunError("optimizer.step(closure): expected the backward pass before it; call step() without one")
         if step.factor is not None:
             raise InRunError("step: expected one optimizer.step() in the block, got a second one")
         self.ranks.settle()

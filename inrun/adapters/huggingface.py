@@ -1,0 +1,170 @@
+"""The Hugging Face Trainer, and every trainer made from it:
+
+    values = attach(trainer, validation=lambda: model(**held_out).loss, ledger="run/ledger")
+    trainer.train()
+    values.ledger.bottom(10)
+
+Sample ids are a column of the training set (`id_column`). They go with their examples through sampler, shuffling and
+collator, and are taken out before the forward, so a score has the id of the example that earned it, whatever the
+trainer drops or reorders. A step is the trainer's own: accumulation, clipping, mixed precision and its rescaling of
+the loss are in the gradients that are scored. Evaluation is not scored.
+
+Where the collator flattens its examples into one row (`padding_free`), each document has its value. Rows that were
+packed before hold a list in the id column, one id per token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from ..errors import InRunError
+from ..ledger import Ledger
+from .loop import Loop
+
+
+def attach(
+    trainer: Trainer,
+    validation: Callable[[], Tensor] | Mapping[str, Callable[[], Tensor]],
+    *,
+    id_column: str = "sample_id",
+    ledger: Ledger | str | Path | None = None,
+    **options: Any,
+) -> InRunCallback:
+    """Track what each training sample of `trainer.train()` does to the validation loss. Call it before `train()`.
+
+    Args:
+        trainer: of `transformers`, or a class made from it. It gets a callback, and carries the id column to the step.
+        validation: returns the validation loss, a scalar; or a dict of names and such callables. Run in eval mode.
+        id_column: column of the training set that holds each sample's id, integers or strings.
+        ledger: where the values go, as in `inrun.track`. A resumed run (`resume_from_checkpoint`) needs the folder of
+            the first one: what was written of the step to be resumed and later is dropped, and nothing else.
+        options: `Loop`'s (`logger`, `source_of`, ...) and `inrun.track`'s (`method`, `validate_every`, ...) others.
+
+    Returns:
+        The callback, with `ledger`, and `loop` while training.
+
+    Raises:
+        InRunError: the training set has no such column; several GPUs in one process; attached already.
+    """
+    if isinstance(trainer, _Tracked):
+        raise InRunError("attach: expected a trainer without inrun, got one that has it")
+    if trainer.args.n_gpu > 1:
+        raise InRunError(
+            f"attach: expected one GPU for each process, got {trainer.args.n_gpu} that the trainer would replicate the "
+            "model on; make one visible with CUDA_VISIBLE_DEVICES"
+        )
+    columns = getattr(trainer.train_dataset, "column_names", None)
+    if columns is not None and id_column not in columns:
+        raise InRunError(f"id_column: expected a column of the training set ({', '.join(columns)}), got {id_column!r}")
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns = [*(trainer._signature_columns or ()), id_column]  # else it is dropped as unused
+    trainer.data_collator = CarryIds(trainer.data_collator, id_column)
+    callback = InRunCallback(id_column, ledger, {"validation": validation, **options})
+    trainer.__class__ = type(type(trainer).__name__, (_Tracked, type(trainer)), {})
+    trainer._inrun = callback  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.add_callback(callback)
+    return callback
+
+
+@dataclass
+class CarryIds:
+    """A collator that leaves the ids of its examples in the batch, beside what `collator` makes of the rest.
+
+    `batch[column]` is then `{"ids": [...], "segments": None}`, or with documents in one row their `[S + 1]` offsets.
+    """
+
+    collator: Callable[[list[Any]], Any]
+    column: str
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Any:
+        batch = self.collator([{k: v for k, v in example.items() if k != self.column} for example in examples])
+        if not all(self.column in example for example in examples):
+            return batch  # an evaluation set needs no ids; a training batch without them is refused
+        found = [example[self.column] for example in examples]
+        found = [i.tolist() if hasattr(i, "tolist") else i for i in found]
+        rows = next(v for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0).shape[:2]
+        packed = isinstance(found[0], list)
+        if not packed and rows[0] == len(examples):
+            batch[self.column] = {"ids": found, "segments": None}
+            return batch
+        if rows[0] != 1:
+            raise InRunError(
+                f"{self.column}: expected one id for each row, or a batch that is one row of documents (padding_free); "
+                f"got {'one id per token in' if packed else f'{len(examples)} ids and'} {rows[0]} rows"
+            )
+        if packed:  # one id for each token; a document is a run of them
+            runs = [(i, len(list(run))) for row in found for i, run in itertools.groupby(row)]
+        else:
+            runs = [(i, len(e["input_ids"])) for i, e in zip(found, examples, strict=True)]
+        offsets = [0, *itertools.accumulate(length for _, length in runs)]
+        offsets[-1] = max(offsets[-1], rows[1])  # padding at the row's end, which has no gradient
+        batch[self.column] = {"ids": [i for i, _ in runs], "segments": offsets}
+        return batch
+
+
+class InRunCallback(TrainerCallback):
+    """Opens and closes the tracked run where the trainer says so; made by `attach`.
+
+    Attributes:
+        ledger: the `Ledger` that holds the values.
+        loop: the `Loop` with its tracker, while training; else None.
+    """
+
+    def __init__(self, column: str, ledger: Ledger | str | Path | None, options: dict[str, Any]) -> None:
+        self.column, self.options = column, options
+        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        self.loop: Loop | None = None
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self.loop is not None:  # the last attempt ended with an exception
+            self.on_train_end(args, state, control)
+            if args.auto_find_batch_size:  # and this one takes its place
+                self.ledger.resume(state.global_step)
+        self.loop = Loop(model, optimizer, start=state.global_step, ledger=self.ledger, **self.options)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        assert self.loop is not None
+        self.loop.end()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:  # the checkpoint must not be ahead of the ledger
+            self.ledger.flush()
+
+    on_epoch_end = on_step_end
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.loop is not None:  # a checkpoint of the best model may follow
+            self.ledger.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        loop, self.loop = self.loop, None
+        if loop is not None:
+            loop.close()
+
+    def announce(self, carried: Any) -> None:
+        """The ids that came with a training batch, before its forward."""
+        if carried is None:
+            raise InRunError(f"{self.column}: expected in every example of the training set, a batch came without it")
+        assert self.loop is not None
+        self.loop.announce(carried["ids"], segments=carried["segments"])
+
+
+class _Tracked:
+    """Mixin of an attached trainer: takes the ids out of its batches."""
+
+    _inrun: InRunCallback
+
+    def training_step(self: Any, model, inputs, *args, **kwargs):
+        self._inrun.announce(inputs.pop(self._inrun.column, None))
+        return super().training_step(model, inputs, *args, **kwargs)  # pyright: ignore
+
+    def prediction_step(self: Any, model, inputs, *args, **kwargs):
+        inputs.pop(self._inrun.column, None)
+        return super().prediction_step(model, inputs, *args, **kwargs)  # pyright: ignore

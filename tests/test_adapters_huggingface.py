@@ -1,0 +1,163 @@
+"""The Hugging Face Trainer: every score has the id of the sample that earned it, in the stacks that people train in."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+
+import pytest
+import torch
+from real_models import CASES, VOCAB
+
+import inrun
+from inrun import InRunError
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from inrun.adapters.huggingface import attach  # noqa: E402
+
+LR, CLIP = 0.5, 0.05  # so small that every step is clipped
+
+
+def samples(count=11, longest=9):
+    """Sequences of all lengths, each unlike the others; the first token has no label of its own."""
+    draw = random.Random(0)
+    rows = [[draw.randrange(3, VOCAB) for _ in range(3 + i % (longest - 2))] for i in range(count)]
+    return [{"sample_id": f"s{i}", "input_ids": row, "extra": 1.0} for i, row in enumerate(rows)]
+
+
+def pad(examples):
+    longest = max(len(e["input_ids"]) for e in examples)
+    rows = [torch.tensor(e["input_ids"]) for e in examples]
+    grow = [torch.nn.functional.pad(r, (0, longest - len(r))) for r in rows]
+    kept = [torch.arange(longest) < len(r) for r in rows]
+    labels = [torch.where(k, g, -100) for g, k in zip(grow, kept, strict=True)]
+    stacked = (torch.stack(grow), torch.stack(labels), torch.stack(kept).long())
+    return dict(zip(("input_ids", "labels", "attention_mask"), stacked, strict=True))
+
+
+HELD_OUT = pad([{"input_ids": [5, 6, 7, 8, 9, 10]}, {"input_ids": [3, 9, 4, 4, 11, 5]}])
+
+
+class Weights(transformers.TrainerCallback):
+    """The weights that each step began with."""
+
+    def __init__(self):
+        self.before = {}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.before[state.global_step] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def build(folder, trainset=None, ledger=None, evaluation=None, attached=True, **settings):
+    settings = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 2} | settings
+    args = transformers.TrainingArguments(
+        output_dir=folder, optim="sgd", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=CLIP, seed=3,
+        report_to="none", disable_tqdm=True, use_cpu=True, save_strategy=settings.pop("save_strategy", "no"),
+        logging_strategy="no", **settings,
+    )  # fmt: skip
+    model, weights = CASES["Llama"].built(), Weights()
+    trainer = transformers.Trainer(
+        model, args, data_collator=pad, train_dataset=trainset or samples(), eval_dataset=evaluation, callbacks=[weights]
+    )
+    held_out = lambda: model(**HELD_OUT).loss  # noqa: E731
+    return trainer, attach(trainer, validation=held_out, ledger=ledger) if attached else None, weights.before
+
+
+def share(model, row, tokens):
+    """One sample alone: the part of the step's mean over labelled tokens that it has."""
+    ids = torch.tensor([row])
+    logits = model(input_ids=ids).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum") / tokens
+
+
+def gradients(loss, model):
+    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+
+def oracle(weights, members):
+    """Values of a step's samples, in float64 and one at a time, by id."""
+    model = CASES["Llama"].built().double()
+    model.load_state_dict({n: w.double() for n, w in weights.items()})
+    rows = {s["sample_id"]: s["input_ids"] for s in samples()}
+    held = [row[mask.bool()].tolist() for row, mask in zip(HELD_OUT["input_ids"], HELD_OUT["attention_mask"], strict=True)]
+    tokens = sum(len(r) - 1 for r in held)
+    target = [sum(g) for g in zip(*(gradients(share(model, r, tokens), model) for r in held), strict=True)]
+    tokens = sum(len(rows[i]) - 1 for i in members)
+    each = {i: gradients(share(model, rows[i], tokens), model) for i in members}
+    norm = torch.stack([sum(g).square().sum() for g in zip(*each.values(), strict=True)]).sum().sqrt()
+    assert norm > CLIP
+    return {i: LR * CLIP / norm * sum((a * b).sum() for a, b in zip(target, g, strict=True)) for i, g in each.items()}
+
+
+def by_step(ledger):
+    steps = {}
+    for row in ledger.rows().to_pylist():
+        assert row["sample_id"] not in steps.setdefault(row["step"], {})
+        steps[row["step"]][row["sample_id"]] = row["value"]
+    return steps
+
+
+def compare(values, before, tolerance=2e-4):
+    found = by_step(values.ledger)
+    assert sorted(found) == sorted(before)
+    for step, scored in found.items():
+        expected = oracle(before[step], list(scored))
+        largest = max(abs(v) for v in expected.values())
+        for i, value in scored.items():
+            assert abs(value - expected[i]) <= tolerance * largest, (step, i, value, expected[i])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["list", "datasets"])
+def test_every_score_has_the_id_of_its_sample(kind, tmp_path):
+    """Shuffled, grouped by length, accumulated, clipped, evaluated in between; the last step of an epoch is short."""
+    trainset = samples()
+    if kind == "datasets":
+        trainset = pytest.importorskip("datasets").Dataset.from_list(trainset)
+    trainer, values, before = build(
+        tmp_path, trainset, evaluation=samples(5), train_sampling_strategy="group_by_length",
+        eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    classes = [type(m) for m in trainer.model.modules()]
+    trainer.train()
+    found = compare(values, before)
+    ids = {s["sample_id"] for s in samples()}
+    assert [len(found[i]) for i in range(4)] == [6, 5, 6, 5]
+    for epoch in (0, 2):
+        assert {*found[epoch], *found[epoch + 1]} == ids
+    assert list(found[0]) != list(found[2]), "expected two orders"
+    assert [type(m) for m in trainer.model.modules()] == classes
+    assert all("eval_loss" in log for log in trainer.state.log_history[:4])
+
+
+@pytest.mark.parametrize(
+    "settings, tolerance",
+    [
+        ({"gradient_checkpointing": True}, 2e-4),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, 2e-4),
+        ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, 2e-4),
+        ({"bf16": True}, 5e-2),
+        ({"remove_unused_columns": False, "dataloader_drop_last": True}, 2e-4),
+    ],
+    ids=["checkpointing", "reentrant", "compiled", "bf16", "keeping every column"],
+)
+def test_stacks(settings, tolerance, tmp_path):
+    trainset = samples()
+    if "remove_unused_columns" in settings:
+        trainset = [{k: v for k, v in s.items() if k != "extra"} for s in trainset]
+    trainer, values, before = build(tmp_path, trainset, **settings)
+    trainer.train()
+    compare(values, before, tolerance)
+
+
+def test_training_is_untouched(tmp_path):
+    trained = []
+    for attached in (True, False):
+        trainset = [{k: v for k, v in s.items() if attached or k != "sample_id"} for s in samples()]
+        trainer, _, _ = build(tmp_path, trainset, attached=attached)
+        trainer.train()
+        trained.append(list(trainer.model.parameters()))
+    for a, b in zip(*trained, strict=True):
+        torch.testing.assert_close(a, b)
