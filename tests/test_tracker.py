@@ -315,6 +315,28 @@ def test_clipping_by_norm_is_part_of_the_update():
     close(run_step(tracker, model, optimizer, train, validation, before_update=clip), expected)
 
 
+def test_a_closure_is_run_before_the_update_begins():
+    """As Lightning's, which zeroes the gradients, runs forward and backward, and clips."""
+    model, (x, y), validation = make("mlp"), data("mlp"), data("mlp", 4, seed=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    norm = torch.stack([g.square().sum() for g in gradient(model, x, y).values()]).sum().sqrt()
+    expected = oracle_values(model, lambda n, g: 0.3 * g, (x, y), validation) * 0.01 / norm
+    tracker = inrun.track(model, optimizer)
+    with tracker.validation():
+        loss_of(model, *validation).backward()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        return loss
+
+    with tracker.step(range(B)) as step:
+        assert optimizer.step(closure) > 0
+    close(step.values, expected)
+
+
 def test_clipping_by_value_is_refused():
     model = make("gpt_tied")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -122,12 +122,14 @@ class InRunCallback(TrainerCallback):
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.loop: Loop | None = None
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         if self.loop is not None:  # the last attempt ended with an exception
             self.on_train_end(args, state, control)
             if args.auto_find_batch_size:  # and this one takes its place
                 self.ledger.resume(state.global_step)
-        self.loop = Loop(model, optimizer, start=state.global_step, ledger=self.ledger, **self.options)
+        self.loop = Loop(
+            kwargs["model"], kwargs["optimizer"], start=state.global_step, ledger=self.ledger, **self.options
+        )
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         assert self.loop is not None
