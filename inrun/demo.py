@@ -65,7 +65,7 @@ def _license_files() -> Iterator[tuple[str, Path]]:
             yield f"licenses/{path.relative_to(site).as_posix()}", path
 
 
-def _some(documents: Iterable[Document], n: int, block_size: int, rng: np.random.Generator) -> Samples:
+def some(documents: Iterable[Document], n: int, block_size: int, rng: np.random.Generator) -> Samples:
     """n different full-length samples drawn from everything `documents` hold (all of them where fewer)."""
     samples = cut(documents, block_size)
     first_with_key = {key: i for i, key in reversed(list(enumerate(samples.keys())))}
@@ -114,10 +114,10 @@ def demo_corpus(
     # A generator for each source: what is drawn from one does not hang on what another one holds.
     rngs = [np.random.default_rng((seed, i)) for i in range(5)]
     python = _read(_python_files(), "python", rngs[0])
-    target = _some(python[:50], validation, block_size, rngs[0])
+    target = some(python[:50], validation, block_size, rngs[0])
     cpp, licenses = _read(_cpp_files(), "cpp", rngs[2]), _read(_license_files(), "licenses", rngs[3])
     parts = [
-        without(_some(texts, per_source, block_size, rng), target)
+        without(some(texts, per_source, block_size, rng), target)
         for texts, rng in zip((python[50:], _docs(), cpp, licenses), rngs, strict=False)
         if texts
     ]

@@ -5,8 +5,10 @@ loss that the optimizer's own next step takes off (its class, its state at that 
 batch loss holds the coalition's shares alone, the reduction being that of the full batch. Every coalition's step is
 taken for real. Up to `ENUMERATED` players the Shapley value is exact, above it is sampled and has confidence intervals.
 
-Learning rates go up to the largest that trains stably, found by short runs. `sgd_proxy`, lr * <g_v, g_z>, is what is
-published for every optimizer (arXiv 2406.11011); `first` on Adam is the fixed-state form of arXiv 2602.00329.
+Learning rates go up to the largest that trains stably, found by short runs, and then to four times that. `sgd_proxy`,
+lr * <g_v, g_z>, is what is published for every optimizer (arXiv 2406.11011); `first` on Adam is the fixed-state form of
+arXiv 2602.00329. `path_integral` is what the path methods approximate, the Aumann-Shapley value, with many nodes: their
+limit, as no better quadrature along the path comes nearer to the Shapley value than it does.
 
 Where path values fall short: at large rates the validation gradient bends along the step, so that two ends do not give
 its mean (`path_simpson` does). And Lion's sign turns at once, in every coordinate, when one coalition is large enough:
@@ -16,7 +18,9 @@ a game of votes, whose Shapley value is not a linear function of a sample's grad
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,18 +28,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn, optim
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from . import results, shapley
 from .deferred import METHODS as DEFERRED
 from .errors import InRunError
-from .fidelity_picture import draw
+from .fidelity_picture import beyond, draw
 from .tasks import OPTIMIZERS, Lion, Task, digits_task, gpt_task, loss, predictions, take_steps
 from .tracker import track
 
-COLUMNS = ("sgd_proxy", "first", *DEFERRED)
+COLUMNS = ("sgd_proxy", "first", *DEFERRED, "path_integral")
 ENUMERATED = 12
 FIRST = 1000  # number of the first step after a task's warm start
-FRACTIONS = (1 / 16, 1 / 4, 1.0)  # of the largest stable learning rate
+FRACTIONS = (1 / 16, 1 / 4, 1.0, 4.0)  # of the largest stable learning rate
+NODES = 64  # of the integral along the path
 
 
 class StepUtility:
@@ -68,14 +74,29 @@ class StepUtility:
 
     @torch.no_grad()
     def __call__(self, members: np.ndarray) -> float:
-        gradient = torch.from_numpy(members).to(self.shares.dtype) @ self.shares
+        self.stepped(torch.from_numpy(members).to(self.shares.dtype) @ self.shares)
+        return self.before - float(self.task.validation_loss(self.model))
+
+    @torch.no_grad()
+    def stepped(self, gradient: Tensor) -> Tensor:
+        """The weights after the step with this gradient, [P], where the model then stands."""
         parts = gradient.split([p.numel() for p in self.params])
         for p, weight, state, part in zip(self.params, self._weights, self._state, parts, strict=True):
             p.copy_(weight)
             p.grad = part.view_as(p)
             self.optimizer.state[p] = copy.deepcopy(state)
         self.optimizer.step()
-        return self.before - float(self.task.validation_loss(self.model))
+        return parameters_to_vector(self.params).detach()
+
+    def path_integral(self, nodes: int = NODES) -> np.ndarray:
+        """The Aumann-Shapley value, [n]: all shares grow from 0 to full together, by the midpoint rule."""
+        whole = self.shares.sum(0)
+        ends = [self.stepped(whole * (k / nodes)) for k in range(nodes + 1)]
+        removed = torch.zeros_like(whole)
+        for a, b in itertools.pairwise(ends):
+            vector_to_parameters((a + b) / 2, self.params)
+            removed -= (b - a) * self.gradient(self.task.validation_loss(self.model))
+        return (self.shares @ (removed / whole).masked_fill(whole == 0, 0.0)).numpy()
 
 
 def continued(
@@ -88,37 +109,43 @@ def continued(
     return model, optimizer
 
 
-def largest_stable(task: Task, start: nn.Module, kind: str, steps: int, size: int, seed: int, tries: int = 12) -> float:
-    """The largest learning rate, on a grid of factor 2, that trains stably from `start`.
+def trains_stably(task: Task, start: nn.Module, kind: str, lr: float, steps: int, size: int, seed: int) -> bool:
+    """Whether the loss over the training samples is below where it began, at each of ten looks in `steps` steps.
 
-    Stably: over `steps` steps the validation loss, looked at ten times, never stands more than half above where it
-    began, and its mean over the last five looks is below that.
+    The training loss, as the validation text may be of another kind, which may get worse while training goes well; over
+    the same samples at every look, as a batch's own loss is noise.
     """
-    stable = []
+    model = copy.deepcopy(start)
+    optimizer = OPTIMIZERS[kind][0](model.parameters(), lr)
     with torch.no_grad():
-        before = float(task.validation_loss(start))
-    lowest = OPTIMIZERS[kind][1] / 16  # a start that is trained well may bear less than the usual lowest
-    for lr in (lowest * 2**k for k in range(tries + 4)):
-        model = copy.deepcopy(start)
-        optimizer = OPTIMIZERS[kind][0](model.parameters(), lr)
-        looks: list[float] = []
-        for part in np.array_split(np.arange(FIRST, FIRST + steps), 10):
-            take_steps(task, model, optimizer, part.tolist(), size, seed)
-            with torch.no_grad():
-                looks.append(float(task.validation_loss(model)))
-            if not looks[-1] <= 1.5 * before:
-                break
-        else:
-            if np.mean(looks[5:]) < before:
-                stable.append(lr)
-    if not stable:
-        raise InRunError(f"{task.name}, {kind}: no learning rate from {lowest:g} up trains stably in {steps} steps")
-    return max(stable)
+        before = float(task.training_loss(model))
+    for part in np.array_split(np.arange(FIRST, FIRST + steps), 10):
+        take_steps(task, model, optimizer, part.tolist(), size, seed)
+        with torch.no_grad():
+            if not float(task.training_loss(model)) < before:
+                return False
+    return True
+
+
+def largest_stable(task: Task, starts: Sequence[nn.Module], kind: str, steps: int, size: int) -> float:
+    """The largest learning rate, on a grid of factor 2, that trains stably from every one of `starts`."""
+
+    def stable(lr: float) -> bool:
+        return all(trains_stably(task, start, kind, lr, steps, size, seed) for seed, start in enumerate(starts))
+
+    usual = lr = OPTIMIZERS[kind][1]
+    while not stable(lr):
+        lr /= 2
+        if lr < usual / 1000:
+            raise InRunError(f"{task.name}, {kind}: no learning rate from {lr:g} to {usual:g} trains stably")
+    while stable(2 * lr):
+        lr *= 2
+    return lr
 
 
 def applicable(kind: str) -> list[str]:
     """The methods that are defined for an optimizer."""
-    paths = [m for m in DEFERRED if m.startswith("path")]
+    paths = [m for m in COLUMNS if m.startswith("path")]
     if kind in ("sgd", "momentum", "nesterov"):
         return ["first", "second", "secant", *paths]
     return ["sgd_proxy", *(["first", "secant"] if kind in ("adam", "adamw") else []), *paths]
@@ -168,6 +195,9 @@ def measure(
         if method == "sgd_proxy":
             values[method] = lr * (utility.shares @ utility.validation_gradient).numpy()
             continue
+        if method == "path_integral":
+            values[method] = utility.path_integral()
+            continue
         values[method], drop = tracked_values(method, task, model, optimizer, x, y)
         if drop is not None and not math.isclose(drop, total, rel_tol=1e-6, abs_tol=1e-9):
             raise InRunError(f"{task.name}, {kind}, lr {lr:g}: the tracker's drop is {drop:g}, the game's {total:g}")
@@ -189,7 +219,7 @@ def run(
     tasks: Sequence[Task],
     *,
     kinds: Sequence[str] = tuple(OPTIMIZERS),
-    seeds: int = 2,
+    seeds: int = 3,
     size: int = 8,
     sampled: int = 24,
     steps: int = 40,
@@ -204,19 +234,23 @@ def run(
         steps: of training before the step that is measured; permutations: orders that are sampled.
 
     Returns:
-        provenance, `rows` as `measure` gives them, and `largest`: task -> optimizer -> largest stable rate.
+        provenance; `largest`: task -> optimizer -> the largest stable rate; and `rows` as `measure` gives them, each
+        with its rate as a part of that (`of_largest`). Progress goes to stderr.
     """
     rows: list[dict[str, Any]] = []
     largest: dict[str, dict[str, float]] = {}
     for task in tasks:
         starts = [task.start(seed) for seed in range(seeds)]
-        largest[task.name] = {kind: largest_stable(task, starts[0], kind, steps, size, 0) for kind in kinds}
-        for kind, top in largest[task.name].items():
-            for lr in (top * part for part in FRACTIONS):
-                rows += [measure(task, m, kind, lr, steps=steps, size=size, seed=s) for s, m in enumerate(starts)]
+        largest[task.name] = {}
+        for kind in kinds:
+            top = largest[task.name][kind] = largest_stable(task, starts, kind, steps, size)
+            print(f"{task.name}, {kind}: trains stably up to a rate of {top:g}", file=sys.stderr, flush=True)
+            cases = [(part, size, s) for part in FRACTIONS for s in range(seeds)]
             if kind == "adamw" and sampled:
-                options = {"steps": steps, "size": sampled, "seed": 0, "permutations": permutations}
-                rows.append(measure(task, starts[0], kind, top / 4, **options))
+                cases.append((1 / 4, sampled, 0))
+            for part, batch, s in cases:
+                options = {"steps": steps, "size": batch, "seed": s, "permutations": permutations}
+                rows.append({**measure(task, starts[s], kind, top * part, **options), "of_largest": part})
     return {**results.provenance(0), "steps": steps, "seeds": seeds, "largest": largest, "rows": rows}
 
 
@@ -245,15 +279,16 @@ def as_text(found: dict[str, Any]) -> str:
             width = rows[0]["half_width"]
             noise = "" if width is None else f" +-{np.mean(width) / np.std(rows[0]['truth']):.2f}sd"
             figures = [_figures(rows, m) for m in COLUMNS]
-            lines.append([f"{kind} {lr:.3g}", f"{batch}{noise}", *figures])
+            lines.append([f"{kind} {lr:.3g}{beyond(rows)}", f"{batch}{noise}", *figures])
         body = results.table(["", "batch", *COLUMNS], lines)
         parts.append(f"{task}: Pearson / relative error / efficiency gap\n{body}")
-    for method in ("path_secant", "path_simpson"):
+    for method in ("path_secant", "path_simpson", "path_integral"):
         missed = []
         for (task, kind, lr, _), rows in cells(found["rows"]).items():
             r, gap = (medians(rows, method, metric) for metric in ("pearson", "efficiency_gap"))
             if rows[0]["half_width"] is None and r is not None and gap is not None and (r < 0.999 or gap > 0.01):
-                missed.append(f"  {task}, {kind}, lr {lr:.3g}: Pearson {r:.4f}, efficiency gap {gap:.1%}")
+                name = f"{task}, {kind}, lr {lr:.3g}{beyond(rows)}"
+                missed.append(f"  {name}: Pearson {r:.4f}, efficiency gap {gap:.1%}")
         parts.append(f"{method} below Pearson .999 or above a gap of 1%:\n" + ("\n".join(missed) or "  none"))
     return "\n\n".join(parts)
 
@@ -263,7 +298,7 @@ def _figures(rows: Sequence[dict[str, Any]], method: str) -> str:
     return "-" if r is None or error is None or gap is None else f"{r:.4f}/{error:.3f}/{gap:.3f}"
 
 
-def main(out: Path, seeds: int = 2) -> None:
+def main(out: Path, seeds: int = 3) -> None:
     """The whole suite: prints the table, writes fidelity.json and a picture of each task into `out`."""
     results.require_matplotlib()
     if seeds < 1:

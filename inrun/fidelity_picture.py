@@ -51,10 +51,15 @@ def draw(task: str, cells: dict[Any, list], columns: Sequence[str], figure_of: C
     return figure
 
 
+def beyond(rows: Sequence[dict[str, Any]]) -> str:
+    """Marks a rate above the largest that trains stably."""
+    return " (unstable)" if rows[0]["of_largest"] > 1 else ""
+
+
 def _label(key: tuple[str, float, int], rows: list[dict[str, Any]]) -> str:
     kind, lr, batch = key
     sampled = "" if rows[0]["half_width"] is None else f", {batch} sampled"
-    return f"{kind} {lr:.3g}{sampled}"
+    return f"{kind} {lr:.3g}{beyond(rows)}{sampled}"
 
 
 def _correlation(r: float) -> str:

@@ -1,14 +1,17 @@
 """Small real training tasks with a known answer at hand: an MLP on handwritten digits, a GPT on text.
 
 Everything is float64 on the CPU and drawn from a seed. The digits are scikit-learn's (1797 images of 8 x 8 pixels,
-which its install holds); the text is the demo's.
+which its install holds); the text is the source of a few modules of Python's standard library, named here, so that it
+is the same wherever that Python is, whatever else is installed.
 """
 
 from __future__ import annotations
 
 import functools
+import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from .config import GPTConfig
-from .data import IGNORE
-from .demo import demo_corpus
+from .data import IGNORE, Document
+from .demo import some
 from .errors import InRunError
 from .gpt import GPT
+
+TRAINING_TEXT = ("argparse", "ast", "calendar", "configparser", "csv", "difflib", "gettext", "heapq", "inspect",
+                 "mailbox", "pdb", "shlex", "statistics", "tarfile", "threading", "typing")  # fmt: skip
+VALIDATION_TEXT = ("fractions", "textwrap")
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,11 @@ class Task:
 
     def validation_loss(self, model: nn.Module) -> Tensor:
         return loss(model, *self.validation)
+
+    def training_loss(self, model: nn.Module) -> Tensor:
+        """Over some 200 of the training samples, always the same ones."""
+        every = max(1, len(self.train[0]) // 200)
+        return loss(model, self.train[0][::every], self.train[1][::every])
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor, out_of: int | None = None) -> Tensor:
@@ -95,11 +107,18 @@ def digits_task(validation: int = 200) -> Task:
     return Task("digits", mlp, (x[validation:], y[validation:]), (x[:validation], y[:validation]), warm_steps=80)
 
 
-def gpt_task(config: GPTConfig | None = None, validation: int = 4, per_source: int = 240) -> Task:
+def library(modules: Iterable[str]) -> list[Document]:
+    """The source of modules of Python's standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return [Document(name, "python", (root / f"{name}.py").read_bytes()) for name in modules]
+
+
+def gpt_task(config: GPTConfig | None = None, validation: int = 16, training: int = 960) -> Task:
+    """So many samples of each text."""
     config = config or GPTConfig(block_size=32, layers=2, heads=2, width=32)
-    training, held_out = demo_corpus(config.block_size, 0, per_source, 0, validation)
-    everything = [s.batch(range(len(s))) for s in (training, held_out)]
-    return Task("gpt", lambda: GPT(config), *everything, warm_steps=600)
+    texts = ((TRAINING_TEXT, training), (VALIDATION_TEXT, validation))
+    parts = [some(library(names), n, config.block_size, np.random.default_rng(0)) for names, n in texts]
+    return Task("gpt", lambda: GPT(config), *(part.batch(range(len(part))) for part in parts), warm_steps=600)
 
 
 class Lion(optim.Optimizer):
@@ -128,7 +147,7 @@ class Lion(optim.Optimizer):
                 average.mul_(b2).add_(p.grad, alpha=1 - b2)
 
 
-# name -> how to make it, given parameters and lr; and the smallest rate worth trying.
+# name -> how to make it, given parameters and lr; and a rate that most models bear.
 OPTIMIZERS: dict[str, tuple[Callable[[Any, float], optim.Optimizer], float]] = {
     "sgd": (lambda p, lr: optim.SGD(p, lr=lr), 0.05),
     "momentum": (lambda p, lr: optim.SGD(p, lr=lr, momentum=0.9), 0.005),

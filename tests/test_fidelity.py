@@ -6,7 +6,9 @@ import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,7 +95,7 @@ def test_path_secant_is_nearest_to_the_truth_at_a_rate_that_trains(digits, kind)
     assert np.sum(row["truth"]) == pytest.approx(row["total"])
     assert found["path_secant"]["efficiency_gap"] < 0.02
     if kind != "lion":  # a sign turns at once, which no linear function of a sample's gradient follows
-        others = [v["relative_error"] for method, v in found.items() if method != "path_simpson"]
+        others = [v["relative_error"] for method, v in found.items() if method not in ("path_simpson", "path_integral")]
         assert found["path_secant"]["relative_error"] == min(others) < 0.02
         assert found["path_secant"]["pearson"] > 0.999
 
@@ -106,22 +108,83 @@ def test_first_order_is_good_at_small_rates_and_not_at_large(digits):
     assert first[0]["efficiency_gap"] < 0.02 < 0.2 < first[1]["efficiency_gap"]
 
 
-def test_the_largest_stable_rate_is_below_one_that_diverges(digits):
+def test_the_largest_stable_rate_is_below_one_that_does_not_train(digits):
     task, start = digits
-    top = fidelity.largest_stable(task, start, "sgd", 20, 8, 0)
-    assert 0.05 <= top < 3
-    with pytest.raises(inrun.InRunError, match=r"digits, sgd: no learning rate from 0\.003125 up trains stably"):
-        broken = copy.deepcopy(start)
-        with torch.no_grad():
-            broken[0].weight.mul_(float("nan"))
-        fidelity.largest_stable(task, broken, "sgd", 20, 8, 0)
+    for kind in ("sgd", "lion"):
+        top = fidelity.largest_stable(task, [start], kind, 20, 8)
+        assert fidelity.trains_stably(task, start, kind, top, 20, 8, 0)
+        assert not fidelity.trains_stably(task, start, kind, 2 * top, 20, 8, 0)
+    broken = copy.deepcopy(start)
+    with torch.no_grad():
+        broken[0].weight.mul_(float("nan"))
+    with pytest.raises(inrun.InRunError, match=r"digits, sgd: no learning rate from 4\.88\S+ to 0\.05 trains stably"):
+        fidelity.largest_stable(task, [broken], "sgd", 20, 8)
+
+
+def test_stability_is_judged_by_what_is_trained_on_and_not_by_the_target(digits):
+    task, start = digits
+    backwards = replace(task, validation=(task.validation[0], 9 - task.validation[1]))
+    rates = [fidelity.largest_stable(t, [start], "adam", 20, 8) for t in (task, backwards)]
+    assert rates[0] == rates[1]
+
+
+def test_the_gpts_text_does_not_hang_on_what_is_installed(monkeypatch):
+    config = inrun.config.GPTConfig(block_size=8, layers=1, heads=1, width=8)
+    first = gpt_task(config, training=40)
+
+    def fail(*args):
+        raise AssertionError("a folder was searched")
+
+    for name in ("glob", "rglob", "iterdir"):
+        monkeypatch.setattr(Path, name, fail)
+    again = gpt_task(config, training=40)
+    assert torch.equal(first.train[0], again.train[0]) and torch.equal(first.validation[0], again.validation[0])
+    assert len(first.train[0]) == 40 and len(first.validation[0]) == 16
+    assert not {bytes(r.tolist()) for r in first.train[0]} & {bytes(r.tolist()) for r in first.validation[0]}
+
+
+def test_the_path_integral_is_the_shapley_value_where_the_loss_is_a_square():
+    """A quadratic loss under SGD: Aumann-Shapley and Shapley agree, and more nodes change nothing."""
+    model = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = x.sum(1, keepdim=True)
+
+    class Squares:
+        def validation_loss(self, model):
+            return (model(x) - y).square().mean()
+
+    task: Any = Squares()
+    utility = fidelity.StepUtility.__new__(fidelity.StepUtility)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    vars(utility).update(task=task, model=model, optimizer=optimizer, params=[model.weight], _state=[{}])
+    utility._weights = [model.weight.detach().clone()]
+    utility.shares = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    utility.before = float(task.validation_loss(model).detach())
+    truth, _ = shapley.exact(utility, 4)
+    np.testing.assert_allclose(utility.path_integral(1), truth, rtol=1e-9)
+    np.testing.assert_allclose(utility.path_integral(7), truth, rtol=1e-9)
+
+
+def test_errors_shrink_with_the_powers_of_the_rate_that_the_theory_says(digits):
+    """First order leaves O(lr^2); second order, secant and the difference of the two are O(lr^3)."""
+    task, start = digits
+    rates = np.array([0.001, 0.002, 0.004, 0.008])
+    errors: dict[str, list[float]] = {"first": [], "second": [], "secant": [], "second - secant": []}
+    for lr in rates:
+        row = fidelity.measure(task, start, "sgd", lr, steps=0, size=4, seed=0)
+        v = {name: np.array(found) for name, found in row["values"].items()}
+        for name in ("first", "second", "secant"):
+            errors[name].append(float(np.linalg.norm(v[name] - row["truth"])))
+        errors["second - secant"].append(float(np.linalg.norm(v["second"] - v["secant"])))
+    slopes = {name: np.polyfit(np.log(rates), np.log(e), 1)[0] for name, e in errors.items()}
+    assert slopes == pytest.approx({"first": 2, "second": 3, "secant": 3, "second - secant": 3}, abs=0.2)
 
 
 def test_the_suite_writes_its_table_json_and_picture(tmp_path: Path):
-    task = gpt_task(inrun.config.GPTConfig(block_size=8, layers=1, heads=1, width=8), per_source=20)
-    task = type(task)(**{**vars(task), "warm_steps": 20})
+    task = gpt_task(inrun.config.GPTConfig(block_size=8, layers=1, heads=1, width=8), training=80)
+    task = replace(task, warm_steps=20)
     found = fidelity.run([task], kinds=("adamw", "lion"), seeds=1, size=3, sampled=13, steps=10, permutations=2)
-    assert len(found["rows"]) == 7 and found["largest"]["gpt"].keys() == {"adamw", "lion"}
+    assert len(found["rows"]) == 9 and found["largest"]["gpt"].keys() == {"adamw", "lion"}
     assert sum(row["half_width"] is not None for row in found["rows"]) == 1
     text = fidelity.as_text(found)
     assert "path_secant below Pearson .999 or above a gap of 1%:" in text and "13 +-" in text
