@@ -80,7 +80,8 @@ def matrix_tiles(
     """Tiles for an m x n x k product that fit the chip, the default first.
 
     `accumulators` of the tile's size stay in registers; `kept` bytes for each element of the output tile lie in
-    shared memory beside the operands. Without `copies` the addresses and what the accumulators meet take registers
+    shared memory beside the operands, which are there once for each stage (one less where matrix instructions take
+    them from registers). Without `copies` the addresses and what the accumulators meet take registers
     too: half the tile, and 64 x 64 where loads cannot be vectorised (`aligned` False). float32 runs on the
     ordinary cores in 64 x 64. Small sizes shrink a tile, no further than the 16 that a tensor-core instruction takes.
     """
@@ -93,8 +94,9 @@ def matrix_tiles(
         largest = min(largest, 128 * 128)  # one that is read at every sample's end meets the direction in registers
     fitting = []
     for tile in _TILES:
-        shared = (tile.block_m + tile.block_n) * tile.block_k * 2 * tile.num_stages
-        shared += kept * tile.block_m * tile.block_n + 1024  # barriers, reductions
+        held = tile.num_stages if copies or chip.asynchronous else tile.num_stages - 1
+        shared = (tile.block_m + tile.block_n) * tile.block_k * 2 * held + kept * tile.block_m * tile.block_n
+        shared += 1024 if copies else 0  # barriers, reductions
         if tile.block_m * tile.block_n > largest or shared > chip.shared or (not copies and tile.block_k > 32):
             continue
         block_m, block_n = _fit(m, tile.block_m), _fit(n, tile.block_n)

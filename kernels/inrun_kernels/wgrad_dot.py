@@ -105,7 +105,9 @@ def _wgrad_dot_kernel(
 
     offs_t = tl.arange(0, BLOCK_T)[:, None]
     offs_a = offs_t.to(tl.int64) * stride_at + offs_i[None, :] * stride_ai  # [T, I]
-    offs_g = offs_t.to(tl.int64) * stride_gt + offs_o[None, :] * stride_go  # [T, O]
+    offs_tokens = tl.arange(0, BLOCK_T)[None, :]
+    # The transposed tile itself: what is transposed after it was loaded passes through registers before Hopper.
+    offs_g = offs_o[:, None] * stride_go + offs_tokens.to(tl.int64) * stride_gt  # [O, T]
 
     first = pid_split * samples_per_split
     last = tl.minimum(first + samples_per_split, n_samples)
@@ -134,14 +136,14 @@ def _wgrad_dot_kernel(
             left = tokens - token
         if COPY_TOKENS:
             a = acts.load([sample, block % blocks * BLOCK_T, first_i]).reshape(BLOCK_T, BLOCK_I)
-            g = grads.load([sample, block % blocks * BLOCK_T, first_o]).reshape(BLOCK_T, BLOCK_O)
+            g = tl.trans(grads.load([sample, block % blocks * BLOCK_T, first_o]).reshape(BLOCK_T, BLOCK_O))
         else:
             mask_t = offs_t < left
             a_ptr = acts + row * stride_ab + token * stride_at
             g_ptr = grads + row * stride_gb + token * stride_gt
             a = tl.load(a_ptr + offs_a, mask=mask_t & mask_i[None, :], other=0.0)
-            g = tl.load(g_ptr + offs_g, mask=mask_t & mask_o[None, :], other=0.0)
-        product = contract(tl.trans(g), a, product, WIDEN)
+            g = tl.load(g_ptr + offs_g, mask=mask_o[:, None] & (offs_tokens < left), other=0.0)
+        product = contract(g, a, product, WIDEN)
         if left <= BLOCK_T:
             dots_ptr = partial_ptr + sample.to(tl.int64) * DIRECTIONS * tl.num_programs(0) + pid_tile
             for m in tl.static_range(DIRECTIONS):
@@ -179,6 +181,7 @@ def launch_wgrad_dot(
     copies = where.copies and acts.dtype != torch.float32
     copy_d, copy_tokens = copies and copyable(val_grad), copies and segments is None and copyable(acts, grads)
     accumulators = 1 if prefix else 2
+    kept = val_grad.element_size()  # bytes of each of its elements in shared memory: to wait, or on the way there
     tile = matrix_tiles(
         where,
         acts.dtype,
@@ -188,7 +191,7 @@ def launch_wgrad_dot(
         accumulators=accumulators,
         copies=copy_d and copy_tokens,
         aligned=copy_tokens or aligned(acts, grads),
-        kept=val_grad.element_size() if copy_d else 0,
+        kept=kept if copy_d or not prefix else min(kept, 2),
     )[0]
     tiles = ceil_div(outputs, tile.block_m) * ceil_div(inputs, tile.block_n)
     splits = sample_splits(tiles, n_samples, multiprocessors(acts.device) * resident_programs(tile, accumulators))

@@ -12,7 +12,8 @@ from inrun_kernels.config import CHIPS
 
 pytest.importorskip("triton.backends.nvidia")
 MATRIX_KERNELS = {"_wgrad_dot_kernel", "_dot_kernel", "_pairwise_kernel"}
-TENSOR_CORES = {"sm_80": ["HMMA"], "sm_90": ["HGMMA"], "sm_100": ["UTCHMMA"], "sm_120": ["HMMA"]}
+TENSOR_CORES = {"sm_80": ["HMMA"], "sm_90": ["HGMMA"], "sm_100": ["UTCHMMA"], "sm_120": ["HMMA"],
+                "gfx942": ["v_mfma_f32"]}  # fmt: skip
 ALL_KERNELS = {*MATRIX_KERNELS, "_row_dot_kernel", "_column_sum_kernel", "_segment_sum_kernel", "_tile_sum_kernel"}
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
@@ -28,7 +29,8 @@ def test_kernels_compile_to_what_the_chip_wants(chip, tmp_path):
     for dtype in ("bfloat16", "float16", "float32"):
         assert {report["kernel"] for report in reports if report["dtype"] == dtype} == ALL_KERNELS
     for report in reports:
-        on_tensor_cores = report["kernel"] in MATRIX_KERNELS and report["dtype"] != "float32"
+        exact = chip != "gfx942" and report["dtype"] == "float32"  # AMD's matrix cores multiply float32 as it is
+        on_tensor_cores = report["kernel"] in MATRIX_KERNELS and not exact
         assert report["mma"] == (TENSOR_CORES[chip] if on_tensor_cores else []), report
         assert report["spills"] == 0, report
-        assert report["shared"] <= CHIPS[chip].shared and report["programs"] >= 1, report
+        assert report["shared"] <= CHIPS[chip].shared and report["programs"] != 0, report
