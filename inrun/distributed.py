@@ -67,15 +67,15 @@ class Ranks:
         sharded = [s for s in slots if hasattr(s.param, "placements")]
         if not sharded:
             return
+        if not self._fully_sharded():
+            raise InRunError(
+                f"{sharded[0].name}: expected a whole parameter, or one sharded by fully_shard, got the placements "
+                f"{sharded[0].param.placements} (tensor parallelism is not supported)"
+            )
         mesh = sharded[0].param.device_mesh
         for slot in slots:
             _require_fully_sharded(slot, mesh)
         self.sharded, self._groups = True, [mesh.get_group(i) for i in range(mesh.ndim)]
-        if not self._fully_sharded():
-            raise InRunError(
-                f"{sharded[0].name}: expected a parameter sharded by fully_shard, got the placements "
-                f"{sharded[0].param.placements} of a model without it (tensor parallelism is not supported)"
-            )
 
     def _fully_sharded(self) -> list[Any]:
         return [module for module in self._model.modules() if hasattr(module, "set_requires_gradient_sync")]
@@ -178,7 +178,7 @@ def require_whole(names: Iterable[tuple[str, Any]]) -> None:
 def _require_fully_sharded(slot: Any, mesh: Any) -> None:
     param, sibling = slot.param, slot.sibling
     placements = getattr(param, "placements", ())
-    split = [p.is_shard() for p in placements]
+    split = [not p.is_replicate() for p in placements]
     if getattr(param, "device_mesh", None) != mesh or split != [False] * (mesh.ndim - 1) + [True]:
         raise InRunError(
             f"{slot.name}: expected a parameter sharded by fully_shard along the last axis of {mesh} and by nothing "

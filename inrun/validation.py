@@ -37,7 +37,7 @@ class Validation:
         every: int,
         ranks: Ranks,
     ) -> None:
-        self.model, self.excluded, self.ranks = model, set(excluded), ranks
+        self.model, self.excluded, self.ranks = model, bool(excluded), ranks
         self.slots: Sequence[Any] = ()  # objects with `name` and `param`
         self.losses, self.targets, self.every = losses, targets, every
         self.gradients: dict[str, Gradients] = {}
@@ -105,24 +105,25 @@ class Validation:
         self.last_losses[name] = self.ranks.mean(loss.detach())
 
     @contextmanager
-    def _gradients(self) -> Iterator[dict[str, Tensor | None]]:
-        """By name, the gradients that the block's backward passes leave; filled in when it ends."""
+    def _gradients(self) -> Iterator[Gradients]:
+        """The gradients that the block's backward passes leave, of the slots, and of excluded parameters until their
+        share is known; filled in when it ends."""
         start = time.perf_counter()
         self.ranks.settle()
-        params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        # The excluded ones' share of the gradient is measured once.
-        wanted = [n for n in params if self.excluded_share is None or n not in self.excluded]
-        found: dict[str, Tensor | None] = {}
+        tracked = [s.param for s in self.slots]
+        ours = {id(p) for p in tracked}
+        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
+        wanted = [*tracked, *(others if self.excluded and self.excluded_share is None else [])]
+        found: Gradients = []
         try:
-            with self.ranks.aside(params.values()):
+            with self.ranks.aside([*tracked, *others]):
                 yield found
-                grads = self.ranks.mean_gradients([params[n].grad for n in wanted], [params[n] for n in wanted])
-                found.update(zip(wanted, grads, strict=True))
+                found.extend(self.ranks.mean_gradients([p.grad for p in wanted], wanted))
         finally:
             self.seconds += time.perf_counter() - start
 
-    def _checked(self, name: str, found: dict[str, Tensor | None], scale: float | Tensor) -> Gradients:
-        ours = [found[s.name] for s in self.slots]
+    def _checked(self, name: str, found: Gradients, scale: float | Tensor) -> Gradients:
+        ours = found[: len(self.slots)]
         grads = [g for g in ours if g is not None]
         if not grads:
             raise InRunError(f"validation({name!r}): no backward pass of the block reached a tracked parameter")
@@ -135,7 +136,7 @@ class Validation:
                 f"{'' if len(bad) <= 5 else f' and {len(bad) - 5} more'}"
             )
         if self.excluded and self.excluded_share is None:
-            others = [g for n, g in found.items() if n in self.excluded and g is not None]
+            others = [g for g in found[len(ours) :] if g is not None]
             squared = self.ranks.norm(others).square()
             self.excluded_share = float(squared / (squared + norm.square()))
         if isinstance(scale, Tensor) or scale != 1.0:

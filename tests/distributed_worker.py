@@ -23,6 +23,11 @@ import torch
 import torch.distributed as dist
 from models import data, make
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -328,6 +333,119 @@ def check_deferred_path_computed_again():
 
 def check_deferred_path_secant():
     deferred("path_secant", "adamw", True)
+
+
+# ---------------------------------------------------------------------- FSDP2
+
+
+def sharded(name="gpt_tied", kind="adamw", method="first", policy=None, change=None, mesh=None, **options):
+    """A tracked model, its blocks and itself sharded, and its optimizer bound."""
+    model = make(name)
+    tracker = inrun.track(model, method=method, **options)
+    kwargs = {"mesh": mesh or init_device_mesh("cpu", (WORLD,)), **({"mp_policy": policy} if policy else {})}
+    for block in getattr(model, "blocks", ()):
+        if change is not None:
+            change(block)
+        fully_shard(block, **kwargs)
+    fully_shard(model, **kwargs)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    tracker.bind(optimizer)
+    return model, optimizer, tracker
+
+
+def whole(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
+
+
+def train_sharded(model, optimizer, tracker, name="gpt_tied", after=None):
+    found = []
+    for (x, y), split in zip(batches(name, SPLITS), SPLITS, strict=True):
+        validate(tracker, model, name)
+        x, y = mine(x, split), mine(y, split)
+        with tracker.step(range(len(x))) as step:
+            loss_of(model, x, y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(step.values)
+        if after is not None:
+            after()
+    return found
+
+
+def check_fully_shard():
+    for name, kind in (("gpt_tied", "adamw"), ("gpt_tied", "sgd"), ("loose", "adamw")):
+        model, optimizer, tracker = sharded(name, kind)
+        x_val, _ = data(name, 4, seed=2)
+
+        def evaluate(model=model, x_val=x_val):  # leaves the root's parameters gathered
+            with torch.no_grad():
+                model(x_val)
+
+        found = train_sharded(model, optimizer, tracker, name, evaluate)
+        same_run(found, whole(model.state_dict()), alone(name, kind))
+        # No checkpoint holds a direction, nor the optimizer, and one can be loaded.
+        state, moments = get_state_dict(model, optimizer)
+        assert not [key for key in (*state, *moments["state"]) if "direction" in key]
+        set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=moments)
+        tracker.close()
+        assert not [key for key in model.state_dict() if "direction" in key]
+        loss_of(model, *data(name, 2)).backward()
+
+
+def check_fully_shard_with_mixed_precision_checkpointing_and_compile():
+    """In bfloat16: values are as far from float32's as bfloat16 brings them."""
+    torch._dynamo.reset()
+
+    def change(block):
+        apply_activation_checkpointing(block, check_fn=lambda module: isinstance(module, nn.LayerNorm))
+        block.compile(backend="aot_eager")
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, optimizer, tracker = sharded(policy=policy, change=change, check=True)
+    found = train_sharded(model, optimizer, tracker)
+    for values, reference in zip(found, alone("gpt_tied", "adamw")[0], strict=True):
+        close(gathered(values), reference, 0.1)
+
+
+def check_fully_shard_of_replicas_and_accumulation():
+    """Replicas of shards (here of one), gradients reduced with the last microbatch only."""
+    mesh = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("replicate", "shard"))
+    model, optimizer, tracker = sharded(mesh=mesh)
+    found = []
+    for (x, y), split in zip(batches("gpt_tied", SPLITS), SPLITS, strict=True):
+        validate(tracker, model)
+        x, y = mine(x, split), mine(y, split)
+        with tracker.step() as step:
+            for i, part in enumerate((slice(0, 1), slice(1, None)) if len(x) > 1 else (slice(0, 1),)):
+                model.set_requires_gradient_sync(i == 1 or len(x) == 1)
+                step.batch(range(len(x[part])))
+                (loss_of(model, x[part], y[part]) * len(x[part]) / len(x)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(step.values)
+    same_run(found, whole(model.state_dict()), alone("gpt_tied", "adamw"))
+
+
+def check_what_is_refused_of_shards():
+    raises("secant", lambda: sharded(method="secant"))
+    raises("one target", lambda: sharded(targets=("a", "b")))
+    model = make("gpt_tied")
+    fully_shard(model)
+    raises("before fully_shard", lambda: inrun.track(model, OPTIMIZERS["sgd"](model.parameters())))
+    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data", "tensor"))
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    model = make("gpt_tied")
+    parallelize_module(model.blocks[0], mesh["tensor"], plan)
+    raises("blocks.0.up.weight: expected a whole parameter, got", lambda: inrun.track(model))
+    for shard in (False, True):
+        model = make("gpt_tied")
+        tracker = inrun.track(model)
+        parallelize_module(model.blocks[0], mesh["tensor"], plan)
+        if shard:
+            fully_shard(model, mesh=mesh["data"])
+        raises("blocks.0.up.weight: expected", lambda: tracker.bind(OPTIMIZERS["sgd"](model.parameters())))  # noqa: B023
 
 
 # ----------------------------------------------------------------------
