@@ -13,6 +13,7 @@ import datetime
 import functools
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -396,10 +397,13 @@ def check_fully_shard():
 def check_fully_shard_with_mixed_precision_checkpointing_and_compile():
     """In bfloat16: values are as far from float32's as bfloat16 brings them."""
     torch._dynamo.reset()
+    compiled: list[nn.Module] = []
 
     def change(block):
         apply_activation_checkpointing(block, check_fn=lambda module: isinstance(module, nn.LayerNorm))
-        block.compile(backend="aot_eager")
+        if not compiled:  # one is enough, and compiling is slow
+            block.compile(backend="aot_eager")
+            compiled.append(block)
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model, optimizer, tracker = sharded(policy=policy, change=change, check=True)
@@ -448,6 +452,54 @@ def check_what_is_refused_of_shards():
         raises("blocks.0.up.weight: expected", lambda: tracker.bind(OPTIMIZERS["sgd"](model.parameters())))  # noqa: B023
 
 
+# ---------------------------------------------------------------------- torchrun --max-restarts=1
+
+LONG = (*SPLITS, *SPLITS)
+
+
+def restart():
+    """The second rank kills itself after steps that the last checkpoint does not hold; the group starts again."""
+    model = make("gpt_tied")
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    tracker = inrun.track(model, optimizer, ledger=FOLDER / "ledger")
+    wrapped = DDP(model)
+    saved = FOLDER / "checkpoint.pt"
+    if saved.exists():
+        state = torch.load(saved)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        tracker.steps = state["step"]
+    tracker.ledger.resume(tracker.steps)
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    first = tracker.steps
+    assert first == (0 if attempt == 0 else 2)
+    for t in range(first, len(LONG)):
+        if t == 4 and RANK == 1 and attempt == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        x, y = data("gpt_tied", sum(LONG[t]), seed=10 + t)
+        ids = mine(torch.arange(len(x)), LONG[t])
+        x, y = mine(x, LONG[t]), mine(y, LONG[t])
+        validate(tracker, model)
+        with tracker.step(ids):
+            loss_of(wrapped, x, y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+        tracker.ledger.flush()  # before the checkpoint that counts on it, and here beyond it too
+        dist.barrier()
+        if t == 1 and RANK == 0:
+            torch.save({"step": t + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+    tracker.close()
+    dist.barrier()
+    assert attempt == 1
+    rows = inrun.Ledger(FOLDER / "ledger").rows().sort_by([("step", "ascending"), ("sample_id", "ascending")])
+    assert rows["step"].to_pylist() == [t for t, split in enumerate(LONG) for _ in range(sum(split))]
+    assert rows["sample_id"].to_pylist() == [i for split in LONG for i in range(sum(split))]
+    values, weights, _ = alone("gpt_tied", "adamw", LONG)
+    close(torch.tensor(rows["value"].to_pylist()), torch.cat(values))
+    same_run([], model.state_dict(), ([], weights))
+
+
 # ----------------------------------------------------------------------
 
 
@@ -458,14 +510,14 @@ REFERENCES = [("gpt_tied", "sgd"), ("gpt_tied", "adamw"), ("loose", "adamw"), ("
 
 def main() -> None:
     torch.set_num_threads(1)
-    for reference in REFERENCES:
+    names = sys.argv[2:] or [name for name in globals() if name.startswith("check_")]
+    for reference in [("gpt_tied", "adamw", LONG)] if names == ["restart"] else REFERENCES:
         alone(*reference)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     results = {}
-    checks = {name: check for name, check in globals().items() if name.startswith("check_")}
-    for name in sys.argv[2:] or checks:
+    for name in names:
         try:
-            checks[name]()
+            globals()[name]()
             results[name] = ""
         except Exception:
             results[name] = traceback.format_exc()
