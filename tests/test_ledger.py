@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inrun import InRunError, Ledger, shards
@@ -59,15 +59,13 @@ def same(column):
     return column
 
 
-@pytest.fixture(params=["duckdb", "pyarrow"], scope="module")
-def engine(request):
+@pytest.fixture(params=["duckdb", "pyarrow"])
+def engine(request, monkeypatch):
     """What sums: DuckDB, or pyarrow as where DuckDB is not installed."""
     if request.param == "duckdb":
         pytest.importorskip("duckdb")
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "pyarrow":
-            patch.setitem(sys.modules, "duckdb", None)
-        yield request.param
+    else:
+        monkeypatch.setitem(sys.modules, "duckdb", None)
 
 
 # A run is a list of steps: the samples of each, its tokens per sample (None: scored whole), and whether it was flushed.
@@ -75,7 +73,7 @@ ids_of_a_step = st.lists(st.integers(0, 5), max_size=5)
 runs = st.lists(st.tuples(ids_of_a_step, st.sampled_from([None, 1, 3]), st.booleans()), min_size=1, max_size=12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(run=runs, targets=st.integers(1, 3), strings=st.booleans(), disk=st.booleans(), bins=st.integers(1, 15))
 def test_queries_equal_plain_python(tmp_path_factory, engine, run, targets, strings, disk, bins):
     ledger = Ledger(tmp_path_factory.mktemp("ledger") if disk else None)
