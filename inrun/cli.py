@@ -1,8 +1,12 @@
-"""The command line: `inrun train`, `report`, `fidelity`, `experiment`. Heavy imports are inside: `--help` is quick."""
+"""The command line: `inrun train`, `report`, `top`, `compare`, `export`, `compact`, `doctor`, `fidelity`, `experiment`.
+
+Heavy imports are inside: `--help` is quick.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +28,80 @@ class Report:
 
     run: tyro.conf.Positional[Path]
     """Run folder; report.html, report.png and report.json are written into it."""
+
+
+@dataclass(frozen=True)
+class Top:
+    """The samples that helped the most over a run, or harmed the most, as a table.
+
+    inrun top runs/1 -k 20 --worst --source python
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or a folder of ledger shards."""
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
+    """How many samples."""
+    worst: bool = False
+    """The lowest values in place of the highest."""
+    source: str | None = None
+    """Only samples of this source."""
+    target: str | None = None
+    """By this validation target; needed where there are several."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Two runs side by side: rank correlation, sums per source, and the samples whose value changed most.
+
+    inrun compare runs/1 runs/2
+    """
+
+    a: tyro.conf.Positional[Path]
+    """Run folder, or a folder of ledger shards."""
+    b: tyro.conf.Positional[Path]
+    """The other one; samples are matched by their ids."""
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
+    """How many of the samples that changed."""
+    target: str | None = None
+    """By this validation target; needed where there are several."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Every sample's value over the run (sample_id, target, value, count), to standard output or a file.
+
+    inrun export runs/1 --keep-positive --format jsonl -o keep.jsonl
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or a folder of ledger shards."""
+    format: Literal["jsonl", "csv", "parquet"] = "jsonl"
+    """Of the rows."""
+    keep_positive: bool = False
+    """Only samples with a value above 0: those that lowered the validation loss."""
+    target: str | None = None
+    """Only this validation target."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """The file; None: standard output."""
+
+
+@dataclass(frozen=True)
+class Compact:
+    """Make of a ledger's many shards few large ones, sorted by sample: smaller, and asked faster. The rows stay.
+
+    inrun compact runs/1
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or a folder of ledger shards; not while the run is going on."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """This machine's device, backends and versions, and a test of every kernel on it; exit code 1 where one fails.
+
+    inrun doctor
+    """
 
 
 @dataclass(frozen=True)
@@ -62,6 +140,11 @@ def main(argv: list[str] | None = None) -> None:
         command = tyro.cli(
             Annotated[TrainConfig, tyro.conf.subcommand("train", default=_settings(argv))]  # pyright: ignore
             | Annotated[Report, tyro.conf.subcommand("report")]
+            | Annotated[Top, tyro.conf.subcommand("top")]
+            | Annotated[Compare, tyro.conf.subcommand("compare")]
+            | Annotated[Export, tyro.conf.subcommand("export")]
+            | Annotated[Compact, tyro.conf.subcommand("compact")]
+            | Annotated[Doctor, tyro.conf.subcommand("doctor")]
             | Annotated[Fidelity, tyro.conf.subcommand("fidelity")]
             | Annotated[Experiment, tyro.conf.subcommand("experiment")],
             prog="inrun",
@@ -73,6 +156,12 @@ def main(argv: list[str] | None = None) -> None:
             _train(command)
         elif isinstance(command, Report):
             _report(command)
+        elif isinstance(command, Doctor):
+            from inrun import doctor
+
+            sys.exit(0 if doctor.main() else 1)
+        elif isinstance(command, Top | Compare | Export | Compact):
+            _ask(command)
         elif isinstance(command, Fidelity):
             from inrun import fidelity
 
@@ -81,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
             from inrun import experiments
 
             experiments.run(command.name, command.out, command.seed)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InRunError, ValueError, OSError) as error:
         print(f"inrun: {error}", file=sys.stderr)
         sys.exit(2)
@@ -118,6 +209,24 @@ def _report(command: Report) -> None:
     found = report.write(command.run)
     print(report.findings(found))
     _say_where(found["report"], command.run)
+
+
+def _ask(command: Top | Compare | Export | Compact) -> None:
+    from inrun import runs
+
+    if isinstance(command, Compare):
+        a, b = runs.Run.open(command.a), runs.Run.open(command.b)
+        print(runs.compare(a, b, command.k, target=command.target))
+        return
+    run = runs.Run.open(command.run)
+    if isinstance(command, Top):
+        print(runs.top(run, command.k, worst=command.worst, source=command.source, target=command.target))
+    elif isinstance(command, Compact):
+        run.ledger.compact(progress=True)
+    else:
+        options = {"form": command.format, "keep_positive": command.keep_positive, "target": command.target}
+        rows = runs.export(run, command.out, **options)
+        print(f"inrun: {rows} samples" + (f" in {command.out}" if command.out else ""), file=sys.stderr)
 
 
 def _say_where(page: str | None, folder: Path) -> None:

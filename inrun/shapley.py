@@ -88,8 +88,8 @@ def fidelity(values: np.ndarray, truth: np.ndarray, total: float) -> dict[str, f
     """
     difference = np.linalg.norm(values - truth)
     return {
-        "pearson": _correlation(values, truth),
-        "spearman": _correlation(_ranks(values), _ranks(truth)),
+        "pearson": correlation(values, truth),
+        "spearman": correlation(ranks(values), ranks(truth)),
         "rmse": float(difference / math.sqrt(len(truth))),
         "relative_error": float(difference / np.linalg.norm(truth)),
         "efficiency_gap": float(abs(values.sum() - total) / abs(total)),
@@ -98,16 +98,16 @@ def fidelity(values: np.ndarray, truth: np.ndarray, total: float) -> dict[str, f
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     """The chance that a positive scores above a negative, ties counting half; scores [n], positive bool [n]."""
-    ranks = _ranks(scores)
+    placed = ranks(scores)
     n = int(positive.sum())
-    return float((ranks[positive].sum() - n * (n - 1) / 2) / (n * (len(scores) - n)))
+    return float((placed[positive].sum() - n * (n - 1) / 2) / (n * (len(scores) - n)))
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
+def ranks(x: np.ndarray) -> np.ndarray:
     """From 0; ties share their mean rank."""
     _, where, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts + 1) / 2)[where]
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])

@@ -1,0 +1,144 @@
+"""`inrun doctor`: what this machine is, and whether every kernel gives the right numbers on it.
+
+Each product runs on every backend that works here, in every dtype, for samples, packed documents and tokens, and is
+held to its definition in float64, one sample at a time (`inrun_kernels.reference`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import inrun_kernels
+from inrun import results
+from inrun_kernels import reference
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of the root mean square of the exact result; half precision may round a product once more.
+ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-2}
+FORMS = {"ghost_wgrad_dot": ("two", "prefix")}
+PACKAGES = ("torch", "triton", "numpy", "pyarrow", "duckdb", "matplotlib", "transformers")
+
+
+def main() -> bool:
+    """Print what was found.
+
+    Returns:
+        Whether every product passed on every backend.
+    """
+    from tqdm import tqdm
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    has_triton = importlib.util.find_spec("triton") is not None
+    if has_triton and device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, which they are when first used
+    print(f"{_describe(device, has_triton)}\n")
+    columns = [(backend, dtype) for backend in ("torch", *(["triton"] if has_triton else [])) for dtype in DTYPES]
+    rows, failed, complaints = [], 0, []
+    names = [(name, form) for name in inrun_kernels.__all__ for form in FORMS.get(name, (None,))]
+    for name, form in tqdm(names, desc="self-test", leave=False, disable=None):
+        cells = []
+        for backend, dtype in columns:
+            try:
+                error = worst_error(name, backend, dtype, device, form)
+            except Exception as raised:  # whatever a compiler or a driver comes up with is a finding
+                error = float("nan")
+                complaints.append(f"{name}, {backend}, {dtype}: {type(raised).__name__}: {raised}")
+            passed = error <= ALLOWED[dtype]
+            failed += not passed
+            cells.append(f"{error:.0e}" + ("" if passed else " FAIL"))
+        rows.append([name if form is None else f"{name}, {form}", *cells])
+    rows.append(["allowed", *(f"{ALLOWED[dtype]:.0e}" for _, dtype in columns)])
+    print("Self-test: largest error against float64, relative to the root mean square of the exact result")
+    print(results.table(["", *(f"{backend} {dtype}" for backend, dtype in columns)], rows))
+    for complaint in complaints:
+        print(complaint)
+    total = len(names) * len(columns)
+    print(f"{failed} of {total} FAILED: do not trust values from this machine" if failed else f"All {total} passed.")
+    return not failed
+
+
+def worst_error(name: str, backend: str, dtype: str, device: str, form: str | None = None) -> float:
+    """The largest error of one product over its groupings, relative to the root mean square of the exact result.
+
+    Args:
+        name: of a function of `inrun_kernels`.
+        backend: "torch" or "triton".
+        dtype: a key of `DTYPES`.
+        device: "cpu" or "cuda".
+        form: of `ghost_wgrad_dot`.
+    """
+    exact = getattr(reference, name)
+    arguments, offsets = _arguments(name, DTYPES[dtype], device)
+    takes = inspect.signature(exact).parameters
+    groupings: list[dict[str, Any]] = [{}]
+    groupings += [{"segments": offsets}] if "segments" in takes else []
+    groupings += [{"per_token": True}] if "per_token" in takes else []
+    options = {"backend": backend} | ({} if form is None else {"form": form})
+    worst = 0.0
+    for grouping in groupings:
+        found = getattr(inrun_kernels, name)(*arguments, **grouping, **options)
+        expected = exact(*arguments, **grouping)
+        pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+        for got, right in pairs:
+            error = (got.double() - right).abs().max() / right.square().mean().sqrt()
+            worst = max(worst, error.item()) if error == error else float("nan")
+    return worst
+
+
+def _arguments(name: str, dtype: torch.dtype, device: str) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Random inputs of a product, and offsets of documents packed into its rows."""
+    # Odd sizes, so that tiles are partly filled; small ones where kernels are interpreted or on the CPU.
+    batch, tokens, inputs, outputs = (5, 129, 257, 130) if device == "cuda" else (3, 17, 33, 18)
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    acts, grads = rand(batch, tokens, inputs), rand(batch, tokens, outputs)
+    offsets = torch.tensor([0, tokens // 2, 2 * tokens, batch * tokens], device=device)
+    if name == "ghost_dot_pairwise":
+        return (acts, grads, rand(2, tokens, inputs), rand(2, tokens, outputs)), offsets
+    if name == "embedding_dot":
+        ids = torch.randint(inputs, (batch, tokens), generator=generator).to(device)
+        return (ids, grads, rand(inputs, outputs)), offsets
+    if name.startswith("ghost"):
+        return (acts, grads, rand(outputs, inputs)), offsets
+    vectors = (grads, rand(outputs))
+    return ((rand(batch, tokens, outputs), *vectors) if name.startswith("norm") else vectors), offsets
+
+
+def _describe(device: str, has_triton: bool) -> str:
+    from inrun import __version__
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if not has_triton:
+        triton = "not installed, so GPUs take the torch path; pip install triton"
+    elif device == "cpu" or os.environ.get("TRITON_INTERPRET") == "1":
+        triton = "interpreted only" + (
+            ": no CUDA device here; tested below, too slow to train with" if not gpus else ""
+        )
+    else:
+        triton = "compiled; taken for CUDA tensors"
+    lines = [
+        ("inrun", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"),
+        ("device", f"{', '.join(gpus) or 'no CUDA device'}; CPU: {results.processor()}, {os.cpu_count()} cores"),
+        ("versions", ", ".join(f"{name} {_version(name)}" for name in PACKAGES)),
+        ("torch path", "works everywhere; taken for CPU tensors"),
+        ("triton", triton),
+    ]
+    return "\n".join(f"{name:12}{text}" for name, text in lines)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

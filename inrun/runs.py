@@ -1,0 +1,214 @@
+"""What the command line says of a run's ledger: its best and worst samples, two runs side by side, all totals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from inrun import results, shapley
+from inrun.errors import InRunError
+from inrun.ledger import Ledger
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TEXT = 60  # characters shown of a sample
+
+
+@dataclass(frozen=True)
+class Run:
+    """A ledger, and the samples of the run where they are known."""
+
+    ledger: Ledger
+    samples: Path | None
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """Of a run folder (`inrun train`), or of a folder of ledger shards (`inrun.track(..., ledger=folder)`).
+
+        Raises:
+            InRunError: it is neither.
+        """
+        for path, samples in ((folder / "ledger", folder / "samples.parquet"), (folder, None)):
+            if any(path.glob("*.parquet")) and not (path / "samples.parquet").exists():
+                return cls(Ledger(path), samples if samples is not None and samples.exists() else None)
+        raise InRunError(
+            f"run: expected a run folder with values in it, or a folder of ledger shards, got {folder}, "
+            + ("which holds neither" if folder.is_dir() else "which does not exist")
+            + "; `inrun train` makes one under runs/, and so does `inrun.track(..., ledger=FOLDER)`"
+        )
+
+    def sources(self) -> pa.Table | None:
+        """sample_id and source of every sample, what was planted among them apart, as in the report."""
+        import pyarrow.parquet as pq
+
+        if self.samples is None:
+            return None
+        table = pq.read_table(self.samples, columns=["sample_id", "source", "planted"])
+        groups = [_group(row) for row in table.to_pylist()]
+        return table.select(["sample_id"]).append_column("source", [groups])
+
+    def describe(self, ids: list[Any]) -> dict[Any, tuple[str, str]]:
+        """Source and the beginning of the text, in one line, of these samples."""
+        import pyarrow.parquet as pq
+
+        if self.samples is None:
+            return {}
+        rows = pq.read_table(self.samples, filters=[("sample_id", "in", ids)]).to_pylist() if ids else []
+        shown = {}
+        for row in rows:
+            text = "".join(c if c.isprintable() else " " for c in " ".join(row["text"].split()))
+            shown[row["sample_id"]] = (_group(row), text if len(text) <= TEXT else text[: TEXT - 1] + "…")
+        return shown
+
+
+def top(run: Run, k: int, *, worst: bool, source: str | None, target: str | None) -> str:
+    """The k samples of highest (lowest) total value as a table.
+
+    Raises:
+        InRunError: `source` is not one of the run's.
+    """
+    import pyarrow.compute as pc
+
+    among = None
+    if source is not None:
+        groups = run.sources()
+        if groups is None:
+            raise InRunError("source: expected a run folder with samples.parquet, which says the source of each sample")
+        among = groups.filter(pc.field("source") == source)["sample_id"]
+        if not len(among):
+            known = ", ".join(sorted(set(groups["source"].to_pylist())))
+            raise InRunError(f"source: expected one of {known}; got {source!r}")
+    rows = (run.ledger.bottom if worst else run.ledger.top)(k, target, among=among).to_pylist()
+    described = run.describe([row["sample_id"] for row in rows])
+    lines = []
+    for row in rows:
+        what = described.get(row["sample_id"])
+        lines.append([f"{row['value']:+.3e}", f"{row['count']}", str(row["sample_id"]), *(what or ())])
+    head = ["value", "times", "sample", *(["source", "text"] if described else [])]
+    which = f"The {len(rows)} {'lowest' if worst else 'highest'} values" + (f" of {source}" if source else "")
+    return f"{which}, in nats; above 0: the sample lowered the validation loss\n{_left(head, lines)}"
+
+
+def compare(a: Run, b: Run, k: int, *, target: str | None) -> str:
+    """How far two runs agree: rank correlation, sums per source, and the k samples whose value differs most.
+
+    Raises:
+        InRunError: they have no sample in common.
+    """
+    ours, theirs = a.ledger.totals(target), b.ledger.totals(target)
+    for table in (ours, theirs):
+        if len(names := table["target"].unique().to_pylist()) > 1:
+            raise ValueError(f"expected target to be one of {names}, received None")
+    if ours.schema.field("sample_id").type != theirs.schema.field("sample_id").type:
+        raise InRunError("compare: expected runs on the same samples; one has integer ids, the other strings")
+    both = ours.join(theirs, "sample_id", join_type="inner", right_suffix=" of b").sort_by("sample_id")
+    if not len(both):
+        raise InRunError(
+            f"compare: expected samples in both runs, got {len(ours)} and {len(theirs)} with none in common"
+        )
+    x, y = both["value"].to_numpy(), both["value of b"].to_numpy()
+    lines = [
+        f"A: {a.ledger.path} ({len(ours)} samples)   B: {b.ledger.path} ({len(theirs)} samples)   in both: {len(both)}",
+        "Values in nats; above 0: the sample lowered the validation loss.",
+        f"Correlation over the samples in both: {_correlation(shapley.ranks(x), shapley.ranks(y))} of ranks, "
+        f"{_correlation(x, y)} of values; {np.mean((x > 0) == (y > 0)):.0%} have the same sign.",
+    ]
+    per_source: dict[Any, list[str]] = {}
+    for place, run in enumerate((a, b)):
+        sources = run.sources()
+        for row in run.ledger.by_source(sources, target).to_pylist() if sources is not None else []:
+            cells = per_source.setdefault(row["source"], ["-"] * 4)
+            cells[place], cells[place + 2] = f"{row['value']:+.4f}", f"{row['mean']:+.2e}"
+    if per_source:
+        head = ["source", "sum, A", "sum, B", "mean per time seen, A", "B"]
+        lines += ["", results.table(head, [[str(name), *cells] for name, cells in per_source.items()])]
+    most = np.argsort(-np.abs(y - x), kind="stable")[:k]
+    ids = both["sample_id"].take(most).to_pylist()
+    described = a.describe(ids) or b.describe(ids)
+    rows = [
+        [f"{y[i] - x[i]:+.3e}", f"{x[i]:+.3e}", f"{y[i]:+.3e}", str(name), *described.get(name, ())]
+        for i, name in zip(most, ids, strict=True)
+    ]
+    head = ["B - A", "A", "B", "sample", *(["source", "text"] if described else [])]
+    return "\n".join([*lines, "", f"The {len(rows)} samples that changed most", _left(head, rows)])
+
+
+def export(
+    run: Run,
+    out: Path | None,
+    *,
+    form: Literal["jsonl", "csv", "parquet"],
+    keep_positive: bool,
+    target: str | None,
+) -> int:
+    """Write every sample's total: sample_id, target, value, count, and source where it is known.
+
+    Args:
+        run: whose.
+        out: the file; None: standard output.
+        form: of the rows.
+        keep_positive: only samples with a value above 0.
+        target: only this target.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        InRunError: Parquet was asked for on a terminal.
+    """
+    import pyarrow.compute as pc
+
+    if out is None and form == "parquet" and sys.stdout.isatty():
+        raise InRunError("format: parquet is binary; name a file with -o FILE, or send the output to one")
+    table = run.ledger.totals(target)
+    if keep_positive:
+        table = table.filter(pc.field("value") > 0)
+    if (sources := run.sources()) is not None:
+        table = table.join(sources, "sample_id").sort_by([("sample_id", "ascending"), ("target", "ascending")])
+    if out is None:
+        _write(table, sys.stdout.buffer, form)
+    else:
+        with out.open("wb") as file:
+            _write(table, file, form)
+    return len(table)
+
+
+def _group(sample: dict[str, Any]) -> str:
+    return f"{sample['source']}, {sample['planted']}" if sample["planted"] else sample["source"]
+
+
+def _write(table: pa.Table, file: IO[bytes], form: str) -> None:
+    if form == "csv":
+        from pyarrow import csv
+
+        csv.write_csv(table, file)
+    elif form == "parquet":
+        import pyarrow.parquet as pq
+
+        pq.write_table(table, file)
+    else:
+        from tqdm import tqdm
+
+        with tqdm(total=len(table), unit="row", unit_scale=True, disable=None if len(table) > 10**6 else True) as bar:
+            for batch in table.to_batches(max_chunksize=1 << 14):
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist()).encode())
+                bar.update(len(batch))
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> str:
+    return f"{shapley.correlation(a, b):.3f}" if len(a) > 1 and a.std() > 0 and b.std() > 0 else "undefined"
+
+
+def _left(head: list[str], rows: list[list[str]]) -> str:
+    """A table with columns of numbers first and words after them, flush left."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
