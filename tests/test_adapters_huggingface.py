@@ -172,7 +172,7 @@ def test_compiled(tmp_path):
     trainset = [s | {"input_ids": (s["input_ids"] * 2)[:6]} for s in samples()]
     torch._dynamo.utils.counters.clear()
     trainer, values, before = build(
-        tmp_path, trainset, options={"check": False}, torch_compile=True, torch_compile_backend="aot_eager",
+        tmp_path, trainset, options={"check": False}, torch_compile=True, torch_compile_backend="eager",
         dataloader_drop_last=True, max_steps=2,
     )  # fmt: skip
     trainer.train()

@@ -1,13 +1,15 @@
 """A tracked run whose steps are opened by the first forward and closed by the optimizer: what every adapter drives.
 
-loop = Loop(model, optimizer, validation=validation_loss)
-for batch in loader:
-    ids = batch.pop("sample_id")
-    with accelerator.accumulate(model), loop.batch(ids, last=accelerator.sync_gradients):
-        accelerator.backward(model(**batch).loss)
-        optimizer.step()
-        optimizer.zero_grad()
-loop.close()
+    loop = Loop(model, optimizer, validation=validation_loss)
+    for batch in loader:
+        ids = batch.pop("sample_id")
+        with accelerator.accumulate(model), loop.batch(ids, last=accelerator.sync_gradients):
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    loop.close()
+
+A loop that has all batches of a step in one place, as torchtitan's, needs only `Tracker.step` and `Step.batch`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,99 @@
+"""Lightning:
+
+    values = InRun(validation=lambda: model.loss(held_out), ids="sample_id", ledger="run/ledger")
+    Trainer(callbacks=[values]).fit(model, loader)
+    values.ledger.bottom(10)
+
+A step is Lightning's: automatic or manual optimization with one optimizer, accumulation, clipping by norm and mixed
+precision are in the gradients that are scored. Its validation loop is not scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from ..errors import InRunError
+from ..ledger import Ledger
+from .loop import Loop
+
+
+class InRun(Callback):
+    """Tracks what each training sample of `fit` does to the validation loss.
+
+    Args:
+        validation: returns the validation loss, a scalar; or a dict of names and such callables. Run in eval mode.
+        ids: key of the ids in a batch, or a function of the batch that returns them: a list, or a tensor (which on a
+            GPU every step waits for).
+        ledger: where the values go, as in `inrun.track`. A resumed fit (`ckpt_path`) needs the folder of the first
+            one: what was written of the step to be resumed and later is dropped, and nothing else.
+        options: `Loop`'s (`logger`, `source_of`, ...) and `inrun.track`'s (`method`, `validate_every`, ...) others.
+
+    Attributes:
+        ledger: the `Ledger` that holds the values.
+        loop: the `Loop` with its tracker, while fitting; else None.
+
+    Raises:
+        InRunError: at the start of `fit`: several optimizers; the ledger holds another run. At a batch: it has no ids.
+    """
+
+    def __init__(
+        self,
+        validation: Callable[[], Tensor] | Mapping[str, Callable[[], Tensor]],
+        *,
+        ids: str | Callable[[Any], Any] = "sample_id",
+        ledger: Ledger | str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        self.ids, self.options = ids, {"validation": validation, **options}
+        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        self.loop: Loop | None = None
+        self._steps_before = 0
+        self._evaluating = ExitStack()
+
+    def on_train_start(self, trainer, pl_module):
+        if len(trainer.optimizers) != 1:
+            raise InRunError(f"optimizers: expected one, got {len(trainer.optimizers)}")
+        start = trainer.global_step
+        self.loop = Loop(pl_module, trainer.optimizers[0], start=start, ledger=self.ledger, **self.options)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        assert self.loop is not None
+        if callable(self.ids):
+            ids = self.ids(batch)
+        elif isinstance(batch, Mapping) and self.ids in batch:
+            ids = batch[self.ids]
+        else:
+            got = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            raise InRunError(f"ids: expected {self.ids!r} among a batch's keys, got {got}; or give ids=<function>")
+        if self.loop.step is None:
+            self._steps_before = trainer.global_step
+        self.loop.announce(ids)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.loop is not None and trainer.global_step > self._steps_before:
+            self.loop.end()
+
+    def on_validation_start(self, trainer, pl_module):
+        if self.loop is not None:  # perhaps in the middle of an accumulated step
+            self._evaluating.enter_context(self.loop.tracker.paused())
+
+    def on_validation_end(self, trainer, pl_module):
+        self._evaluating.close()
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.ledger.flush()  # the checkpoint must not be ahead of it
+
+    def on_train_end(self, trainer, pl_module):
+        loop, self.loop = self.loop, None
+        if loop is not None:
+            loop.close()
+
+    def on_exception(self, trainer, pl_module, exception):
+        self._evaluating.close()
+        self.on_train_end(trainer, pl_module)

@@ -1,0 +1,157 @@
+"""The Lightning callback: scores beside the one-sample-at-a-time oracle, by the ids of a shuffling loader."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import Classifier, data
+
+import inrun
+from inrun import InRunError
+
+lightning = pytest.importorskip("lightning.pytorch")
+from inrun.adapters.lightning import InRun  # noqa: E402
+
+LR, N, BATCH = 0.2, 11, 3
+X, Y = data("mlp", N, seed=5)
+HELD_OUT = data("mlp", 4, seed=6)
+
+
+class Net(lightning.LightningModule):
+    def __init__(self, manual=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.before = Classifier(), {}
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch, batch_idx):
+        self.before.setdefault(self.global_step, {n: p.detach().clone() for n, p in self.net.state_dict().items()})
+        loss = F.cross_entropy(self.net(batch["x"]), batch["y"])
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", F.cross_entropy(self.net(batch["x"][:1]), batch["y"][:1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=LR)
+
+
+def loader(keys=("sample_id", "x", "y"), shuffle=True):
+    rows = [{"sample_id": f"s{i}", "x": X[i], "y": Y[i]} for i in range(N)]
+    generator = torch.Generator().manual_seed(2)
+    rows = [{k: r[k] for k in keys} for r in rows]
+    return torch.utils.data.DataLoader(rows, BATCH, shuffle=shuffle, generator=generator)
+
+
+def fit(folder, net, train=None, ckpt=None, **settings):
+    trainer = lightning.Trainer(
+        default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, **({"max_epochs": 2, "enable_checkpointing": False} | settings),
+    )  # fmt: skip
+    trainer.fit(net, train or loader(), loader() if settings.get("val_check_interval") else None, ckpt_path=ckpt)
+
+
+def held_out_loss(net):
+    x, y = HELD_OUT
+    return lambda: F.cross_entropy(net.net(x), y)
+
+
+def oracle(weights, ids, accumulated, clip, autocast=None):
+    """A step's values, one sample at a time, in float64 or as plain training in half precision has them.
+
+    Lightning divides each batch's mean by the number of batches that a step should have.
+    """
+    net, rows = Classifier(), [int(i[1:]) for i in ids]
+    net.load_state_dict(weights)
+    dtype = torch.float32 if autocast else torch.float64
+    params = list(net.to(dtype).parameters())
+    target = torch.autograd.grad(F.cross_entropy(net(HELD_OUT[0].to(dtype)), HELD_OUT[1]), params)
+    each = []
+    for k, i in enumerate(rows):
+        size = len(rows[k // BATCH * BATCH :][:BATCH])
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = F.cross_entropy(net(X[i : i + 1].to(dtype)), Y[i : i + 1]) / (size * accumulated)
+        each.append(torch.autograd.grad(loss, params))
+    norm = torch.stack([sum(g).square().sum() for g in zip(*each, strict=True)]).sum().sqrt()
+    assert norm > clip
+    dots = torch.stack([sum((a * b).sum() for a, b in zip(target, g, strict=True)) for g in each])
+    return (LR * clip / norm * dots).double()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_every_score_has_the_id_of_its_sample(precision, tmp_path):
+    """Shuffled, accumulated, clipped, with a validation loop in the middle of steps."""
+    net = Net()
+    values = InRun(held_out_loss(net))
+    fit(
+        tmp_path, net, callbacks=[values], accumulate_grad_batches=2, gradient_clip_val=0.05,
+        val_check_interval=1, precision=precision,
+    )  # fmt: skip
+    rows = values.ledger.rows().to_pylist()
+    assert [r["step"] for r in rows] == [0] * 6 + [1] * 5 + [2] * 6 + [3] * 5
+    assert {r["sample_id"] for r in rows[:11]} == {r["sample_id"] for r in rows[11:]} == {f"s{i}" for i in range(N)}
+    for step, weights in net.before.items():
+        mine = [r for r in rows if r["step"] == step]
+        ids, found = [r["sample_id"] for r in mine], torch.tensor([r["value"] for r in mine]).double()
+        expected = oracle(weights, ids, 2, 0.05)
+        allowed = 2e-4 * expected.abs().max()
+        if precision == "bf16-mixed":
+            plain = oracle(weights, ids, 2, 0.05, torch.bfloat16)
+            rounding = torch.finfo(torch.bfloat16).eps * expected.abs().max()
+            allowed = rounding + 2 * (plain - expected).abs().max()
+        assert (found - expected).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_training_is_untouched(manual, tmp_path):
+    trained = []
+    for callbacks in ([], None):
+        net = Net(manual)
+        values = InRun(held_out_loss(net))
+        fit(tmp_path, net, callbacks=[values] if callbacks is None else callbacks)
+        trained.append(list(net.parameters()))
+    assert len(values.ledger) == 2 * N
+    for a, b in zip(*trained, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_resumed_fit_neither_loses_nor_doubles_a_step(tmp_path):
+    class Killed(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 6:
+                values.ledger.flush()
+                raise RuntimeError("killed")
+
+    def run(folder, *more, ckpt=None):
+        net = Net()
+        values = InRun(held_out_loss(net), ledger=folder / "ledger")
+        saved = lightning.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)
+        return net, values, {"callbacks": [values, saved, *more], "enable_checkpointing": True, "ckpt": ckpt}
+
+    net, values, settings = run(tmp_path / "whole")
+    fit(tmp_path, net, loader(shuffle=False), **settings)
+    expected = values.ledger.rows().to_pylist()
+    net, values, settings = run(tmp_path / "run", Killed())
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path, net, loader(shuffle=False), **settings)
+    assert inrun.Ledger(tmp_path / "run/ledger").last_step == 5
+    net, values, settings = run(tmp_path / "run", ckpt=tmp_path / "run/step=4.ckpt")
+    fit(tmp_path, net, loader(shuffle=False), **settings)
+    found = inrun.Ledger(tmp_path / "run/ledger").rows().to_pylist()
+    assert [(r["step"], r["sample_id"]) for r in found] == [(r["step"], r["sample_id"]) for r in expected]
+    assert [r["value"] for r in found] == pytest.approx([r["value"] for r in expected], rel=1e-5, abs=1e-7)
+
+
+def test_a_batch_without_ids_is_refused(tmp_path):
+    net = Net()
+    values = InRun(held_out_loss(net))
+    classes = [type(m) for m in net.modules()]
+    with pytest.raises(InRunError, match="expected 'sample_id' among a batch's keys, got x, y"):
+        fit(tmp_path, net, loader(("x", "y")), callbacks=[values])
+    assert [type(m) for m in net.modules()] == classes

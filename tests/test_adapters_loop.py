@@ -1,0 +1,188 @@
+"""`Loop`: loops of one's own, with accelerate and by hand, and the figures that go to experiment trackers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import Classifier, data, oracle_values
+from torch import nn
+
+import inrun
+from inrun import InRunError
+from inrun.adapters import Loop, TensorBoard
+
+LR, N, BATCH = 0.2, 11, 3
+X, Y = data("mlp", N, seed=5)
+HELD_OUT = data("mlp", 4, seed=6)
+
+
+def made():
+    torch.manual_seed(0)
+    model = Classifier()
+    return model, torch.optim.SGD(model.parameters(), lr=LR), lambda: F.cross_entropy(model(HELD_OUT[0]), HELD_OUT[1])
+
+
+def batches():
+    """Of a shuffling loader, with ids of their own."""
+    rows = [{"sample_id": f"s{i}", "x": X[i], "y": Y[i]} for i in range(N)]
+    return torch.utils.data.DataLoader(rows, BATCH, shuffle=True, generator=torch.Generator().manual_seed(2))
+
+
+def expected_values(weights, ids, divisor):
+    model, rows = Classifier(), [int(i[1:]) for i in ids]
+    model.load_state_dict(weights)
+    return oracle_values(model, lambda n, g: LR * g, (X[rows], Y[rows]), HELD_OUT) / divisor
+
+
+class Kept:
+    def __init__(self):
+        self.logged = []
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate(precision):
+    """Accumulated by `accumulate`, whose last batch of an epoch ends a step early."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)  # an earlier test's precision stays otherwise
+    model, optimizer, held_out = made()
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=3, mixed_precision=precision, cpu=True)
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, batches())
+    loop = Loop(wrapped, optimizer, held_out)
+    before = {}
+    for batch in loader:
+        before.setdefault(loop.tracker.steps, {k: v.clone() for k, v in model.state_dict().items()})
+        ids = batch.pop("sample_id")
+        with accelerator.accumulate(wrapped), loop.batch(ids, last=accelerator.sync_gradients):
+            accelerator.backward(F.cross_entropy(wrapped(batch["x"]), batch["y"]))
+            optimizer.step()
+            optimizer.zero_grad()
+    loop.close()
+    assert type(model.net[0]) is nn.Linear
+    rows = loop.ledger.rows().to_pylist()
+    assert [r["step"] for r in rows] == [0] * 9 + [1] * 2
+    assert {r["sample_id"] for r in rows} == {f"s{i}" for i in range(N)}
+    for step, batch_size in ((0, 9), (1, 2)):  # each batch's mean, divided by 3
+        mine = [r for r in rows if r["step"] == step]
+        expected = expected_values(before[step], [r["sample_id"] for r in mine], 3 if step else 1)
+        assert len(mine) == batch_size
+        allowed = 2e-4 if precision == "no" else 16 * torch.finfo(torch.bfloat16).eps
+        found = torch.tensor([r["value"] for r in mine]).double()
+        assert (found - expected).abs().max() <= allowed * expected.abs().max(), step
+
+
+def run(loop, model, optimizer, epochs=2):
+    for _ in range(epochs):
+        for batch in batches():
+            with loop.batch(batch["sample_id"]):
+                F.cross_entropy(model(batch["x"]), batch["y"]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    loop.close()
+
+
+def test_compiled():
+    model, optimizer, held_out = made()
+    compiled = torch.compile(model, backend="eager")
+    loop = Loop(compiled, optimizer, held_out, check=False)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    with loop.batch(["s0", "s1"]):
+        F.cross_entropy(compiled(X[:2]), Y[:2]).backward()
+        optimizer.step()
+    torch.testing.assert_close(loop.last.values.double(), expected_values(weights, ["s0", "s1"], 1))
+    loop.close()
+
+
+def test_figures_are_those_of_the_ledger():
+    model, optimizer, held_out = made()
+    kept, losses = Kept(), []
+
+    def source(i):
+        return "even" if int(i[1:]) % 2 == 0 else "odd"
+
+    def loss():
+        losses.append(held_out())
+        return losses[-1]
+
+    loop = Loop(model, optimizer, loss, logger=kept, log_every=4, source_of=source)
+    run(loop, model, optimizer)
+    rows = loop.ledger.rows().to_pylist()
+    assert [step for step, _ in kept.logged] == [3, 7]
+    for (step, figures), first in zip(kept.logged, (0, 4), strict=True):
+        mine = [r for r in rows if first <= r["step"] <= step]
+        expected = {
+            "inrun/value": [r["value"] for r in mine],
+            "inrun/negative": [float(r["value"] < 0) for r in mine],
+            "inrun/value/even": [r["value"] for r in mine if source(r["sample_id"]) == "even"],
+            "inrun/value/odd": [r["value"] for r in mine if source(r["sample_id"]) == "odd"],
+            "inrun/validation_loss": [float(losses[step])],
+        }
+        assert figures.pop("inrun/seconds") > 0
+        assert figures == pytest.approx({k: sum(v) / len(v) for k, v in expected.items()}, rel=1e-5)
+
+
+def test_several_targets_have_figures_of_their_own():
+    model, optimizer, held_out = made()
+    kept = Kept()
+    losses = {"all": held_out, "first": lambda: F.cross_entropy(model(HELD_OUT[0][:1]), HELD_OUT[1][:1])}
+    run(Loop(model, optimizer, losses, logger=kept, log_every=8), model, optimizer)
+    kinds = ("validation_loss", "value", "negative")
+    assert set(kept.logged[0][1]) == {"inrun/seconds", *(f"inrun/{k}/{t}" for k in kinds for t in losses)}
+
+
+def test_the_validation_loss_is_taken_in_eval_mode_and_a_failed_batch_leaves_no_step():
+    model, optimizer, _ = made()
+    model.net[1].eval()
+    modes = []
+
+    def loss():
+        modes.append(any(m.training for m in model.modules()))
+        return F.cross_entropy(model(HELD_OUT[0]), HELD_OUT[1])
+
+    loop = Loop(model, optimizer, loss)
+    with pytest.raises(KeyError), loop.batch(range(3)):
+        raise KeyError
+    assert modes == [False] and model.training and not model.net[1].training
+    with pytest.raises(InRunError, match="end: expected a batch before it"):
+        loop.end()
+    run(loop, model, optimizer, epochs=1)
+    assert len(loop.ledger) == N
+
+
+def test_a_run_that_starts_late(tmp_path):
+    model, optimizer, held_out = made()
+    run(Loop(model, optimizer, held_out, ledger=tmp_path), model, optimizer)  # steps 0 to 7
+    with pytest.raises(InRunError, match="expected an empty one for a run that begins at step 0, got steps up to 7"):
+        Loop(model, optimizer, held_out, ledger=tmp_path)
+    run(Loop(model, optimizer, held_out, ledger=tmp_path, start=6), model, optimizer, epochs=1)
+    assert sorted(set(inrun.Ledger(tmp_path).rows()["step"].to_pylist())) == list(range(10))
+    with pytest.warns(UserWarning, match="ends at step 9 and the run goes on at 12"):
+        Loop(model, optimizer, held_out, ledger=tmp_path, start=12).close()
+    with pytest.raises(ValueError, match="log_every"):
+        Loop(model, optimizer, held_out, log_every=0)
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    model, optimizer, held_out = made()
+    with SummaryWriter(tmp_path) as writer:
+        run(Loop(model, optimizer, held_out, logger=TensorBoard(writer), log_every=4), model, optimizer)
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.step for e in read.Scalars("inrun/value")] == [3, 7]
+
+
+def test_wandb(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    model, optimizer, held_out = made()
+    quick = wandb.Settings(console="off", x_disable_stats=True, x_disable_machine_info=True, disable_git=True)
+    with wandb.init(mode="offline", dir=tmp_path, settings=quick) as logger:
+        run(Loop(model, optimizer, held_out, logger=logger, log_every=4), model, optimizer)
+        assert logger.step == 7 and "inrun/value" in logger.summary.keys()  # noqa: SIM118
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
