@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from real_models import CASES, VOCAB
+from real_models import CASES, VOCAB, Case, decoder
 
 import inrun
 from inrun import InRunError
@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from inrun.adapters.huggingface import attach  # noqa: E402
 
+TIED = Case(decoder("Llama", tie_word_embeddings=True))
 LR, CLIP = 0.5, 0.05  # so small that every step is clipped
 
 
@@ -81,10 +82,10 @@ def gradients(loss, model):
     return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
 
-def oracle(trainset, weights, members, autocast=None):
+def oracle(case, trainset, weights, members, autocast=None):
     """Values of a step's samples, one at a time, by id: in float64, or as plain training in half precision has them."""
-    model = CASES["Llama"].built()
-    model.load_state_dict(weights)
+    model = case.built()
+    model.load_state_dict(weights, strict=False)  # a tied head is stored once
     model = model.double() if autocast is None else model
     rows = {s["sample_id"]: s["input_ids"] for s in trainset}
     held = [
@@ -112,14 +113,14 @@ def by_step(ledger):
     return steps
 
 
-def compare(values, before, trainset=None, autocast=None):
+def compare(values, before, trainset=None, autocast=None, case=CASES["Llama"]):
     """Every score of the run beside the oracle's; in half precision the plain computation's own error doubles."""
     trainset, found = trainset or samples(), by_step(values.ledger)
     assert sorted(found) == sorted(before)
     for step, scored in found.items():
-        expected, allowed = oracle(trainset, before[step], list(scored)), 2e-4
+        expected, allowed = oracle(case, trainset, before[step], list(scored)), 2e-4
         if autocast is not None:
-            plain = oracle(trainset, before[step], list(scored), autocast)
+            plain = oracle(case, trainset, before[step], list(scored), autocast)
             allowed = torch.finfo(autocast).eps + 2 * error(plain, expected)
         assert error(scored, expected) <= allowed, step
     return found
@@ -229,6 +230,41 @@ def test_a_resumed_run_neither_loses_nor_doubles_a_step(tmp_path):
     first.pop_callback(Killed)
     first.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
     assert sorted(by_step(inrun.Ledger(tmp_path / "ledger"))) == [0, 1, 2, 3]
+
+
+def sft(folder, trainset, attached=True, **settings):
+    """An SFTTrainer over token rows, its checkpointing on as is its default, and the head tied to the embedding."""
+    trl, tokenizers = pytest.importorskip("trl"), pytest.importorskip("tokenizers")
+    vocab = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=vocab, eos_token="t2", pad_token="t0")
+    config = trl.SFTConfig(
+        output_dir=folder, optim="sgd", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=CLIP, seed=3,
+        report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no", bf16=False,
+        **{"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 2, **settings},
+    )  # fmt: skip
+    model, weights = TIED.built(), Weights()
+    trainer = trl.SFTTrainer(model, config, train_dataset=trainset, processing_class=tokenizer, callbacks=[weights])
+    attach_sft = pytest.importorskip("inrun.adapters.trl").attach
+    return trainer, attach_sft(trainer, lambda: model(**HELD_OUT).loss) if attached else None, weights.before
+
+
+@pytest.mark.parametrize("rows", ["padded", "padding_free", "packed"])
+@pytest.mark.filterwarnings("ignore")
+def test_sft(rows, tmp_path):
+    """Each document has its value, whether it has a row of its own or not; TRL's fused output layer is scored."""
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    trainset, settings = datasets.Dataset.from_list(samples()).remove_columns("extra"), {"max_length": 20}
+    if rows == "padding_free":
+        settings = {"max_length": None, "padding_free": True}
+    if rows == "packed":
+        trainset = adapter.pack(trainset, 20)
+        assert len(trainset) < 5
+        settings |= {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}, "eval_packing": False,
+                     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}  # fmt: skip
+    trainer, values, before = sft(tmp_path, trainset, **settings)
+    trainer.train()
+    found = compare(values, before, case=TIED)
+    assert sum(map(len, found.values())) == 22
 
 
 def test_bad_input_is_one_clear_error(tmp_path):

@@ -1,0 +1,98 @@
+"""TRL's SFTTrainer:
+
+    values = attach(trainer, validation=lambda: model(**held_out).loss, ledger="run/ledger")
+    trainer.train()
+    values.ledger.bottom(10)
+
+With `padding_free=True` each document of the row has its value. Packing loses every column but the tokens, so a
+dataset that is to be packed goes through `pack` first, and the trainer leaves it as it is:
+
+    SFTTrainer(model, SFTConfig(packing=True, dataset_kwargs={"skip_prepare_dataset": True}), pack(dataset, 1024), ...)
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_trainer import SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from ..errors import InRunError
+from . import huggingface
+
+
+def attach(trainer: SFTTrainer, validation: Any, *, id_column: str = "sample_id", **options: Any) -> Any:
+    """As `huggingface.attach`, for an SFTTrainer; call it before `train()` and `evaluate()`.
+
+    TRL computes the loss from the output layer's weight without calling the layer. Where that weight is trained, the
+    layer is called instead, so that it is scored: the same loss, to rounding, from logits held in full.
+
+    Raises:
+        InRunError: the trainer packed its dataset by itself; it has been run already; as `huggingface.attach`.
+    """
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    if id_column not in columns and "seq_lengths" in columns:
+        raise InRunError(
+            f"id_column: expected {id_column!r} in the training set, which lost it in packing; pack it with "
+            "inrun.adapters.trl.pack and set SFTConfig(dataset_kwargs={'skip_prepare_dataset': True})"
+        )
+    model: Any = trainer.model
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+    if hasattr(model, "_original_forward"):
+        raise InRunError("attach: expected a trainer before its first train() or evaluate(), got one that has run")
+    callback = huggingface.attach(trainer, validation, id_column=id_column, **options)
+    if model.get_output_embeddings().weight.requires_grad:
+        _call_the_head(model)
+    return callback
+
+
+def pack(dataset: Any, max_length: int, *, id_column: str = "sample_id", strategy: str = "bfd") -> Any:
+    """`trl.pack_dataset`, with the ids.
+
+    Args:
+        dataset: a `datasets.Dataset` with `input_ids`, the id column, and perhaps `labels`.
+        max_length: tokens of a row; a longer document is cut ("bfd") or split into pieces of one id ("bfd_split").
+
+    Returns:
+        The packed rows, with one id for each token in the id column.
+
+    Raises:
+        ValueError: a column that is missing; a strategy that mixes documents.
+    """
+    missing = {"input_ids", id_column} - set(dataset.column_names)
+    if missing:
+        raise ValueError(f"dataset: expected the columns input_ids and {id_column}, got {dataset.column_names}")
+    if strategy not in ("bfd", "bfd_split"):
+        raise ValueError(f"strategy: expected 'bfd' or 'bfd_split', got {strategy!r}")
+    spread = dataset.map(lambda row: {id_column: [row[id_column]] * len(row["input_ids"])})
+    columns = [name for name in ("input_ids", "labels", id_column) if name in dataset.column_names]
+    return pack_dataset(spread.select_columns(columns), max_length, strategy)
+
+
+def _call_the_head(model: Any) -> None:
+    """Give `model(fused_lm_head=True)`, which TRL has added, an output layer that is called as a module."""
+    own = type(model).forward
+
+    @functools.wraps(own)
+    def forward(self, *args, fused_lm_head=False, labels: Any = None, num_items_in_batch=None, **kwargs):
+        if not fused_lm_head:
+            counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            return own(self, *args, labels=labels, **counted, **kwargs)
+        outputs = own(self, *args, **kwargs)
+        logits, labels = outputs.logits[:, :-1].float(), labels[:, 1:]
+        mask = labels != -100
+        every = logits.log_softmax(-1)
+        log_probs = every.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(~mask, 0.0)
+        with torch.no_grad():
+            entropy = -(every.exp() * every).sum(-1).masked_fill(~mask, 0.0)
+        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / count, log_probs=log_probs, entropy=entropy, label_mask=mask,
+            is_top1=(logits.argmax(-1) == labels) & mask, aux_loss=outputs.get("aux_loss"),
+        )  # fmt: skip
+
+    model.forward = types.MethodType(forward, model)
