@@ -109,36 +109,38 @@ def continued(
     return model, optimizer
 
 
-def trains_stably(task: Task, start: nn.Module, kind: str, lr: float, steps: int, size: int, seed: int) -> bool:
-    """Whether the loss over the training samples is below where it began, at each of ten looks in `steps` steps.
+def trains_stably(task: Task, starts: Sequence[nn.Module], kind: str, lr: float, steps: int, size: int) -> bool:
+    """Whether the training loss is below where it began at each of ten looks in `steps` steps from `starts`.
 
-    The training loss, as the validation text may be of another kind, which may get worse while training goes well; over
-    the same samples at every look, as a batch's own loss is noise.
+    The training loss, as the validation text may be of another kind, which may get worse while training goes well. Over
+    the same samples at every look, and the mean over starts, as one small batch or another always raises the loss.
     """
-    model = copy.deepcopy(start)
-    optimizer = OPTIMIZERS[kind][0](model.parameters(), lr)
-    with torch.no_grad():
-        before = float(task.training_loss(model))
+    runs = []
+    for start in starts:
+        model = copy.deepcopy(start)
+        runs.append((model, OPTIMIZERS[kind][0](model.parameters(), lr)))
+    before = _mean_training_loss(task, starts)
     for part in np.array_split(np.arange(FIRST, FIRST + steps), 10):
-        take_steps(task, model, optimizer, part.tolist(), size, seed)
-        with torch.no_grad():
-            if not float(task.training_loss(model)) < before:
-                return False
+        for seed, (model, optimizer) in enumerate(runs):
+            take_steps(task, model, optimizer, part.tolist(), size, seed)
+        if not _mean_training_loss(task, [model for model, _ in runs]) < before:
+            return False
     return True
 
 
+@torch.no_grad()
+def _mean_training_loss(task: Task, models: Sequence[nn.Module]) -> float:
+    return float(np.mean([float(task.training_loss(m)) for m in models]))
+
+
 def largest_stable(task: Task, starts: Sequence[nn.Module], kind: str, steps: int, size: int) -> float:
-    """The largest learning rate, on a grid of factor 2, that trains stably from every one of `starts`."""
-
-    def stable(lr: float) -> bool:
-        return all(trains_stably(task, start, kind, lr, steps, size, seed) for seed, start in enumerate(starts))
-
+    """The largest learning rate, on a grid of factor 2, at which training is stable (see `trains_stably`)."""
     usual = lr = OPTIMIZERS[kind][1]
-    while not stable(lr):
+    while not trains_stably(task, starts, kind, lr, steps, size):
         lr /= 2
         if lr < usual / 1000:
             raise InRunError(f"{task.name}, {kind}: no learning rate from {lr:g} to {usual:g} trains stably")
-    while stable(2 * lr):
+    while trains_stably(task, starts, kind, 2 * lr, steps, size):
         lr *= 2
     return lr
 

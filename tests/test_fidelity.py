@@ -112,8 +112,8 @@ def test_the_largest_stable_rate_is_below_one_that_does_not_train(digits):
     task, start = digits
     for kind in ("sgd", "lion"):
         top = fidelity.largest_stable(task, [start], kind, 20, 8)
-        assert fidelity.trains_stably(task, start, kind, top, 20, 8, 0)
-        assert not fidelity.trains_stably(task, start, kind, 2 * top, 20, 8, 0)
+        assert fidelity.trains_stably(task, [start], kind, top, 20, 8)
+        assert not fidelity.trains_stably(task, [start], kind, 2 * top, 20, 8)
     broken = copy.deepcopy(start)
     with torch.no_grad():
         broken[0].weight.mul_(float("nan"))
