@@ -401,15 +401,34 @@ class Deferred:
             if "not implemented" not in str(error) and "not differentiable" not in str(error):
                 raise
             return self._hessian_by_differences(name, vector)
-        return self.tracker.ranks.mean_gradients(own, params)
+        found = self.tracker.ranks.mean_gradients(own, params)
+        if self.tracker.check_due:
+            self._check_hessian(name, vector, found)
+        return found
 
-    def _hessian_by_differences(self, name: str, vector: list[Tensor]) -> list[Tensor | None]:
+    def _check_hessian(self, name: str, vector: list[Tensor], found: list[Tensor | None]) -> None:
+        """Against differences, where two sizes of them agree: an operation may hide its second derivative."""
+
+        def flat(parts: list[Tensor | None]) -> Tensor:
+            filled = [torch.zeros_like(v) if p is None else p for p, v in zip(parts, vector, strict=True)]
+            return torch.cat([p.flatten().double() for p in filled])
+
+        near, far = (flat(self._hessian_by_differences(name, vector, size)) for size in (0.05, 0.2))
+        apart, size = float((flat(found) - near).norm()), float(near.norm())
+        if apart > 0.2 * size + 4 * float((near - far).norm()):
+            raise InRunError(
+                f"method 'second': the Hessian of {name!r} by double backward is {apart / size:.0%} off differences of "
+                "gradients. An operation of the loss has a backward that hides its own derivative (once_differentiable "
+                "or with gradients made in the forward); take method 'secant', which needs no Hessian"
+            )
+
+    def _hessian_by_differences(self, name: str, vector: list[Tensor], times: float = 1.0) -> list[Tensor | None]:
         slots = self.tracker.slots
         size = math.sqrt(sum(float(v.square().sum()) for v in vector))
         weight = math.sqrt(sum(float(s.param.square().sum()) for s in slots))
         if size == 0:
             return [None] * len(slots)
-        eps = torch.finfo(slots[0].param.dtype).eps ** (1 / 3) * (1 + weight) / size
+        eps = times * torch.finfo(slots[0].param.dtype).eps ** (1 / 3) * (1 + weight) / size
         ends = []
         for sign in (1.0, -1.0):
             moves = {i: (sign * eps * v, torch.zeros_like(v)) for i, v in enumerate(vector)}

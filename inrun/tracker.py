@@ -277,7 +277,8 @@ class Tracker:
 
         Args:
             target: one of the tracker's targets; may be left out when there is only one.
-            scale: what the loss was multiplied by (a loss scaler's factor), divided out of the gradient.
+            scale: what the loss was multiplied by, divided out of the gradient. A number of your own, such as 1024, is
+                better than a GradScaler's, which grows until it overflows: here that is an error, not a step skipped.
 
         Raises:
             InRunError: inside a step; no backward reached a tracked parameter; a gradient is not finite.

@@ -133,7 +133,7 @@ class Validation:
             raise InRunError(
                 f"validation({name!r}): expected a finite gradient, got NaN or infinity in "
                 f"{', '.join(bad[:5]) or 'the shards of another process'}"
-                f"{'' if len(bad) <= 5 else f' and {len(bad) - 5} more'}"
+                f"{'' if len(bad) <= 5 else f' and {len(bad) - 5} more'}{_remedy(scale)}"
             )
         if self.excluded and self.excluded_share is None:
             others = [g for g in found[len(ours) :] if g is not None]
@@ -143,6 +143,16 @@ class Validation:
             for g in grads:
                 g.div_(scale)
         return ours
+
+
+def _remedy(scale: float | Tensor) -> str:
+    """What to do about an overflow that may be the loss scale's."""
+    if float(scale) == 1.0:
+        return ""
+    return (
+        f". The loss was scaled by {float(scale):g}: scale it by less, and pass that as scale=; it need not be the "
+        "training loss's, and a GradScaler's grows until it overflows"
+    )
 
 
 def as_losses(validation: Any) -> dict[str, Callable[[], Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from models import B, data, gradient, loss_of, make, oracle_values, sample_gradients
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 import inrun
 from inrun import shapley
@@ -363,7 +365,7 @@ def test_a_hessian_by_differences_stands_in_where_an_operation_has_no_second_der
 
     calls = []
     original = Deferred._hessian_by_differences
-    monkeypatch.setattr(Deferred, "_hessian_by_differences", lambda self, *a: calls.append(1) or original(self, *a))
+    monkeypatch.setattr(Deferred, "_hessian_by_differences", lambda self, *a: calls.append(a[2:]) or original(self, *a))
 
     def values(function):
         model = make("mlp")
@@ -372,9 +374,40 @@ def test_a_hessian_by_differences_stands_in_where_an_operation_has_no_second_der
         return made[0].values
 
     found = values(attention(fused))
-    assert calls == [1]
+    assert calls == [()]
     close(found, values(attention(F.scaled_dot_product_attention)).double(), 1e-5)
-    assert calls == [1]
+    assert calls[1:] == [(0.05,), (0.2,)]  # the first step's check
+
+
+class HidesItsDerivative(torch.autograd.Function):
+    """A loss that makes its gradient in its forward, as fused cross-entropies do."""
+
+    @staticmethod
+    def forward(ctx, logits, y):
+        ctx.save_for_backward((logits.softmax(1) - F.one_hot(y, logits.shape[1])) / len(y))
+        return F.cross_entropy(logits, y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] * grad, None
+
+
+class IsDifferentiatedOnce(HidesItsDerivative):
+    backward = staticmethod(once_differentiable(lambda ctx, grad: (ctx.saved_tensors[0] * grad, None)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", [HidesItsDerivative, IsDifferentiatedOnce, None])
+def test_a_hidden_second_derivative_is_an_error(loss, dtype):
+    model = make("mlp").to(dtype)
+    (x, y), (val_x, val_y) = data("mlp"), data("mlp", 4, 2)
+    function = F.cross_entropy if loss is None else loss.apply
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    tracker = inrun.track(model, optimizer, "second", validation=lambda: function(model(val_x.to(dtype)), val_y))
+    refused = pytest.raises(inrun.InRunError, match="method 'second': the Hessian of 'validation' by double backward")
+    with contextlib.nullcontext() if loss is None else refused, tracker.step(range(B)):
+        F.cross_entropy(model(x.to(dtype)), y).backward()
+        optimizer.step()
 
 
 class Apply(nn.Module):

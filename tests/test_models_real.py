@@ -68,6 +68,54 @@ def test_deferred_methods_and_two_targets(name):
         assert error(one.values[:, m], expected) < 5e-4
 
 
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_relative_position_bias_belongs_to_no_token_and_no_document(method):
+    case = CASES["T5"]
+    x, y = case.batch(5, 1)
+    x = {name: ids[:, : y.shape[1]] for name, ids in x.items()}  # encoder and decoder of one length
+    for layout in ({"tokens": y.shape[1]}, {"tokens": y.shape[1], "segments": torch.arange(6) * y.shape[1]}):
+        model = case.built()
+        tracker, optimizer = tracked(case, model, method)
+        refused = pytest.raises(inrun.InRunError, match=r"SelfAttention \(T5Attention\): .* token by token")
+        with refused, tracker.step(range(5), **layout):
+            mean_loss(model, x, y).backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2-MoE", "experts as modules"])
+def test_experts_by_documents_and_by_tokens(name, method):
+    """Rows of tokens are told apart inside a mixture of experts: whole rows as documents are the samples, and tokens
+    add up to them."""
+    case, found = CASES[name], []
+    x, y = case.batch(5, 1)
+    tokens = y.shape[1]
+    for layout in ({}, {"tokens": tokens, "segments": torch.arange(6) * tokens}, {"tokens": tokens}):
+        model = case.built()
+        tracker, optimizer = tracked(case, model, method)
+        with tracker.step(range(5), **layout) as one:
+            mean_loss(model, x, y).backward()
+            optimizer.step()
+        found.append(one.values)
+    assert found[2].shape == (5, tokens)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[2].sum(1), found[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["T5", "Mixtral", "Qwen2-MoE"])
+def test_one_value_for_each_validation_sample_is_refused_where_rows_are_not_samples(name):
+    case = CASES[name]
+    with pytest.raises(inrun.InRunError, match=r"pairwise: expected layers that compute each row .*(gate|relative)"):
+        tracked(case, case.built(), "first", pairwise=["a", "b"])
+
+
+def tracked(case, model, method, **options):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+    validation = case.batch(4, 2)
+    losses = {"validation": lambda: mean_loss(model, *validation)}
+    return inrun.track(model, optimizer, method, validation=losses, through=case.through, **options), optimizer
+
+
 def mean_loss(model, x, y):
     return nn.functional.cross_entropy(logits(model, x).flatten(0, -2), y.flatten())
 

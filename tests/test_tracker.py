@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 
@@ -381,6 +382,45 @@ def test_loss_scale_divides_out_and_a_skipped_update_is_worth_nothing(fused):
         with pytest.warns(UserWarning, match="did not run"):
             assert torch.equal(step(spoil=True), torch.zeros(B))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_scaled_validation_loss_that_overflows_says_what_to_do():
+    """A GradScaler begins at 65536 and backs off; a validation gradient that is lost is no step skipped."""
+    model, train, validation = make("mlp"), data("mlp"), data("mlp", 4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = oracle_values(model, lambda n, g: 0.1 * g, train, validation)
+    tracker = inrun.track(model, optimizer)
+    half = torch.finfo(torch.float16).max
+
+    def overflowing(grad):  # a float16 activation's
+        return torch.where(grad.abs() * 1e3 > half, torch.inf, grad)
+
+    handle = model.head.register_forward_hook(lambda m, args, out: out.register_hook(overflowing) and None)
+    scaler = torch.amp.GradScaler("cpu")
+    message = r"got NaN or infinity .*The loss was scaled by 65536: scale it by less, and pass that as scale="
+    with pytest.raises(inrun.InRunError, match=message), tracker.validation(scale=scaler.get_scale()):
+        scaler.scale(loss_of(model, *validation)).backward()
+    assert all(p.grad is None for p in model.parameters() if p.requires_grad)
+    with tracker.validation(scale=16.0):
+        (loss_of(model, *validation) * 16).backward()
+    handle.remove()
+    with tracker.step(range(B)) as step:
+        loss_of(model, *train).backward()
+        optimizer.step()
+    close(step.values, expected)
+
+
+def test_a_sample_axis_in_second_place_is_an_error_where_the_sizes_tell():
+    """[T, B, H]: seen where T is not B. Where it is, nothing tells, and values are those of positions (README)."""
+    for tokens in (B + 1, B):
+        layer, x = nn.Linear(8, 3), torch.randn(tokens, B, 8)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        tracker = inrun.track(layer, optimizer, validation=lambda layer=layer, x=x: layer(x).square().mean())
+        refused = pytest.raises(ValueError, match=rf"with B = {B}.* got \({tokens}, {B}, 8\)")
+        with refused if tokens != B else contextlib.nullcontext(), tracker.step(range(B)) as step:
+            layer(x).square().mean().backward()
+            optimizer.step()
+    assert step.values.shape == (B,)
 
 
 def test_several_targets_by_block_and_by_callable():
