@@ -1,13 +1,14 @@
 """Products with a vector or a table row: norm weights, biases, embeddings.
 
     embedding  dots[b] = sum_t <D[ids[b,t]], grads[b,t]>
-    norm       dots[b] = sum_{t,i} normed[b,t,i] * grads[b,t,i] * D[i]
-    bias       dots[b] = sum_{t,o} grads[b,t,o] * D[o]
+    norm       dots[b] = sum_{t,i} normed[b,t,i] * grads[b,t,i] * D[i]        weight_grad = sum_{b,t} normed * grads
+    bias       dots[b] = sum_{t,o} grads[b,t,o] * D[o]                        weight_grad = sum_{b,t} grads
 
 Source: arXiv 2406.11011, section 4.2, for layers whose per-sample gradient is a sum of rows. 2 to 3 FLOPs per
-element and direction, bound by memory: each operand is read once (once per direction for the dots alone).
-`_row_dot_kernel` writes one dot per token; `_column_sum_kernel` writes the column sums of each sample, `[S, I]`,
-whose sum is the weight gradient, and contracts them with every direction while they are in registers.
+element and direction, bound by memory: one pass reads every operand once, whatever is due and however many the
+directions. A program owns whole rows and walks their columns: a row's dots with all directions stay in registers, and
+where the gradient is due each column's sum over the program's rows is written on the way. A second stage adds the
+programs' sums, `rows / BLOCK_N` of them, and the dots of each sample's tokens, in a fixed order.
 """
 
 # Launches go through triton's JIT, whose signature pyright cannot see.
@@ -19,16 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from inrun_kernels.config import ceil_div, row_tile
-from inrun_kernels.tiles import load_columns, one_row, sample_tokens, sum_tokens, token_starts
+from inrun_kernels.tiles import load_columns, sum_tokens, token_starts
 
 
 @triton.jit
-def _row_dot_kernel(
-    ids_ptr,
-    normed_ptr,
-    grads_ptr,
-    val_grad_ptr,
-    out_ptr,  # [M, B*T]
+def _rows_kernel(
+    ids_ptr,  # [B, T]
+    normed_ptr,  # [B, T, I]
+    grads_ptr,  # [B, T, I]
+    val_grad_ptr,  # [M, I]; with ids [M, V, I]
+    sums_ptr,  # [programs, I]
+    dots_ptr,  # [M, B*T]
     n_tokens,
     tokens,
     width,
@@ -44,84 +46,46 @@ def _row_dot_kernel(
     stride_dm,
     stride_dv,
     stride_di,
+    DIRECTIONS: tl.constexpr,
+    LANES: tl.constexpr,  # directions, rounded up to a power of two
     HAS_IDS: tl.constexpr,
     HAS_NORMED: tl.constexpr,
+    SUMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    m = tl.program_id(1).to(tl.int64)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = tl.program_id(0)
+    offs_n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < n_tokens
     counts = mask_n  # tokens that count
-    d_rows = val_grad_ptr + m * stride_dm + tl.zeros([BLOCK_N], tl.int64)
     if HAS_IDS:
         ids_ptrs = token_starts(ids_ptr, offs_n, tokens, stride_ib, stride_it)
         ids = tl.load(ids_ptrs, mask=mask_n, other=0)
         counts = mask_n & (ids != padding_idx)
-        d_rows += ids.to(tl.int64) * stride_dv
+        d_rows = val_grad_ptr + ids.to(tl.int64) * stride_dv  # [N]
     g_rows = token_starts(grads_ptr, offs_n, tokens, stride_gb, stride_gt)
     if HAS_NORMED:
         n_rows = token_starts(normed_ptr, offs_n, tokens, stride_nb, stride_nt)
-    dots = tl.zeros([BLOCK_N], tl.float32)
+    lanes = tl.arange(0, LANES)[None, :]
+    dots = tl.zeros([BLOCK_N, LANES], tl.float32)
     for low in range(0, width, BLOCK_I):
         offs_i = low + tl.arange(0, BLOCK_I)
         mask_i = offs_i < width
         product = load_columns(g_rows, counts, offs_i, mask_i, stride_gi).to(tl.float32)  # [N, I]
         if HAS_NORMED:
             product *= load_columns(n_rows, counts, offs_i, mask_i, stride_ni).to(tl.float32)
-        d = load_columns(d_rows, counts, offs_i, mask_i, stride_di)
-        dots += tl.sum(product * d.to(tl.float32), 1)
-    tl.store(out_ptr + m * n_tokens + offs_n, dots, mask=mask_n)
-
-
-@triton.jit
-def _column_sum_kernel(
-    normed_ptr,
-    grads_ptr,
-    val_grad_ptr,
-    offsets_ptr,
-    sums_ptr,  # [S, I]
-    partial_ptr,  # [tiles, S, M]
-    tokens,
-    width,
-    n_samples,
-    n_directions,
-    stride_nb,
-    stride_nt,
-    stride_ni,
-    stride_gb,
-    stride_gt,
-    stride_gi,
-    stride_dm,
-    stride_di,
-    HAS_NORMED: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    sample, pid_i = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    offs_i = pid_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    mask_i = offs_i < width
-    row, start, length = sample_tokens(offsets_ptr, sample, tokens, HAS_OFFSETS)
-    grads_ptr += row * stride_gb + start * stride_gt
-    if HAS_NORMED:
-        normed_ptr += row * stride_nb + start * stride_nt
-    total = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
-    for low in range(0, length, BLOCK_N):
-        offs_t = low + tl.arange(0, BLOCK_N).to(tl.int64)
-        mask_t = offs_t < length
-        product = load_columns(grads_ptr + offs_t * stride_gt, mask_t, offs_i, mask_i, stride_gi).to(tl.float32)
-        if HAS_NORMED:
-            n = load_columns(normed_ptr + offs_t * stride_nt, mask_t, offs_i, mask_i, stride_ni)
-            product *= n.to(tl.float32)
-        total += product
-    sums = tl.sum(total, 0)  # [I]
-    tl.store(sums_ptr + sample.to(tl.int64) * width + offs_i, sums, mask=mask_i)
-    dots_ptr = partial_ptr + (pid_i * n_samples + sample) * n_directions
-    for m in range(n_directions):
-        d_ptrs = val_grad_ptr + tl.cast(m, tl.int64) * stride_dm + offs_i * stride_di
-        d = tl.load(d_ptrs, mask=mask_i, other=0.0)
-        tl.store(dots_ptr + m, tl.sum(sums * d.to(tl.float32)))
+        if SUMS:
+            tl.store(sums_ptr + pid.to(tl.int64) * width + offs_i, tl.sum(product, 0), mask=mask_i)
+        for m in tl.static_range(DIRECTIONS):
+            of_direction = tl.cast(m, tl.int64) * stride_dm
+            if HAS_IDS:
+                d = load_columns(d_rows + of_direction, counts, offs_i, mask_i, stride_di)  # [N, I]
+            else:
+                d_ptrs = val_grad_ptr + of_direction + offs_i.to(tl.int64) * stride_di
+                d = tl.load(d_ptrs, mask=mask_i, other=0.0)[None, :]
+            dots += tl.where(lanes == m, tl.sum(product * d.to(tl.float32), 1)[:, None], 0.0)
+    dots_ptrs = dots_ptr + lanes.to(tl.int64) * n_tokens + offs_n[:, None]
+    tl.store(dots_ptrs, dots, mask=mask_n[:, None] & (lanes < DIRECTIONS))
 
 
 def launch_embedding_dot(
@@ -133,9 +97,7 @@ def launch_embedding_dot(
     padding_idx: int | None,
 ) -> Tensor:
     """`ids [B,T]`, `grads [B,T,I]`, `val_grad [M,V,I]` -> `[B,M]`, `[S,M]` or `[B,T,M]`, float32."""
-    strides = (*ids.stride(), 0, 0, 0, *grads.stride(), *val_grad.stride())
-    skip = -1 if padding_idx is None else padding_idx
-    dots = _launch_row_dot(ids, None, grads, val_grad, skip, strides)
+    dots, _ = _launch(ids, None, grads, val_grad, -1 if padding_idx is None else padding_idx, sums=False)
     return sum_tokens(dots, ids.shape[0], ids.shape[1], segments, per_token)
 
 
@@ -143,65 +105,49 @@ def launch_row_dot(
     normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool
 ) -> Tensor:
     """`normed [B,T,I]` or None, `grads [B,T,I]`, `val_grad [M,I]` -> `[B,M]`, `[S,M]` or `[B,T,M]`, float32."""
-    of_normed = (0, 0, 0) if normed is None else normed.stride()
-    strides = (0, 0, *of_normed, *grads.stride(), val_grad.stride(0), 0, val_grad.stride(1))
-    dots = _launch_row_dot(None, normed, grads, val_grad, -1, strides)
+    dots, _ = _launch(None, normed, grads, val_grad[:, None], -1, sums=False)
     return sum_tokens(dots, grads.shape[0], grads.shape[1], segments, per_token)
-
-
-def _launch_row_dot(
-    ids: Tensor | None, normed: Tensor | None, grads: Tensor, val_grad: Tensor, skip: int, strides: tuple
-) -> Tensor:
-    batch, tokens, width = grads.shape
-    block_n, block_i = row_tile(width)
-    dots = torch.empty(val_grad.shape[0], batch * tokens, dtype=torch.float32, device=grads.device)
-    _row_dot_kernel[(ceil_div(batch * tokens, block_n), val_grad.shape[0])](
-        ids,
-        normed,
-        grads,
-        val_grad,
-        dots,
-        batch * tokens,
-        tokens,
-        width,
-        skip,
-        *strides,
-        HAS_IDS=ids is not None,
-        HAS_NORMED=normed is not None,
-        BLOCK_N=block_n,
-        BLOCK_I=block_i,
-    )
-    return dots
 
 
 def launch_row_wgrad_dot(
     normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`normed [B,T,I]` or None, `grads [B,T,I]`, `val_grad [M,I]` -> `(weight_grad [I], dots [S,M])`, float32."""
-    n_samples = grads.shape[0] if segments is None else segments.shape[0] - 1
-    grads, normed = one_row(grads, segments), None if normed is None else one_row(normed, segments)
-    _, tokens, width = grads.shape
-    block_n, block_i = row_tile(width, 128)  # few columns: more programs, and more rows to sum in registers
-    tiles = ceil_div(width, block_i)
-    sums = torch.empty(n_samples, width, dtype=torch.float32, device=grads.device)
-    partial = torch.empty(tiles, n_samples, val_grad.shape[0], dtype=torch.float32, device=grads.device)
-    _column_sum_kernel[(n_samples, tiles)](
+    dots, sums = _launch(None, normed, grads, val_grad[:, None], -1, sums=True)
+    return sums.sum(0), sum_tokens(dots, grads.shape[0], grads.shape[1], segments, False)
+
+
+def _launch(
+    ids: Tensor | None, normed: Tensor | None, grads: Tensor, val_grad: Tensor, skip: int, *, sums: bool
+) -> tuple[Tensor, Tensor]:
+    """`val_grad [M, V or 1, I]` -> dots of each token `[M, B*T]`, sums of each program `[programs or 0, I]`."""
+    (batch, tokens, width), n_directions = grads.shape, val_grad.shape[0]
+    block_n, block_i, warps = row_tile(batch * tokens, width, sums=sums)
+    programs = ceil_div(batch * tokens, block_n)
+    dots = torch.empty(n_directions, batch * tokens, dtype=torch.float32, device=grads.device)
+    column_sums = torch.empty(programs if sums else 0, width, dtype=torch.float32, device=grads.device)
+    _rows_kernel[(programs,)](
+        ids,
         normed,
         grads,
         val_grad,
-        segments,
-        sums,
-        partial,
+        column_sums,
+        dots,
+        batch * tokens,
         tokens,
         width,
-        n_samples,
-        val_grad.shape[0],
+        skip,
+        *((0, 0) if ids is None else ids.stride()),
         *((0, 0, 0) if normed is None else normed.stride()),
         *grads.stride(),
         *val_grad.stride(),
+        DIRECTIONS=n_directions,
+        LANES=triton.next_power_of_2(n_directions),
+        HAS_IDS=ids is not None,
         HAS_NORMED=normed is not None,
-        HAS_OFFSETS=segments is not None,
+        SUMS=sums,
         BLOCK_N=block_n,
         BLOCK_I=block_i,
+        num_warps=warps,
     )
-    return sums.sum(0), partial.sum(0)
+    return dots, column_sums

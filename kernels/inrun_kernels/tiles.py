@@ -146,7 +146,7 @@ def sum_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor | No
     out = per_token.new_empty(n_directions, n_samples)
     if out.numel():
         _segment_sum_kernel[(n_samples, n_directions)](
-            per_token, segments, out, n_tokens, tokens, n_samples, HAS_OFFSETS=segments is not None, BLOCK_N=256
+            per_token, segments, out, n_tokens, tokens, n_samples, HAS_OFFSETS=segments is not None, BLOCK_N=1024
         )
     return out.T.contiguous()
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,3 +59,33 @@ def test_no_matrix_of_token_pairs_is_stored(monkeypatch):
     acts, grads = torch.randn(BATCH, MIDDLE, 5), torch.randn(BATCH, MIDDLE, 6)
     for run in (torch_path.ghost_dot_pairwise, pairwise.launch_pairwise):
         assert 0 < largest(run, acts, grads, acts, grads) <= 4 * 4096 < 4 * (BATCH * MIDDLE) ** 2
+
+
+@pytest.mark.parametrize("product, due", [("norm", "dots"), ("norm", "both"), ("bias", "both"), ("embedding", "dots")])
+def test_rows_are_read_once_whatever_is_due(product, due, monkeypatch):
+    """Every element of the layer's operands by one load, for the gradient and the dots with three directions."""
+    from triton.runtime import interpreter
+
+    from inrun_kernels import rows
+
+    rows_shape, width, load = (3, 50), 136, interpreter.InterpreterBuilder.create_masked_load
+    grads, normed = torch.randn(*rows_shape, width), torch.randn(*rows_shape, width)
+    directions, ids, segments = torch.randn(3, width), torch.randint(7, rows_shape), torch.tensor([0, 33, 33, 150])
+    read = []
+
+    def counted(self, ptrs, mask, *rest):
+        read.append(ptrs.data[mask.data].astype("int64"))
+        return load(self, ptrs, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counted)
+    if product == "embedding":
+        rows.launch_embedding_dot(ids, grads, torch.randn(3, 7, width), segments, False, None)
+    elif due == "both":
+        rows.launch_row_wgrad_dot(normed if product == "norm" else None, grads, directions, segments)
+    else:
+        rows.launch_row_dot(normed if product == "norm" else None, grads, directions, segments, False)
+    addresses = torch.from_numpy(np.concatenate(read))
+    for operand in (grads, *([normed] if product == "norm" else []), *([ids] if product == "embedding" else [])):
+        start = operand.data_ptr()
+        mine = addresses[(addresses >= start) & (addresses < start + operand.nbytes)]
+        assert len(mine) == operand.numel() == len(mine.unique())
