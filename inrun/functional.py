@@ -35,7 +35,6 @@ from torch import Tensor
 from inrun_kernels import bias_wgrad_dot, embedding_dot, ghost_dot, ghost_wgrad_dot, norm_dot, norm_wgrad_dot
 
 Directions = tuple[Tensor | None, Tensor | None]
-_FEW_TOKENS = 32  # of a document, below which its dot is a product of its own
 
 
 def linear(
@@ -523,15 +522,10 @@ def _shifted(probe: Tensor, layer, direction: Tensor, ndim: int, segments: Tenso
 
 
 def _weight_gradient(acts, grads, direction, need_weight, dtype, segments):
-    grad_weight = None
-    # Riding on the weight's product costs three passes over a weight for each document: too much for a few tokens.
-    few = segments is not None and acts.shape[0] * acts.shape[1] < _FEW_TOKENS * (segments.shape[0] - 1)
-    if need_weight and (direction is None or few):
-        grad_weight = grads.flatten(0, 1).t() @ acts.flatten(0, 1)
     if direction is None:
-        return grad_weight, None
-    if few or not need_weight:
-        return grad_weight, ghost_dot(acts, grads, direction, segments=segments)
+        return grads.flatten(0, 1).t() @ acts.flatten(0, 1) if need_weight else None, None
+    if not need_weight:
+        return None, ghost_dot(acts, grads, direction, segments=segments)
     if direction.stride(-1) != 1:  # a transposed weight (conv1d): exchange the factors, keep memory in order
         grad_weight, dots = ghost_wgrad_dot(grads, acts, direction.mT, segments=segments)
         return grad_weight.t().to(dtype), dots

@@ -63,7 +63,7 @@ def ghost_dot(
         torch.Size([8])
     """
     _check_linear(acts, grads, val_grad, segments, per_token, backend)
-    dots = ops.ghost_dot(acts, grads, _with_m(val_grad, 3), segments, per_token, backend)
+    dots = ops.call(ops.ghost_dot, acts, grads, _with_m(val_grad, 3), segments, per_token, backend)
     return dots if val_grad.dim() == 3 else dots.squeeze(-1)
 
 
@@ -101,7 +101,7 @@ def ghost_wgrad_dot(
     """
     _check_linear(acts, grads, val_grad, segments, False, backend)
     check_form(form)
-    weight_grad, dots = ops.ghost_wgrad_dot(acts, grads, _with_m(val_grad, 3), segments, form, backend)
+    weight_grad, dots = ops.call(ops.ghost_wgrad_dot, acts, grads, _with_m(val_grad, 3), segments, form, backend)
     return weight_grad, dots if val_grad.dim() == 3 else dots.squeeze(-1)
 
 
@@ -136,7 +136,7 @@ def ghost_dot_pairwise(
     check_width("val_acts", val_acts, "acts", acts)
     check_width("val_grads", val_grads, "grads", grads)
     check_backend(backend)
-    return ops.ghost_dot_pairwise(acts, grads, val_acts, val_grads, backend)
+    return ops.call(ops.ghost_dot_pairwise, acts, grads, val_acts, val_grads, backend)
 
 
 def embedding_dot(
@@ -174,7 +174,7 @@ def embedding_dot(
     check_grouping(segments, per_token, grads)
     check_backend(backend)
     table = _with_m(val_grad, 3)
-    dots = ops.embedding_dot(ids, grads, table, segments, per_token, padding_idx, backend)
+    dots = ops.call(ops.embedding_dot, ids, grads, table, segments, per_token, padding_idx, backend)
     return dots if val_grad.dim() == 3 else dots.squeeze(-1)
 
 
@@ -205,7 +205,7 @@ def norm_dot(
         >>> dots = norm_dot(normed, grads, val_grad)
     """
     _check_rows(normed, grads, val_grad, segments, per_token, backend)
-    dots = ops.row_dot(normed, grads, _with_m(val_grad, 2), segments, per_token, backend)
+    dots = ops.call(ops.row_dot, normed, grads, _with_m(val_grad, 2), segments, per_token, backend)
     return dots if val_grad.dim() == 2 else dots.squeeze(-1)
 
 
@@ -223,7 +223,7 @@ def norm_wgrad_dot(
         >>> weight_grad, dots = norm_wgrad_dot(normed, grads, val_grad)
     """
     _check_rows(normed, grads, val_grad, segments, False, backend)
-    weight_grad, dots = ops.row_wgrad_dot(normed, grads, _with_m(val_grad, 2), segments, backend)
+    weight_grad, dots = ops.call(ops.row_wgrad_dot, normed, grads, _with_m(val_grad, 2), segments, backend)
     return weight_grad, dots if val_grad.dim() == 2 else dots.squeeze(-1)
 
 
@@ -250,7 +250,7 @@ def bias_dot(
         >>> dots = bias_dot(grads, val_grad)
     """
     _check_rows(None, grads, val_grad, segments, per_token, backend)
-    dots = ops.row_dot(None, grads, _with_m(val_grad, 2), segments, per_token, backend)
+    dots = ops.call(ops.row_dot, None, grads, _with_m(val_grad, 2), segments, per_token, backend)
     return dots if val_grad.dim() == 2 else dots.squeeze(-1)
 
 
@@ -267,7 +267,7 @@ def bias_wgrad_dot(
         >>> bias_grad, dots = bias_wgrad_dot(grads, val_grad)
     """
     _check_rows(None, grads, val_grad, segments, False, backend)
-    bias_grad, dots = ops.row_wgrad_dot(None, grads, _with_m(val_grad, 2), segments, backend)
+    bias_grad, dots = ops.call(ops.row_wgrad_dot, None, grads, _with_m(val_grad, 2), segments, backend)
     return bias_grad, dots if val_grad.dim() == 2 else dots.squeeze(-1)
 
 

@@ -8,15 +8,36 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from inrun_kernels import derivatives, torch_path
+from inrun_kernels import costs, derivatives, torch_path
 from inrun_kernels.torch_path import accumulate_dtype
 from inrun_kernels.validation import check_id_values, check_segment_values
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def call(op: Any, *args: Any) -> Any:
+    """Call a registered op; only its body where no compiler, tracer, transform or derivative has to see the call.
+
+    Passing through the dispatcher costs as much as the products of a small layer.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return op(*args)
+    recording = torch.is_grad_enabled()
+    for x in args:
+        if isinstance(x, Tensor) and ((recording and x.requires_grad) or type(x) not in (Tensor, torch.nn.Parameter)):
+            return op(*args)
+    return op._init_fn(*args)
 
 
 @torch.library.custom_op("inrun::ghost_dot", mutates_args=())
@@ -38,21 +59,29 @@ def ghost_wgrad_dot(
 ) -> tuple[Tensor, Tensor]:
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
     with _launch_context(acts):
-        if _use_triton(backend, acts, grads):
-            from inrun_kernels.wgrad_dot import launch_wgrad_dot
+        triton = _use_triton(backend, acts, grads)
+        form = form or costs.of_wgrad_dot(acts, grads, val_grad, segments, triton).form
+        if not triton:
+            return torch_path.ghost_wgrad_dot(acts, grads, val_grad, segments, form)
+        if form == "direct":
+            from inrun_kernels.dot import launch_dot
 
-            return launch_wgrad_dot(acts, grads, val_grad, segments, form or "two")
-        return torch_path.ghost_wgrad_dot(acts, grads, val_grad, segments, form)
+            dots = launch_dot(acts, grads, val_grad, segments, False)
+            return torch_path.weight_grad(acts, grads, accumulate_dtype(acts)), dots
+        from inrun_kernels.wgrad_dot import launch_wgrad_dot
+
+        return launch_wgrad_dot(acts, grads, val_grad, segments, form)
 
 
 @torch.library.custom_op("inrun::ghost_dot_pairwise", mutates_args=())
 def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, backend: str | None) -> Tensor:
     with _launch_context(acts):
         if _use_triton(backend, acts, grads, val_acts, val_grads):
-            from inrun_kernels.pairwise import launch_pairwise as run
-        else:
-            run = torch_path.ghost_dot_pairwise
-        return run(acts, grads, val_acts, val_grads)
+            from inrun_kernels.pairwise import launch_pairwise
+
+            return launch_pairwise(acts, grads, val_acts, val_grads)
+        form = costs.of_pairwise(acts, grads, val_acts, False).form
+        return torch_path.ghost_dot_pairwise(acts, grads, val_acts, val_grads, form)
 
 
 @torch.library.custom_op("inrun::embedding_dot", mutates_args=())
@@ -157,6 +186,9 @@ row_wgrad_dot.register_autograd(derivatives.row_wgrad_dot, setup_context=derivat
 @contextmanager
 def _launch_context(x: Tensor) -> Iterator[None]:
     """x's GPU current, and no autocast: active inside an op too, it would round float32 products to half."""
+    if not x.is_cuda and not torch.is_autocast_enabled(x.device.type):
+        yield
+        return
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         yield
 

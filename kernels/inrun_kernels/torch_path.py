@@ -14,53 +14,53 @@ from torch import Tensor
 
 _CHUNK = 1 << 20  # elements of a temporary: 4 MB in float32, about an L2 cache
 _BLOCK = 1 << 21  # elements of the block of weight-gradient rows that ghost_wgrad_dot fills at a time
-# Tokens per sample below which ghost_wgrad_dot changes its form; measured on two x86 cores.
-_TWO_FROM, _DIRECT_BELOW = 96, {None: 12, "prefix": 12, "two": 32}
 
 
 def ghost_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool) -> Tensor:
     """sum_o (acts @ val_grad^T) * grads, or the other association where it needs the narrower temporary."""
-    batch, tokens, _ = acts.shape
-    wide = accumulate_dtype(acts)
-    out = acts.new_empty(batch * tokens, val_grad.shape[0], dtype=wide)
+    batch, tokens, inputs = acts.shape
+    outputs, wide = grads.shape[2], accumulate_dtype(acts)
+    narrow_acts = inputs <= outputs
+    step = max(1, _CHUNK // max(1, min(inputs, outputs)))
     flat_acts, flat_grads = acts.flatten(0, 1), grads.flatten(0, 1)
-    narrow_acts = acts.shape[2] <= grads.shape[2]
-    for m, direction in enumerate(val_grad):
-        weight = direction.to(wide)
-        for part in _chunks(batch * tokens, min(acts.shape[2], grads.shape[2]), _CHUNK):
-            a, g = flat_acts[part].to(wide), flat_grads[part].to(wide)
-            product = (g @ weight).mul_(a) if narrow_acts else (a @ weight.T).mul_(g)
-            torch.sum(product, -1, out=out[part, m])
-    return reduce_tokens(out, batch, tokens, segments, per_token)
+    columns = []
+    for direction in val_grad:
+        direction, sums = direction.to(wide), []
+        for a, g in zip(*(x.split(step) for x in (flat_acts, flat_grads)), strict=True):
+            a, g = a.to(wide), g.to(wide)
+            sums.append(((g @ direction).mul_(a) if narrow_acts else (a @ direction.T).mul_(g)).sum(-1))
+        columns.append(sums[0] if len(sums) == 1 else torch.cat(sums))
+    return reduce_tokens(torch.stack(columns, 1), batch, tokens, segments, per_token)
 
 
 def ghost_wgrad_dot(
-    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, form: str | None = None
+    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, form: str
 ) -> tuple[Tensor, Tensor]:
-    """A GEMM per sample, contracted with each direction while it is in cache.
+    """A GEMM per sample, contracted with each direction while it is in cache; or one GEMM for all, and a `ghost_dot`.
 
     "two": into a scratch weight, then added to the total: three more passes over a weight, as much as the GEMM of
-    some 30 tokens. "prefix": into the total, whose contraction grows by the sample's dot: one pass. Where samples
-    are shorter still, or reading the offsets would synchronise a GPU: one GEMM and a `ghost_dot`.
+    some 30 tokens. "prefix": into the total, whose contraction grows by the sample's dot: one pass. "direct": one
+    GEMM, and a second one for the dots.
     """
     wide = accumulate_dtype(acts)
     n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
-    tokens = acts.shape[0] * acts.shape[1] / max(1, n_samples)
-    if tokens < _DIRECT_BELOW[form] or (segments is not None and segments.is_cuda):
-        return _weight_grad(acts, grads, wide), ghost_dot(acts, grads, val_grad, segments, False)
-    form = form or ("two" if tokens >= _TWO_FROM else "prefix")
+    if form == "direct" or n_samples == 0:
+        return weight_grad(acts, grads, wide), ghost_dot(acts, grads, val_grad, segments, False)
     total = acts.new_zeros(val_grad.shape[1:], dtype=wide)
-    dots = acts.new_zeros(n_samples, val_grad.shape[0], dtype=torch.float64)
     samples = list(zip(_split_tokens(acts, segments), _split_tokens(grads, segments), strict=True))
+    dots = acts.new_zeros(n_samples, val_grad.shape[0], dtype=torch.float64)
     for rows in _chunks(total.shape[0], total.shape[1], _BLOCK):
         block, directions = total[rows], val_grad[:, rows].to(wide).flatten(1).unbind()
+        flat = block.view(-1)
         product, contracted = block, []
         for s, (a, g) in enumerate(samples):
             if form == "two" and s:
-                product = torch.empty_like(block) if s == 1 else product
+                if s == 1:
+                    product = torch.empty_like(block)
+                    flat = product.view(-1)
                 product.zero_()  # MKL adds to zeros faster than it overwrites
             product.addmm_(g[:, rows].to(wide).T, a.to(wide))
-            contracted += [torch.dot(direction, product.flatten()) for direction in directions]
+            contracted += [torch.dot(direction, flat) for direction in directions]
             if product is not block:
                 block += product
         dots += torch.stack(contracted).view_as(dots)
@@ -69,10 +69,16 @@ def ghost_wgrad_dot(
     return total, dots.to(wide)
 
 
-def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor) -> Tensor:
-    """sum_{t,s} (a_t . a_s)(b_t . b_s), a bounded chunk of token pairs at a time."""
+def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, form: str) -> Tensor:
+    """sum_{t,s} (a_t . a_s)(b_t . b_s), a bounded chunk of token pairs at a time.
+
+    "direct" in place of "pairwise": the gradient of one validation sample at a time, and its `ghost_dot`.
+    """
     (batch, tokens, _), (n_val, val_tokens, _) = acts.shape, val_acts.shape
     wide = accumulate_dtype(acts)
+    if form == "direct" and n_val:
+        of_samples = (weight_grad(a[None], g[None], wide) for a, g in zip(val_acts, val_grads, strict=True))
+        return torch.cat([ghost_dot(acts, grads, d[None], None, False) for d in of_samples], 1)
     out = acts.new_zeros(batch * tokens, n_val, dtype=wide)
     flat_acts, flat_grads = acts.flatten(0, 1), grads.flatten(0, 1)
     for v_part in _chunks(n_val, max(1, val_tokens) * 64, _CHUNK):
@@ -125,7 +131,9 @@ def row_wgrad_dot(
     """Column sums of each sample, `[S, I]`: their sum is the gradient, their contraction the dots."""
     batch, tokens, width = grads.shape
     wide = accumulate_dtype(grads)
-    if segments is None:
+    if segments is None and normed is None and grads.dtype == wide:
+        sums = grads.sum(1)
+    elif segments is None:
         sums = grads.new_empty(batch, width, dtype=wide)
         for part in _chunks(batch, tokens * width, _CHUNK):
             products = grads[part] if normed is None else grads[part].to(wide) * normed[part]
@@ -156,10 +164,14 @@ def reduce_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor |
     return total.to(per_token.dtype)
 
 
-def _weight_grad(acts: Tensor, grads: Tensor, wide: torch.dtype) -> Tensor:
+def weight_grad(acts: Tensor, grads: Tensor, wide: torch.dtype) -> Tensor:
     """grads^T acts over all tokens, widened a chunk at a time."""
-    total = acts.new_zeros(grads.shape[2], acts.shape[2], dtype=wide)
     flat_acts, flat_grads = acts.flatten(0, 1), grads.flatten(0, 1)
+    if acts.dtype == wide:
+        return flat_grads.T @ flat_acts
+    if acts.is_cuda:
+        return torch.mm(flat_grads.T, flat_acts, out_dtype=wide)
+    total = acts.new_zeros(grads.shape[2], acts.shape[2], dtype=wide)
     for part in _chunks(len(flat_acts), acts.shape[2] + grads.shape[2], 4 * _CHUNK):
         total.addmm_(flat_grads[part].to(wide).T, flat_acts[part].to(wide))
     return total

@@ -99,8 +99,8 @@ def check_backend(backend: str | None) -> None:
 
 def check_form(form: str | None) -> None:
     """Require a known form of the weight-gradient kernel."""
-    if form not in (None, "two", "prefix"):
-        raise ValueError(f"form: expected None, 'two' or 'prefix', received {form!r}")
+    if form not in (None, "two", "prefix", "direct"):
+        raise ValueError(f"form: expected None, 'two', 'prefix' or 'direct', received {form!r}")
 
 
 def check_segment_values(segments: Tensor | None, n_tokens: int) -> None:

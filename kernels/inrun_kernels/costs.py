@@ -1,0 +1,130 @@
+"""What each form of a product costs on a device, and which form is the quickest.
+
+    seconds = call + sample * S + flop * FLOPs + weight * (elements of weights passed over) + row * (elements of rows)
+
+The coefficients are fitted to measured times (`python -m bench.bench_forms --fit`). FLOPs and passes over memory are
+shared among a CPU's threads, the calls themselves are not.
+
+    product         form        FLOPs, N tokens in S samples   passes over a weight   rows
+    wgrad_dot       two         2*N*I*O                        S*(3 + M)              N*(I + O)
+                    prefix      2*N*I*O                        S*(1 + M)              N*(I + O)
+                    direct      2*N*I*O*(1 + M)                1 + M                  N*(I + O)
+    dot_pairwise    pairwise    2*N*V*S_v*(I + O)              0                      N*V*S_v
+                    direct      2*(N + S_v)*V*I*O              2*V                    N*V*(I + O)
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one form, in proportion to each kind of work; on one thread of a CPU."""
+
+    call: float
+    sample: float
+    flop: float
+    weight: float
+    row: float
+
+    def seconds(self, work: tuple[float, ...], threads: int) -> float:
+        samples, flops, weights, rows = work
+        shared = self.flop * flops + self.weight * weights + self.row * rows
+        return self.call + self.sample * samples + shared / threads
+
+
+# One AMD EPYC core (Zen 4, AVX-512), torch 2.13 with MKL, float32; see bench/results.
+COSTS: dict[str, dict[str, dict[str, Cost]]] = {
+    "cpu": {
+        "ghost_wgrad_dot": {
+            "two": Cost(100e-6, 20e-6, 14e-12, 0.3e-9, 0),
+            "prefix": Cost(100e-6, 15e-6, 14e-12, 0.25e-9, 0),
+            "direct": Cost(100e-6, 0, 14e-12, 0.5e-9, 0.3e-9),
+        },
+        "ghost_dot_pairwise": {
+            "pairwise": Cost(100e-6, 0, 14e-12, 0, 1e-9),
+            "direct": Cost(100e-6, 0, 14e-12, 0.5e-9, 0.3e-9),
+        },
+    }
+}
+_EXACT = 1.1  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
+_FEW_TOKENS = 32  # of a document, below which a GPU's tiles are mostly empty
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which form a product takes, and why.
+
+    Attributes:
+        form: as the argument of `ghost_wgrad_dot`; of `ghost_dot_pairwise`, "pairwise" or "direct".
+        seconds: of each form, as the device's costs predict them; empty where a rule decided.
+        reason: in words.
+    """
+
+    form: str
+    seconds: dict[str, float]
+    reason: str
+
+
+def of_wgrad_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, triton: bool) -> Choice:
+    """The form of `ghost_wgrad_dot` for these inputs, `val_grad` with its leading M."""
+    tokens = acts.shape[0] * acts.shape[1]
+    samples = acts.shape[0] if segments is None else segments.shape[0] - 1
+    if triton:
+        if segments is not None and tokens < _FEW_TOKENS * samples:
+            return Choice("direct", {}, f"direct: fewer than {_FEW_TOKENS} tokens to a document")
+        return Choice("two", {}, "two: rides on the tensor cores' product")
+    if acts.is_cuda:
+        return Choice("direct", {}, "direct: a launch for every sample would cost more")
+    sizes = (tokens, samples, acts.shape[2], grads.shape[2], val_grad.shape[0])
+    return _wgrad_dot(acts.device.type, torch.get_num_threads(), *sizes)
+
+
+def of_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, triton: bool) -> Choice:
+    """The form of `ghost_dot_pairwise` for these inputs."""
+    if triton or acts.is_cuda:
+        return Choice("pairwise", {}, "pairwise: the only form on a GPU")
+    sizes = (acts.shape[0] * acts.shape[1], *val_acts.shape[:2], acts.shape[2], grads.shape[2])
+    return _pairwise(acts.device.type, torch.get_num_threads(), *sizes)
+
+
+@lru_cache(4096)
+def _wgrad_dot(device: str, threads: int, *sizes: int) -> Choice:
+    return _quickest(COSTS[device]["ghost_wgrad_dot"], threads, wgrad_work(*sizes))
+
+
+@lru_cache(4096)
+def _pairwise(device: str, threads: int, *sizes: int) -> Choice:
+    return _quickest(COSTS[device]["ghost_dot_pairwise"], threads, pairwise_work(*sizes))
+
+
+def wgrad_work(tokens: int, samples: int, inputs: int, outputs: int, directions: int) -> dict[str, tuple[float, ...]]:
+    """(samples, FLOPs, elements of weights, elements of rows) of each form of `ghost_wgrad_dot`."""
+    weight, rows = inputs * outputs, tokens * (inputs + outputs)
+    flops = 2 * tokens * weight
+    return {
+        "two": (samples, flops, samples * (3 + directions) * weight, rows),
+        "prefix": (samples, flops, samples * (1 + directions) * weight, rows),
+        "direct": (samples, flops * (1 + directions), (1 + directions) * weight, rows),
+    }
+
+
+def pairwise_work(
+    tokens: int, samples: int, val_tokens: int, inputs: int, outputs: int
+) -> dict[str, tuple[float, ...]]:
+    """The same of `ghost_dot_pairwise`, whose `samples` are the validation's."""
+    weight, both, val_total = inputs * outputs, inputs + outputs, samples * val_tokens
+    return {
+        "pairwise": (samples, 2 * tokens * val_total * both, 0, tokens * val_total),
+        "direct": (samples, 2 * (tokens * samples + val_total) * weight, 2 * samples * weight, tokens * samples * both),
+    }
+
+
+def _quickest(costs: dict[str, Cost], threads: int, work: dict[str, tuple[float, ...]]) -> Choice:
+    seconds = {form: costs[form].seconds(of_form, threads) for form, of_form in work.items()}
+    best = min(seconds, key=lambda form: seconds[form] * (_EXACT if form == "prefix" else 1))
+    others = ", ".join(f"{form} {s * 1e3:.3g}" for form, s in seconds.items() if form != best)
+    return Choice(best, seconds, f"{best}: predicted {seconds[best] * 1e3:.3g} ms, others {others}")
