@@ -25,6 +25,7 @@ Source: In-Run Data Shapley, arXiv 2406.11011, section 4.2 (ghost dot-product), 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -209,17 +210,15 @@ def attach(out: Tensor, tangents: Tensor, probe: Tensor, segments: Tensor | None
 
 
 # Each layer is one autograd function. `written_out` is the layer with its probe in place, in plain torch operations:
-# the fast backward is its gradient at probe = 0, and what a derivative of the backward goes through.
+# the fast backward is its gradient at probe = 0, and what a derivative of the backward goes through. (Forwards take
+# `ctx`: with `setup_context` torch binds the arguments by inspection at every call, which costs as much as a layer.)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, bias, direction, bias_direction, probe, segments):
+    def forward(ctx, x, weight, bias, direction, bias_direction, probe, segments):
+        ctx.save_for_backward(x, weight, bias, direction, bias_direction, probe, segments)
         return F.linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def written_out(x, weight, bias, direction, bias_direction, probe, segments):
@@ -247,13 +246,10 @@ class _Linear(torch.autograd.Function):
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ids, weight, direction, probe, segments, padding_idx):
+    def forward(ctx, ids, weight, direction, probe, segments, padding_idx):
+        ctx.padding_idx = padding_idx
+        ctx.save_for_backward(ids, weight, direction, probe, segments)
         return F.embedding(ids, weight, padding_idx)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.padding_idx = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def written_out(ids, weight, direction, probe, segments, padding_idx):
@@ -328,12 +324,9 @@ class _Affine(torch.autograd.Function):
     """`normed * weight + bias`, the learned part of a norm layer."""
 
     @staticmethod
-    def forward(normed, weight, bias, direction, bias_direction, probe, segments):
+    def forward(ctx, normed, weight, bias, direction, bias_direction, probe, segments):
+        ctx.save_for_backward(normed, weight, bias, direction, bias_direction, probe, segments)
         return normed * weight if bias is None else torch.addcmul(bias, normed, weight)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def written_out(normed, weight, bias, direction, bias_direction, probe, segments):
@@ -370,12 +363,9 @@ class _Affine(torch.autograd.Function):
 
 class _Bias(torch.autograd.Function):
     @staticmethod
-    def forward(x, bias, direction, probe, segments):
+    def forward(ctx, x, bias, direction, probe, segments):
+        ctx.save_for_backward(x, bias, direction, probe, segments)
         return x + bias
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def written_out(x, bias, direction, probe, segments):
@@ -398,12 +388,9 @@ class _Bias(torch.autograd.Function):
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(out, tangents, probe, segments):
+    def forward(ctx, out, tangents, probe, segments):
+        ctx.save_for_backward(tangents, probe, segments)
         return out.detach()  # no view of `out`, so that what follows may write into it
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def written_out(out, tangents, probe, segments):
@@ -497,7 +484,7 @@ def _norm_dtype(x: Tensor, normed: Tensor) -> torch.dtype:
 def rows(x: Tensor, last: int) -> Tensor:
     """`[B, ..., *last dims]` as `[B, T, I]`: the layout of the kernels."""
     x = x.flatten(-last) if last > 1 else x
-    return x.reshape(x.shape[0], x[0, ..., 0].numel() if x.shape[0] else 0, x.shape[-1])
+    return x if x.dim() == 3 else x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def flat(direction: Tensor, last: int) -> Tensor:

@@ -93,12 +93,12 @@ def of_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, triton: bool) -> 
 
 @lru_cache(4096)
 def _wgrad_dot(device: str, threads: int, *sizes: int) -> Choice:
-    return _quickest(COSTS[device]["ghost_wgrad_dot"], threads, wgrad_work(*sizes))
+    return quickest(COSTS[device]["ghost_wgrad_dot"], threads, wgrad_work(*sizes))
 
 
 @lru_cache(4096)
 def _pairwise(device: str, threads: int, *sizes: int) -> Choice:
-    return _quickest(COSTS[device]["ghost_dot_pairwise"], threads, pairwise_work(*sizes))
+    return quickest(COSTS[device]["ghost_dot_pairwise"], threads, pairwise_work(*sizes))
 
 
 def wgrad_work(tokens: int, samples: int, inputs: int, outputs: int, directions: int) -> dict[str, tuple[float, ...]]:
@@ -123,7 +123,8 @@ def pairwise_work(
     }
 
 
-def _quickest(costs: dict[str, Cost], threads: int, work: dict[str, tuple[float, ...]]) -> Choice:
+def quickest(costs: dict[str, Cost], threads: int, work: dict[str, tuple[float, ...]]) -> Choice:
+    """The form of the least predicted time; "prefix" has to be clearly quicker."""
     seconds = {form: costs[form].seconds(of_form, threads) for form, of_form in work.items()}
     best = min(seconds, key=lambda form: seconds[form] * (_EXACT if form == "prefix" else 1))
     others = ", ".join(f"{form} {s * 1e3:.3g}" for form, s in seconds.items() if form != best)
