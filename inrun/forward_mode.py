@@ -21,8 +21,12 @@ from .errors import InRunError
 from .tap import SUFFIX, Layout, Tap
 
 
-def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
+def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, uncaptured: bool = False) -> Any:
     """One ordinary forward that carries tangents beside it, then the dots attached to each output."""
+    # A graph takes no tangents in. All of this is captured in one, or, where that fails and this frame runs, nothing.
+    if not uncaptured and not torch.compiler.is_compiling():
+        outside: Any = torch.compiler.disable(forward_mode)
+        return outside(module, tap, forward, args, kwargs, True)
     probe = tap.probe
     assert probe is not None
     layout = tap.layout or Layout(probe.shape[0])
@@ -143,8 +147,10 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
             for (owner, local, param), tangent in zip(plain, tangents, strict=True):
                 owner._parameters[local] = forward_ad.make_dual(param, tangent)  # pyright: ignore
                 _refresh(owner)
+            functional.write_out(True)
             yield scale
         finally:
+            functional.write_out(False)
             for owner, local, param in plain:
                 owner._parameters[local] = param
                 _refresh(owner)
@@ -153,14 +159,23 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
 @contextlib.contextmanager
 def _written_out_layers(tap: Tap) -> Iterator[None]:
     owners = [owner for owner, _ in tap.forward_mode]
-    with contextlib.ExitStack() as stack:
-        if any(isinstance(owner, nn.RNNBase) for owner in owners):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        for config in {id(c): c for o in owners if (c := getattr(o, "config", None)) is not None}.values():
-            if hasattr(config, "_experts_implementation"):  # Hugging Face's fused experts
-                stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
+    configs: list[Any] = [getattr(owner, "config", None) for owner in owners]
+    configs = [config for config in configs if hasattr(config, "_experts_implementation")]
+    before = [config._experts_implementation for config in configs]
+    native = not any(isinstance(owner, nn.RNNBase) for owner in owners)
+    with contextlib.nullcontext() if native else _no_fused_recurrence():
+        try:
+            for config in configs:  # of Hugging Face's fused experts
                 config._experts_implementation = "eager"
+            yield
+        finally:
+            for config, implementation in zip(configs, before, strict=True):
+                config._experts_implementation = implementation
+
+
+@contextlib.contextmanager
+def _no_fused_recurrence() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
         yield
 
 

@@ -36,6 +36,7 @@ from torch import Tensor
 from inrun_kernels import bias_wgrad_dot, embedding_dot, ghost_dot, ghost_wgrad_dot, norm_dot, norm_wgrad_dot
 
 Directions = tuple[Tensor | None, Tensor | None]
+_writing_out = False
 
 
 def linear(
@@ -414,9 +415,16 @@ def _written_out_backward(written_out, inputs, needs_input_grad, grad):
     return tuple(by_index.get(i) for i in range(len(inputs)))
 
 
+def write_out(on: bool) -> None:
+    """Whether layers are written out from now on. A forward-mode pass says so: a graph being captured does not see
+    torch's own count of such passes change."""
+    global _writing_out
+    _writing_out = on
+
+
 def _apply(function: Any, *inputs: Any) -> Tensor:
     # Inside a forward-mode pass the written-out layer carries tangents through torch's own formulas.
-    if forward_ad._current_level >= 0:
+    if _writing_out or forward_ad._current_level >= 0:
         return function.written_out(*inputs)
     return function.apply(*inputs)
 

@@ -252,7 +252,7 @@ class ForwardModeRule(Holder):
         if tap.keep is not None:
             return eagerly(tap.keep, self, plain, (args, kwargs))
         if tap.probe is not None:
-            return eagerly(forward_mode, self, tap, plain, args, kwargs)
+            return forward_mode(self, tap, plain, args, kwargs)
         return plain(*args, **kwargs)
 
 

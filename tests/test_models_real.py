@@ -189,6 +189,14 @@ def test_compiled_with_a_changing_batch(whole):
     assert counts[2] == counts[-1] <= 4 * (1 if whole else 2)
 
 
+@pytest.mark.parametrize(("name", "fullgraph"), [("F.linear(x, other.weight)", True), ("experts as modules", False)])
+def test_compiled_forward_mode(name, fullgraph):
+    """Captured whole; or, where the model itself breaks the graph, run outside of it, whole as well."""
+    found, allowed, slow = compare(CASES[name], STACKS["compiled"], fullgraph)
+    assert found <= allowed
+    assert slow
+
+
 def test_an_outer_module_scores_only_what_it_encloses():
     model = CASES["F.linear(x, other.weight)"].built()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
