@@ -42,13 +42,14 @@ class Ranks:
 
     Args:
         model: DDP's wrapper tells its process group; with any other it is the default group, until `bind`.
+        alike: whether each of them must run the whole validation set, as scores on each of its samples need.
 
     Attributes:
         sharded: whether each process holds a shard of every parameter.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, alike: bool = False) -> None:
+        self._model, self._alike = model, alike
         self._groups: list[Any] = [model.process_group if isinstance(model, DistributedDataParallel) else None]
         self.sharded = False
 
@@ -67,7 +68,7 @@ class Ranks:
         sharded = [s for s in slots if hasattr(s.param, "placements")]
         if not sharded:
             return
-        if not self._fully_sharded():
+        if not self.fully_sharded():
             raise InRunError(
                 f"{sharded[0].name}: expected a whole parameter, or one sharded by fully_shard, got the placements "
                 f"{sharded[0].param.placements} (tensor parallelism is not supported)"
@@ -77,13 +78,14 @@ class Ranks:
             _require_fully_sharded(slot, mesh)
         self.sharded, self._groups = True, [mesh.get_group(i) for i in range(mesh.ndim)]
 
-    def _fully_sharded(self) -> list[Any]:
+    def fully_sharded(self) -> list[Any]:
+        """The modules that `fully_shard` was called with."""
         return [module for module in self._model.modules() if hasattr(module, "set_requires_gradient_sync")]
 
     def settle(self) -> None:
         """Put the shards in place, where a forward or the user's settings left gathered parameters."""
         if self.sharded:
-            for module in self._fully_sharded():
+            for module in self.fully_sharded():
                 module.reshard()
 
     def require_all(self) -> None:
@@ -130,7 +132,7 @@ class Ranks:
             DDP may use that of `grads` for the next.
 
         Raises:
-            InRunError: some processes have gradients and others have none.
+            InRunError: some processes have gradients and others have none, or theirs must be alike and are not.
         """
         if self.size == 1 or self.sharded:
             return [local(g) for g in grads]
@@ -146,6 +148,12 @@ class Ranks:
                 work.wait()
         for g in known:
             g.div_(self.size)
+        if self._alike:
+            off = [m if g is None else m - g for m, g in zip(found, grads, strict=True) if m is not None]
+            gap = self.sum(nn.utils.get_total_norm(off))
+            if bool(gap > 1e-2 * nn.utils.get_total_norm(known)):
+                raise InRunError("pairwise: expected every process to run all of the validation samples, got gradients "
+                                 "that differ between them")  # fmt: skip
         return found
 
     @contextmanager

@@ -93,9 +93,11 @@ def track(
     """Track what each training sample does to the validation loss.
 
     Args:
-        model: trained in place as before; its layers change class until `Tracker.close()`.
-        optimizer: over every tracked parameter; or later, by `Tracker.bind`. "first" and "secant" know SGD, Adam
-            and AdamW, "second" SGD, and the path methods every optimizer that updates coordinate by coordinate.
+        model: trained in place as before; its layers change class until `Tracker.close()`. DDP may wrap it before
+            or after (before, if on another process group than the default one); `fully_shard` comes after.
+        optimizer: over every tracked parameter; or later, by `Tracker.bind`, as with `fully_shard`. "first" and
+            "secant" know SGD, Adam and AdamW, "second" SGD, and the path methods every optimizer that updates
+            coordinate by coordinate.
         method: "first": the first-order value with the optimizer's state frozen, scored within the backward.
             The others are scored when their direction is known, from activations kept until then: "second",
             "secant", "path", "path_secant", "path_simpson" (see `inrun.deferred`).
@@ -108,7 +110,8 @@ def track(
         exclude: names of parameters, or shell patterns, that get no score. Recorded with the scores.
         through: names of parameters, or patterns -> the module ("" for the model) that scores them, slowly, by its
             outputs, which must be `[B, ...]`: for parameters that something inside it uses past their own module.
-        ledger: where the values go: a `Ledger`, the folder of one, or None for one in memory.
+        ledger: where the values go: a `Ledger`, the folder of one, or None for one in memory. Of several processes
+            each writes those of its own samples.
         check: on the first step, compare the sum of the scores with the parameters' gradients, and raise where
             they disagree.
         keep: where a deferred method's activations wait: "device", or "host" for pinned host memory.
@@ -159,7 +162,7 @@ class Tracker:
         self.columns = columns_of(self.samples, self.targets)
         # How many targets, where dots and directions have an axis for them.
         self.many = len(self.targets) if len(self.targets) > 1 and not self.samples else None
-        self.ranks = Ranks(model)
+        self.ranks = Ranks(model, alike=bool(self.samples))
         model = distributed.unwrapped(model)
         distributed.require_whole(model.named_parameters())
         if isinstance(ledger, Ledger) and ledger.path is not None and ledger.rank != distributed.rank():
@@ -249,7 +252,8 @@ class Tracker:
         """Use this optimizer: for one that is made after `track`, as sharding needs.
 
         Raises:
-            InRunError: it is of an unknown class, lacks a tracked parameter, or another one is bound.
+            InRunError: it is of an unknown class, lacks a tracked parameter, or another one is bound; parameters are
+                spread over processes by other means than DDP or `fully_shard`.
         """
         if self._optimizer is not None:
             raise InRunError("optimizer: one is bound already; close the tracker and track again")
@@ -273,7 +277,8 @@ class Tracker:
     def validation(self, target: str | None = None, *, scale: float | Tensor = 1.0) -> Iterator[None]:
         """Take the gradients of the block's backward passes as the validation gradient of `target`.
 
-        Gradients that stood before the block stand after it again.
+        Gradients that stood before the block stand after it again. Of several processes the mean is taken, whether
+        the model is called through DDP or not.
 
         Args:
             target: one of the tracker's targets; may be left out when there is only one.
@@ -307,7 +312,8 @@ class Tracker:
 
         Args:
             ids: one id per sample of the batch, integers or strings, in batch order. Left out under gradient
-                accumulation, where `Step.batch(ids)` comes before each forward.
+                accumulation, where `Step.batch(ids)` comes before each forward. `[]` in one of several processes that
+                has no samples left, and only takes part.
             segments, tokens: one value for each document of packed rows, or for each token; see `Step.batch`.
             recompute: for deferred methods: returns the batch's loss once more, exactly as the block computes
                 it, so that nothing need be kept.
@@ -334,7 +340,10 @@ class Tracker:
                 tap.probe, tap.layout, tap.keep = probe, layout, keep
 
     def close(self) -> None:
-        """Give the model its own classes back, drop directions and hooks, and flush the ledger."""
+        """Give the model its own classes back, drop directions and hooks, and flush the ledger.
+
+        After `fully_shard` its modules stay as they are, since the directions are a part of the shards.
+        """
         if self._closed:
             return
         self._closed = True
@@ -347,7 +356,7 @@ class Tracker:
         if self._optimizer is not None:
             self._handle.remove()
             self._watch.close()
-        for module in self.model.modules():
+        for module in [] if self.ranks.fully_sharded() else self.model.modules():
             if isinstance(module, rules.Holder):
                 rules.remove(module)
         self._method.release()
@@ -371,6 +380,8 @@ class Tracker:
         if self._step is not None:
             raise InRunError("step: expected outside of a step block, got inside one")
         self.ranks.require_all()
+        if self.in_batch and self.ranks.size > 1:
+            raise InRunError(f"validation='batch': expected one process, got {self.ranks.size}; use validation blocks")
         self.ranks.settle()
         if self._method.starts_with_validation:
             self.validations.run_due()

@@ -13,6 +13,7 @@ import datetime
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -281,6 +282,10 @@ def check_what_is_refused():
 
     raises("in each of 2 processes, got 1", only_first)
     tracker.close()
+    samples = {"validation": "batch", "pairwise": [0]}
+    model, optimizer, tracker, wrapped = prepared(kind="plain", **samples)
+    raises("expected one process, got 2", lambda: step(wrapped, tracker, optimizer))
+    tracker.close()
     wrapped = DDP(make("gpt_tied"))
     tracker = inrun.track(wrapped, OPTIMIZERS["sgd"](wrapped.parameters()), check=False)
     validate(tracker, wrapped.module)
@@ -334,6 +339,42 @@ def check_deferred_path_computed_again():
 
 def check_deferred_path_secant():
     deferred("path_secant", "adamw", True)
+
+
+def pairs(group: bool) -> list[Tensor]:
+    """Values on each validation sample, with the whole batch or this rank's samples of it."""
+    model = make("gpt_tied")
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    tracker = inrun.track(model, optimizer, "secant", pairwise=["a", "b", "c", "d"])
+    wrapped = DDP(model) if group else model
+    val = data("gpt_tied", 4, seed=2)
+    found = []
+    for (x, y), split in zip(batches("gpt_tied", SPLITS), SPLITS, strict=True):
+        with tracker.validation():
+            loss_of(model, *val).backward()
+        if group:
+            x, y = mine(x, split), mine(y, split)
+        with tracker.step(range(len(x))) as step:
+            (loss_of(wrapped, x, y) if group else whole_loss(model, x, y, split)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(step)
+    with tracker.validation():
+        loss_of(model, *val).backward()
+    if group:
+
+        def others():
+            with tracker.validation():
+                loss_of(model, *data("gpt_tied", 4, seed=2 + RANK)).backward()
+
+        raises("every process to run all", others)
+    tracker.close()
+    return [step.values for step in found]
+
+
+def check_pairwise():
+    for values, reference in zip(pairs(True), PAIRS, strict=True):
+        close(gathered(values), reference)
 
 
 # ---------------------------------------------------------------------- FSDP2
@@ -390,8 +431,9 @@ def check_fully_shard():
         assert not [key for key in (*state, *moments["state"]) if "direction" in key]
         set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=moments)
         tracker.close()
-        assert not [key for key in model.state_dict() if "direction" in key]
         loss_of(model, *data(name, 2)).backward()
+        assert not [key for key in model.state_dict() if "direction" in key]
+        assert isinstance(model, FSDPModule)
 
 
 def check_fully_shard_with_mixed_precision_checkpointing_and_compile():
@@ -452,6 +494,18 @@ def check_what_is_refused_of_shards():
         raises("blocks.0.up.weight: expected", lambda: tracker.bind(OPTIMIZERS["sgd"](model.parameters())))  # noqa: B023
 
 
+def check_the_readme():
+    section = (Path(__file__).parents[1] / "README.md").read_text().partition("## More than one process")[2]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:2]
+    for block in blocks:
+        model = make("gpt_tied")
+        names = {"inrun": inrun, "torch": torch, "DDP": DDP, "fully_shard": fully_shard, "model": model}
+        names["optimizer"] = OPTIMIZERS["adamw"](model.parameters())
+        exec(block.replace("runs/1/ledger", str(FOLDER / "readme")), names)
+        values = train_sharded(names["model"], names["tracker"].optimizer, names["tracker"])
+        same_run(values, {}, (alone("gpt_tied", "adamw")[0], {}))
+
+
 # ---------------------------------------------------------------------- torchrun --max-restarts=1
 
 LONG = (*SPLITS, *SPLITS)
@@ -503,6 +557,7 @@ def restart():
 # ----------------------------------------------------------------------
 
 
+PAIRS: list[Tensor] = []  # with one process
 REFERENCES = [("gpt_tied", "sgd"), ("gpt_tied", "adamw"), ("loose", "adamw"), ("gpt_tied", "sgd", ((4, 2), (3, 0))),
     ("gpt_tied", "plain", SPLITS, "second", True), ("gpt_tied", "adamw", SPLITS, "secant", False),
     ("gpt_tied", "adamw", SPLITS, "path", False), ("gpt_tied", "adamw", SPLITS, "path_secant", True)]  # fmt: skip
@@ -513,6 +568,7 @@ def main() -> None:
     names = sys.argv[2:] or [name for name in globals() if name.startswith("check_")]
     for reference in [("gpt_tied", "adamw", LONG)] if names == ["restart"] else REFERENCES:
         alone(*reference)
+    PAIRS.extend(pairs(False))
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     results = {}
     for name in names:
