@@ -108,12 +108,16 @@ def timed(run: Callable[..., None], engine: str, *arguments: Any) -> dict[str, f
 
 
 def main(args: Args) -> None:
-    """Write, ask, compact, ask again; print a table and write JSON."""
+    """Write, compact, ask; print a table and write JSON."""
     spawn = multiprocessing.get_context("spawn")
     rows = args.rows // (EPOCHS * BATCH) * EPOCHS * BATCH  # whole steps
     if not rows:
         raise SystemExit(f"rows: expected at least {EPOCHS * BATCH}, got {args.rows}")
     found: list[dict[str, Any]] = []
+    run = results.provenance(SEED)
+    run["versions"] = {**run["versions"], **{name: version(name) for name in ("pyarrow", "duckdb")}}
+    run["date"] = datetime.date.today().isoformat()
+    out = ROOT / "bench/results" if args.save_results else ROOT / "runs/bench"
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
 
         def measure(part: Callable[..., None], engine: str, shape: str, *more: Any) -> None:
@@ -123,27 +127,23 @@ def main(args: Args) -> None:
             size = sum(shard.stat().st_size for shard in shards)
             facts = {"part": part.__name__, "engine": engine, "ledger": shape, "rows": rows, "samples": rows // EPOCHS}
             found.append({**facts, **figures, "shards": len(shards), "bytes_per_row": size / rows})
+            (path,) = results.write(
+                out, "ledger", run | {"results": found}, {}
+            )  # each part counts, whatever comes next
+            print(f"{part.__name__}, {engine}: {figures['seconds']:.1f} s, in {path}")
 
         measure(write, "-", "as written", rows)
-        for shape in ("as written", "compacted"):
-            if shape == "compacted":
-                measure(compact, "-", shape)
-            for part in (top, by_source, over_time, totals):
-                measure(part, "duckdb", shape)
-        for part in (top, by_source):
-            measure(part, "pyarrow", "compacted")
-    facts = results.provenance(SEED)
-    versions = {**facts["versions"], **{name: version(name) for name in ("pyarrow", "duckdb")}}
-    facts |= {"versions": versions, "date": datetime.date.today().isoformat(), "results": found}
-    out = ROOT / "bench/results" if args.save_results else ROOT / "runs/bench"
-    (path,) = results.write(out, "ledger", facts, {})
+        measure(compact, "-", "compacted")
+        for engine, parts in (("duckdb", (top, by_source, over_time, totals)), ("pyarrow", (by_source, top))):
+            for part in parts:
+                measure(part, engine, "compacted")
     head = ("part", "ledger", "engine", "seconds", "of the CPU", "rows/s", "bytes/row", "peak RSS, MB")
     lines = []
     for r in found:
         speed = [f"{r['seconds']:.1f}", f"{r['cpu_seconds']:.1f}", f"{rows / r['seconds']:.2g}"]
         size = [f"{r['bytes_per_row']:.2f}", f"{r['peak_rss_bytes'] / 1e6:.0f}"]
         lines.append([r["part"], r["ledger"], r["engine"], *speed, *size])
-    print(f"{rows} rows of {rows // EPOCHS} samples; {facts['device']}\n{results.table(head, lines)}\n{path}")
+    print(f"{rows} rows of {rows // EPOCHS} samples; {run['device']}\n{results.table(head, lines)}")
 
 
 def _require_close(what: str, values: Any, expected: Any) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Small steps: shards are read no faster than they are summed.
 _SCAN: Any = {"batch_size": 1 << 15, "batch_readahead": 1, "fragment_readahead": 1}
 _MEMORY = "2GB"  # DuckDB's; beyond it goes to disk
+_PART = 1 << 24  # rows; sorted shards are summed in so large ranges of ids, whose sums fit into that memory
 
 
 @dataclass(frozen=True)
@@ -122,28 +123,37 @@ def _duckdb(rows: Rows, keys, target, sources, stretch, among, order, k) -> pa.T
         columns["step"] = f"(step - {stretch[0]}) // {stretch[1]} * {stretch[1]} + {stretch[0]}"
     seen = "1" if "token" in keys else "(token is null or token = 0)::int"
     selected = ", ".join(f"{column} as {key}" for key, column in columns.items())
-    read = "select * from read_parquet($files, union_by_name = true) union all by name " if rows.files else ""
-    query = f"""
-        select {selected}, sum("value"::double) as "value", sum({seen})::bigint as "count"
-        from ({read} select * from memory)
-        {"semi join among using (sample_id)" if among is not None else ""}
-        {"left join sources using (sample_id)" if sources is not None else ""}
-        {"where target = $target" if target is not None else ""}
-        group by {", ".join(columns.values())}
-        order by {", ".join(f"{name} {direction.removesuffix('ending')}" for name, direction in order)}
-        {"" if k is None else f"limit {k}"}
-    """
-    given = {"files": [glob.escape(str(file)) for file in rows.files]} if rows.files else {}
-    given |= {} if target is None else {"target": target}
+    read = "select * from read_parquet($files, union_by_name = true) union all by name" if rows.files else ""
+    ordered = ", ".join(f"{name} {direction.removesuffix('ending')}" for name, direction in order)
+    limit = "" if k is None else f"limit {k}"
+
+    def part(low: Any, high: Any) -> pa.Table:
+        given = {"files": [glob.escape(str(file)) for file in rows.files]} if rows.files else {}
+        named = {"low": low, "high": high, "target": target}
+        given |= {name: value for name, value in named.items() if value is not None}
+        query = f"""
+            select {selected}, sum("value"::double) as "value", sum({seen})::bigint as "count"
+            from ({read} select * from memory)
+            {"semi join among using (sample_id)" if among is not None else ""}
+            {"left join sources using (sample_id)" if sources is not None else ""}
+            where true {"and target = $target" if target is not None else ""}
+            {"and sample_id >= $low" if low is not None else ""} {"and sample_id < $high" if high is not None else ""}
+            group by {", ".join(columns.values())} order by {ordered} {limit}
+        """
+        return cursor.sql(query, params=given).to_arrow_table()
+
     with _connection()[0].cursor() as cursor:
         for name, table in (("memory", rows.table.cast(names)), ("sources", sources), ("among", among)):
             if table is not None:
                 cursor.register(name, table)
         try:
-            return cursor.sql(query, params=given).to_arrow_table()
+            ranges = shards.id_ranges(rows.files, _PART) if keys[0] == "sample_id" else [(None, None)]
+            parts = [part(low, high) for low, high in ranges]
         except duckdb.IOException as error:
             missing = [file for file in rows.files if not file.exists()]
             raise (FileNotFoundError(str(missing[0])) if missing else error) from error
+    found = pa.concat_tables(parts)  # in order of ids, unless the best are asked for
+    return found if len(parts) == 1 or k is None else found.sort_by(order).slice(0, k)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inrun import InRunError, Ledger, shards
+from inrun import InRunError, Ledger, queries, shards
 from inrun.ledger import _SETTLE_STEPS
 from inrun.reading import Reader
 
@@ -61,7 +61,9 @@ def same(column):
 
 @pytest.fixture(params=["duckdb", "pyarrow"])
 def engine(request, monkeypatch):
-    """What sums: DuckDB, or pyarrow as where DuckDB is not installed."""
+    """What sums: DuckDB, in small ranges of ids where shards are sorted, or pyarrow, as where there is no DuckDB."""
+    monkeypatch.setattr(shards, "_GROUP", 2)
+    monkeypatch.setattr(queries, "_PART", 5)
     if request.param == "duckdb":
         pytest.importorskip("duckdb")
     else:
@@ -261,6 +263,15 @@ def test_compaction_makes_few_sorted_shards_of_each_writer(tmp_path):
     assert steps_of(Ledger(tmp_path)) == sorted([*range(10)] * 8 + [10, 11] * 4)
     with pytest.raises(ValueError, match="rows >= 1, received 0"):
         ledger.compact(0)
+
+
+def test_sorted_shards_are_summed_range_by_range(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_GROUP", 10)
+    with Ledger(tmp_path, flush_rows=100) as ledger:
+        fill(ledger, range(10), batch=40)
+    assert shards.id_ranges(sorted(tmp_path.iterdir()), 100) == [(None, None)]
+    ledger.compact(200)  # two shards of 200 rows: five of each id, in row groups of two ids
+    assert shards.id_ranges(sorted(tmp_path.iterdir()), 100) == [(None, 10), (10, 20), (20, 30), (30, None)]
 
 
 @settings(max_examples=30, deadline=None)
