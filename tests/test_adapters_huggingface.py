@@ -267,6 +267,35 @@ def test_sft(rows, tmp_path):
     assert sum(map(len, found.values())) == 22
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_sft_training_and_its_metrics_are_untouched(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    trained, logs = [], []
+    for attached in (True, False):
+        trainset = datasets.Dataset.from_list(samples()).remove_columns("extra")
+        trainer, _, _ = sft(tmp_path, trainset, attached, max_length=20, num_train_epochs=1)
+        trainer.args.logging_strategy, trainer.args.logging_steps = "steps", 1
+        trainer.train()
+        trained.append(list(trainer.model.parameters()))
+        names = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
+        logs.append([log[name] for log in trainer.state.log_history for name in names if name in log])
+    assert len(logs[0]) == 8
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    for a, b in zip(*trained, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sft_refuses_ids_lost_in_packing(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    adapter = pytest.importorskip("inrun.adapters.trl")
+    trainset = datasets.Dataset.from_list(samples()).remove_columns("extra")
+    with pytest.raises(InRunError, match=r"which lost it in packing; pack it with inrun.adapters.trl.pack"):
+        sft(tmp_path, trainset, packing=True, max_length=20)
+    with pytest.raises(ValueError, match="expected the columns input_ids and sample_id"):
+        adapter.pack(trainset.remove_columns("sample_id"), 20)
+
+
 def test_bad_input_is_one_clear_error(tmp_path):
     trainer = build(tmp_path)[0]
     with pytest.raises(InRunError, match="without inrun"):
