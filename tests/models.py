@@ -134,22 +134,25 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 
-def sample_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[dict[str, Tensor]]:
-    """Each sample's gradient of its share of `loss_of` the batch, in float64, one sample at a time."""
-    model = copy.deepcopy(model).double()
-    x = x.double() if x.is_floating_point() else x
+def sample_gradients(
+    model: nn.Module, x: Tensor, y: Tensor, autocast: torch.dtype | None = None
+) -> list[dict[str, Tensor]]:
+    """Each sample's gradient of its share of `loss_of` the batch, one sample at a time: float64, or autocast."""
+    model = copy.deepcopy(model) if autocast else copy.deepcopy(model).double()
+    x = x.double() if x.is_floating_point() and not autocast else x
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     rows = []
     for b in range(len(x)):
-        out = model(x[b : b + 1]).flatten(0, -2)
-        share = F.cross_entropy(out, y[b : b + 1].flatten(), reduction="sum") / y.numel()
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            out = model(x[b : b + 1]).flatten(0, -2)
+            share = F.cross_entropy(out, y[b : b + 1].flatten(), reduction="sum") / y.numel()
         rows.append(dict(zip(params, torch.autograd.grad(share, list(params.values())), strict=True)))
     return rows
 
 
-def gradient(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The gradient of `loss_of`, in float64."""
-    rows = sample_gradients(model, x, y)
+def gradient(model: nn.Module, x: Tensor, y: Tensor, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The gradient of `loss_of`, as `sample_gradients`."""
+    rows = sample_gradients(model, x, y, autocast)
     return {n: sum((r[n] for r in rows[1:]), rows[0][n]) for n in rows[0]}
 
 
@@ -159,14 +162,16 @@ def oracle_values(
     train: Any,
     validation: Any,
     names: set[str] | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Tensor:
     """`<direction, g_z>` of every training sample, before the step.
 
     Args:
         rule: name and validation gradient of a parameter -> its direction, in float64.
         names: the parameters that count; None for all.
+        autocast: compute as plain training in this dtype does, in place of float64.
     """
-    val = gradient(model, *validation)
+    val = gradient(model, *validation, autocast)
     directions = {n: rule(n, g) for n, g in val.items() if names is None or n in names}
-    rows = sample_gradients(model, *train)
+    rows = sample_gradients(model, *train, autocast)
     return torch.stack([sum((directions[n] * row[n]).sum() for n in directions) for row in rows])

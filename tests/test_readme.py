@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,6 +75,88 @@ def test_the_layers_and_the_kernels():
     exec(BLOCKS[3], names)
     torch.testing.assert_close(names["dots"].sum(), (names["weight_grad"] * names["val_grad"]).sum())
     assert names["pairs"].shape == (2, 3)
+
+
+def block(word: str) -> str:
+    """The README's code that holds a word."""
+    (found,) = [code for code in BLOCKS if word in code]
+    return found
+
+
+def rows(count: int = 12) -> list[dict]:
+    torch.manual_seed(0)
+    return [{"sample_id": f"s{i}", "x": torch.randn(4), "y": i % 3} for i in range(count)]
+
+
+def setting() -> dict:
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+    x_val, y_val = torch.randn(6, 4), torch.randint(3, (6,))
+    return {"inrun": inrun, "torch": torch, "model": model, "loss": F.cross_entropy, "x_val": x_val, "y_val": y_val}
+
+
+def test_a_loop_like_torchtitans():
+    names = setting()
+    names["optimizer"] = torch.optim.AdamW(names["model"].parameters())
+    batches = [([r["sample_id"]], r["x"][None], torch.tensor([r["y"]])) for r in rows()]
+    names["steps"] = [batches[:6], batches[6:]]
+    exec(block("microbatches"), names)
+    assert names["tracker"].ledger.rows()["step"].to_pylist() == [0] * 6 + [1] * 6
+
+
+def test_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)
+    names = setting()
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=2, cpu=True)
+    made = (names["model"], torch.optim.AdamW(names["model"].parameters()), torch.utils.data.DataLoader(rows(), 3))
+    names |= dict(zip(("model", "optimizer", "loader"), accelerator.prepare(*made), strict=True))
+    names["accelerator"] = accelerator
+    exec(block("accelerator"), names)
+    assert names["loop"].ledger.rows()["step"].to_pylist() == [0] * 6 + [1] * 6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Net(lightning.LightningModule):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch["x"]), batch["y"])
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+    names = setting()
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    settings = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path, **quiet}
+    names |= {"model": Net(names["model"]), "loader": torch.utils.data.DataLoader(rows(), 3)}
+    names["Trainer"] = functools.partial(lightning.Trainer, **settings)
+    exec(block("adapters.lightning"), names)
+    assert len(names["values"].ledger) == 12
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "trl"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_and_trls(kind, tmp_path, monkeypatch):
+    from test_adapters_huggingface import HELD_OUT, build, samples, sft
+
+    monkeypatch.chdir(tmp_path)
+    if kind == "trl":
+        datasets = pytest.importorskip("datasets")
+        trainset = datasets.Dataset.from_list(samples()).remove_columns("extra")
+        trainer, _, _ = sft(tmp_path / "out", trainset, False, max_length=20)
+    else:
+        trainer, _, _ = build(tmp_path / "out", options=None)
+    names = {"trainer": trainer, "model": trainer.model, "held_out": HELD_OUT}
+    exec(block("adapters.huggingface").replace("huggingface", kind), names)
+    assert len(inrun.Ledger("runs/ledger")) == 22
 
 
 def test_every_picture_and_link_exists():
