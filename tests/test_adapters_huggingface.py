@@ -168,6 +168,16 @@ def test_stacks(settings, tmp_path):
     compare(values, before, autocast=torch.bfloat16 if "bf16" in settings else None)
 
 
+def test_a_streamed_set(tmp_path):
+    """Without a length, shuffled by a buffer."""
+    datasets = pytest.importorskip("datasets")
+    stream = datasets.Dataset.from_list(samples()).to_iterable_dataset().shuffle(seed=1, buffer_size=5)
+    trainer, values, before = build(tmp_path, stream, max_steps=2)
+    trainer.train()
+    found = compare(values, before)
+    assert {*found[0], *found[1]} == {s["sample_id"] for s in samples()}
+
+
 def test_compiled(tmp_path):
     """Batches of one shape, and no check on the first step: each would be a graph of its own, and takes seconds."""
     trainset = [s | {"input_ids": (s["input_ids"] * 2)[:6]} for s in samples()]
