@@ -106,14 +106,14 @@ class Doctor:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Compare every method's values with the Shapley value of the real optimizer step (some 15 minutes, on the CPU).
+    """Compare every method's values with the Shapley value of the real optimizer step (some minutes, on the CPU).
 
     inrun fidelity
     """
 
     out: Path = Path("runs/fidelity")
     """Folder for fidelity.json and its pictures."""
-    seeds: int = 3
+    seeds: int = 2
     """Runs for each optimizer and learning rate."""
 
 

@@ -61,8 +61,8 @@ class Task:
         return loss(model, *self.validation)
 
     def training_loss(self, model: nn.Module) -> Tensor:
-        """Over some 200 of the training samples, always the same ones."""
-        every = max(1, len(self.train[0]) // 200)
+        """Over some 100 of the training samples, always the same ones."""
+        every = max(1, len(self.train[0]) // 100)
         return loss(model, self.train[0][::every], self.train[1][::every])
 
 
@@ -113,7 +113,7 @@ def library(modules: Iterable[str]) -> list[Document]:
     return [Document(name, "python", (root / f"{name}.py").read_bytes()) for name in modules]
 
 
-def gpt_task(config: GPTConfig | None = None, validation: int = 16, training: int = 960) -> Task:
+def gpt_task(config: GPTConfig | None = None, validation: int = 8, training: int = 960) -> Task:
     """So many samples of each text."""
     config = config or GPTConfig(block_size=32, layers=2, heads=2, width=32)
     texts = ((TRAINING_TEXT, training), (VALIDATION_TEXT, validation))
