@@ -93,12 +93,12 @@ def of_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, triton: bool) -> 
 
 @lru_cache(4096)
 def _wgrad_dot(device: str, threads: int, *sizes: int) -> Choice:
-    return quickest(COSTS[device]["ghost_wgrad_dot"], threads, wgrad_work(*sizes))
+    return quickest(COSTS.get(device, COSTS["cpu"])["ghost_wgrad_dot"], threads, wgrad_work(*sizes))
 
 
 @lru_cache(4096)
 def _pairwise(device: str, threads: int, *sizes: int) -> Choice:
-    return quickest(COSTS[device]["ghost_dot_pairwise"], threads, pairwise_work(*sizes))
+    return quickest(COSTS.get(device, COSTS["cpu"])["ghost_dot_pairwise"], threads, pairwise_work(*sizes))
 
 
 def wgrad_work(tokens: int, samples: int, inputs: int, outputs: int, directions: int) -> dict[str, tuple[float, ...]]:

@@ -46,7 +46,7 @@ def ghost_dot(
 ) -> Tensor:
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
     with _launch_context(acts):
-        if _use_triton(backend, acts, grads):
+        if use_triton(backend, acts, grads):
             from inrun_kernels.dot import launch_dot as run
         else:
             run = torch_path.ghost_dot
@@ -59,7 +59,7 @@ def ghost_wgrad_dot(
 ) -> tuple[Tensor, Tensor]:
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
     with _launch_context(acts):
-        triton = _use_triton(backend, acts, grads)
+        triton = use_triton(backend, acts, grads)
         form = form or costs.of_wgrad_dot(acts, grads, val_grad, segments, triton).form
         if not triton:
             return torch_path.ghost_wgrad_dot(acts, grads, val_grad, segments, form)
@@ -76,7 +76,7 @@ def ghost_wgrad_dot(
 @torch.library.custom_op("inrun::ghost_dot_pairwise", mutates_args=())
 def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, backend: str | None) -> Tensor:
     with _launch_context(acts):
-        if _use_triton(backend, acts, grads, val_acts, val_grads):
+        if use_triton(backend, acts, grads, val_acts, val_grads):
             from inrun_kernels.pairwise import launch_pairwise
 
             return launch_pairwise(acts, grads, val_acts, val_grads)
@@ -97,7 +97,7 @@ def embedding_dot(
     check_segment_values(segments, ids.numel())
     check_id_values(ids, val_grad.shape[1])
     with _launch_context(grads):
-        if _use_triton(backend, grads):
+        if use_triton(backend, grads):
             from inrun_kernels.rows import launch_embedding_dot as run
         else:
             run = torch_path.embedding_dot
@@ -115,7 +115,7 @@ def row_dot(
 ) -> Tensor:
     check_segment_values(segments, grads.shape[0] * grads.shape[1])
     with _launch_context(grads):
-        if _use_triton(backend, grads):
+        if use_triton(backend, grads):
             from inrun_kernels.rows import launch_row_dot as run
         else:
             run = torch_path.row_dot
@@ -128,7 +128,7 @@ def row_wgrad_dot(
 ) -> tuple[Tensor, Tensor]:
     check_segment_values(segments, grads.shape[0] * grads.shape[1])
     with _launch_context(grads):
-        if _use_triton(backend, grads):
+        if use_triton(backend, grads):
             from inrun_kernels.rows import launch_row_wgrad_dot as run
         else:
             run = torch_path.row_wgrad_dot
@@ -193,7 +193,7 @@ def _launch_context(x: Tensor) -> Iterator[None]:
         yield
 
 
-def _use_triton(backend: str | None, *tensors: Tensor) -> bool:
+def use_triton(backend: str | None, *tensors: Tensor) -> bool:
     """Whether to run the Triton kernels. Empty input needs no kernel; what is asked for and impossible raises."""
     x = tensors[0]
     if backend == "torch":

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import inrun_kernels as k
 from inrun_kernels import ops
@@ -92,6 +94,25 @@ def test_half_precision_derivatives_follow_float64(name, dtype):
     for found, exact in zip(gradients(arguments), gradients(wide), strict=True):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_who_watches_calls_sees_them():
+    """A dispatch mode, a transform and autograd get the registered op; without them its body runs alone."""
+    acts, grads, matrix = torch.randn(2, 3, 5), torch.randn(2, 3, 4), torch.randn(4, 5)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        k.ghost_wgrad_dot(acts, grads, matrix)
+    assert any(func.namespace == "inrun" for func in seen)
+    assert k.ghost_dot(acts.requires_grad_(), grads, matrix).grad_fn is not None
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        k.ghost_dot(acts, grads, matrix)
+    assert not any(event.name.startswith("inrun::") for event in recorded.events() or [])
 
 
 def test_compiles_whole_with_changing_batch_size():

@@ -1,5 +1,6 @@
 """Every product on every backend against one-sample-at-a-time autograd, over shapes, dtypes, strides, groupings."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import DOTS, LAYERS, PADDING, WGRAD_DOTS, Case, absolute, assert_close, check, dots_of, gradient_of, make
 
 import inrun_kernels as k
-from inrun_kernels import reference
+from inrun_kernels import reference, torch_path
 
 SIZES = st.sampled_from([1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -83,8 +84,11 @@ def test_pairwise_matches_autograd(backend, data):
             columns.append(dots_of(replace(case, val_grad=of_sample), compute))
         return torch.stack(columns, 1) if columns else train.grads.new_zeros(batch, 0, dtype=torch.float64)
 
-    found = k.ghost_dot_pairwise(train.x, train.grads, val.x, val.grads, backend=backend)
-    assert_close(found, by_autograd, train)
+    tensors = (train.x, train.grads, val.x, val.grads)
+    assert_close(k.ghost_dot_pairwise(*tensors, backend=backend), by_autograd, train)
+    if backend == "torch":
+        for form in ("pairwise", "direct"):
+            assert_close(torch_path.ghost_dot_pairwise(*tensors, form), by_autograd, train)
 
 
 @pytest.mark.parametrize("layer", list(LAYERS))
@@ -160,18 +164,25 @@ def check_form(form: str, case: Case, backend: str = "triton") -> None:
     """The weight gradient and `two`'s dots as everywhere; `prefix` may round each sum of the whole batch's terms."""
     weight_grad, dots = in_form(form, case, backend)
     assert_close(weight_grad, gradient_of, case)
-    if form == "two":
+    if form != "prefix":
         return assert_close(dots, dots_of, case)
     exact, terms = dots_of(case, torch.float64), dots_of(absolute(case), torch.float64).sum(0)
     plain = (dots_of(case, case.grads.dtype) - exact).abs().max()
     assert ((dots - exact).abs() <= 2 * plain + 4 * torch.finfo(torch.float32).eps * terms).all()
 
 
-@pytest.mark.parametrize("form", ["two", "prefix"])
-@pytest.mark.parametrize("tokens", [8, 20, 40, 120])
-def test_forms_on_the_torch_path(form, tokens):
-    """Short samples in a product of their own, then one buffer or two."""
-    check_form(form, make("linear", 5, tokens, 24, 40, directions=2), "torch")
+@pytest.mark.parametrize("form", ["two", "prefix", "direct"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forms_on_the_torch_path(form, dtype, monkeypatch):
+    """In one block of the weight's rows, and in several."""
+    for block, segments in itertools.product((1 << 21, 24 * 7), (None, torch.tensor([0, 0, 3, 40, 40, 200]))):
+        monkeypatch.setattr(torch_path, "_BLOCK", block)
+        check_form(form, make("linear", 5, 40, 24, 40, directions=2, dtype=dtype, segments=segments), "torch")
+
+
+@pytest.mark.parametrize("segments", [None, torch.tensor([0, 0, 3, 40, 40, 140])])
+def test_a_product_of_its_own_beside_the_kernel(segments):
+    check_form("direct", make("linear", 7, 20, 24, 40, directions=2, segments=segments))
 
 
 @pytest.mark.parametrize("form", ["two", "prefix"])

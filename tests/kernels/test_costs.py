@@ -1,0 +1,71 @@
+"""Which form a product takes: the clear cases, and that it is the one that runs."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import inrun_kernels as k
+from inrun_kernels import costs, torch_path
+
+
+def pair(batch: int, tokens: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(batch, tokens, inputs), torch.ones(batch, tokens, outputs)
+
+
+@pytest.mark.parametrize(
+    "batch, tokens, inputs, outputs, forms",
+    [
+        (64, 1, 384, 384, {"direct"}),  # a weight's passes for each token
+        (8, 4, 768, 3072, {"direct"}),
+        (8, 32, 768, 3072, {"prefix"}),
+        (8, 1024, 768, 768, {"two"}),  # the passes are nothing beside the product
+        (1, 256, 768, 3072, {"two", "prefix"}),  # of one sample both are the plain product
+    ],
+)
+def test_the_form_of_the_weight_gradient_in_clear_cases(batch, tokens, inputs, outputs, forms):
+    choice = k.explain(k.ghost_wgrad_dot, *pair(batch, tokens, inputs, outputs), torch.ones(outputs, inputs))
+    assert choice.form in forms
+    assert choice.reason.startswith(choice.form) and set(choice.seconds) == {"two", "prefix", "direct"}
+
+
+def test_documents_count_as_samples():
+    acts, grads = pair(2, 64, 384, 384)
+    direction = torch.ones(384, 384)
+    every_token = torch.arange(129)
+    assert k.explain(k.ghost_wgrad_dot, acts, grads, direction, segments=every_token).form == "direct"
+    assert k.explain(k.ghost_wgrad_dot, acts, grads, direction).form != "direct"
+    interpreted = {"backend": "triton"}
+    assert k.explain(k.ghost_wgrad_dot, acts, grads, direction, segments=every_token, **interpreted).form == "direct"
+    assert k.explain(k.ghost_wgrad_dot, acts, grads, direction, **interpreted).form == "two"
+
+
+@pytest.mark.parametrize("val, tokens, width, form", [(1, 16, 2048, "pairwise"), (8, 1024, 64, "direct")])
+def test_the_form_of_pairs_in_clear_cases(val, tokens, width, form):
+    assert (
+        k.explain(k.ghost_dot_pairwise, *pair(8, tokens, width, width), *pair(val, tokens, width, width)).form == form
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 24, 300])
+def test_what_is_explained_is_what_runs(tokens):
+    acts, grads = pair(4, tokens, 96, 128)
+    direction = torch.ones(128, 96)
+    with patch.object(torch_path, "ghost_wgrad_dot", wraps=torch_path.ghost_wgrad_dot) as ran:
+        k.ghost_wgrad_dot(acts, grads, direction)
+    assert ran.call_args.args[-1] == k.explain(k.ghost_wgrad_dot, acts, grads, direction).form
+    with patch.object(torch_path, "ghost_dot_pairwise", wraps=torch_path.ghost_dot_pairwise) as ran:
+        k.ghost_dot_pairwise(acts, grads, acts, grads)
+    assert ran.call_args.args[-1] == k.explain(k.ghost_dot_pairwise, acts, grads, acts, grads).form
+
+
+def test_more_threads_share_the_work_but_not_the_calls():
+    cost = costs.Cost(call=1.0, sample=0.5, flop=8.0, weight=4.0, row=4.0)
+    work = (2, 1, 1, 1)
+    assert cost.seconds(work, threads=1) == 18 and cost.seconds(work, threads=4) == 6
+
+
+def test_another_product_is_refused():
+    acts, grads = pair(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="product: expected ghost_wgrad_dot or ghost_dot_pairwise, received"):
+        k.explain(k.ghost_dot, acts, grads, torch.ones(4, 3))
