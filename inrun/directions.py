@@ -25,7 +25,7 @@ from .distributed import local
 from .errors import InRunError
 
 SUPPORTED = (SGD, Adam, AdamW)
-_BLOCK = 1 << 18  # elements that are worked on at a time on a CPU, so that temporaries stay in its cache
+_BLOCK = 1 << 20  # elements that are worked on at a time on a CPU, so that temporaries stay in its cache
 
 
 def require_supported(optimizer: Optimizer) -> None:
@@ -95,7 +95,9 @@ def coefficient(
     share = group["lr"] * (1 - beta1) / (1 - beta1**step)
     if isinstance(share, Tensor):
         share = share.to(scale.device, scale.dtype)
-    return scale.reciprocal_().mul_(-share if group["maximize"] else share)
+    else:
+        share = torch.tensor(share, dtype=torch.float64)  # of no dimensions: it leaves the dtype alone
+    return torch.div(-share if group["maximize"] else share, scale, out=scale)
 
 
 def sgd_coefficient(group: dict[str, Any], state: dict[str, Any]) -> Any:
