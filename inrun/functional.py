@@ -33,7 +33,15 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-from inrun_kernels import bias_wgrad_dot, embedding_dot, ghost_dot, ghost_wgrad_dot, norm_dot, norm_wgrad_dot
+from inrun_kernels import (
+    bias_wgrad_dot,
+    embedding_dot,
+    ghost_dot,
+    ghost_wgrad_dot,
+    linear_wgrad_dot,
+    norm_dot,
+    norm_wgrad_dot,
+)
 
 Directions = tuple[Tensor | None, Tensor | None]
 _writing_out = False
@@ -240,8 +248,14 @@ class _Linear(torch.autograd.Function):
         acts, grads = rows(x, 1), rows(grad, 1)
         segments = by_row(segments, x, acts)
         grad_x = grad @ weight if need_x else None
-        grad_weight, dots = _weight_gradient(acts, grads, direction, need_weight, weight.dtype, segments)
-        grad_bias, bias_dots = _bias_gradient(grads, bias_direction, need_bias, grad.dtype, segments)
+        both = need_weight and direction is not None and bias_direction is not None
+        if both and direction.stride(-1) == 1:
+            grad_weight, grad_bias, dots = linear_wgrad_dot(acts, grads, direction, bias_direction, segments=segments)
+            grad_weight = grad_weight.to(weight.dtype)
+            grad_bias, bias_dots = grad_bias.to(grad.dtype) if need_bias else None, None
+        else:
+            grad_weight, dots = _weight_gradient(acts, grads, direction, need_weight, weight.dtype, segments)
+            grad_bias, bias_dots = _bias_gradient(grads, bias_direction, need_bias, grad.dtype, segments)
         return grad_x, grad_weight, grad_bias, None, None, _add(dots, bias_dots, probe), None
 
 

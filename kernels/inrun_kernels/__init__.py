@@ -13,6 +13,7 @@ from inrun_kernels.api import (
     ghost_dot,
     ghost_dot_pairwise,
     ghost_wgrad_dot,
+    linear_wgrad_dot,
     norm_dot,
     norm_wgrad_dot,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "ghost_dot",
     "ghost_dot_pairwise",
     "ghost_wgrad_dot",
+    "linear_wgrad_dot",
     "norm_dot",
     "norm_wgrad_dot",
 ]

@@ -104,8 +104,39 @@ def ghost_wgrad_dot(
     """
     _check_linear(acts, grads, val_grad, segments, False, backend)
     check_form(form)
-    weight_grad, dots = ops.call(ops.ghost_wgrad_dot, acts, grads, _with_m(val_grad, 3), segments, form, backend)
+    operands = acts, grads, _with_m(val_grad, 3), None
+    weight_grad, _, dots = ops.call(ops.ghost_wgrad_dot, *operands, segments, form, backend)
     return weight_grad, dots if val_grad.dim() == 3 else dots.squeeze(-1)
+
+
+def linear_wgrad_dot(
+    acts: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    bias_val_grad: Tensor,
+    *,
+    segments: Tensor | None = None,
+    form: str | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ghost_wgrad_dot` of a layer with a bias: both gradients, and dots that count both parameters.
+
+    Args: as `ghost_wgrad_dot`; `bias_val_grad` `[O]`, or `[M, O]` for M directions: the bias's direction.
+
+    Returns: `(weight_grad [O, I], bias_grad [O], dots)`.
+
+    Example:
+        >>> weight_grad, bias_grad, dots = linear_wgrad_dot(acts, grads, val_grad, bias_val_grad)
+    """
+    _check_linear(acts, grads, val_grad, segments, False, backend)
+    check_direction(bias_val_grad, acts, (grads.shape[2],), "[outputs]", "bias_val_grad")
+    check_form(form)
+    directions = _with_m(val_grad, 3), _with_m(bias_val_grad, 2)
+    if len(directions[0]) != len(directions[1]):
+        raise ValueError(f"bias_val_grad: expected M = {len(directions[0])}, as val_grad, got {len(directions[1])}")
+    operands = acts, grads, *directions
+    weight_grad, bias_grad, dots = ops.call(ops.ghost_wgrad_dot, *operands, segments, form, backend)
+    return weight_grad, bias_grad, dots if val_grad.dim() == 3 else dots.squeeze(-1)
 
 
 def ghost_dot_pairwise(

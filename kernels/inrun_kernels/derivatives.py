@@ -20,17 +20,27 @@ def save_ghost_dot(ctx: Any, inputs: tuple, output: Any) -> None:
 
 def ghost_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
     acts, grads, val_grad, segments = ctx.saved_tensors
-    return (*_linear(ctx.needs_input_grad, acts, grads, val_grad, segments, None, grad_dots), None, None, None)
+    found = _linear(ctx.needs_input_grad, acts, grads, val_grad, segments, None, grad_dots)
+    return (*_like(ctx.needs_input_grad, found, (acts, grads, val_grad)), None, None, None)
 
 
 def save_ghost_wgrad_dot(ctx: Any, inputs: tuple, output: Any) -> None:
-    acts, grads, val_grad, segments, _form, _backend = inputs
-    _save(ctx, acts, grads, val_grad, segments)
+    acts, grads, val_grad, bias_val_grad, segments, _form, _backend = inputs
+    _save(ctx, acts, grads, val_grad, bias_val_grad, segments)
 
 
-def ghost_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_dots: Tensor | None) -> tuple:
-    acts, grads, val_grad, segments = ctx.saved_tensors
-    return (*_linear(ctx.needs_input_grad, acts, grads, val_grad, segments, grad_weight, grad_dots), None, None, None)
+def ghost_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_bias: Tensor | None, grad_dots: Tensor | None) -> tuple:
+    *inputs, segments = ctx.saved_tensors
+    acts, grads, val_grad, bias_val_grad = inputs
+    of_acts, of_grads, of_direction = _linear(
+        ctx.needs_input_grad, acts, grads, val_grad, segments, grad_weight, grad_dots
+    )
+    of_bias = None
+    if bias_val_grad is not None:
+        _, through_bias, of_bias = _rows(None, grads, bias_val_grad, segments, grad_bias, grad_dots)
+        of_grads = through_bias if of_grads is None else of_grads + through_bias
+    found = (of_acts, of_grads, of_direction, of_bias)
+    return (*_like(ctx.needs_input_grad, found, tuple(inputs)), None, None, None)
 
 
 def save_pairwise(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -100,7 +110,9 @@ def save_row_dot(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def row_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
-    return (*_rows(ctx, None, grad_dots), None, None, None)
+    *inputs, segments = ctx.saved_tensors
+    found = _rows(*inputs, segments, None, grad_dots)
+    return (*_like(ctx.needs_input_grad, found, tuple(inputs)), None, None, None)
 
 
 def save_row_wgrad_dot(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -109,14 +121,16 @@ def save_row_wgrad_dot(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def row_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_dots: Tensor | None) -> tuple:
-    return (*_rows(ctx, grad_weight, grad_dots), None, None)
+    *inputs, segments = ctx.saved_tensors
+    found = _rows(*inputs, segments, grad_weight, grad_dots)
+    return (*_like(ctx.needs_input_grad, found, tuple(inputs)), None, None)
 
 
 def _linear(
     needed: tuple, acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None,
     grad_weight: Tensor | None, grad_dots: Tensor | None,
 ) -> tuple:  # fmt: skip
-    """Gradients of (acts, grads, val_grad), given those of the weight gradient and of the dots."""
+    """Wide gradients of (acts, grads, val_grad), given those of the weight gradient and of the dots."""
     a, g, direction_grad = _widen(acts), _widen(grads), None
     terms = [] if grad_weight is None else [(a, g, grad_weight)]  # terms <y^T x, matrix>, as (x, y, matrix)
     if grad_dots is not None:
@@ -128,12 +142,14 @@ def _linear(
             direction_grad = torch.stack([g.flatten(0, 1).T @ x.flatten(0, 1) for x, _, _ in of_dots])
     acts_grad = sum(y @ matrix for _, y, matrix in terms) if terms and needed[0] else None
     grads_grad = sum(x @ matrix.T for x, _, matrix in terms) if terms and needed[1] else None
-    return _like(needed, (acts_grad, grads_grad, direction_grad), (acts, grads, val_grad))
+    return acts_grad, grads_grad, direction_grad
 
 
-def _rows(ctx: Any, grad_weight: Tensor | None, grad_dots: Tensor | None) -> tuple:
-    """Gradients of (normed, grads, val_grad) of the norm (or, without `normed`, bias) products."""
-    normed, grads, val_grad, segments = ctx.saved_tensors
+def _rows(
+    normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None,
+    grad_weight: Tensor | None, grad_dots: Tensor | None,
+) -> tuple:  # fmt: skip
+    """Wide gradients of (normed, grads, val_grad) of the norm (or, without `normed`, bias) products."""
     g = _widen(grads)
     row = g.new_zeros(grads.shape[2]) if grad_weight is None else grad_weight  # what multiplies normed * grads
     product, direction_grad = g if normed is None else g * normed, None
@@ -142,7 +158,7 @@ def _rows(ctx: Any, grad_weight: Tensor | None, grad_dots: Tensor | None) -> tup
         row = row + weights @ _widen(val_grad)
         direction_grad = weights.flatten(0, 1).T @ product.flatten(0, 1)
     normed_grad, grads_grad = (None, row.expand_as(g)) if normed is None else (row * g, row * normed)
-    return _like(ctx.needs_input_grad, (normed_grad, grads_grad, direction_grad), (normed, grads, val_grad))
+    return normed_grad, grads_grad, direction_grad
 
 
 def _per_token(grad_dots: Tensor, batch: int, tokens: int, segments: Tensor | None) -> Tensor:

@@ -55,22 +55,37 @@ def ghost_dot(
 
 @torch.library.custom_op("inrun::ghost_wgrad_dot", mutates_args=())
 def ghost_wgrad_dot(
-    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, form: str | None, backend: str | None
-) -> tuple[Tensor, Tensor]:
+    acts: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    bias_val_grad: Tensor | None,
+    segments: Tensor | None,
+    form: str | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight gradient, bias gradient (empty without a direction for it), and the dots of both together."""
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
     with _launch_context(acts):
         triton = use_triton(backend, acts, grads)
         form = form or costs.of_wgrad_dot(acts, grads, val_grad, segments, triton).form
-        if not triton:
-            return torch_path.ghost_wgrad_dot(acts, grads, val_grad, segments, form)
-        if form == "direct":
+        if triton and form != "direct":
+            from inrun_kernels.wgrad_dot import launch_wgrad_dot
+
+            return launch_wgrad_dot(acts, grads, val_grad, bias_val_grad, segments, form)
+        if triton:
             from inrun_kernels.dot import launch_dot
+            from inrun_kernels.rows import launch_row_wgrad_dot as of_rows
 
+            weight_grad = torch_path.weight_grad(acts, grads, accumulate_dtype(acts))
             dots = launch_dot(acts, grads, val_grad, segments, False)
-            return torch_path.weight_grad(acts, grads, accumulate_dtype(acts)), dots
-        from inrun_kernels.wgrad_dot import launch_wgrad_dot
-
-        return launch_wgrad_dot(acts, grads, val_grad, segments, form)
+        else:
+            of_rows = torch_path.row_wgrad_dot
+            weight_grad, dots = torch_path.ghost_wgrad_dot(acts, grads, val_grad, segments, form)
+        if bias_val_grad is None:
+            return weight_grad, weight_grad.new_empty(0), dots
+        # Taken sample by sample from the loop of products, while grads are in cache, it was no faster on a CPU.
+        bias_grad, of_bias = of_rows(None, grads, bias_val_grad, segments)
+        return weight_grad, bias_grad, dots + of_bias
 
 
 @torch.library.custom_op("inrun::ghost_dot_pairwise", mutates_args=())
@@ -141,9 +156,10 @@ def _(acts, grads, val_grad, segments, per_token, backend):
 
 
 @ghost_wgrad_dot.register_fake
-def _(acts, grads, val_grad, segments, form, backend):
+def _(acts, grads, val_grad, bias_val_grad, segments, form, backend):
     weight_grad = acts.new_empty(val_grad.shape[1:], dtype=accumulate_dtype(acts))
-    return weight_grad, _fake_dots(acts, val_grad, segments, False)
+    bias_grad = weight_grad.new_empty(0 if bias_val_grad is None else val_grad.shape[1])
+    return weight_grad, bias_grad, _fake_dots(acts, val_grad, segments, False)
 
 
 @ghost_dot_pairwise.register_fake

@@ -41,22 +41,24 @@ def check_width(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     check_device(name, x, like)
 
 
-def check_direction(val_grad: Tensor, like: Tensor, tail: tuple[int | None, ...], tail_name: str) -> None:
-    """Require `val_grad` to be `[*tail]` or `[M, *tail]` (None: any size), in the dtype of `like` or float32."""
-    _check_tensor("val_grad", val_grad, FLOATS)
+def check_direction(
+    val_grad: Tensor, like: Tensor, tail: tuple[int | None, ...], tail_name: str, name: str = "val_grad"
+) -> None:
+    """Require a direction to be `[*tail]` or `[M, *tail]` (None: any size), in the dtype of `like` or float32."""
+    _check_tensor(name, val_grad, FLOATS)
     shape, n = val_grad.shape, len(tail)
     leads = val_grad.dim() == n or (val_grad.dim() == n + 1 and shape[0] > 0)
     sizes_agree = leads and all(want is None or want == got for want, got in zip(tail, shape[-n:], strict=True))
     if not sizes_agree:
         sizes = [("any" if size is None else size) for size in tail]
         raise ValueError(
-            f"val_grad: expected {tail_name} = {sizes}, or the same with a leading M >= 1 for M directions, "
+            f"{name}: expected {tail_name} = {sizes}, or the same with a leading M >= 1 for M directions, "
             f"received {_shape(val_grad)}"
         )
     if val_grad.dtype != like.dtype and (val_grad.dtype != torch.float32 or like.dtype == torch.float64):
         wide = "" if like.dtype in (torch.float32, torch.float64) else " or torch.float32"
-        raise TypeError(f"val_grad: expected {like.dtype}{wide}, received {val_grad.dtype}")
-    check_device("val_grad", val_grad, like)
+        raise TypeError(f"{name}: expected {like.dtype}{wide}, received {val_grad.dtype}")
+    check_device(name, val_grad, like)
 
 
 def check_grouping(segments: Tensor | None, per_token: bool, like: Tensor) -> None:

@@ -16,6 +16,12 @@ direction. Two forms:
 Where tiles are copied by tensor descriptors and there is one direction, its tile waits in shared memory: Triton sinks
 the load of a loop-invariant operand to its use.
 
+A bias rides along: its gradient is the sum of the rows of grads, of which the programs of the weight's first column of
+tiles have each in hand. They keep it as they keep the tile, in either form, and add its dots to the tile's. Not where
+matrix instructions run on while the program does: of a tile that such an instruction and the program both read,
+Triton 3.7.1 holds one buffer too few, and the next copy would overwrite what the instruction still reads. There the
+bias is a pass of its own.
+
 FLOPs: 2*B*T*I*O + 2*S*M*I*O.  Bytes: acts and grads once per row or column of tiles, M*I*O of directions (S times,
 mostly from L2, where they do not wait in shared memory), I*O*4 out, and S*M*tiles*4 partial dots, which a second
 stage sums in a fixed order. For a small weight the samples are split among programs, whose totals are then summed in
@@ -31,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inrun_kernels.config import ceil_div, matrix_tiles, resident_programs, sample_splits
+from inrun_kernels.rows import launch_row_wgrad_dot
 from inrun_kernels.tiles import (
     INTERPRETED,
     aligned,
@@ -64,8 +71,10 @@ def _wgrad_dot_kernel(
     acts,  # pointer or descriptor, [B, T, I]
     grads,  # pointer or descriptor, [B, T, O]
     val_grad,  # pointer or descriptor, [M, O, I]
+    bias_val_grad_ptr,  # [M, O]
     offsets_ptr,
     weight_ptr,  # [splits, O, I]
+    bias_ptr,  # [splits, O]
     partial_ptr,  # [S, M, tiles]
     tokens,
     inputs,
@@ -82,7 +91,10 @@ def _wgrad_dot_kernel(
     stride_dm,
     stride_do,
     stride_di,
+    stride_bm,
+    stride_bo,
     DIRECTIONS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
     COPY_TOKENS: tl.constexpr,
     COPY_D: tl.constexpr,
@@ -121,6 +133,9 @@ def _wgrad_dot_kernel(
         d = val_grad.load([0, first_o, first_i]).reshape(BLOCK_O, BLOCK_I)
     total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     product = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)  # of this sample; with PREFIX of all so far
+    if HAS_BIAS:
+        mask_b = mask_o & (pid_i == 0)
+        total_b, product_b = tl.zeros([BLOCK_O], tl.float32), tl.zeros([BLOCK_O], tl.float32)
     sample, row = first - 1, tl.cast(0, tl.int64)
     token, left = tl.cast(0, tl.int64), tl.cast(0, tl.int64)
     for block in range(n_blocks):
@@ -144,6 +159,9 @@ def _wgrad_dot_kernel(
             a = tl.load(a_ptr + offs_a, mask=mask_t & mask_i[None, :], other=0.0)
             g = tl.load(g_ptr + offs_g, mask=mask_o[:, None] & (offs_tokens < left), other=0.0)
         product = contract(g, a, product, WIDEN)
+        if HAS_BIAS:  # noqa: SIM102 (known when compiling)
+            if pid_i == 0:
+                product_b += tl.sum(g.to(tl.float32), 1)
         if left <= BLOCK_T:
             dots_ptr = partial_ptr + sample.to(tl.int64) * DIRECTIONS * tl.num_programs(0) + pid_tile
             for m in tl.static_range(DIRECTIONS):
@@ -152,9 +170,17 @@ def _wgrad_dot_kernel(
                 elif not COPY_D:
                     d_ptrs = val_grad + tl.cast(m, tl.int64) * stride_dm + offs_d
                     d = tl.load(d_ptrs, mask=mask_w, other=0.0)  # [O, I]
-                tl.store(dots_ptr + m * tl.num_programs(0), tl.sum(product * d.to(tl.float32)))
+                dot = tl.sum(product * d.to(tl.float32))
+                if HAS_BIAS:
+                    b_ptrs = bias_val_grad_ptr + tl.cast(m, tl.int64) * stride_bm + offs_o * stride_bo
+                    b = tl.load(b_ptrs, mask=mask_b, other=0.0)
+                    dot += tl.sum(product_b * b.to(tl.float32))
+                tl.store(dots_ptr + m * tl.num_programs(0), dot)
             if not PREFIX:
                 total += product
+                if HAS_BIAS:
+                    total_b += product_b
+                    product_b = tl.zeros([BLOCK_O], tl.float32)
             if ASYNCHRONOUS:
                 # A choice at run time: were it known, the compiler would take the tile out of this branch and read it
                 # at every block while the tensor cores write it. n_blocks is known to be positive for the same reason.
@@ -165,19 +191,30 @@ def _wgrad_dot_kernel(
         left -= BLOCK_T
     if PREFIX:
         total = product
+    if HAS_BIAS:
+        if PREFIX:
+            total_b = product_b
+        tl.store(bias_ptr + pid_split.to(tl.int64) * outputs + offs_o, total_b, mask=mask_b)
     split_ptr = weight_ptr + pid_split.to(tl.int64) * outputs * inputs
     tl.store(split_ptr + offs_o[:, None] * inputs + offs_i[None, :], total, mask=mask_w)
 
 
 def launch_wgrad_dot(
-    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, form: str
-) -> tuple[Tensor, Tensor]:
-    """`acts [B,T,I]`, `grads [B,T,O]`, `val_grad [M,O,I]` -> `(weight_grad [O,I], dots [S,M])`, float32."""
+    acts: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    bias_val_grad: Tensor | None,
+    segments: Tensor | None,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`acts [B,T,I]`, `grads [B,T,O]`, `val_grad [M,O,I]`, `bias_val_grad [M,O]` or None -> float32
+    `(weight_grad [O,I], bias_grad [O or 0], dots [S,M])`, dots of weight and bias together."""
     n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
     acts, grads = one_row(acts, segments), one_row(grads, segments)
     batch, tokens, inputs = acts.shape
     n_directions, outputs, _ = val_grad.shape
     where, prefix = chip(acts.device), form == "prefix"
+    rides = bias_val_grad is not None and not (where.asynchronous or where.accumulates_apart)
     copies = where.copies and acts.dtype != torch.float32
     copy_d, copy_tokens = copies and copyable(val_grad), copies and segments is None and copyable(acts, grads)
     accumulators = 1 if prefix else 2
@@ -198,7 +235,8 @@ def launch_wgrad_dot(
     samples_per_split = ceil_div(n_samples, splits)
     splits = ceil_div(n_samples, samples_per_split)  # none without a sample
     weight = torch.empty(splits, outputs, inputs, dtype=torch.float32, device=acts.device)
-    partial = torch.empty(n_samples, n_directions, tiles, dtype=torch.float32, device=acts.device)
+    bias = weight.new_empty(splits, outputs if rides else 0)
+    partial = weight.new_empty(n_samples, n_directions, tiles)
     operands = [acts, grads, val_grad]
     if copy_tokens:
         operands[0] = descriptor(acts, [1, tile.block_k, tile.block_n])
@@ -207,8 +245,10 @@ def launch_wgrad_dot(
         operands[2] = descriptor(val_grad, [1, tile.block_m, tile.block_n])
     _wgrad_dot_kernel[(tiles, splits)](
         *operands,
+        bias_val_grad,
         segments,
         weight,
+        bias,
         partial,
         tokens,
         inputs,
@@ -219,7 +259,9 @@ def launch_wgrad_dot(
         *acts.stride(),
         *grads.stride(),
         *val_grad.stride(),
+        *((0, 0) if bias_val_grad is None else bias_val_grad.stride()),
         DIRECTIONS=n_directions,
+        HAS_BIAS=rides,
         HAS_OFFSETS=segments is not None,
         COPY_TOKENS=copy_tokens,
         COPY_D=copy_d,
@@ -233,4 +275,9 @@ def launch_wgrad_dot(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return weight[0] if splits == 1 else weight.sum(0), sum_tiles(partial, samples_per_split if prefix else 1)
+    weight_grad = weight[0] if splits == 1 else weight.sum(0)
+    dots = sum_tiles(partial, samples_per_split if prefix else 1)
+    if bias_val_grad is None or rides:
+        return weight_grad, bias.sum(0), dots
+    bias_grad, of_bias = launch_row_wgrad_dot(None, grads, bias_val_grad, segments)
+    return weight_grad, bias_grad, dots + of_bias

@@ -33,7 +33,16 @@ CHIPS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "sm_120": 100}
 REGISTERS, RESERVED = 65536, 1024
 MATRIX_INSTRUCTIONS = re.compile(r"\b(UTC\w*MMA|HGMMA|HMMA|v_mfma_f32)")
-FEW = ("wgrad two", "wgrad two, segments", "wgrad prefix, D float32", "dot", "pairwise", "embedding", "norm wgrad")
+FEW = (
+    "wgrad two",
+    "wgrad two, bias",
+    "wgrad two, segments",
+    "wgrad prefix, D float32",
+    "dot",
+    "pairwise",
+    "embedding",
+    "norm wgrad",
+)
 COLUMNS = ("call", "dtype", "kernel", "tile", "registers", "spills", "shared", "mma", "programs")
 
 
@@ -61,19 +70,23 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     wide, matrix = torch.empty(1, OUTPUTS, INPUTS), torch.empty(1, OUTPUTS, INPUTS, dtype=dtype)
     matrices = torch.empty(DIRECTIONS, OUTPUTS, INPUTS, dtype=dtype)
     row, table = torch.empty(DIRECTIONS, INPUTS), torch.empty(1, VOCABULARY, INPUTS)
+    vector = torch.empty(1, OUTPUTS)
     ids, segments = torch.zeros(BATCH, TOKENS, dtype=torch.int64), torch.zeros(9, dtype=torch.int32)
     ragged = torch.empty(BATCH, TOKENS, INPUTS - 1, dtype=dtype), grads, matrix[..., 1:].contiguous()
     return {
-        "wgrad two": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, None, "two"),
-        "wgrad two, D float32": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, "two"),
-        "wgrad two, M": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrices, None, "two"),
-        "wgrad two, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, segments, "two"),
-        "wgrad two, ragged": lambda: wgrad_dot.launch_wgrad_dot(*ragged, None, "two"),
-        "wgrad prefix": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, None, "prefix"),
-        "wgrad prefix, D float32": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, "prefix"),
-        "wgrad prefix, M": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrices, None, "prefix"),
-        "wgrad prefix, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, segments, "prefix"),
-        "wgrad prefix, ragged": lambda: wgrad_dot.launch_wgrad_dot(*ragged, None, "prefix"),
+        "wgrad two": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, None, None, "two"),
+        "wgrad two, D float32": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, None, "two"),
+        "wgrad two, M": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrices, None, None, "two"),
+        "wgrad two, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, segments, "two"),
+        "wgrad two, ragged": lambda: wgrad_dot.launch_wgrad_dot(*ragged, None, None, "two"),
+        "wgrad two, bias": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, vector, None, "two"),
+        "wgrad two, bias, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, vector, segments, "two"),
+        "wgrad prefix, bias": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, vector, None, "prefix"),
+        "wgrad prefix": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, None, None, "prefix"),
+        "wgrad prefix, D float32": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, None, "prefix"),
+        "wgrad prefix, M": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrices, None, None, "prefix"),
+        "wgrad prefix, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, segments, "prefix"),
+        "wgrad prefix, ragged": lambda: wgrad_dot.launch_wgrad_dot(*ragged, None, None, "prefix"),
         "dot": lambda: dot.launch_dot(acts, grads, wide, segments, False),
         "dot, O > I": lambda: dot.launch_dot(grads, acts, matrices.mT.contiguous(), None, True),
         "pairwise": lambda: pairwise.launch_pairwise(acts, grads, acts, grads),
@@ -108,6 +121,11 @@ def contents(kernel, chip: str) -> dict:
     mma = sorted(set(MATRIX_INSTRUCTIONS.findall(text)))
     if mma == ["HGMMA"] and "WARPGROUP.DEPBAR.LE gsb0, 0x1" not in text:
         mma = ["HGMMA, each waited for"]  # ptxas found the accumulator touched while in flight
+    buffers = [
+        int(n) for n in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+xb?f16", kernel.asm["ttgir"])
+    ]
+    if mma == ["HGMMA"] and min(buffers) < kernel.metadata.num_stages:
+        mma = ["HGMMA, a buffer short"]  # a copy would overwrite what an instruction in flight still reads
     return {"registers": registers, "spills": spills, "shared": shared, "mma": mma, "programs": programs}
 
 

@@ -56,6 +56,16 @@ BAD = {
         TypeError,
         "val_grad: expected torch.float16 or torch.float32, received torch.bfloat16",
     ),
+    "directions differ in number": (
+        lambda: k.linear_wgrad_dot(ACTS, GRADS, MATRIX, ROW.expand(2, 5)),
+        ValueError,
+        "bias_val_grad: expected M = 1, as val_grad, got 2",
+    ),
+    "bias direction": (
+        lambda: k.linear_wgrad_dot(ACTS, GRADS, MATRIX, ROW[1:]),
+        ValueError,
+        r"bias_val_grad: expected \[outputs\] = \[5\], .* received \[4\]",
+    ),
     "segments dtype": (
         lambda: k.ghost_dot(ACTS, GRADS, MATRIX, segments=torch.zeros(2)),
         TypeError,

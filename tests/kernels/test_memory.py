@@ -29,9 +29,9 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def largest(run, *arguments) -> int:
+def largest(run, *arguments, **named) -> int:
     with LargestTensor() as watch:
-        run(*arguments)
+        run(*arguments, **named)
     return watch.bytes
 
 
@@ -46,8 +46,10 @@ def test_no_per_sample_gradient_is_stored(dtype, packed, tokens, monkeypatch):
     acts, grads = torch.randn(BATCH, tokens, IN, dtype=dtype), torch.randn(BATCH, tokens, OUT, dtype=dtype)
     matrix = torch.randn(1, OUT, IN, dtype=dtype)
     segments = torch.arange(0, BATCH * tokens + 1, tokens) if packed else None
-    for run in (torch_path.ghost_wgrad_dot, *(partial(wgrad_dot.launch_wgrad_dot, form=f) for f in ("two", "prefix"))):
-        assert 4 * OUT * IN <= largest(run, acts, grads, matrix, segments) < 4 * BATCH * OUT * IN
+    row = matrix[..., 0]
+    launches = [partial(wgrad_dot.launch_wgrad_dot, bias_val_grad=row, form=form) for form in ("two", "prefix")]
+    for run in (torch_path.ghost_wgrad_dot, *launches):
+        assert 4 * OUT * IN <= largest(run, acts, grads, matrix, segments=segments) < 4 * BATCH * OUT * IN
     for run in (torch_path.ghost_dot, dot.launch_dot):
         assert largest(run, acts, grads, matrix, segments, False) < 4 * BATCH * OUT * IN
 

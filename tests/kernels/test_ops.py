@@ -43,8 +43,9 @@ def calls(dtype: torch.dtype, backend: str | None) -> dict[str, tuple]:
         "dot": (ops.ghost_dot, (*linear, None, False, backend)),
         "dot, segments": (ops.ghost_dot, (*linear, SEGMENTS, False, backend)),
         "dot, tokens": (ops.ghost_dot, (*linear, None, True, backend)),
-        "wgrad": (ops.ghost_wgrad_dot, (*linear, None, "two", backend)),
-        "wgrad, segments": (ops.ghost_wgrad_dot, (*linear, SEGMENTS, "prefix", backend)),
+        "wgrad": (ops.ghost_wgrad_dot, (*linear, None, None, "two", backend)),
+        "wgrad, bias": (ops.ghost_wgrad_dot, (*linear, x["rows"], None, "two", backend)),
+        "wgrad, bias, segments": (ops.ghost_wgrad_dot, (*linear, x["rows"], SEGMENTS, "prefix", backend)),
         "pairwise": (ops.ghost_dot_pairwise, (*pairs, backend)),
         "embedding": (ops.embedding_dot, (ids, x["grads"], x["tables"], SEGMENTS, False, 1, backend)),
         "embedding, tokens": (ops.embedding_dot, (ids, x["grads"], x["tables"], None, True, None, backend)),
@@ -123,7 +124,7 @@ def test_compiles_whole_with_changing_batch_size():
         total = k.ghost_dot(acts, grads, matrix) + k.norm_dot(normed, grads, matrix[:, 0])
         total = total + k.bias_dot(grads, matrix[:, 0]) + k.embedding_dot(ids, grads, table)
         norm, of_norm = k.norm_wgrad_dot(normed, grads, matrix[:, 0])
-        bias, of_bias = k.bias_wgrad_dot(grads, matrix[:, 0])
+        _, bias, of_bias = k.linear_wgrad_dot(acts, grads, matrix, matrix[:, 0])
         pairs = k.ghost_dot_pairwise(acts, grads, acts, grads)
         return weight_grad, dots, total + of_norm + of_bias, norm + bias, pairs
 

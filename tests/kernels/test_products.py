@@ -161,9 +161,21 @@ def in_form(form: str, case: Case, backend: str = "triton") -> tuple[torch.Tenso
 
 
 def check_form(form: str, case: Case, backend: str = "triton") -> None:
-    """The weight gradient and `two`'s dots as everywhere; `prefix` may round each sum of the whole batch's terms."""
+    """The weight gradient and `two`'s dots as everywhere; `prefix` may round each sum of the whole batch's terms.
+
+    With a bias they are the same to rounding, and what differs in the dots is the bias's own, by autograd.
+    """
     weight_grad, dots = in_form(form, case, backend)
     assert_close(weight_grad, gradient_of, case)
+    bias = replace(case, layer="bias", val_grad=case.val_grad[..., 0].contiguous())
+    arguments = (case.x, case.grads, case.val_grad, bias.val_grad)
+    options = {"segments": case.segments, "form": form, "backend": backend}
+    same_weight_grad, bias_grad, both = k.linear_wgrad_dot(*arguments, **options)
+    assert torch.equal(same_weight_grad, weight_grad)
+    assert_close(bias_grad, gradient_of, bias)
+    of_bias = dots_of(bias, torch.float64)
+    rounding = dots_of(absolute(case), torch.float64).sum(0) + dots_of(absolute(bias), torch.float64).sum(0)
+    assert ((both - dots - of_bias).abs() <= 4 * torch.finfo(torch.float32).eps * rounding).all()
     if form != "prefix":
         return assert_close(dots, dots_of, case)
     exact, terms = dots_of(case, torch.float64), dots_of(absolute(case), torch.float64).sum(0)
