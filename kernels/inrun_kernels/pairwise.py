@@ -5,8 +5,12 @@
 Source: arXiv 2406.11011, appendix D. Tiled like attention: for a tile of token pairs both inner products are
 accumulated in registers, multiplied and summed; no matrix of token pairs is stored.
 
-FLOPs: 2*B*T*V*S*(I+O).  Bytes: acts and grads once per validation tile (from L2), V times B*tiles*4 partials,
-summed in a fixed order.
+Training tokens are numbered through the batch, and a tile of validation tokens holds several short samples or a part
+of a long one, so that neither short samples nor their ends leave a tile empty. A program walks all blocks of all its
+tiles in one loop: first those of acts, then those of grads, so that loads run ahead from one product into the next.
+
+FLOPs: 2*B*T*V*S*(I+O).  Bytes: acts and grads once per validation tile (from L2), splits*V*B*T*4 partial dots, which
+a second stage sums in a fixed order.
 """
 
 # Launches go through triton's JIT, whose signature pyright cannot see.
@@ -17,56 +21,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inrun_kernels.config import ceil_div, matrix_tiles
-from inrun_kernels.tiles import INTERPRETED, aligned, chip, contract, copyable, descriptor, load_columns
-
-
-@triton.jit
-def _inner_products(
-    x,  # pointers to the rows [T], or descriptor of [B, T, K]
-    y,  # pointers to the rows [S], or descriptor of [V, S, K]
-    b,
-    v,
-    first_t,
-    first_s,
-    mask_t,
-    mask_s,
-    width,
-    stride_x,
-    stride_y,
-    COPIES: tl.constexpr,
-    WIDEN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """x_t . y_s for a tile of tokens [T, S]."""
-    tl.assume(width > 0)  # else ptxas waits for each matrix instruction
-    acc = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
-    for low in range(0, width, BLOCK_K):
-        if COPIES:
-            x_tile = x.load([b, first_t, low]).reshape(BLOCK_T, BLOCK_K)
-            y_tile = tl.trans(y.load([v, first_s, low]).reshape(BLOCK_S, BLOCK_K))
-        else:
-            offs_k = low + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < width
-            x_tile = load_columns(x, mask_t, offs_k, mask_k, stride_x)
-            y_tile = tl.trans(load_columns(y, mask_s, offs_k, mask_k, stride_y))
-        acc = contract(x_tile, y_tile, acc, WIDEN)  # [T, K] x [K, S]
-    return acc
+from inrun_kernels.config import ceil_div, matrix_tiles, resident_programs
+from inrun_kernels.tiles import (
+    INTERPRETED,
+    aligned,
+    chip,
+    contract,
+    copyable,
+    descriptor,
+    load_columns,
+    multiprocessors,
+    sum_tokens,
+    token_starts,
+)
 
 
 @triton.jit
 def _pairwise_kernel(
-    acts,  # pointer or descriptor, as the next three; [B, T, I]
-    grads,  # [B, T, O]
-    val_acts,  # [V, S, I]
-    val_grads,  # [V, S, O]
-    partial_ptr,  # [tiles, B, V]
+    acts,  # pointer to [B, T, I], or descriptor of [B*T, I]
+    grads,  # pointer to [B, T, O], or descriptor of [B*T, O]
+    val_acts,  # pointer or descriptor, [V, S, I]
+    val_grads,  # pointer or descriptor, [V, S, O]
+    partial_ptr,  # [splits, V, B*T]
+    n_tokens,
     tokens,
+    n_val,
     val_tokens,
     inputs,
     outputs,
+    splits,
+    tiles_per_split,
+    pieces_per_program,
+    carry,
     stride_ab,
     stride_at,
     stride_ai,
@@ -80,69 +66,122 @@ def _pairwise_kernel(
     stride_vgt,
     stride_vgo,
     COPIES: tl.constexpr,
+    ASYNCHRONOUS: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    b, v, pid_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # A piece is a part, of tiles_per_split tiles, of the tokens of BLOCK_V validation samples.
+    pid_t, pid_piece = tl.program_id(0), tl.program_id(1)
+    first_piece = pid_piece * pieces_per_program
+    n_pieces = tl.minimum(pieces_per_program, tl.cdiv(n_val, BLOCK_V) * splits - first_piece)
+    blocks_i = tl.cdiv(inputs, BLOCK_K)
+    blocks = blocks_i + tl.cdiv(outputs, BLOCK_K)
+
     first_t = pid_t * BLOCK_T
-    offs_t = first_t.to(tl.int64) + tl.arange(0, BLOCK_T)
-    mask_t = offs_t < tokens
-    a, g = acts, grads
-    if not COPIES:
-        a += b.to(tl.int64) * stride_ab + offs_t * stride_at
-        g += b.to(tl.int64) * stride_gb + offs_t * stride_gt
-    dots = tl.zeros([BLOCK_T], tl.float32)
-    for low in range(0, val_tokens, BLOCK_S):
-        offs_s = low + tl.arange(0, BLOCK_S)
-        mask_s = offs_s < val_tokens
+    offs_t = first_t + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < n_tokens
+    offs_v = tl.arange(0, BLOCK_V)
+    offs_y = tl.arange(0, BLOCK_V * BLOCK_S)  # validation tokens of a tile
+
+    dots = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    of_acts = tl.zeros([BLOCK_T, BLOCK_V * BLOCK_S], tl.float32)
+    product = tl.zeros([BLOCK_T, BLOCK_V * BLOCK_S], tl.float32)
+    n_blocks = n_pieces * tiles_per_split * blocks
+    tl.assume(n_blocks > 0)  # else ptxas waits for each matrix instruction
+    for step in range(n_blocks):
+        tile, block = step // blocks, step % blocks
+        piece = first_piece + tile // tiles_per_split
+        first_v = piece // splits * BLOCK_V
+        first_s = (piece % splits * tiles_per_split + tile % tiles_per_split) * BLOCK_S
+        on_acts = block < blocks_i
+        low = tl.where(on_acts, block, block - blocks_i) * BLOCK_K
         if COPIES:
-            va, vg = val_acts, val_grads
+            if on_acts:
+                x, y = acts, val_acts
+            else:
+                x, y = grads, val_grads
+            x_tile = x.load([first_t, low])
+            y_tile = tl.trans(y.load([first_v, first_s, low]).reshape(BLOCK_V * BLOCK_S, BLOCK_K))
         else:
-            va = val_acts + v.to(tl.int64) * stride_vab + offs_s.to(tl.int64) * stride_vat
-            vg = val_grads + v.to(tl.int64) * stride_vgb + offs_s.to(tl.int64) * stride_vgt
-        of_acts = _inner_products(
-            a, va, b, v, first_t, low, mask_t, mask_s, inputs, stride_ai, stride_vai,
-            COPIES, WIDEN, BLOCK_T, BLOCK_S, BLOCK_K,
-        )  # fmt: skip
-        of_grads = _inner_products(
-            g, vg, b, v, first_t, low, mask_t, mask_s, outputs, stride_go, stride_vgo,
-            COPIES, WIDEN, BLOCK_T, BLOCK_S, BLOCK_K,
-        )  # fmt: skip
-        dots += tl.sum(of_acts * of_grads, 1)
-    out = (pid_t.to(tl.int64) * tl.num_programs(0) + b) * tl.num_programs(1) + v
-    tl.store(partial_ptr + out, tl.sum(dots))
+            offs_k = low + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < tl.where(on_acts, inputs, outputs)
+            v, s = first_v + offs_y // BLOCK_S, first_s + offs_y % BLOCK_S
+            mask_y = (v < n_val) & (s < val_tokens)
+            x = tl.where(on_acts, acts, grads)
+            stride_xb, stride_xt = tl.where(on_acts, stride_ab, stride_gb), tl.where(on_acts, stride_at, stride_gt)
+            x_rows = token_starts(x, offs_t, tokens, stride_xb, stride_xt)
+            x_tile = load_columns(x_rows, mask_t, offs_k, mask_k, tl.where(on_acts, stride_ai, stride_go))
+            stride_yv, stride_ys = tl.where(on_acts, stride_vab, stride_vgb), tl.where(on_acts, stride_vat, stride_vgt)
+            y_rows = tl.where(on_acts, val_acts, val_grads) + v.to(tl.int64) * stride_yv + s.to(tl.int64) * stride_ys
+            y_ptrs = y_rows[None, :] + offs_k.to(tl.int64)[:, None] * tl.where(on_acts, stride_vai, stride_vgo)
+            y_tile = tl.load(y_ptrs, mask=mask_k[:, None] & mask_y[None, :], other=0.0)
+        product = contract(x_tile, y_tile, product, WIDEN)  # [T, K] x [K, V * S]
+        if (block == blocks_i - 1) | (block == blocks - 1):
+            pairs = tl.sum(tl.reshape(of_acts * product, [BLOCK_T, BLOCK_V, BLOCK_S]), 2)
+            dots += tl.where(on_acts, 0.0, pairs)
+            of_acts = tl.where(on_acts, product, 0.0)
+            if ASYNCHRONOUS:  # as in wgrad_dot.py: a choice at run time keeps this out of the other blocks
+                product = tl.where(carry > 0, product, 0.0)
+            else:
+                product = tl.zeros([BLOCK_T, BLOCK_V * BLOCK_S], tl.float32)
+            if (block == blocks - 1) & (tile % tiles_per_split == tiles_per_split - 1):
+                of_v = first_v + offs_v
+                out = (piece % splits * n_val + of_v).to(tl.int64)[None, :] * n_tokens + offs_t[:, None]
+                tl.store(partial_ptr + out, dots, mask=mask_t[:, None] & (of_v < n_val)[None, :])
+                dots = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
 
 
 def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor) -> Tensor:
     """`acts [B,T,I]`, `grads [B,T,O]`, `val_acts [V,S,I]`, `val_grads [V,S,O]` -> `[B,V]`, float32."""
     (batch, tokens, inputs), outputs = acts.shape, grads.shape[2]
-    n_val, val_tokens, _ = val_acts.shape
+    (n_val, val_tokens, _), n_tokens = val_acts.shape, batch * tokens
     operands, where = (acts, grads, val_acts, val_grads), chip(acts.device)
     strides = [stride for x in operands for stride in x.stride()]
-    copies = where.copies and acts.dtype != torch.float32 and copyable(*operands)
-    vectors, sizes = copies or aligned(*operands), (tokens, val_tokens, max(inputs, outputs))
+    flat = batch == 1 or all(x.stride(0) == tokens * x.stride(1) for x in (acts, grads))
+    copies = where.copies and acts.dtype != torch.float32 and flat and copyable(*operands)
+    padded = triton.next_power_of_2(val_tokens)
+    sizes = n_tokens, padded * triton.next_power_of_2(n_val), max(inputs, outputs)
+    vectors = copies or aligned(*operands)
     tile = matrix_tiles(where, acts.dtype, *sizes, accumulators=2, copies=copies, aligned=vectors)[0]
+    block_s = min(tile.block_n, padded)
+    block_v = tile.block_n // block_s
     if copies:
-        rows = (tile.block_m, tile.block_m, tile.block_n, tile.block_n)
-        operands = tuple(descriptor(x, [1, n, tile.block_k]) for x, n in zip(operands, rows, strict=True))
-    tiles = ceil_div(tokens, tile.block_m)
-    partial = torch.empty(tiles, batch, n_val, dtype=torch.float32, device=acts.device)
-    _pairwise_kernel[(batch, n_val, tiles)](
+        operands = (
+            *(descriptor(x.flatten(0, 1), [tile.block_m, tile.block_k]) for x in operands[:2]),
+            *(descriptor(x, [block_v, block_s, tile.block_k]) for x in operands[2:]),
+        )
+    # Programs walk as many validation samples as leave the device full; where those are few, a part of one.
+    tiles_t, groups, tiles_s = ceil_div(n_tokens, tile.block_m), ceil_div(n_val, block_v), ceil_div(val_tokens, block_s)
+    wanted = max(1, multiprocessors(acts.device) * resident_programs(tile, 2) // tiles_t)
+    tiles_per_split = ceil_div(tiles_s, max(1, wanted // groups))
+    splits = ceil_div(tiles_s, tiles_per_split)
+    pieces_per_program = ceil_div(groups * splits, wanted)
+    partial = torch.empty(splits, n_val, n_tokens, dtype=torch.float32, device=acts.device)
+    _pairwise_kernel[(tiles_t, ceil_div(groups * splits, pieces_per_program))](
         *operands,
         partial,
+        n_tokens,
         tokens,
+        n_val,
         val_tokens,
         inputs,
         outputs,
+        splits,
+        tiles_per_split,
+        pieces_per_program,
+        0.0,
         *strides,
         COPIES=copies,
+        ASYNCHRONOUS=where.asynchronous,
         WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
         BLOCK_T=tile.block_m,
-        BLOCK_S=tile.block_n,
+        BLOCK_V=block_v,
+        BLOCK_S=block_s,
         BLOCK_K=tile.block_k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return partial.sum(0)
+    return sum_tokens(partial[0] if splits == 1 else partial.sum(0), batch, tokens, None, False)

@@ -230,6 +230,25 @@ def test_dots_on_every_kind_of_chip(chip, inputs, outputs, monkeypatch):
         assert_close(found, dots_of, pairs)
 
 
+@pytest.mark.parametrize("slots", [1, 6, 40])
+@pytest.mark.parametrize("n_val, val_tokens", [(3, 100), (7, 5), (2, 1)])
+def test_pairs_however_programs_share_the_validation_samples(slots, n_val, val_tokens, monkeypatch):
+    """Many samples to a program, one, or a part of one; several samples to a tile, or several tiles to a sample."""
+    from inrun_kernels import pairwise
+
+    monkeypatch.setattr(pairwise, "multiprocessors", lambda device: slots)
+    monkeypatch.setattr(pairwise, "resident_programs", lambda tile, accumulators: 1)
+    case = make("linear", 3, 29, 20, 33)
+    val = make("linear", n_val, val_tokens, 20, 33, seed=1)
+    found = k.ghost_dot_pairwise(case.x, case.grads, val.x, val.grads, backend="triton")
+    of_samples = torch.stack([gradient_of(replace(val, x=x[None], grads=g[None]), torch.float64)
+                              for x, g in zip(val.x, val.grads, strict=True)])  # fmt: skip
+    assert_close(found, dots_of, replace(case, val_grad=of_samples))
+    order = [2, 0, 1]
+    permuted = k.ghost_dot_pairwise(case.x[order], case.grads[order], val.x, val.grads, backend="triton")
+    assert torch.equal(permuted, found[order])
+
+
 def test_the_two_form_keeps_a_small_sample_beside_a_large_one():
     """After a sample 1e6 times as large, `two` is as exact as alone, bit for bit; `prefix` keeps what it promises."""
     case = make("linear", 2, 33, 24, 16)
