@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from . import affine, routing
+from . import affine, attention, experts, routing
 from .errors import InRunError
 from .forward_mode import sample_axis
 from .layers import (
@@ -130,7 +130,7 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
     outermost = [p for p in set(via.values()) if not any(_inside(p, other) for other in via.values())]
     for path in via:
         sites.pop(path, None)
-    sites |= {path: Site(path, modules[path], ForwardModeRule) for path in outermost}
+    sites |= {path: Site(path, modules[path], _whole_rule(modules[path], flat)) for path in outermost}
     sites |= {path: Site(path, modules[path], RelativeBiasRule) for path in tables.values()}
     for path, site in sites.items():
         site.flat = modules[path] in flat
@@ -156,7 +156,7 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
         owner._parameters[local + SUFFIX] = directions[full]
     if not isinstance(site.module, site.rule):
         _adopt(site.module, site.rule, tap, None)
-    if site.rule is ForwardModeRule:
+    if issubclass(site.rule, ForwardModeRule):
         tap.forward_mode = [(owner, local) for owner, local, _ in site.owned]
     return tap
 
@@ -220,6 +220,13 @@ def _site(path: str, module: nn.Module) -> Site:
                 return Site(path, module, rule, under=under)
     found = affine.recognise(module)
     return Site(path, module, ForwardModeRule if found is None else affine.AffineRule, affine=found)
+
+
+def _whole_rule(module: nn.Module, flat: set[nn.Module]) -> type[ForwardModeRule]:
+    """How a module scores all parameters inside it."""
+    if attention.is_attention(module):
+        return attention.AttentionRule
+    return experts.ExpertsRule if module in flat and experts.is_experts(module) else ForwardModeRule
 
 
 def _is_relative_bias(path: str, modules: dict[str, nn.Module]) -> bool:

@@ -481,7 +481,7 @@ def _require_one_by_one(plan: rules.Plan) -> None:
 
 def _require_rules(plan: rules.Plan) -> None:
     """Raise `InRunError` unless the validation rows of a batch can be kept from every trainable parameter."""
-    others = [full for site in plan.sites if site.rule is rules.ForwardModeRule for _, _, full in site.owned]
+    others = [full for site in plan.sites if issubclass(site.rule, rules.ForwardModeRule) for _, _, full in site.owned]
     if others or plan.excluded:
         raise InRunError(
             "validation='batch': expected every trainable parameter in a layer with a rule of its own, so that the "

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import inrun
+from inrun.layers import ForwardModeRule
 
 B, T, VOCAB, WIDTH = 5, 6, 17, 16
 LR = 0.3
@@ -370,7 +371,6 @@ def compare(case: Case, stack: Stack, fullgraph: bool = True) -> tuple[float, fl
     assert not tracker.coverage["excluded"] and set(tracker.coverage["tracked"]) == {
         n for n, p in model.named_parameters() if p.requires_grad
     }
-    fallen = {tap.name for tap in tracker.taps if tap.forward_mode}
-    slow = {type(m)._inrun_class.__name__ for name, m in model.named_modules() if name in fallen}
+    slow = {type(m)._inrun_class.__name__ for m in model.modules() if type(m).__mro__[1] is ForwardModeRule}
     tracker.close()
     return max(errors), allowed, sorted(slow)

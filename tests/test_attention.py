@@ -1,0 +1,130 @@
+"""`nn.MultiheadAttention` with its rule: torch's own outputs and gradients, and the values of the float64 oracle."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import inrun
+from inrun.attention import AttentionRule
+
+B, L, S, E, HEADS, LR = 3, 4, 5, 8, 2, 0.5
+CAUSAL = torch.ones(S, S).triu(1).bool()
+PADDED = torch.arange(S) >= torch.tensor([[5], [3], [4]])
+PER_HEAD = torch.arange(B * HEADS * S * S).view(B * HEADS, S, S) % 7 == 6
+
+# How it is made; which of query, key and value are one tensor; how it is called.
+CASES = {
+    "self": ({}, "xxx", {}),
+    "no weights": ({}, "xxx", {"need_weights": False}),
+    "weights of each head": ({}, "xxx", {"average_attn_weights": False}),
+    "keys are values": ({}, "qkk", {}),
+    "three inputs": ({"bias": False}, "qkv", {"need_weights": False}),
+    "other widths": ({"kdim": 6, "vdim": 7}, "qkv", {}),
+    "time first": ({"batch_first": False}, "xxx", {"need_weights": False}),
+    "causal": ({}, "xxx", {"attn_mask": CAUSAL, "is_causal": True, "need_weights": False}),
+    "causal and padded": ({}, "xxx", {"attn_mask": CAUSAL, "is_causal": True, "key_padding_mask": PADDED}),
+    "a mask for each head": ({}, "xxx", {"attn_mask": PER_HEAD, "key_padding_mask": PADDED, "need_weights": False}),
+    "added bias": ({"add_bias_kv": True}, "qkk", {}),  # by forward-mode AD
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, made, call):
+        super().__init__()
+        self.attention, self.call = nn.MultiheadAttention(E, HEADS, **({"batch_first": True} | made)), call
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.4)
+
+    def forward(self, *inputs, rows=slice(None)):
+        call = dict(self.call)
+        if "key_padding_mask" in call:
+            call["key_padding_mask"] = PADDED[rows]
+        if "attn_mask" in call and call["attn_mask"].dim() == 3:
+            call["attn_mask"] = PER_HEAD.unflatten(0, (B, HEADS))[rows].flatten(0, 1)
+        return self.attention(*inputs, **call)
+
+
+def data(made, kind, seed):
+    g = torch.Generator().manual_seed(seed)
+    widths = {"x": E, "q": E, "k": made.get("kdim", E), "v": made.get("vdim", E)}
+    known = {n: torch.randn(B, L if n == "q" else S, widths[n], generator=g) for n in kind}
+    if made.get("batch_first") is False:
+        known = {n: x.transpose(0, 1) for n, x in known.items()}
+    return [known[n] for n in kind]
+
+
+def loss(model, inputs, rows=slice(None)):
+    out, weights = model(*inputs, rows=rows)
+    return out.square().sum() + (0 if weights is None else weights.square().sum())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention(case):
+    made, kind, call = CASES[case]
+    torch.manual_seed(0)
+    model, train, validation = Attention(made, call), data(made, kind, 1), data(made, kind, 2)
+    plain, double = copy.deepcopy(model), copy.deepcopy(model).double()
+    params = list(double.parameters())
+    g_v = torch.autograd.grad(loss(double, one_tensor([x.double() for x in validation], kind)), params)
+    axis, expected = 1 if made.get("batch_first") is False else 0, []
+    for b in range(B):
+        one = one_tensor([x.double().narrow(axis, b, 1) for x in train], kind)
+        grads = torch.autograd.grad(loss(double, one, slice(b, b + 1)), params)
+        expected.append(sum(LR * (d * g).sum() for d, g in zip(g_v, grads, strict=True)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: loss(model, validation))
+    assert isinstance(model.attention, AttentionRule)
+    with tracker.step(range(B)) as step:
+        found = model(*train)
+        loss(model, train).backward()
+        loss(plain, train).backward()
+        for name, p in plain.named_parameters():
+            torch.testing.assert_close(dict(model.named_parameters())[name].grad, p.grad, rtol=1e-4, atol=1e-4)
+        optimizer.step()
+    torch.testing.assert_close(found, plain(*train))
+    torch.testing.assert_close(step.values.double(), torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def one_tensor(inputs, kind):
+    """Inputs of one name are one tensor again, after a copy."""
+    return [inputs[kind.index(n)] for n in kind]
+
+
+def test_dropout_draws_what_torch_draws():
+    torch.manual_seed(0)
+    model, x = nn.MultiheadAttention(E, HEADS, dropout=0.5, batch_first=True), torch.randn(B, S, E)
+    plain, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x, x, x)[0].square().sum())
+    with tracker.step(range(B)):
+        for need_weights in (False, True):
+            torch.manual_seed(1)
+            found = model(x, x, x, need_weights=need_weights)
+            torch.manual_seed(1)
+            torch.testing.assert_close(found, plain(x, x, x, need_weights=need_weights))
+        found[0].square().sum().backward()
+        optimizer.step()
+
+
+def test_half_of_it_frozen_and_a_direction_for_each_target():
+    torch.manual_seed(0)
+    model, x = nn.MultiheadAttention(E, HEADS, batch_first=True), torch.randn(B, S, E)
+    model.in_proj_weight.requires_grad_(False)
+    plain, optimizer = copy.deepcopy(model).double(), torch.optim.SGD(model.out_proj.parameters(), lr=LR)
+    losses = {"a": lambda: model(x, x, x)[0].square().sum(), "b": lambda: model(x[:2], x[:2], x[:2])[0].sum()}
+    tracker = inrun.track(model, optimizer, validation=losses, exclude=["in_proj_bias"])
+    with tracker.step(range(B)) as step:
+        model(x, x, x)[0].square().sum().backward()
+        optimizer.step()
+    params, wide = list(plain.out_proj.parameters()), x.double()
+    ends = [plain(wide, wide, wide)[0].square().sum(), plain(wide[:2], wide[:2], wide[:2])[0].sum()]
+    for m, end in enumerate(ends):
+        g_v = torch.autograd.grad(end, params)
+        for b in range(B):
+            one = wide[b : b + 1]
+            grads = torch.autograd.grad(plain(one, one, one)[0].square().sum(), params)
+            expected = sum(LR * (d * g).sum() for d, g in zip(g_v, grads, strict=True))
+            torch.testing.assert_close(step.values[b, m].double(), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,58 @@
+"""Fused experts: grouped products against a loop, and rows' dots against one row at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from inrun import functional
+from inrun.experts import _Grouped
+from inrun_kernels.grouped import grouped_mm, grouped_wgrad
+
+ENDS = [0, 3, 3, 7, 10]  # the first and the third group are empty
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 24), (5, 7)])
+def test_grouped_products(dtype, inputs, outputs):
+    g = torch.Generator().manual_seed(0)
+    shapes = ((10, inputs), (5, outputs, inputs), (10, outputs))
+    x, weight, grads = (torch.randn(s, generator=g).to(dtype) for s in shapes)
+    offsets = torch.tensor(ENDS, dtype=torch.int32)
+    group = torch.tensor([sum(n >= end for end in ENDS) for n in range(10)])
+    expected = torch.einsum("ni,noi->no", x.double(), weight.double()[group])
+    bound = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 20 * torch.finfo(dtype).eps}
+    assert_close(grouped_mm(x, weight.mT, offsets).double(), expected, **bound)
+    one_hot = torch.nn.functional.one_hot(group, 5).double()
+    expected = torch.einsum("ne,no,ni->eoi", one_hot, grads.double(), x.double())
+    assert_close(grouped_wgrad(x, grads, offsets).double(), expected, **bound)
+    torch.library.opcheck(torch.ops.inrun.grouped_mm, (x, weight.mT, offsets))
+    torch.library.opcheck(torch.ops.inrun.grouped_wgrad, (x, grads, offsets))
+
+
+@pytest.mark.parametrize("many", [None, 2])
+def test_the_rows_dots_and_second_derivatives(many):
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((10, 5), (5, 7, 5)))
+    direction = torch.randn(*([] if many is None else [many]), 5, 7, 5, generator=g, dtype=torch.float64)
+    probe = torch.zeros(10, *([] if many is None else [many]), dtype=torch.float64, requires_grad=True)
+    offsets = torch.tensor(ENDS, dtype=torch.int32)
+    group = torch.tensor([sum(n >= end for end in ENDS) for n in range(10)])
+
+    def plain(x, weight, probe):
+        along = probe[:, None] * direction[group].flatten(1) if many is None else (
+            torch.einsum("nm,mnk->nk", probe, direction[:, group].flatten(2)))  # fmt: skip
+        return torch.einsum("ni,noi->no", x, weight[group] + along.view(10, 7, 5))
+
+    inputs = (x, weight, probe)
+    found = functional._apply(_Grouped, x, weight, direction, probe, offsets)
+    gradients = [torch.autograd.grad(y.sin().sum(), inputs) for y in (found, plain(*inputs))]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(ours, theirs)
+    twice = []
+    for y in (functional._apply(_Grouped, x, weight, direction, probe, offsets), plain(*inputs)):
+        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        twice.append(torch.autograd.grad(sum(f.square().sum() for f in first), inputs))
+    for ours, theirs in zip(*twice, strict=True):
+        assert_close(ours, theirs)
