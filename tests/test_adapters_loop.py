@@ -100,12 +100,12 @@ def test_compiled():
 
 def test_a_deferred_method():
     model, optimizer, held_out = made()
-    optimizer.param_groups[0]["lr"] = 0.02  # the values miss the measured drop by its square
+    optimizer.param_groups[0]["lr"] = 0.005  # relative to the measured drop, the values miss it by O(lr^2)
     kept = Kept()
     loop = Loop(model, optimizer, held_out, method="path_secant", logger=kept, log_every=4)
     run(loop, model, optimizer, epochs=1)
     assert kept.logged[0][0] == 3
-    torch.testing.assert_close(loop.last.values.sum(), loop.last.drop["validation"], rtol=5e-3, atol=0)
+    torch.testing.assert_close(loop.last.values.sum(), loop.last.drop["validation"], rtol=1e-3, atol=0)
 
 
 def test_figures_are_those_of_the_ledger():
