@@ -31,7 +31,7 @@ def cell(name: str, stack: str, fullgraph: bool = True) -> tuple[str, list[str]]
         found, allowed, slow = compare(CASES[name], STACKS[stack], fullgraph)
     except NotOffered:
         return "-", []
-    except torch._dynamo.exc.Unsupported:
+    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError):
         word, slow = cell(name, stack, False)
         return ("breaks" if word == "ok" else word), slow
     except InRunError:
