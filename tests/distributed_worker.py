@@ -474,6 +474,38 @@ def check_fully_shard_of_replicas_and_accumulation():
     same_run(found, whole(model.state_dict()), alone("gpt_tied", "adamw"))
 
 
+def check_a_rank_without_any_shard():
+    """One output: the first rank holds all of the weight, the second nothing, and both must come to the same."""
+    torch.manual_seed(0)
+    model, x, x_val = nn.Linear(8, 1), torch.randn(3 * WORLD, 8), torch.randn(4, 8)
+    per_sample = torch.autograd.functional.jacobian(
+        lambda w: (x @ w.T + model.bias).square()[:, 0] / len(x), model.weight.detach())[:, 0]  # fmt: skip
+    offsets = 2 * (x @ model.weight.T + model.bias).detach() / len(x)
+    g = torch.cat([per_sample, offsets], 1)  # of the weight and the bias
+    errors = (x_val @ model.weight.T + model.bias).detach()
+    g_val = torch.cat([2 * errors * x_val, 2 * errors], 1).mean(0)
+    shrink = min(1.0, CLIP / g.sum(0).norm().item())
+    tracker = inrun.track(model)
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker.bind(optimizer)
+    x = x.chunk(WORLD)[RANK]
+    with tracker.validation():
+        model(x_val).square().mean().backward()
+    with tracker.step(range(len(x))) as step:
+        model(x).square().mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+    assert shrink < 0.5
+    close(gathered(step.values), 0.1 * shrink * g @ g_val)
+
+    def spoiled():
+        with tracker.validation():
+            (model(x_val).sum() * float("nan")).backward()
+
+    raises("NaN", spoiled)
+
+
 def check_what_is_refused_of_shards():
     raises("secant", lambda: sharded(method="secant"))
     raises("one target", lambda: sharded(targets=("a", "b")))
@@ -501,7 +533,9 @@ def check_the_readme():
         model = make("gpt_tied")
         names = {"inrun": inrun, "torch": torch, "DDP": DDP, "fully_shard": fully_shard, "model": model}
         names["optimizer"] = OPTIMIZERS["adamw"](model.parameters())
-        exec(block.replace("runs/1/ledger", str(FOLDER / "readme")), names)
+        names["OPTIMIZER"] = OPTIMIZERS["adamw"]
+        block = block.replace("runs/1/ledger", str(FOLDER / "readme")).replace("torch.optim.AdamW", "OPTIMIZER")
+        exec(block, names)
         values = train_sharded(names["model"], names["tracker"].optimizer, names["tracker"])
         same_run(values, {}, (alone("gpt_tied", "adamw")[0], {}))
 
