@@ -1,0 +1,179 @@
+"""The subcommands that read a run: what they print is what its ledger holds, and their errors say what to do."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import inrun_kernels
+from inrun import Ledger, doctor, runs
+from inrun.cli import main
+
+VALUES = {"a": [0.5, 0.25], "b": [-0.5, 0.125], "c": [0.25, 0.0], "d": [-0.25, -0.5]}
+TOTALS = {name: sum(values) for name, values in VALUES.items()}  # 0.75, -0.375, 0.25, -0.75
+
+
+def make(folder: Path, values: dict[str, list[float]] = VALUES) -> Path:
+    sources = {"sample_id": list(values), "source": ["web", "web", "book", "book"][: len(values)]}
+    sources |= {"planted": ["", "", "", "shuffled"][: len(values)], "text": [f"text\tof {each}" for each in values]}
+    folder.mkdir()
+    pq.write_table(pa.table(sources), folder / "samples.parquet")
+    with Ledger(folder / "ledger", flush_rows=1) as ledger:
+        for step in range(2):
+            ledger.append(step, list(values), [each[step] for each in values.values()])
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return make(tmp_path / "run")
+
+
+def said(capsys, *arguments: object) -> str:
+    main(list(map(str, arguments)))
+    return capsys.readouterr().out
+
+
+def failed(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, arguments)))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_top_shows_the_extremes_with_source_and_text(run, capsys):
+    best = said(capsys, "top", run, "-k", 2).splitlines()
+    assert best[0].startswith("The 2 highest values, in nats; above 0")
+    assert [line.split() for line in best[3:]] == [
+        ["+7.500e-01", "2", "a", "web", "text", "of", "a"],
+        ["+2.500e-01", "2", "c", "book", "text", "of", "c"],
+    ]
+    worst = said(capsys, "top", run, "--worst", "--source", "web").splitlines()
+    assert [line.split()[2] for line in worst[3:]] == ["b", "a"]
+    ids_alone = said(capsys, "top", run / "ledger").splitlines()
+    assert [line.split() for line in ids_alone[3:]] == [[f"{TOTALS[n]:+.3e}", "2", n] for n in "acbd"]
+
+
+def test_compare_ranks_sums_and_finds_what_changed(run, tmp_path, capsys):
+    other = make(tmp_path / "other", {**VALUES, "d": [1.0, 0.25]})  # d: from last to first
+    printed = said(capsys, "compare", run, other, "-k", 1)
+    assert "in both: 4" in printed and "75% have the same sign" in printed
+    assert "-0.200 of ranks" in printed  # ranks 3 1 2 0 and 2 0 1 3
+    (row,) = [line.split() for line in printed.splitlines() if line.startswith("book, shuffled")]
+    assert row[2:] == ["-0.7500", "+1.2500", "-3.75e-01", "+6.25e-01"]
+    last = printed.splitlines()[-1].split()
+    assert last[:4] == ["+2.000e+00", "-7.500e-01", "+1.250e+00", "d"]
+    apart = make(tmp_path / "apart", {"x": [1.0, 1.0]})
+    assert "got 4 and 1 with none in common" in failed(capsys, "compare", run, apart)
+    with Ledger(tmp_path / "numbers") as ledger:
+        ledger.append(0, [1], [1.0])
+    assert "integer ids, the other strings" in failed(capsys, "compare", run, tmp_path / "numbers")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_export_gives_every_total_to_a_file_or_the_output(run, tmp_path, capfdbinary, form):
+    readers = {
+        "jsonl": lambda data: [json.loads(line) for line in data.decode().splitlines()],
+        "csv": lambda data: pyarrow.csv.read_csv(io.BytesIO(data)).to_pylist(),
+        "parquet": lambda data: pq.read_table(io.BytesIO(data)).to_pylist(),
+    }
+    rows = [
+        {"sample_id": name, "target": "validation", "value": TOTALS[name], "count": 2, "source": source}
+        for name, source in zip("abcd", ["web", "web", "book", "book, shuffled"], strict=True)
+    ]
+    main(["export", str(run), "--format", form])
+    sys.stdout.flush()
+    assert readers[form](capfdbinary.readouterr().out) == rows
+    out = tmp_path / "out"
+    main(["export", str(run), "--format", form, "--keep-positive", "-o", str(out)])
+    assert readers[form](out.read_bytes()) == [rows[0], rows[2]]
+
+
+def test_export_of_parquet_to_a_terminal_is_refused(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert "name a file with -o" in failed(capsys, "export", run, "--format", "parquet")
+
+
+def test_export_into_a_pipe_that_closes_is_no_error(run):
+    with Ledger(run / "ledger") as ledger:
+        ledger.append(2, [f"sample {i}" for i in range(20000)], [1.0] * 20000)
+    script = "import sys; from inrun.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-W", "ignore", "-c", script, "export", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(60) == 0 and process.stderr.read() == b""
+
+
+def test_compact_leaves_the_rows_and_fewer_shards(run, capsys):
+    before = Ledger(run / "ledger").totals()
+    said(capsys, "compact", run)
+    assert len(list((run / "ledger").iterdir())) == 1 and Ledger(run / "ledger").totals() == before
+
+
+def test_errors_say_what_to_do(run, tmp_path, capsys):
+    assert "which does not exist; `inrun train` makes one" in failed(capsys, "top", tmp_path / "missing")
+    assert "which holds neither" in failed(capsys, "export", tmp_path)
+    assert "expected one of book, book, shuffled, web; got 'wed'" in failed(capsys, "top", run, "--source", "wed")
+    assert "run folder with samples.parquet" in failed(capsys, "top", run / "ledger", "--source", "web")
+    with Ledger(run / "ledger") as ledger:
+        ledger.append(2, ["a"], [[1.0, 2.0]], ("code", "prose"))
+    for command in (("top", run), ("compare", run, run)):
+        assert "target to be one of ['code', 'prose', 'validation']" in failed(capsys, *command)
+
+
+@pytest.mark.parametrize("command", ["top", "compare", "export", "compact", "doctor", "report"])
+def test_help_teaches_by_an_example(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"inrun {command}" in capsys.readouterr().out.split("╭")[0].split("usage", 1)[1].split("\n\n", 1)[1]
+
+
+def test_doctor_passes_where_the_numbers_are_right_and_only_there(capsys, monkeypatch):
+    monkeypatch.setattr(inrun_kernels, "__all__", ["bias_dot", "embedding_dot"])
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor"])
+    printed = capsys.readouterr().out
+    backends = 1 + ("triton" in printed.split("Self-test")[1])
+    assert stopped.value.code == 0 and f"All {2 * 3 * backends} passed." in printed
+    assert f"torch {torch.__version__}" in printed
+    if not torch.cuda.is_available() and backends == 2:
+        assert "interpreted only: no CUDA device here" in printed
+
+    right = inrun_kernels.bias_dot
+    wrong = {"wrong": lambda *a, **kw: right(*a, **kw) * 1.05, "nan": lambda *a, **kw: right(*a, **kw) * torch.nan}
+    for broken in wrong.values():
+        monkeypatch.setattr(inrun_kernels, "bias_dot", broken)
+        with pytest.raises(SystemExit) as stopped:
+            main(["doctor"])
+        printed = capsys.readouterr().out
+        assert stopped.value.code == 1 and f"{3 * backends} of {6 * backends} FAILED" in printed
+
+    def raises(*_, **__):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(inrun_kernels, "bias_dot", raises)
+    assert not doctor.main()
+    assert "bias_dot, torch, float32: RuntimeError: no such instruction" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", inrun_kernels.__all__)
+def test_the_self_test_knows_every_product(name):
+    assert doctor.worst_error(name, "torch", "float32", "cpu") < 1e-5
+
+
+def test_text_is_shown_in_one_line(tmp_path):
+    folder = make(tmp_path / "run", {"a": [1.0, 1.0]})
+    table = pa.table({"sample_id": ["a"], "source": ["s"], "planted": [""], "text": ["x\n\x1b[31m" + "y" * 100]})
+    pq.write_table(table, folder / "samples.parquet")
+    (shown,) = runs.Run.open(folder).describe(["a"]).values()
+    assert shown[1].startswith("x  [31my") and len(shown[1]) == runs.TEXT and shown[1].endswith("…")
