@@ -17,7 +17,7 @@ from inrun.ledger import Ledger
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TEXT = 60  # characters shown of a sample
+TEXT = 40  # characters shown of a sample
 
 
 @dataclass(frozen=True)
