@@ -11,7 +11,7 @@ One row per step, sample and target (and token, where tokens are scored):
 
 Shards are written whole by one writer per rank (`shards.py`), so ``folder/*.parquet`` is the ledger, each row
 once, at any moment. A killed run loses what was not flushed; ``resume(step)`` then drops what the resumed run
-will do again.
+will do again. ``compact()`` makes few large shards of many.
 
 Example:
     >>> from inrun import Ledger
