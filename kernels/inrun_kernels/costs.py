@@ -2,7 +2,7 @@
 
     seconds = call + sample * S + flop * FLOPs + weight * (elements of weights passed over) + row * (elements of rows)
 
-The coefficients are fitted to measured times (`python -m bench.bench_forms --fit`). FLOPs and passes over memory are
+The coefficients are fitted to measured times (`python -m bench.regret --fit`). FLOPs and passes over memory are
 shared among a CPU's threads, the calls themselves are not.
 
     product         form        FLOPs, N tokens in S samples   passes over a weight   rows
@@ -36,17 +36,17 @@ class Cost:
         return self.call + self.sample * samples + shared / threads
 
 
-# One AMD EPYC core (Zen 4, AVX-512), torch 2.13 with MKL, float32; see bench/results.
+# One core of an AMD EPYC (Zen 4, AVX-512), torch 2.13 with MKL, float32, cold caches: call, sample, flop, weight, row.
 COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     "cpu": {
         "ghost_wgrad_dot": {
-            "two": Cost(100e-6, 20e-6, 14e-12, 0.3e-9, 0),
-            "prefix": Cost(100e-6, 15e-6, 14e-12, 0.25e-9, 0),
-            "direct": Cost(100e-6, 0, 14e-12, 0.5e-9, 0.3e-9),
+            "two": Cost(352e-6, 10.4e-6, 11.2e-12, 0.120e-9, 0.529e-9),
+            "prefix": Cost(419e-6, 8.21e-6, 11.5e-12, 0.134e-9, 0.466e-9),
+            "direct": Cost(354e-6, 0.71e-6, 11.2e-12, 0.307e-9, 0.830e-9),
         },
         "ghost_dot_pairwise": {
-            "pairwise": Cost(100e-6, 0, 14e-12, 0, 1e-9),
-            "direct": Cost(100e-6, 0, 14e-12, 0.5e-9, 0.3e-9),
+            "pairwise": Cost(370e-6, 2.1e-6, 13.0e-12, 0, 0.701e-9),
+            "direct": Cost(359e-6, 49.5e-6, 13.5e-12, 0.187e-9, 0.125e-9),
         },
     }
 }
