@@ -58,18 +58,18 @@ def measure(cell: Row, machine: Machine) -> Row:
     """The cell with the best time of each form, the form `auto` takes and its regret."""
     generator = torch.Generator().manual_seed(SEED)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+    def draw(*shape: int) -> Tensor:  # of one sign, so that a dot is no small difference of large sums
+        return torch.rand(shape, generator=generator)
 
     batch, tokens, inputs, outputs, val = (cell[k] for k in ("batch", "tokens", "inputs", "outputs", "val"))
-    acts, grads = normal(batch, tokens, inputs), normal(batch, tokens, outputs)
+    acts, grads = draw(batch, tokens, inputs), draw(batch, tokens, outputs)
     if val is None:
-        direction = normal(1, outputs, inputs)
+        direction = draw(1, outputs, inputs)
         run = partial(torch_path.ghost_wgrad_dot, acts, grads, direction, None)
         choice = costs.of_wgrad_dot(acts, grads, direction, None, False)
         weight_grad = grads.flatten(0, 1).T.double() @ acts.flatten(0, 1).double()
     else:
-        val_acts, val_grads = normal(val, tokens, inputs), normal(val, tokens, outputs)
+        val_acts, val_grads = draw(val, tokens, inputs), draw(val, tokens, outputs)
         run = partial(torch_path.ghost_dot_pairwise, acts, grads, val_acts, val_grads)
         choice = costs.of_pairwise(acts, grads, val_acts, False)
         direction, weight_grad = val_grads.mT.double() @ val_acts.double(), None

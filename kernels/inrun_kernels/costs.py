@@ -6,7 +6,7 @@ The coefficients are fitted to measured times (`python -m bench.regret --fit`). 
 shared among a CPU's threads, the calls themselves are not.
 
     product         form        FLOPs, N tokens in S samples   passes over a weight   rows
-    wgrad_dot       two         2*N*I*O                        S*(3 + M)              N*(I + O)
+    wgrad_dot       two         2*N*I*O                        S*(3 + M) - 2          N*(I + O)
                     prefix      2*N*I*O                        S*(1 + M)              N*(I + O)
                     direct      2*N*I*O*(1 + M)                1 + M                  N*(I + O)
     dot_pairwise    pairwise    2*N*V*S_v*(I + O)              0                      N*V*S_v
@@ -40,13 +40,13 @@ class Cost:
 COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     "cpu": {
         "ghost_wgrad_dot": {
-            "two": Cost(352e-6, 10.4e-6, 11.2e-12, 0.120e-9, 0.529e-9),
-            "prefix": Cost(419e-6, 8.21e-6, 11.5e-12, 0.134e-9, 0.466e-9),
-            "direct": Cost(354e-6, 0.71e-6, 11.2e-12, 0.307e-9, 0.830e-9),
+            "two": Cost(368e-6, 9.41e-6, 11.8e-12, 0.137e-9, 0.423e-9),
+            "prefix": Cost(398e-6, 8.45e-6, 11.7e-12, 0.148e-9, 0.373e-9),
+            "direct": Cost(369e-6, 0.36e-6, 10.7e-12, 0.422e-9, 0.861e-9),
         },
         "ghost_dot_pairwise": {
-            "pairwise": Cost(370e-6, 2.1e-6, 13.0e-12, 0, 0.701e-9),
-            "direct": Cost(359e-6, 49.5e-6, 13.5e-12, 0.187e-9, 0.125e-9),
+            "pairwise": Cost(368e-6, 2.29e-6, 13.1e-12, 0, 0.671e-9),
+            "direct": Cost(359e-6, 47.9e-6, 13.1e-12, 0.204e-9, 0.156e-9),
         },
     }
 }
@@ -104,10 +104,10 @@ def _pairwise(device: str, threads: int, *sizes: int) -> Choice:
 def wgrad_work(tokens: int, samples: int, inputs: int, outputs: int, directions: int) -> dict[str, tuple[float, ...]]:
     """(samples, FLOPs, elements of weights, elements of rows) of each form of `ghost_wgrad_dot`."""
     weight, rows = inputs * outputs, tokens * (inputs + outputs)
-    flops = 2 * tokens * weight
+    flops, others = 2 * tokens * weight, max(0, samples - 1)  # the first sample is written, the others are added
     return {
-        "two": (samples, flops, samples * (3 + directions) * weight, rows),
-        "prefix": (samples, flops, samples * (1 + directions) * weight, rows),
+        "two": (samples, flops, (1 + directions + others * (3 + directions)) * weight, rows),
+        "prefix": (samples, flops, (1 + directions + others * (1 + directions)) * weight, rows),
         "direct": (samples, flops * (1 + directions), (1 + directions) * weight, rows),
     }
 

@@ -46,7 +46,8 @@ def ghost_wgrad_dot(
     n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
     if form == "direct" or n_samples == 0:
         return weight_grad(acts, grads, wide), ghost_dot(acts, grads, val_grad, segments, False)
-    total = acts.new_zeros(val_grad.shape[1:], dtype=wide)
+    alone = n_samples == 1
+    total = (acts.new_empty if alone else acts.new_zeros)(val_grad.shape[1:], dtype=wide)
     samples = list(zip(_split_tokens(acts, segments), _split_tokens(grads, segments), strict=True))
     dots = acts.new_zeros(n_samples, val_grad.shape[0], dtype=torch.float64)
     for rows in _chunks(total.shape[0], total.shape[1], _BLOCK):
@@ -59,7 +60,8 @@ def ghost_wgrad_dot(
                     product = torch.empty_like(block)
                     flat = product.view(-1)
                 product.zero_()  # MKL adds to zeros faster than it overwrites
-            product.addmm_(g[:, rows].to(wide).T, a.to(wide))
+            of_rows, a = g[:, rows].to(wide).T, a.to(wide)
+            torch.mm(of_rows, a, out=product) if alone else product.addmm_(of_rows, a)
             contracted += [torch.dot(direction, flat) for direction in directions]
             if product is not block:
                 block += product

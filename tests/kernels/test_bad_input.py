@@ -150,7 +150,7 @@ BAD = {
     "form": (
         lambda: k.ghost_wgrad_dot(ACTS, GRADS, MATRIX, form="one"),
         ValueError,
-        "form: expected None, 'two' or 'prefix', received 'one'",
+        "form: expected None, 'two', 'prefix' or 'direct', received 'one'",
     ),
     "too many tokens": (
         lambda: k.bias_dot(torch.zeros(1, 1, 1).expand(2**16, 2**15, 1), ROW[:1]),

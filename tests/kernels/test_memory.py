@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from inrun_kernels import torch_path
 
 BATCH, IN, OUT = 8, 150, 160
-SHORT, MIDDLE, LONG = 8, 64, 128  # tokens: one GEMM over all samples; one per sample, into one buffer or into two
+TOKENS = 64
 
 
 class LargestTensor(TorchDispatchMode):
@@ -37,19 +37,18 @@ def largest(run, *arguments, **named) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("tokens", [SHORT, MIDDLE, LONG])
-def test_no_per_sample_gradient_is_stored(dtype, packed, tokens, monkeypatch):
+@pytest.mark.parametrize("form", ["two", "prefix", "direct"])
+def test_no_per_sample_gradient_is_stored(dtype, packed, form, monkeypatch):
     from inrun_kernels import dot, wgrad_dot
 
-    assert SHORT < torch_path._DIRECT_BELOW[None] <= MIDDLE < torch_path._TWO_FROM <= LONG
     monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 10_000)  # as many splits as are allowed
-    acts, grads = torch.randn(BATCH, tokens, IN, dtype=dtype), torch.randn(BATCH, tokens, OUT, dtype=dtype)
+    acts, grads = torch.randn(BATCH, TOKENS, IN, dtype=dtype), torch.randn(BATCH, TOKENS, OUT, dtype=dtype)
     matrix = torch.randn(1, OUT, IN, dtype=dtype)
-    segments = torch.arange(0, BATCH * tokens + 1, tokens) if packed else None
-    row = matrix[..., 0]
-    launches = [partial(wgrad_dot.launch_wgrad_dot, bias_val_grad=row, form=form) for form in ("two", "prefix")]
-    for run in (torch_path.ghost_wgrad_dot, *launches):
-        assert 4 * OUT * IN <= largest(run, acts, grads, matrix, segments=segments) < 4 * BATCH * OUT * IN
+    segments = torch.arange(0, BATCH * TOKENS + 1, TOKENS) if packed else None
+    launch = partial(wgrad_dot.launch_wgrad_dot, bias_val_grad=matrix[..., 0])
+    for run in (torch_path.ghost_wgrad_dot, *([launch] if form != "direct" else [])):
+        found = largest(run, acts, grads, matrix, segments=segments, form=form)
+        assert 4 * OUT * IN <= found < 4 * BATCH * OUT * IN
     for run in (torch_path.ghost_dot, dot.launch_dot):
         assert largest(run, acts, grads, matrix, segments, False) < 4 * BATCH * OUT * IN
 
@@ -58,9 +57,9 @@ def test_no_matrix_of_token_pairs_is_stored(monkeypatch):
     from inrun_kernels import pairwise
 
     monkeypatch.setattr(torch_path, "_CHUNK", 4096)
-    acts, grads = torch.randn(BATCH, MIDDLE, 5), torch.randn(BATCH, MIDDLE, 6)
-    for run in (torch_path.ghost_dot_pairwise, pairwise.launch_pairwise):
-        assert 0 < largest(run, acts, grads, acts, grads) <= 4 * 4096 < 4 * (BATCH * MIDDLE) ** 2
+    acts, grads = torch.randn(BATCH, TOKENS, 5), torch.randn(BATCH, TOKENS, 6)
+    for run in (partial(torch_path.ghost_dot_pairwise, form="pairwise"), pairwise.launch_pairwise):
+        assert 0 < largest(run, acts, grads, acts, grads) <= 4 * 4096 < 4 * (BATCH * TOKENS) ** 2
 
 
 @pytest.mark.parametrize("product, due", [("norm", "dots"), ("norm", "both"), ("bias", "both"), ("embedding", "dots")])
