@@ -1,4 +1,4 @@
-"""The products of one linear layer: weight gradient with dots, and dots alone, at the shapes of real layers."""
+"""The products of one layer: gradient with dots, and of linear layers dots alone, at the shapes of real layers."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from bench.measure import CLOCK, SEED, Machine, Row, Work, interleaved, require_close, rows_of
-from bench.peers import DOT, WGRAD_DOT
+from bench.peers import DOT, ROWS, WGRAD_DOT
+from inrun_kernels import cost
 
-SUITES = {"weight gradient + dots": WGRAD_DOT, "dots alone": DOT}
+SUITES = {"weight gradient + dots": WGRAD_DOT, "dots alone": DOT, **ROWS}
 RTOL = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of a root mean square; a peer rounds its products once more
 
 
@@ -31,6 +32,34 @@ class Case:
             return Work(2 * tokens * self.tokens * (self.inputs + self.outputs), itemsize * wide)
         return Work(2 * tokens * weight, itemsize * (tokens * (self.inputs + self.outputs) + 2 * weight))
 
+    def row_work(self, layer: str, itemsize: int) -> Work:
+        """Of a norm's, bias's or embedding's product over `inputs`, whose vocabulary is `outputs`."""
+        elements, table = self.batch * self.tokens * self.inputs, self.inputs * self.outputs
+        nbytes = {"norm": 2 * elements, "bias": elements, "embedding": 2 * elements + table}[layer] * itemsize
+        return Work((3 if layer == "norm" else 2) * elements, nbytes)
+
+    def predicted(self, suite: str, machine: Machine) -> dict[str, float]:
+        """Seconds of our products by the static model; on a CPU in the cheapest of their forms."""
+        sizes = cost.Sizes(self.batch, self.tokens, self.inputs, self.outputs, 1, 1, self.tokens)
+
+        def seconds(kernel: str, sizes: cost.Sizes = sizes, form: str = "two") -> float:
+            tile = None
+            if machine.on_gpu and kernel != "rows":
+                tile = cost.default_tile(kernel, sizes, machine.architecture, machine.dtype, form)
+            return cost.predict(kernel, sizes, machine.ceilings, machine.dtype, tile, form).seconds
+
+        if suite == "dots alone":
+            return {"inrun": seconds("dot"), "inrun_pairwise": seconds("pairwise")}
+        if suite in ROWS:
+            reads = 1 if suite == "bias" else 2
+            row = cost.Sizes(self.batch, reads * self.tokens, 0, self.inputs)
+            return {} if suite == "embedding" else {"inrun": seconds("rows", row)}
+        if machine.on_gpu:
+            return {"inrun": seconds("wgrad_dot")}
+        whole = cost.Sizes(1, self.batch * self.tokens, self.inputs, self.outputs)
+        apart = seconds("wgrad_dot", whole, "prefix") + seconds("dot")
+        return {"inrun": min(seconds("wgrad_dot"), seconds("wgrad_dot", form="prefix"), apart)}
+
 
 WIDTHS = [(768, 3072), (384, 1536), (384, 384)]
 CPU_CASES = [Case(8, tokens, *width) for tokens in (256, 32, 1) for width in WIDTHS]
@@ -39,6 +68,7 @@ GPT2 = [(768, 768), (768, 3072), (768, 50257)]
 GPU_CASES = [Case(batch, 2048, *width) for width in LLAMA for batch in (4, 16)]
 GPU_CASES += [Case(16, 1024, *width) for width in GPT2]
 CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
+ROW_CASES = [Case(16, 2048, 4096, 32768)] if torch.cuda.is_available() else [Case(8, 256, 768, 8192)]
 
 
 def _id(param: tuple[str, Case]) -> str:
@@ -50,9 +80,9 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
     """Every provider of one case: held to float64, then timed side by side."""
     suite, case = request.param
     torch.compiler.reset()
-    inputs = _inputs(case, machine)
+    inputs = _row_inputs(suite, case, machine) if suite in ROWS else _inputs(case, machine)
     runs = {name: partial(kernel, *inputs) for name, kernel in SUITES[suite].items()}
-    weight_grad, dots = _reference(*inputs[:3])
+    weight_grad, dots = (_row_reference if suite in ROWS else _reference)(*inputs[:3])
     for name, run in runs.items():
         found_grad, found_dots = run()
         require_close(f"{name}, weight gradient", found_grad, weight_grad, RTOL[machine.dtype])
@@ -62,8 +92,9 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
         return {name: ([0.0], {}) for name in runs}
     peaks = {name: machine.peak_bytes(run) for name, run in runs.items()}
     taken = interleaved(runs, machine, rounds=25, least=5, seconds=0.4)
-    work = {name: case.work(name, inputs[0].element_size()) for name in runs}
-    found = rows_of(taken, peaks, work, machine, suite=suite, case=str(case))
+    item = inputs[1].element_size()
+    work = {name: case.row_work(suite, item) if suite in ROWS else case.work(name, item) for name in runs}
+    found = rows_of(taken, peaks, work, machine, case.predicted(suite, machine), suite=suite, case=str(case))
     rows += found
     return {row["provider"]: (taken[row["provider"]], row) for row in found}
 
@@ -80,6 +111,41 @@ def test_wgrad_dot(measured, provider, benchmark):
 @pytest.mark.parametrize("measured", [("dots alone", case) for case in CASES], indirect=True, ids=_id)
 def test_dot(measured, provider, benchmark):
     CLOCK.replay(benchmark, *measured[provider])
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("provider", ROWS["norm"])
+@pytest.mark.parametrize(
+    "measured", [(layer, case) for layer in ROWS for case in ROW_CASES], indirect=True, ids=lambda p: f"{p[0]} {p[1]}"
+)
+def test_rows(measured, provider, benchmark):
+    CLOCK.replay(benchmark, *measured[provider])
+
+
+def _row_inputs(layer: str, case: Case, machine: Machine) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised input (of a bias nothing that is read) or token ids, grads, and the direction."""
+    generator = torch.Generator(machine.device).manual_seed(SEED)
+    options = {"generator": generator, "device": machine.device}
+    shape = (case.batch, case.tokens, case.inputs)
+    normed, grads = (torch.randn(shape, **options).to(machine.dtype) for _ in range(2))
+    if layer == "embedding":
+        ids = torch.randint(case.outputs, shape[:2], **options)
+        return ids, grads, torch.randn(case.outputs, case.inputs, **options).to(machine.dtype)
+    return torch.ones_like(normed) if layer == "bias" else normed, grads, torch.randn(shape[2], **options).to(grads)
+
+
+def _row_reference(x: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """float64, one sample at a time."""
+    total = torch.zeros_like(direction, dtype=torch.float64)
+    dots = torch.zeros(len(grads), dtype=torch.float64, device=grads.device)
+    for b, (one, g) in enumerate(zip(x, grads.double(), strict=True)):
+        if x.is_floating_point():
+            gradient = (one * g).sum(0)
+        else:
+            gradient = torch.zeros_like(total).index_add_(0, one, g)
+        dots[b] = (gradient * direction).sum()
+        total += gradient
+    return total, dots
 
 
 def _inputs(case: Case, machine: Machine) -> tuple[Tensor, ...]:

@@ -92,7 +92,7 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
     prepare = {name: step.prepare for name, step in steps.items()}
     taken = interleaved(runs, machine, rounds=15, least=3, seconds=3, prepare=lambda name: prepare[name]())
     work = {name: case.work() for name in steps}
-    found = rows_of(taken, peaks, work, machine, suite="step", case=str(case))
+    found = rows_of(taken, peaks, work, machine, {}, suite="step", case=str(case))
     rows += found
     return {row["provider"]: (taken[row["provider"]], row) for row in found}
 

@@ -13,7 +13,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from inrun.results import processor
+from inrun_kernels.cost import CEILINGS, Ceilings
 
 SEED = 0
 BASE = "plain"
@@ -71,6 +72,7 @@ class Machine:
             "dtype": str(self.dtype).removeprefix("torch."),
             "ceiling_tflops": self.ceiling.flops / 1e12,
             "ceiling_gbps": (self.ceiling.nbytes or 0) / 1e9,
+            "ceiling_cache_gbps": (self.ceilings.cache or 0) / 1e9,
         }
 
     @property
@@ -125,6 +127,23 @@ class Machine:
             nbytes = max(nbytes, 2 * count / fastest)
         return Work(flops, nbytes)
 
+    @property
+    def architecture(self) -> str:
+        """Of a GPU, as `inrun_kernels.config.CHIPS` names it."""
+        return "gfx942" if torch.version.hip else "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+    @cached_property
+    def ceilings(self) -> Ceilings:
+        """For the static model: what was measured here, and of a GPU what its datasheet says beside."""
+        flops, nbytes = self.ceiling.flops, self.ceiling.nbytes or 0.0
+        if self.on_gpu:
+            count = torch.cuda.get_device_properties(self.device).multi_processor_count
+            known = CEILINGS.get(self.architecture, CEILINGS["sm_80"])
+            return replace(known, matrix=flops, memory=nbytes, multiprocessors=count)
+        source, target = (torch.zeros(1 << 18) for _ in range(2))  # together 2 MB, in a second or third cache
+        fastest = min(self.seconds(partial(target.copy_, source), cold=False) for _ in range(50))
+        return Ceilings(flops, flops, nbytes, cache=2 * source.nbytes / fastest)
+
 
 def interleaved(
     runs: Mapping[str, Callable[[], object]],
@@ -164,9 +183,13 @@ def rows_of(
     peaks: Mapping[str, int],
     work: Mapping[str, Work],
     machine: Machine,
+    predicted: Mapping[str, float],
     **facts: Any,
 ) -> list[Row]:
-    """One self-contained row per provider: its figures, the case's `facts` and the machine's."""
+    """One self-contained row per provider: its figures, the case's `facts` and the machine's.
+
+    `predicted` are the seconds of the static model, of what it models.
+    """
     rows = []
     for name, times in taken.items():
         ratios = [t / base for t, base in zip(times, taken[BASE], strict=False)]
@@ -181,6 +204,7 @@ def rows_of(
                 "rounds": len(times),
                 "ms": median * 1e3,
                 "ms_quartiles": [q * 1e3 for q in quartiles(times)],
+                "predicted_ms": predicted[name] * 1e3 if name in predicted else None,
                 "ratio": statistics.median(ratios),
                 "ratio_quartiles": quartiles(ratios),
                 "ratio_of_best": min(times) / min(taken[BASE]),

@@ -12,6 +12,7 @@ Each is written here from its formula, at its best in plain PyTorch. Throughout,
     stored              per-sample gradients [B,O,I] by hooks, kept to the end of the backward (Opacus; "in-run with
                         per-sample gradients" in the paper's table 1)
     vmap                per-sample gradients by torch.func: vmap(grad(loss))
+    two_steps           norms, biases and embeddings: the parameter's gradient, then the dots, as torch operations
 """
 
 from collections.abc import Callable
@@ -24,7 +25,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import inrun
-from inrun_kernels import ghost_dot, ghost_dot_pairwise, ghost_wgrad_dot
+from inrun_kernels import (
+    bias_wgrad_dot,
+    embedding_dot,
+    ghost_dot,
+    ghost_dot_pairwise,
+    ghost_wgrad_dot,
+    norm_wgrad_dot,
+)
 
 # ---------------------------------------------------------------- one layer: tensors in, tensors out
 
@@ -86,6 +94,56 @@ DOT: dict[str, Kernel] = {
     "inrun_pairwise": lambda a, g, d, va, vg: (None, ghost_dot_pairwise(a, g, va, vg).sum(1)),
     "gemm_rowsum": lambda a, g, d, *_: (None, gemm_rowsum(a, g, d)),
     "gemm_rowsum_compiled": lambda a, g, d, *_: (None, gemm_rowsum_compiled(a, g, d)),
+}
+
+# ---------------------------------------------------------------- norms, biases, embeddings: (x, grads, direction)
+
+
+def norm_plain(normed: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, None]:
+    return (normed * grads).sum((0, 1)), None
+
+
+def norm_two_steps(normed: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    product = normed * grads
+    return product.sum((0, 1)), (product * direction).sum((1, 2))
+
+
+def bias_plain(_: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, None]:
+    return grads.sum((0, 1)), None
+
+
+def bias_two_steps(_: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    of_samples = grads.sum(1)
+    return of_samples.sum(0), of_samples @ direction
+
+
+def embedding_plain(ids: Tensor, grads: Tensor, table: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.aten.embedding_dense_backward(grads, ids, len(table), -1, False), None
+
+
+def embedding_two_steps(ids: Tensor, grads: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    return embedding_plain(ids, grads, table)[0], (F.embedding(ids, table) * grads).sum((1, 2))
+
+
+ROWS: dict[str, dict[str, Kernel]] = {
+    "norm": {
+        "plain": norm_plain,
+        "inrun": norm_wgrad_dot,
+        "two_steps": norm_two_steps,
+        "two_steps_compiled": compiled(norm_two_steps),
+    },
+    "bias": {
+        "plain": bias_plain,
+        "inrun": lambda _, g, d: bias_wgrad_dot(g, d),
+        "two_steps": bias_two_steps,
+        "two_steps_compiled": compiled(bias_two_steps),
+    },
+    "embedding": {
+        "plain": embedding_plain,
+        "inrun": lambda ids, g, d: (embedding_plain(ids, g, d)[0], embedding_dot(ids, g, d)),
+        "two_steps": embedding_two_steps,
+        "two_steps_compiled": compiled(embedding_two_steps),
+    },
 }
 
 # ---------------------------------------------------------------- a whole training step

@@ -24,6 +24,8 @@ _COLOURS = {
     "inrun_pairwise": "#edae49",
     "two_gemms": "#30638e",
     "two_gemms_compiled": "#7ea8be",
+    "two_steps": "#30638e",
+    "two_steps_compiled": "#7ea8be",
     "gemm_rowsum": "#30638e",
     "gemm_rowsum_compiled": "#7ea8be",
     "stored": "#5f7367",
