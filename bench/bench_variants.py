@@ -1,0 +1,198 @@
+"""What every method and option costs in a whole training step, in time and memory, as a ratio to plain training.
+
+    python -m bench.bench_variants                   # prints the table; rows to runs/bench/variants.json
+    python -m bench.bench_variants --save-results    # rows to bench/results, and the table into the README
+
+Every validation pass that a variant needs is in its time; the validation batch is as large as the training batch. One
+such pass is timed by itself, so that the table can show what is left without them.
+"""
+
+import copy
+import functools
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import inrun
+from bench import table
+from bench.bench_step import CASES
+from bench.measure import BASE, Machine, Row, interleaved, require_close, rows_of
+from bench.peers import LR, Training, loss_of
+
+ROOT = Path(__file__).resolve().parent.parent
+START, END = "<!-- variants: python -m bench.bench_variants --save-results -->", "<!-- variants end -->"
+PASS = "validation pass"
+DOCUMENTS = 4  # in a row
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its options: of `inrun.track`, and of `Tracker.step`."""
+
+    method: str = "first"
+    track: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
+    documents: int = 1  # in a row
+    targets: int = 1
+    sgd: bool = False
+    recompute: bool = False
+
+
+class Tracked(Training):
+    """Training with values; counts the validation passes, those of the last step in `passes`."""
+
+    def __init__(self, model: nn.Module, variant: Variant, x: Tensor, y: Tensor) -> None:
+        super().__init__(model, {})
+        if variant.sgd:
+            self.optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        self.variant, self.passes = variant, 0
+
+        def validation() -> Tensor:
+            self.passes += 1
+            return loss_of(model, x, y)
+
+        losses = {f"target {i}": validation for i in range(variant.targets)}
+        options = dict(variant.track)
+        if "pairwise" in options:
+            options["pairwise"] = {name: range(len(x)) for name in losses}
+        self.tracker = inrun.track(model, self.optimizer, variant.method, validation=losses, **options)
+        self.drops: list[Tensor] = []  # of each step, where it is measured
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        recompute = functools.partial(loss_of, self.model, x, y) if self.variant.recompute else None
+        count, self.passes = len(x) * self.variant.documents, 0
+        with self.tracker.step(range(count), recompute=recompute, **self.variant.layout) as step:
+            super().__call__(x, y)
+            self.optimizer.zero_grad()
+        self.drops += step.drop.values()
+        return step.values
+
+
+def variants(batch: int, tokens: int, on_gpu: bool) -> dict[str, Variant]:
+    ends = torch.arange(0, batch * tokens + 1, tokens // DOCUMENTS)
+    found = {
+        "first": Variant(),
+        "first, documents": Variant(layout={"tokens": tokens, "segments": ends}, documents=DOCUMENTS),
+        "first, tokens": Variant(layout={"tokens": tokens}),
+        "first, 3 targets": Variant(targets=3),
+        "first, pairwise": Variant(track={"pairwise": True}),
+        "second (SGD)": Variant("second", sgd=True),
+        "secant": Variant("secant"),
+        "path": Variant("path"),
+        "path, recompute": Variant("path", recompute=True),
+        "path_secant": Variant("path_secant"),
+        "path_simpson": Variant("path_simpson"),
+    }
+    if on_gpu:
+        found["path, keep='host'"] = Variant("path", {"keep": "host"})
+    return found
+
+
+def require_right(values: dict[str, Tensor], runs: dict[str, Any]) -> None:
+    """The gate: each kind of value against the one it is a part of, or against the drop of the loss that was measured.
+
+    `first` itself is held to float64 in bench_step, all of them in the tests.
+    """
+    first, path = values["first"].double(), values["path"].double()
+    batch = len(first)
+    sums = {
+        "first, documents": values["first, documents"].view(batch, -1).sum(1),
+        "first, tokens": values["first, tokens"].sum(1),
+        "first, 3 targets": values["first, 3 targets"].mean(1),
+        "first, pairwise": values["first, pairwise"].sum(1),
+    }
+    for name, found in sums.items():
+        require_close(name, found, first, 1e-3)
+    require_close("path, recompute", values["path, recompute"], path, 1e-3)
+    for name in ("path_secant", "path_simpson"):
+        require_close(name, values[name].sum(), runs[name].drops[0].double(), 5e-2)
+
+
+def measured(machine: Machine, case: Any) -> list[Row]:
+    """Every variant of one case: values checked, then peak bytes, then timed side by side."""
+    model = case.model().to(machine.device)
+    x, y, val_x, val_y = torch.randint(case.vocab, (4, case.batch, case.tokens), device=machine.device)
+    runs: dict[str, Any] = {BASE: Training(copy.deepcopy(model), {}), PASS: Pass(copy.deepcopy(model), val_x, val_y)}
+    for name, variant in variants(case.batch, case.tokens, machine.on_gpu).items():
+        runs[name] = Tracked(copy.deepcopy(model), variant, val_x, val_y)
+    values, peaks, passes = {}, {}, {}
+    for name, run in runs.items():
+        print(f"{name}: values and memory", file=sys.stderr, flush=True)
+        values[name] = run(x, y)  # of the first step, from one model; it also checks its sums
+        peaks[name] = peak_bytes(run, machine, x, y)
+        passes[name] = run.passes if isinstance(run, Tracked) else 0
+    require_right(values, runs)
+    calls: dict[str, Callable[[], object]] = {name: functools.partial(run, x, y) for name, run in runs.items()}
+    taken = interleaved(calls, machine, rounds=9, least=3, seconds=5)
+    found = rows_of(taken, peaks, {name: case.work() for name in runs}, machine, suite="variants", case=str(case))
+    one = next(row["ratio"] for row in found if row["provider"] == PASS)
+    for row in found:
+        row["passes"] = passes[row["provider"]]
+        row["ratio_without_passes"] = row["ratio"] - row["passes"] * one
+        row["memory_ratio"] = row["peak_bytes"] / peaks[BASE]
+    return found
+
+
+class Pass(Training):
+    """A validation pass alone: forward and backward."""
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
+        super().__init__(model, {})
+        self.x, self.y = x, y
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss_of(self.model, self.x, self.y).backward()
+
+
+def peak_bytes(run: Any, machine: Machine, x: Tensor, y: Tensor) -> int:
+    """The most that is held in two steps, the first of which makes all that the second one finds and frees."""
+    run.optimizer.zero_grad()
+    if isinstance(run, Tracked):
+        validations = run.tracker.validations
+        validations.gradients.clear()
+        validations.age = dict.fromkeys(validations.targets)
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in run.resident()}
+    return sum(held.values()) + machine.peak_bytes(lambda: (run(x, y), run(x, y)))
+
+
+def as_markdown(rows: list[Row]) -> str:
+    by_name = {row["provider"]: row for row in rows}
+    plain, one = by_name.pop(BASE), by_name.pop(PASS)
+    lines = ["| | time | of it without validation passes | validation passes | peak memory |", "|---|---|---|---|---|"]
+    for name, row in by_name.items():
+        figures = (f"{row[key]:.2f}" for key in ("ratio", "ratio_without_passes"))
+        lines.append(f"| {name} | {' | '.join(figures)} | {row['passes']} | {row['memory_ratio']:.2f} |")
+    note = (
+        f"Ratios to plain training ({plain['ms']:.0f} ms, and {plain['peak_bytes'] / 1e6:.0f} MB, weights and AdamW's "
+        f"state included); {plain['case']}, {plain['device']}, {plain['threads']} threads, {plain['dtype']}. A "
+        f"validation pass over as many samples takes {one['ratio']:.2f}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    save = "--save-results" in sys.argv
+    machine = Machine()
+    rows = measured(machine, CASES[0])
+    path = ROOT / ("bench/results" if save else "runs/bench") / "variants.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(table.as_json(rows))
+    print(f"{table.as_text(rows)}\n\n{as_markdown(rows)}\n\n{path.relative_to(ROOT)}")
+    if save:
+        readme = ROOT / "README.md"
+        before = readme.read_text()
+        assert START in before and END in before
+        readme.write_text(re.sub(f"(?s){START}.*{END}", lambda _: f"{START}\n{as_markdown(rows)}\n{END}", before))
+
+
+if __name__ == "__main__":
+    main()
