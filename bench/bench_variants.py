@@ -166,7 +166,11 @@ def peak_bytes(run: Any, machine: Machine, x: Tensor, y: Tensor) -> int:
 def as_markdown(rows: list[Row]) -> str:
     by_name = {row["provider"]: row for row in rows}
     plain, one = by_name.pop(BASE), by_name.pop(PASS)
-    lines = ["| | time | of it without validation passes | validation passes | peak memory |", "|---|---|---|---|---|"]
+    lines = [
+        "What each variant costs (`python -m bench.bench_variants`), with every validation pass that it needs:",
+        "",
+    ]
+    lines += ["| | time | of it without validation passes | validation passes | peak memory |", "|---|---|---|---|---|"]
     for name, row in by_name.items():
         figures = (f"{row[key]:.2f}" for key in ("ratio", "ratio_without_passes"))
         lines.append(f"| {name} | {' | '.join(figures)} | {row['passes']} | {row['memory_ratio']:.2f} |")
