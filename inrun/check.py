@@ -41,7 +41,7 @@ def efficiency(
     """
     _require_every_batch(batches)
     lead = directions[0].shape[: directions[0].dim() - slots[0].param.dim()]  # [M], with several targets
-    none = torch.zeros(lead, device=factor.device)
+    none = torch.zeros(lead, dtype=torch.float32, device=factor.device)
     expected, noise = {}, {}
     for slot, direction in zip(slots, directions, strict=True):
         expected[id(slot)] = noise[id(slot)] = none

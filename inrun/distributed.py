@@ -10,6 +10,7 @@ The sums and means here are collectives: every process must come to them. With o
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,8 +29,8 @@ def local(tensor: Any) -> Any:
 
 
 def rank() -> int:
-    """This process's number, by which it writes the ledger."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """This process's number, by which it writes the ledger; torchrun tells it before there is a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -104,14 +105,12 @@ class Ranks:
         """The sum over the shards of a parameter of what belongs to each shard."""
         return _reduce(tensor, self._groups[-1:]) if self.sharded else tensor
 
-    def largest_shard(self, tensor: Tensor) -> Tensor:
-        return _reduce(tensor, self._groups[-1:], largest=True) if self.sharded else tensor
-
     def added(self, grad: Tensor) -> Tensor:
         """What the processes' gradients add up to, given this one's as the backward left it."""
         return grad * self.size if self.sharded else self.sum(grad)
 
     def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over the processes."""
         return self.sum(tensor) / self.size if self.size > 1 else tensor
 
     def norm(self, grads: Sequence[Tensor]) -> Tensor:
@@ -201,8 +200,8 @@ def _require_fully_sharded(slot: Any, mesh: Any) -> None:
         )
 
 
-def _reduce(tensor: Tensor, groups: Sequence[Any], largest: bool = False) -> Tensor:
+def _reduce(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
     tensor = tensor.clone()
     for group in groups:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
+        dist.all_reduce(tensor, group=group)
     return tensor

@@ -68,7 +68,7 @@ class Watch:
         device = slots[0].param.device
         now = _together([s.grad for s in slots], slots, device)
         raw = ranks.added(_together([self._raw.get(s.name) for s in slots], slots, device))
-        largest = ranks.largest_shard(raw.abs().max())
+        largest = raw.abs().max()
         largest = torch.where(largest > 0, largest, torch.ones_like(largest))
         now, raw = now / largest, raw / largest  # no overflow under a loss scale
         products = torch.stack([raw.square().sum(), (now * raw).sum(), now.square().sum()])

@@ -144,14 +144,10 @@ class Step:
             warnings.warn("optimizer.step() did not run in the step block; its values are zero", stacklevel=5)
             return torch.zeros_like(together)
         if self.uneven is not None and bool(self.uneven):
+            others = " of all processes together (as DDP adds them)" if self._tracker.ranks.size > 1 else ""
             raise InRunError(
-                "optimizer.step(): expected the gradients of the backward up to one common factor (clipping by norm, "
-                "unscaling); got gradients changed element by element"
-                + (
-                    ""
-                    if self._tracker.ranks.size == 1
-                    else ", or not the sum or mean of all processes' (is the model wrapped in DDP?)"
-                )
+                f"optimizer.step(): expected the gradients of the backward{others} up to one common factor (clipping "
+                "by norm, unscaling); got gradients changed element by element"
             )
         return torch.where(self.factor == 0, torch.zeros_like(together), together * self.factor)
 

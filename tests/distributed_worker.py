@@ -603,7 +603,7 @@ def main() -> None:
     for reference in [("gpt_tied", "adamw", LONG)] if names == ["restart"] else REFERENCES:
         alone(*reference)
     PAIRS.extend(pairs(False))
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     results = {}
     for name in names:
         try:
