@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ FORMS = {"ghost_wgrad_dot": ("two", "prefix", "direct"), "ghost_dot_pairwise": (
 def cells() -> Iterator[Row]:
     """Both products; pairs of 8 samples with one or eight of the validation, all of the same length."""
     for (inputs, outputs), tokens, batch, val in itertools.product(WIDTHS, TOKENS, BATCHES, (None, 1, 8)):
-        cell = dict(batch=batch, tokens=tokens, inputs=inputs, outputs=outputs, val=val)
+        cell: Row = dict(batch=batch, tokens=tokens, inputs=inputs, outputs=outputs, val=val)
         cell["product"] = "ghost_wgrad_dot" if val is None else "ghost_dot_pairwise"
         flops = max(flops for _, flops, *_ in work_of(cell).values())
         elements = tokens * (batch + (val or 0)) * (inputs + outputs) + 4 * inputs * outputs
@@ -75,7 +76,7 @@ def measure(cell: Row, machine: Machine) -> Row:
         direction, weight_grad = val_grads.mT.double() @ val_acts.double(), None
     dots = torch.stack([((grads.double() @ d.double()) * acts).sum((1, 2)) for d in direction], 1)
     for form in FORMS[cell["product"]]:
-        found = run(form)
+        found: Any = run(form)
         if weight_grad is not None:
             require_close(f"{form}, weight gradient", found[0], weight_grad, RTOL)
             found = found[1]

@@ -193,8 +193,8 @@ def explain(
         triton = ops.use_triton(backend, acts, grads)
         return costs.of_wgrad_dot(acts, grads, _with_m(val_grad, 3), segments, triton)
     if product is ghost_dot_pairwise:
-        _check_pairs(*args, backend)
-        acts, grads, val_acts, _ = args
+        acts, grads, val_acts, val_grads = args
+        _check_pairs(acts, grads, val_acts, val_grads, backend)
         return costs.of_pairwise(acts, grads, val_acts, ops.use_triton(backend, *args))
     raise ValueError(f"product: expected ghost_wgrad_dot or ghost_dot_pairwise, received {product!r}")
 
