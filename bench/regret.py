@@ -5,8 +5,8 @@
     python -m bench.regret --fit              # also prints the costs that these times say, for inrun_kernels/costs.py
     python -m bench.regret --refit JSON       # costs from the rows of an earlier run, nothing is timed
 
-Every form of a cell is held to float64, then timed round by round with cold caches; the best round counts. Cells of
-more than FLOPS or BYTES are left out: there a product with twice the FLOPs never wins.
+Every form of a cell is held to float64, then timed round by round with cold caches; the best round counts. A cell where
+a form would take more than FLOPS or BYTES is left out, for the time it would take.
 """
 
 import argparse

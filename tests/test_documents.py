@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import inrun
 from inrun import functional
+from inrun_kernels import costs
 
 LR = 0.3
 OFFSETS = [0, 4, 5, 11, 11, 16, 18]  # of the documents of three rows of six tokens: over a row's end, and an empty one
@@ -150,9 +151,9 @@ def test_documents_with_targets_accumulation_and_recomputing(method):
         close(step.values, torch.stack(expected, 1))
 
 
-@pytest.mark.parametrize("few", [0, 32], ids=["riding on the weight's product", "apart"])
-def test_rows_in_batches_of_their_own(few, monkeypatch):
-    monkeypatch.setattr(functional, "_FEW_TOKENS", few)
+@pytest.mark.parametrize("form", ["two", "direct"])
+def test_rows_in_batches_of_their_own(form, monkeypatch):
+    monkeypatch.setattr(costs, "of_wgrad_dot", lambda *args: costs.Choice(form, {}, ""))
     x, y = packed_data()
     model, offsets = packed_model(), [[0, 2, 6], [0, 12]]
     whole = [0, 2, 6, 18]
