@@ -7,8 +7,8 @@ taken for real. Up to `ENUMERATED` players the Shapley value is exact, above it 
 
 Learning rates go up to the largest that trains stably, found by short runs, and then to four times that. `sgd_proxy`,
 lr * <g_v, g_z>, is what is published for every optimizer (arXiv 2406.11011); `first` on Adam is the fixed-state form of
-arXiv 2602.00329. `path_integral` is what the path methods approximate, the Aumann-Shapley value, with many nodes: their
-limit, as no better quadrature along the path comes nearer to the Shapley value than it does.
+arXiv 2602.00329. `path_integral` is what the path methods approximate, the Aumann-Shapley value, with many nodes: what
+it misses, no quadrature along the path can be counted on to find.
 
 Where path values fall short: at large rates the validation gradient bends along the step, so that two ends do not give
 its mean (`path_simpson` does). And Lion's sign turns at once, in every coordinate, when one coalition is large enough:
