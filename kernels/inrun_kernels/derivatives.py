@@ -110,9 +110,9 @@ def save_row_dot(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def row_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
-    *inputs, segments = ctx.saved_tensors
-    found = _rows(*inputs, segments, None, grad_dots)
-    return (*_like(ctx.needs_input_grad, found, tuple(inputs)), None, None, None)
+    normed, grads, val_grad, segments = ctx.saved_tensors
+    found = _rows(normed, grads, val_grad, segments, None, grad_dots)
+    return (*_like(ctx.needs_input_grad, found, (normed, grads, val_grad)), None, None, None)
 
 
 def save_row_wgrad_dot(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -121,9 +121,9 @@ def save_row_wgrad_dot(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def row_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_dots: Tensor | None) -> tuple:
-    *inputs, segments = ctx.saved_tensors
-    found = _rows(*inputs, segments, grad_weight, grad_dots)
-    return (*_like(ctx.needs_input_grad, found, tuple(inputs)), None, None)
+    normed, grads, val_grad, segments = ctx.saved_tensors
+    found = _rows(normed, grads, val_grad, segments, grad_weight, grad_dots)
+    return (*_like(ctx.needs_input_grad, found, (normed, grads, val_grad)), None, None)
 
 
 def _linear(
