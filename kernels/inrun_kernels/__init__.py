@@ -17,6 +17,7 @@ from inrun_kernels.api import (
     norm_dot,
     norm_wgrad_dot,
 )
+from inrun_kernels.tuning import tune
 
 __all__ = [
     "bias_dot",
@@ -29,4 +30,5 @@ __all__ = [
     "linear_wgrad_dot",
     "norm_dot",
     "norm_wgrad_dot",
+    "tune",
 ]

@@ -20,10 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inrun_kernels.config import ceil_div, matrix_tiles
+from inrun_kernels.config import Tile, ceil_div, matrix_tiles
+from inrun_kernels.cost import Sizes
 from inrun_kernels.tiles import (
     INTERPRETED,
     aligned,
+    architecture,
     chip,
     contract,
     copyable,
@@ -33,6 +35,7 @@ from inrun_kernels.tiles import (
     tile_order,
     token_starts,
 )
+from inrun_kernels.tuning import choose
 
 
 @triton.jit
@@ -106,38 +109,44 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
     flat = batch == 1 or all(z.stride(0) == tokens * z.stride(1) for z in (x, y))
     copies = where.copies and acts.dtype != torch.float32 and flat and copyable(x, y, rows_d)
     vectors = copies or aligned(x, y, direction)
-    tile = matrix_tiles(where, acts.dtype, n_tokens, width_y, width_k, copies=copies, aligned=vectors)[0]
-    tiles_y = ceil_div(width_y, tile.block_n)
-    partial = torch.empty(tiles_y, n_directions, n_tokens, dtype=torch.float32, device=acts.device)
-    operands = [x, y, direction]
-    if copies:
-        block_d = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
-        operands = [
-            descriptor(x.flatten(0, 1), [tile.block_m, tile.block_k]),
-            descriptor(y.flatten(0, 1), [tile.block_m, tile.block_n]),
-            descriptor(rows_d, [1, *block_d]),
-        ]
-    _dot_kernel[(ceil_div(n_tokens, tile.block_m) * tiles_y, n_directions)](
-        *operands,
-        partial,
-        n_tokens,
-        tokens,
-        width_k,
-        width_y,
-        *x.stride(),
-        *y.stride(),
-        *direction.stride(),
-        COPIES=copies,
-        D_TRANSPOSED=transposed,
-        WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
-        BLOCK_N=tile.block_m,
-        BLOCK_Y=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    per_token_dots = partial.sum(0) if scale is None else partial.sum(0) / scale[:, None]
-    return sum_tokens(per_token_dots, batch, tokens, segments, per_token)
+    tiles_that_fit = matrix_tiles(where, acts.dtype, n_tokens, width_y, width_k, copies=copies, aligned=vectors)
+
+    def run(tile: Tile) -> Tensor:
+        tiles_y = ceil_div(width_y, tile.block_n)
+        partial = torch.empty(tiles_y, n_directions, n_tokens, dtype=torch.float32, device=acts.device)
+        operands = [x, y, direction]
+        if copies:
+            block_d = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
+            operands = [
+                descriptor(x.flatten(0, 1), [tile.block_m, tile.block_k]),
+                descriptor(y.flatten(0, 1), [tile.block_m, tile.block_n]),
+                descriptor(rows_d, [1, *block_d]),
+            ]
+        _dot_kernel[(ceil_div(n_tokens, tile.block_m) * tiles_y, n_directions)](
+            *operands,
+            partial,
+            n_tokens,
+            tokens,
+            width_k,
+            width_y,
+            *x.stride(),
+            *y.stride(),
+            *direction.stride(),
+            COPIES=copies,
+            D_TRANSPOSED=transposed,
+            WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
+            BLOCK_N=tile.block_m,
+            BLOCK_Y=tile.block_n,
+            BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        return partial.sum(0)
+
+    sizes = Sizes(batch, tokens, acts.shape[2], grads.shape[2], n_directions)
+    facts, name = f"{copies} {transposed} {vectors}", architecture(acts.device)
+    dots = run(choose("dot", tiles_that_fit, sizes, facts, acts.dtype, name, acts.device, run))
+    return sum_tokens(dots if scale is None else dots / scale[:, None], batch, tokens, segments, per_token)
 
 
 def _cast(val_grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

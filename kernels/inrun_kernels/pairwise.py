@@ -21,10 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inrun_kernels.config import ceil_div, matrix_tiles, resident_programs
+from inrun_kernels.config import Tile, ceil_div, matrix_tiles, resident_programs
+from inrun_kernels.cost import Sizes
 from inrun_kernels.tiles import (
     INTERPRETED,
     aligned,
+    architecture,
     chip,
     contract,
     copyable,
@@ -34,6 +36,7 @@ from inrun_kernels.tiles import (
     sum_tokens,
     token_starts,
 )
+from inrun_kernels.tuning import choose
 
 
 @triton.jit
@@ -145,43 +148,55 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
     padded = triton.next_power_of_2(val_tokens)
     sizes = n_tokens, padded * triton.next_power_of_2(n_val), max(inputs, outputs)
     vectors = copies or aligned(*operands)
-    tile = matrix_tiles(where, acts.dtype, *sizes, accumulators=2, copies=copies, aligned=vectors)[0]
-    block_s = min(tile.block_n, padded)
-    block_v = tile.block_n // block_s
-    if copies:
-        operands = (
-            *(descriptor(x.flatten(0, 1), [tile.block_m, tile.block_k]) for x in operands[:2]),
-            *(descriptor(x, [block_v, block_s, tile.block_k]) for x in operands[2:]),
+    tiles_that_fit = matrix_tiles(where, acts.dtype, *sizes, accumulators=2, copies=copies, aligned=vectors)
+
+    def run(tile: Tile) -> Tensor:
+        block_s = min(tile.block_n, padded)
+        block_v = tile.block_n // block_s
+        passed = operands
+        if copies:
+            passed = (
+                *(descriptor(x.flatten(0, 1), [tile.block_m, tile.block_k]) for x in operands[:2]),
+                *(descriptor(x, [block_v, block_s, tile.block_k]) for x in operands[2:]),
+            )
+        # Programs walk as many validation samples as leave the device full; where those are few, a part of one.
+        tiles_t, groups, tiles_s = (
+            ceil_div(n_tokens, tile.block_m),
+            ceil_div(n_val, block_v),
+            ceil_div(val_tokens, block_s),
         )
-    # Programs walk as many validation samples as leave the device full; where those are few, a part of one.
-    tiles_t, groups, tiles_s = ceil_div(n_tokens, tile.block_m), ceil_div(n_val, block_v), ceil_div(val_tokens, block_s)
-    wanted = max(1, multiprocessors(acts.device) * resident_programs(tile, 2) // tiles_t)
-    tiles_per_split = ceil_div(tiles_s, max(1, wanted // groups))
-    splits = ceil_div(tiles_s, tiles_per_split)
-    pieces_per_program = ceil_div(groups * splits, wanted)
-    partial = torch.empty(splits, n_val, n_tokens, dtype=torch.float32, device=acts.device)
-    _pairwise_kernel[(tiles_t, ceil_div(groups * splits, pieces_per_program))](
-        *operands,
-        partial,
-        n_tokens,
-        tokens,
-        n_val,
-        val_tokens,
-        inputs,
-        outputs,
-        splits,
-        tiles_per_split,
-        pieces_per_program,
-        0.0,
-        *strides,
-        COPIES=copies,
-        ASYNCHRONOUS=where.asynchronous,
-        WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
-        BLOCK_T=tile.block_m,
-        BLOCK_V=block_v,
-        BLOCK_S=block_s,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    return sum_tokens(partial[0] if splits == 1 else partial.sum(0), batch, tokens, None, False)
+        wanted = max(1, multiprocessors(acts.device) * resident_programs(tile, 2) // tiles_t)
+        tiles_per_split = ceil_div(tiles_s, max(1, wanted // groups))
+        splits = ceil_div(tiles_s, tiles_per_split)
+        pieces_per_program = ceil_div(groups * splits, wanted)
+        partial = torch.empty(splits, n_val, n_tokens, dtype=torch.float32, device=acts.device)
+        _pairwise_kernel[(tiles_t, ceil_div(groups * splits, pieces_per_program))](
+            *passed,
+            partial,
+            n_tokens,
+            tokens,
+            n_val,
+            val_tokens,
+            inputs,
+            outputs,
+            splits,
+            tiles_per_split,
+            pieces_per_program,
+            0.0,
+            *strides,
+            COPIES=copies,
+            ASYNCHRONOUS=where.asynchronous,
+            WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
+            BLOCK_T=tile.block_m,
+            BLOCK_V=block_v,
+            BLOCK_S=block_s,
+            BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        return partial[0] if splits == 1 else partial.sum(0)
+
+    shapes = Sizes(batch, tokens, inputs, outputs, 1, n_val, val_tokens)
+    facts, name = f"{copies} {vectors}", architecture(acts.device)
+    dots = run(choose("pairwise", tiles_that_fit, shapes, facts, acts.dtype, name, acts.device, run))
+    return sum_tokens(dots, batch, tokens, None, False)

@@ -95,13 +95,18 @@ def aligned(*tensors: Tensor) -> bool:
     )
 
 
-def chip(device: torch.device) -> Chip:
-    """The chip that kernels for `device` are made for; when interpreting or only compiling, what a test asks for."""
+def architecture(device: torch.device) -> str:
+    """What kernels for `device` are made for; when interpreting or only compiling, what a test asks for."""
     if device.type != "cuda":
-        return chip_named(ON_CPU)
+        return ON_CPU
     if torch.version.hip:
-        return chip_named(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
-    return chip_named("sm_{}{}".format(*torch.cuda.get_device_capability(device)))
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def chip(device: torch.device) -> Chip:
+    """The chip of that architecture."""
+    return chip_named(architecture(device))
 
 
 def copyable(*tensors: Tensor) -> bool:

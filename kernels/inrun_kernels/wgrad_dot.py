@@ -36,11 +36,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inrun_kernels.config import ceil_div, matrix_tiles, resident_programs, sample_splits
+from inrun_kernels.config import Tile, ceil_div, matrix_tiles, resident_programs, sample_splits
+from inrun_kernels.cost import Sizes
 from inrun_kernels.rows import launch_row_wgrad_dot
 from inrun_kernels.tiles import (
     INTERPRETED,
     aligned,
+    architecture,
     chip,
     contract,
     copyable,
@@ -50,6 +52,7 @@ from inrun_kernels.tiles import (
     sum_tiles,
     tile_order,
 )
+from inrun_kernels.tuning import choose
 
 
 @triton.jit
@@ -219,7 +222,7 @@ def launch_wgrad_dot(
     copy_d, copy_tokens = copies and copyable(val_grad), copies and segments is None and copyable(acts, grads)
     accumulators = 1 if prefix else 2
     kept = val_grad.element_size()  # bytes of each of its elements in shared memory: to wait, or on the way there
-    tile = matrix_tiles(
+    tiles_that_fit = matrix_tiles(
         where,
         acts.dtype,
         outputs,
@@ -229,55 +232,63 @@ def launch_wgrad_dot(
         copies=copy_d and copy_tokens,
         aligned=copy_tokens or aligned(acts, grads),
         kept=kept if copy_d or not prefix else min(kept, 2),
-    )[0]
-    tiles = ceil_div(outputs, tile.block_m) * ceil_div(inputs, tile.block_n)
-    splits = sample_splits(tiles, n_samples, multiprocessors(acts.device) * resident_programs(tile, accumulators))
-    samples_per_split = ceil_div(n_samples, splits)
-    splits = ceil_div(n_samples, samples_per_split)  # none without a sample
-    weight = torch.empty(splits, outputs, inputs, dtype=torch.float32, device=acts.device)
-    bias = weight.new_empty(splits, outputs if rides else 0)
-    partial = weight.new_empty(n_samples, n_directions, tiles)
-    operands = [acts, grads, val_grad]
-    if copy_tokens:
-        operands[0] = descriptor(acts, [1, tile.block_k, tile.block_n])
-        operands[1] = descriptor(grads, [1, tile.block_k, tile.block_m])
-    if copy_d:
-        operands[2] = descriptor(val_grad, [1, tile.block_m, tile.block_n])
-    _wgrad_dot_kernel[(tiles, splits)](
-        *operands,
-        bias_val_grad,
-        segments,
-        weight,
-        bias,
-        partial,
-        tokens,
-        inputs,
-        outputs,
-        n_samples,
-        samples_per_split,
-        1.0 if prefix else 0.0,
-        *acts.stride(),
-        *grads.stride(),
-        *val_grad.stride(),
-        *((0, 0) if bias_val_grad is None else bias_val_grad.stride()),
-        DIRECTIONS=n_directions,
-        HAS_BIAS=rides,
-        HAS_OFFSETS=segments is not None,
-        COPY_TOKENS=copy_tokens,
-        COPY_D=copy_d,
-        KEEP_D=copy_d and n_directions == 1 and not where.accumulates_apart,
-        PREFIX=prefix,
-        ASYNCHRONOUS=where.asynchronous,
-        WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
-        BLOCK_O=tile.block_m,
-        BLOCK_I=tile.block_n,
-        BLOCK_T=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )
-    weight_grad = weight[0] if splits == 1 else weight.sum(0)
-    dots = sum_tiles(partial, samples_per_split if prefix else 1)
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        tiles = ceil_div(outputs, tile.block_m) * ceil_div(inputs, tile.block_n)
+        splits = sample_splits(tiles, n_samples, multiprocessors(acts.device) * resident_programs(tile, accumulators))
+        samples_per_split = ceil_div(n_samples, splits)
+        splits = ceil_div(n_samples, samples_per_split)  # none without a sample
+        weight = torch.empty(splits, outputs, inputs, dtype=torch.float32, device=acts.device)
+        bias = weight.new_empty(splits, outputs if rides else 0)
+        partial = weight.new_empty(n_samples, n_directions, tiles)
+        operands = [acts, grads, val_grad]
+        if copy_tokens:
+            operands[0] = descriptor(acts, [1, tile.block_k, tile.block_n])
+            operands[1] = descriptor(grads, [1, tile.block_k, tile.block_m])
+        if copy_d:
+            operands[2] = descriptor(val_grad, [1, tile.block_m, tile.block_n])
+        _wgrad_dot_kernel[(tiles, splits)](
+            *operands,
+            bias_val_grad,
+            segments,
+            weight,
+            bias,
+            partial,
+            tokens,
+            inputs,
+            outputs,
+            n_samples,
+            samples_per_split,
+            1.0 if prefix else 0.0,
+            *acts.stride(),
+            *grads.stride(),
+            *val_grad.stride(),
+            *((0, 0) if bias_val_grad is None else bias_val_grad.stride()),
+            DIRECTIONS=n_directions,
+            HAS_BIAS=rides,
+            HAS_OFFSETS=segments is not None,
+            COPY_TOKENS=copy_tokens,
+            COPY_D=copy_d,
+            KEEP_D=copy_d and n_directions == 1 and not where.accumulates_apart,
+            PREFIX=prefix,
+            ASYNCHRONOUS=where.asynchronous,
+            WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
+            BLOCK_O=tile.block_m,
+            BLOCK_I=tile.block_n,
+            BLOCK_T=tile.block_k,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        weight_grad = weight[0] if splits == 1 else weight.sum(0)
+        return weight_grad, bias.sum(0), sum_tiles(partial, samples_per_split if prefix else 1)
+
+    sizes = Sizes(n_samples, batch * tokens // max(1, n_samples), inputs, outputs, n_directions)
+    facts = f"{copy_tokens} {copy_d} {segments is not None} {rides} {val_grad.dtype}"
+    name = architecture(acts.device)
+    tile = choose("wgrad_dot", tiles_that_fit, sizes, facts, acts.dtype, name, acts.device, run, form)
+    weight_grad, bias_grad, dots = run(tile)
     if bias_val_grad is None or rides:
-        return weight_grad, bias.sum(0), dots
+        return weight_grad, bias_grad, dots
     bias_grad, of_bias = launch_row_wgrad_dot(None, grads, bias_val_grad, segments)
     return weight_grad, bias_grad, dots + of_bias
