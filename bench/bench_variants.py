@@ -134,7 +134,7 @@ def measured(machine: Machine, case: Case) -> list[Row]:
         passes[name] = run.passes if isinstance(run, Tracked) else 0
     calls: dict[str, Callable[[], object]] = {name: functools.partial(run, x, y) for name, run in runs.items()}
     taken = interleaved(calls, machine, rounds=9, least=3, seconds=5)
-    found = rows_of(taken, peaks, {name: case.work() for name in runs}, machine, suite="variants", case=str(case))
+    found = rows_of(taken, peaks, {name: case.work() for name in runs}, machine, {}, suite="variants", case=str(case))
     one = next(row["ratio"] for row in found if row["provider"] == PASS)
     for row in found:
         row["passes"] = passes[row["provider"]]

@@ -24,6 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Of the root mean square of the exact result; half precision may round a product once more.
 ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-2}
 FORMS = {"ghost_wgrad_dot": ("two", "prefix")}
+PRODUCTS = [name for name in inrun_kernels.__all__ if name not in ("explain", "tune")]
 PACKAGES = ("torch", "triton", "numpy", "pyarrow", "duckdb", "matplotlib", "transformers")
 
 
@@ -42,7 +43,7 @@ def main() -> bool:
     print(f"{_describe(device, has_triton)}\n")
     columns = [(backend, dtype) for backend in ("torch", *(["triton"] if has_triton else [])) for dtype in DTYPES]
     rows, failed, complaints = [], 0, []
-    names = [(name, form) for name in inrun_kernels.__all__ for form in FORMS.get(name, (None,))]
+    names = [(name, form) for name in PRODUCTS for form in FORMS.get(name, (None,))]
     for name, form in tqdm(names, desc="self-test", leave=False, disable=None):
         cells = []
         for backend, dtype in columns:
@@ -109,8 +110,9 @@ def _arguments(name: str, dtype: torch.dtype, device: str) -> tuple[tuple[Tensor
     if name == "embedding_dot":
         ids = torch.randint(inputs, (batch, tokens), generator=generator).to(device)
         return (ids, grads, rand(inputs, outputs)), offsets
-    if name.startswith("ghost"):
-        return (acts, grads, rand(outputs, inputs)), offsets
+    if name in ("ghost_dot", "ghost_wgrad_dot", "linear_wgrad_dot"):
+        of_bias = (rand(outputs),) if name == "linear_wgrad_dot" else ()
+        return (acts, grads, rand(outputs, inputs), *of_bias), offsets
     vectors = (grads, rand(outputs))
     return ((rand(batch, tokens, outputs), *vectors) if name.startswith("norm") else vectors), offsets
 

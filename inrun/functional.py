@@ -248,8 +248,7 @@ class _Linear(torch.autograd.Function):
         acts, grads = rows(x, 1), rows(grad, 1)
         segments = by_row(segments, x, acts)
         grad_x = grad @ weight if need_x else None
-        both = direction is not None and bias_direction is not None
-        if need_weight and both and direction.stride(-1) == 1:
+        if not (direction is None or bias_direction is None) and need_weight and direction.stride(-1) == 1:
             grad_weight, grad_bias, dots = linear_wgrad_dot(acts, grads, direction, bias_direction, segments=segments)
             grad_weight = grad_weight.to(weight.dtype)
             grad_bias, bias_dots = grad_bias.to(grad.dtype) if need_bias else None, None

@@ -139,7 +139,7 @@ def test_help_teaches_by_an_example(command, capsys):
 
 
 def test_doctor_passes_where_the_numbers_are_right_and_only_there(capsys, monkeypatch):
-    monkeypatch.setattr(inrun_kernels, "__all__", ["bias_dot", "embedding_dot"])
+    monkeypatch.setattr(doctor, "PRODUCTS", ["bias_dot", "embedding_dot"])
     with pytest.raises(SystemExit) as stopped:
         main(["doctor"])
     printed = capsys.readouterr().out
@@ -166,7 +166,7 @@ def test_doctor_passes_where_the_numbers_are_right_and_only_there(capsys, monkey
     assert "bias_dot, torch, float32: RuntimeError: no such instruction" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", inrun_kernels.__all__)
+@pytest.mark.parametrize("name", doctor.PRODUCTS)
 def test_the_self_test_knows_every_product(name):
     assert doctor.worst_error(name, "torch", "float32", "cpu") < 1e-5
 

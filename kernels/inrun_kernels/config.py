@@ -125,12 +125,12 @@ def sample_splits(tiles: int, n_samples: int, slots: int) -> int:
     return min(range(1, most + 1), key=lambda n: ceil_div(tiles * n, slots) * (ceil_div(n_samples, n) + 0.25))
 
 
-def row_tile(rows: int, width: int, *, sums: bool) -> tuple[int, int, int]:
+def row_tile(rows: int, width: int, element_size: int, *, sums: bool) -> tuple[int, int, int]:
     """(rows, columns, warps) of a tile for one pass over `[rows, width]` memory.
 
-    With column sums 64 rows, so that the sums are few bytes beside what they are of; else a row to each warp.
+    With column sums 64 rows of 256 bytes, so that the sums are few beside what they are of; else a row to each warp.
     """
-    columns = _fit(width, 128 if sums else 256)
+    columns = _fit(width, 256 // element_size if sums else 256)
     if sums:
         return _fit(rows, 64), columns, 8
     return 2048 // columns, columns, 4

@@ -18,6 +18,12 @@ def ghost_wgrad_dot(acts, grads, val_grad, *, segments=None) -> tuple[Tensor, Te
     return _gradient(acts, grads), ghost_dot(acts, grads, val_grad, segments=segments)
 
 
+def linear_wgrad_dot(acts, grads, val_grad, bias_val_grad, *, segments=None) -> tuple[Tensor, Tensor, Tensor]:
+    weight_grad, dots = ghost_wgrad_dot(acts, grads, val_grad, segments=segments)
+    bias_grad, of_bias = bias_wgrad_dot(grads, bias_val_grad, segments=segments)
+    return weight_grad, bias_grad, dots + of_bias
+
+
 def ghost_dot_pairwise(acts, grads, val_acts, val_grads) -> Tensor:
     dots = acts.new_zeros(acts.shape[0], val_acts.shape[0], dtype=torch.float64)
     for b in range(acts.shape[0]):

@@ -122,7 +122,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     """`val_grad [M, V or 1, I]` -> dots of each token `[M, B*T]`, sums of each program `[programs or 0, I]`."""
     (batch, tokens, width), n_directions = grads.shape, val_grad.shape[0]
-    block_n, block_i, warps = row_tile(batch * tokens, width, sums=sums)
+    block_n, block_i, warps = row_tile(batch * tokens, width, grads.element_size(), sums=sums)
     programs = ceil_div(batch * tokens, block_n)
     dots = torch.empty(n_directions, batch * tokens, dtype=torch.float32, device=grads.device)
     column_sums = torch.empty(programs if sums else 0, width, dtype=torch.float32, device=grads.device)
