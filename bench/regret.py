@@ -2,7 +2,7 @@
 
     python -m bench.regret                    # some minutes; rows to runs/bench/<device>-<date>-regret.json
     python -m bench.regret --save-results     # to bench/results/, which is committed
-    python -m bench.regret --fit              # also prints the costs that these times say, for inrun_kernels/costs.py
+    python -m bench.regret --fit              # also prints the costs that these times say, for inrun_kernels/forms.py
     python -m bench.regret --refit JSON       # costs from the rows of an earlier run, nothing is timed
 
 Every form of a cell is held to float64, then timed round by round with cold caches; the best round counts. A cell where
@@ -28,7 +28,7 @@ from torch import Tensor
 from bench import table
 from bench.conftest import ROOT
 from bench.measure import SEED, Machine, Row, interleaved, require_close
-from inrun_kernels import costs, torch_path
+from inrun_kernels import forms, torch_path
 
 FLOPS, BYTES, RTOL = 1e10, 2e9, 1e-4
 TOKENS, BATCHES = (1, 4, 16, 64, 256, 1024, 4096), (1, 8, 64)
@@ -51,8 +51,8 @@ def work_of(cell: Row) -> dict[str, tuple[float, ...]]:
     """What each form of a cell has to do."""
     tokens, widths = cell["batch"] * cell["tokens"], (cell["inputs"], cell["outputs"])
     if cell["val"] is None:
-        return costs.wgrad_work(tokens, cell["batch"], *widths, 1)
-    return costs.pairwise_work(tokens, cell["val"], cell["tokens"], *widths)
+        return forms.wgrad_work(tokens, cell["batch"], *widths, 1)
+    return forms.pairwise_work(tokens, cell["val"], cell["tokens"], *widths)
 
 
 def measure(cell: Row, machine: Machine) -> Row:
@@ -67,12 +67,12 @@ def measure(cell: Row, machine: Machine) -> Row:
     if val is None:
         direction = draw(1, outputs, inputs)
         run = partial(torch_path.ghost_wgrad_dot, acts, grads, direction, None)
-        choice = costs.of_wgrad_dot(acts, grads, direction, None, False)
+        choice = forms.of_wgrad_dot(acts, grads, direction, None, False)
         weight_grad = grads.flatten(0, 1).T.double() @ acts.flatten(0, 1).double()
     else:
         val_acts, val_grads = draw(val, tokens, inputs), draw(val, tokens, outputs)
         run = partial(torch_path.ghost_dot_pairwise, acts, grads, val_acts, val_grads)
-        choice = costs.of_pairwise(acts, grads, val_acts, False)
+        choice = forms.of_pairwise(acts, grads, val_acts, False)
         direction, weight_grad = val_grads.mT.double() @ val_acts.double(), None
     dots = torch.stack([((grads.double() @ d.double()) * acts).sum((1, 2)) for d in direction], 1)
     for form in FORMS[cell["product"]]:
@@ -87,24 +87,24 @@ def measure(cell: Row, machine: Machine) -> Row:
     return {**cell, "seconds": best, "auto": choice.form, "predicted": choice.seconds, "regret": regret(best, choice)}
 
 
-def regret(seconds: dict[str, float], choice: costs.Choice) -> float:
+def regret(seconds: dict[str, float], choice: forms.Choice) -> float:
     """The time of what was chosen, over the best."""
     return seconds[choice.form] / min(seconds.values())
 
 
-def fit(rows: list[Row], threads: int) -> dict[str, dict[str, costs.Cost]]:
+def fit(rows: list[Row], threads: int) -> dict[str, dict[str, forms.Cost]]:
     """Per product and form the costs, none negative, with the least sum of squared relative errors."""
     from scipy.optimize import nnls
 
-    found: dict[str, dict[str, costs.Cost]] = {}
-    for product, forms in FORMS.items():
+    found: dict[str, dict[str, forms.Cost]] = {}
+    for product, names in FORMS.items():
         of_product = [row for row in rows if row["product"] == product]
-        for form in forms:
+        for form in names:
             times = np.array([row["seconds"][form] for row in of_product])
             samples, *shared = np.array([work_of(row)[form] for row in of_product], float).T
             columns = np.stack([np.ones_like(times), samples, *(x / threads for x in shared)], 1) / times[:, None]
             scale = columns.max(0) + 1e-300
-            found.setdefault(product, {})[form] = costs.Cost(
+            found.setdefault(product, {})[form] = forms.Cost(
                 *map(float, nnls(columns / scale, np.ones_like(times))[0] / scale)
             )
     return found
@@ -141,13 +141,13 @@ def main() -> None:
 def print_fit(rows: list[Row], threads: int) -> None:
     """The fitted costs as source, and the regret with them on the same rows."""
     fitted = fit(rows, threads)
-    for product, forms in fitted.items():
+    for product, by_form in fitted.items():
         print(f'"{product}": {{')
-        for form, cost in forms.items():
+        for form, cost in by_form.items():
             print(f'    "{form}": Cost({", ".join(f"{x:.3g}" for x in dataclasses.astuple(cost))}),')
         print("},")
     refitted = [
-        {**row, "regret": regret(row["seconds"], costs.quickest(fitted[row["product"]], threads, work_of(row)))}
+        {**row, "regret": regret(row["seconds"], forms.quickest(fitted[row["product"]], threads, work_of(row)))}
         for row in rows
     ]
     print(f"with these costs:\n{summary(refitted)}")

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import inrun
 from inrun import functional
-from inrun_kernels import costs
+from inrun_kernels import forms
 
 LR = 0.3
 OFFSETS = [0, 4, 5, 11, 11, 16, 18]  # of the documents of three rows of six tokens: over a row's end, and an empty one
@@ -153,7 +153,7 @@ def test_documents_with_targets_accumulation_and_recomputing(method):
 
 @pytest.mark.parametrize("form", ["two", "direct"])
 def test_rows_in_batches_of_their_own(form, monkeypatch):
-    monkeypatch.setattr(costs, "of_wgrad_dot", lambda *args: costs.Choice(form, {}, ""))
+    monkeypatch.setattr(forms, "of_wgrad_dot", lambda *args: forms.Choice(form, {}, ""))
     x, y = packed_data()
     model, offsets = packed_model(), [[0, 2, 6], [0, 12]]
     whole = [0, 2, 6, 18]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from inrun_kernels import costs, ops
+from inrun_kernels import forms, ops
 from inrun_kernels.validation import (
     check_backend,
     check_direction,
@@ -170,7 +170,7 @@ def ghost_dot_pairwise(
 
 def explain(
     product: Callable, *args: Tensor, segments: Tensor | None = None, backend: str | None = None
-) -> costs.Choice:
+) -> forms.Choice:
     """Which form a product takes of itself for these arguments, and why.
 
     Args:
@@ -191,11 +191,11 @@ def explain(
         acts, grads, val_grad = args
         _check_linear(acts, grads, val_grad, segments, False, backend)
         triton = ops.use_triton(backend, acts, grads)
-        return costs.of_wgrad_dot(acts, grads, _with_m(val_grad, 3), segments, triton)
+        return forms.of_wgrad_dot(acts, grads, _with_m(val_grad, 3), segments, triton)
     if product is ghost_dot_pairwise:
         acts, grads, val_acts, val_grads = args
         _check_pairs(acts, grads, val_acts, val_grads, backend)
-        return costs.of_pairwise(acts, grads, val_acts, ops.use_triton(backend, *args))
+        return forms.of_pairwise(acts, grads, val_acts, ops.use_triton(backend, *args))
     raise ValueError(f"product: expected ghost_wgrad_dot or ghost_dot_pairwise, received {product!r}")
 
 

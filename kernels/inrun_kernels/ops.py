@@ -14,7 +14,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from inrun_kernels import costs, derivatives, torch_path
+from inrun_kernels import derivatives, forms, torch_path
 from inrun_kernels.torch_path import accumulate_dtype
 from inrun_kernels.validation import check_id_values, check_segment_values
 
@@ -67,7 +67,7 @@ def ghost_wgrad_dot(
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
     with _launch_context(acts):
         triton = use_triton(backend, acts, grads)
-        form = form or costs.of_wgrad_dot(acts, grads, val_grad, segments, triton).form
+        form = form or forms.of_wgrad_dot(acts, grads, val_grad, segments, triton).form
         if triton and form != "direct":
             from inrun_kernels.wgrad_dot import launch_wgrad_dot
 
@@ -95,7 +95,7 @@ def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads:
             from inrun_kernels.pairwise import launch_pairwise
 
             return launch_pairwise(acts, grads, val_acts, val_grads)
-        form = costs.of_pairwise(acts, grads, val_acts, False).form
+        form = forms.of_pairwise(acts, grads, val_acts, False).form
         return torch_path.ghost_dot_pairwise(acts, grads, val_acts, val_grads, form)
 
 

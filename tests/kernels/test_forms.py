@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import inrun_kernels as k
-from inrun_kernels import costs, torch_path
+from inrun_kernels import forms, torch_path
 
 
 def pair(batch: int, tokens: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -14,7 +14,7 @@ def pair(batch: int, tokens: int, inputs: int, outputs: int) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize(
-    "batch, tokens, inputs, outputs, forms",
+    "batch, tokens, inputs, outputs, quick",
     [
         (64, 1, 384, 384, {"direct"}),  # a weight's passes for each token
         (8, 4, 768, 3072, {"direct"}),
@@ -23,9 +23,9 @@ def pair(batch: int, tokens: int, inputs: int, outputs: int) -> tuple[torch.Tens
         (1, 256, 768, 3072, {"two", "prefix"}),  # of one sample both are the plain product
     ],
 )
-def test_the_form_of_the_weight_gradient_in_clear_cases(batch, tokens, inputs, outputs, forms):
+def test_the_form_of_the_weight_gradient_in_clear_cases(batch, tokens, inputs, outputs, quick):
     choice = k.explain(k.ghost_wgrad_dot, *pair(batch, tokens, inputs, outputs), torch.ones(outputs, inputs))
-    assert choice.form in forms
+    assert choice.form in quick
     assert choice.reason.startswith(choice.form) and set(choice.seconds) == {"two", "prefix", "direct"}
 
 
@@ -60,7 +60,7 @@ def test_what_is_explained_is_what_runs(tokens):
 
 
 def test_more_threads_share_the_work_but_not_the_calls():
-    cost = costs.Cost(call=1.0, sample=0.5, flop=8.0, weight=4.0, row=4.0)
+    cost = forms.Cost(call=1.0, sample=0.5, flop=8.0, weight=4.0, row=4.0)
     work = (2, 1, 1, 1)
     assert cost.seconds(work, threads=1) == 18 and cost.seconds(work, threads=4) == 6
 
