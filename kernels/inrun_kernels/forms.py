@@ -40,17 +40,17 @@ class Cost:
 COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     "cpu": {
         "ghost_wgrad_dot": {
-            "two": Cost(368e-6, 9.41e-6, 11.8e-12, 0.137e-9, 0.423e-9),
-            "prefix": Cost(398e-6, 8.45e-6, 11.7e-12, 0.148e-9, 0.373e-9),
-            "direct": Cost(369e-6, 0.36e-6, 10.7e-12, 0.422e-9, 0.861e-9),
+            "two": Cost(161e-6, 10.4e-6, 11.3e-12, 0.152e-9, 0.462e-9),
+            "prefix": Cost(184e-6, 8.43e-6, 10.0e-12, 0.189e-9, 0.561e-9),
+            "direct": Cost(183e-6, 0.456e-6, 10.4e-12, 0.483e-9, 0.881e-9),
         },
         "ghost_dot_pairwise": {
-            "pairwise": Cost(368e-6, 2.29e-6, 13.1e-12, 0, 0.671e-9),
-            "direct": Cost(359e-6, 47.9e-6, 13.1e-12, 0.204e-9, 0.156e-9),
+            "pairwise": Cost(160e-6, 0.454e-6, 12.6e-12, 0, 0.435e-9),
+            "direct": Cost(141e-6, 54.7e-6, 10.5e-12, 0.542e-9, 0.380e-9),
         },
     }
 }
-_EXACT = 1.1  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
+_EXACT = 1.15  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
 _FEW_TOKENS = 32  # of a document, below which a GPU's tiles are mostly empty
 
 
@@ -124,8 +124,9 @@ def pairwise_work(
 
 
 def quickest(costs: dict[str, Cost], threads: int, work: dict[str, tuple[float, ...]]) -> Choice:
-    """The form of the least predicted time; "prefix" has to be clearly quicker."""
+    """The form of the least predicted time; "prefix" has to be clearly quicker than "two"."""
     seconds = {form: costs[form].seconds(of_form, threads) for form, of_form in work.items()}
-    best = min(seconds, key=lambda form: seconds[form] * (_EXACT if form == "prefix" else 1))
+    rounds = "prefix" in seconds and seconds["prefix"] * _EXACT > seconds["two"]
+    best = min((form for form in seconds if not (rounds and form == "prefix")), key=seconds.__getitem__)
     others = ", ".join(f"{form} {s * 1e3:.3g}" for form, s in seconds.items() if form != best)
     return Choice(best, seconds, f"{best}: predicted {seconds[best] * 1e3:.3g} ms, others {others}")
