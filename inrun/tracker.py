@@ -135,6 +135,11 @@ def track(
     return Tracker(model, optimizer, method, sides, scope, ledger, check, waiting)
 
 
+def as_ledger(ledger: Ledger | str | Path | None) -> Ledger:
+    """A ledger as it is, or this process's of a folder (None: in memory)."""
+    return ledger if isinstance(ledger, Ledger) else Ledger(ledger, rank=distributed.rank())
+
+
 class Tracker:
     """A tracked model; made by `track`, which describes the arguments.
 
@@ -187,7 +192,7 @@ class Tracker:
             _require_all([n for n in plan.tracked if id(params[n]) not in held])
         self.model = model
         self.coverage = {"tracked": plan.tracked, "excluded": plan.excluded, "frozen": plan.frozen}
-        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger, rank=distributed.rank())
+        self.ledger = as_ledger(ledger)
         self.steps = 0
         self.check_due = checked
         self._install(plan)

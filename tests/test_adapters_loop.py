@@ -198,3 +198,16 @@ def test_wandb(tmp_path, monkeypatch):
         run(Loop(model, optimizer, held_out, logger=logger, log_every=4), model, optimizer)
         assert logger.step == 7 and "inrun/value" in logger.summary.keys()  # noqa: SIM118
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_folder_is_written_by_this_process(tmp_path, monkeypatch):
+    """Each process of several has shards of its own, whoever opens the ledger."""
+    monkeypatch.setenv("RANK", "3")
+    model, optimizer, validation = made()
+    loop = Loop(model, optimizer, validation, ledger=tmp_path)
+    with loop.batch(["a", "b"]):
+        F.cross_entropy(model(X[:2]), Y[:2]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    loop.close()
+    assert [shard.name.split("-")[0] for shard in tmp_path.iterdir()] == ["rank00003"]

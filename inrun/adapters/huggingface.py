@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import InRunError
 from ..ledger import Ledger
+from ..tracker import as_ledger
 from .loop import Loop
 
 
@@ -119,7 +120,7 @@ class InRunCallback(TrainerCallback):
 
     def __init__(self, column: str, ledger: Ledger | str | Path | None, options: dict[str, Any]) -> None:
         self.column, self.options = column, options
-        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        self.ledger = as_ledger(ledger)
         self.loop: Loop | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import InRunError
 from ..ledger import Ledger
+from ..tracker import as_ledger
 from .loop import Loop
 
 
@@ -51,7 +52,7 @@ class InRun(Callback):
         **options: Any,
     ) -> None:
         self.ids, self.options = ids, {"validation": validation, **options}
-        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        self.ledger = as_ledger(ledger)
         self.loop: Loop | None = None
         self._steps_before = 0
         self._evaluating = ExitStack()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import InRunError
 from ..ledger import Ledger
 from ..step import Step
-from ..tracker import track
+from ..tracker import as_ledger, track
 from ..validation import as_losses
 from .loggers import Figures, Logger
 
@@ -65,7 +65,7 @@ class Loop:
         ledger: Ledger | str | Path | None = None,
         **options: Any,
     ) -> None:
-        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        self.ledger = as_ledger(ledger)
         held = self.ledger.last_step
         if start == 0 and held is not None:
             raise InRunError(
