@@ -63,7 +63,9 @@ def choose(
     if _folder is None or len(candidates) == 1 or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return candidates[0]
     path = _folder / _file_name(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
-    table = _tables.setdefault(path, _read(path))
+    if path not in _tables:
+        _tables[path] = _read(path)
+    table = _tables[path]
     classes = "x".join(str(1 << max(0, size - 1).bit_length()) for size in asdict(sizes).values())
     key = f"{kernel} {form} {str(dtype).removeprefix('torch.')} {classes} {facts}"
     if key not in table or Tile(**table[key]) not in candidates:
