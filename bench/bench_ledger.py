@@ -28,9 +28,9 @@ import pyarrow as pa
 import tyro
 from tqdm import tqdm
 
+from bench import table
 from inrun import Ledger, results
 
-ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, BATCH, RANKS, SOURCES, K, SEED = 10, 4096, 2, 8, 100, 0
 
 
@@ -117,7 +117,7 @@ def main(args: Args) -> None:
     run = results.provenance(SEED)
     run["versions"] = {**run["versions"], **{name: version(name) for name in ("pyarrow", "duckdb")}}
     run["date"] = datetime.date.today().isoformat()
-    out = ROOT / "bench/results" if args.save_results else ROOT / "runs/bench"
+    out = table.folder(args.save_results)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
 
         def measure(part: Callable[..., None], engine: str, shape: str, *more: Any) -> None:
@@ -127,9 +127,7 @@ def main(args: Args) -> None:
             size = sum(shard.stat().st_size for shard in shards)
             facts = {"part": part.__name__, "engine": engine, "ledger": shape, "rows": rows, "samples": rows // EPOCHS}
             found.append({**facts, **figures, "shards": len(shards), "bytes_per_row": size / rows})
-            (path,) = results.write(
-                out, "ledger", run | {"results": found}, {}
-            )  # each part counts, whatever comes next
+            (path,) = results.write(out, "ledger", run | {"results": found}, {})  # whatever becomes of the next part
             print(f"{part.__name__}, {engine}: {figures['seconds']:.1f} s, in {path}")
 
         measure(write, "-", "as written", rows)

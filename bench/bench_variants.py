@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from bench.bench_step import GPU_CASES, Case
 from bench.measure import BASE, Machine, Row, interleaved, require_close, rows_of
 from bench.peers import LR, Training, loss_of
 
-ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- variants: python -m bench.bench_variants --save-results -->", "<!-- variants end -->"
 PASS = "validation pass"
 DOCUMENTS = 4  # in a row
@@ -190,12 +188,11 @@ def main() -> None:
     save = "--save-results" in sys.argv
     machine = Machine()
     rows = measured(machine, GPU_CASES[0] if machine.on_gpu else CPU_CASE)
-    path = ROOT / ("bench/results" if save else "runs/bench") / "variants.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = table.folder(save) / "variants.json"
     path.write_text(table.as_json(rows))
-    print(f"{table.as_text(rows)}\n\n{as_markdown(rows)}\n\n{path.relative_to(ROOT)}")
+    print(f"{table.as_text(rows)}\n\n{as_markdown(rows)}\n\n{path.relative_to(table.ROOT)}")
     if save:
-        readme = ROOT / "README.md"
+        readme = table.ROOT / "README.md"
         before = readme.read_text()
         assert START in before and END in before
         readme.write_text(re.sub(f"(?s){START}.*{END}", lambda _: f"{START}\n{as_markdown(rows)}\n{END}", before))

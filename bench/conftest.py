@@ -9,16 +9,12 @@ On a machine that others use as well, OMP_NUM_THREADS=1 gives figures that can b
 operation waits for the slowest. `load` in the rows says how busy it was.
 """
 
-import re
-from pathlib import Path
-
 import pytest
 
 from bench import table
 from bench.measure import Machine, Row
 
 ROWS = pytest.StashKey[list[Row]]()
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,11 +45,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash[ROWS]
     if not rows:
         return
-    folder = ROOT / "bench/results" if config.getoption("--save-results") else ROOT / "runs/bench"
-    folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
-    path = folder / f"{slug}-{rows[0]['date']}.json"
-    path.write_text(table.as_json(rows))
+    path = table.write(rows, bool(config.getoption("--save-results")))
     terminalreporter.write_line("")
     terminalreporter.write_line(table.as_text(rows))
-    terminalreporter.write_line(f"\n{len(rows)} rows in {path.relative_to(ROOT)}; draw them: python -m bench.plot PATH")
+    terminalreporter.write_line(
+        f"\n{len(rows)} rows in {path.relative_to(table.ROOT)}; draw them: python -m bench.plot PATH"
+    )

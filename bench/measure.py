@@ -130,7 +130,9 @@ class Machine:
     @property
     def architecture(self) -> str:
         """Of a GPU, as `inrun_kernels.config.CHIPS` names it."""
-        return "gfx942" if torch.version.hip else "sm_{}{}".format(*torch.cuda.get_device_capability())
+        from inrun_kernels.tiles import architecture
+
+        return architecture(self.device)
 
     @cached_property
     def ceilings(self) -> Ceilings:

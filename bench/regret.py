@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ import torch
 from torch import Tensor
 
 from bench import table
-from bench.conftest import ROOT
 from bench.measure import SEED, Machine, Row, interleaved, require_close
 from inrun_kernels import forms, torch_path
 
@@ -128,12 +126,8 @@ def main() -> None:
         said = f"{name_of(row)}: ms {times}; {row['auto']}, regret {row['regret']:.2f}"
         print(f"[{i + 1}/{len(grid)}, {time.monotonic() - started:.0f} s] {said}", flush=True)
     print(summary(rows))
-    folder = ROOT / ("bench/results" if args.save_results else "runs/bench")
-    folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
-    path = folder / f"{slug}-{rows[0]['date']}-regret.json"
-    path.write_text(table.as_json(rows))
-    print(f"{len(rows)} rows in {path.relative_to(ROOT)}")
+    path = table.write(rows, args.save_results, "-regret")
+    print(f"{len(rows)} rows in {path.relative_to(table.ROOT)}")
     if args.fit:
         print_fit(rows, rows[0]["threads"])
 

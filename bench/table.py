@@ -1,7 +1,9 @@
 """Rows as text and as JSON."""
 
 import json
+import re
 from itertools import groupby
+from pathlib import Path
 from statistics import median
 
 from bench.measure import Row
@@ -20,6 +22,24 @@ _COLUMNS = (
     "%ceil",
     "peak MB",
 )
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def folder(committed: bool) -> Path:
+    """Where rows go: bench/results, which is committed, or runs/bench."""
+    found = ROOT / ("bench/results" if committed else "runs/bench")
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def write(rows: list[Row], committed: bool, suffix: str = "") -> Path:
+    """Write the rows as JSON, in a file named after device and day."""
+    slug = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
+    path = folder(committed) / f"{slug}-{rows[0]['date']}{suffix}.json"
+    path.write_text(as_json(rows))
+    return path
 
 
 def as_json(rows: list[Row]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inrun_kernels.grouped import grouped_mm, grouped_wgrad, groups
+from inrun_kernels.grouped import by_groups, grouped_mm, grouped_wgrad
 
 from . import functional
 from .forward_mode import split_samples
@@ -69,19 +69,16 @@ def _first(module: Any) -> str:
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, direction, probe, offsets):
+    def forward(ctx, x, weight, direction, probe, offsets):
+        ctx.save_for_backward(x, weight, direction, probe, offsets)
         return grouped_mm(x, weight.mT, offsets)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
     def written_out(x, weight, direction, probe, offsets):
-        y = _by_groups(x, weight, offsets)
+        y = by_groups(x, weight.mT, offsets)
         if direction is None:
             return y
-        return y + functional._shifted(probe, lambda d: _by_groups(x, d.to(x.dtype), offsets), direction, 3, None)
+        return y + functional._shifted(probe, lambda d: by_groups(x, d.to(x.dtype).mT, offsets), direction, 3, None)
 
     @staticmethod
     def backward(ctx, grad):
@@ -100,7 +97,3 @@ class _Grouped(torch.autograd.Function):
         grad_x = grouped_mm(grad, weight, offsets) if need_x else None
         grad_weight = grouped_wgrad(x, grad, offsets) if need_weight else None
         return grad_x, grad_weight, None, dots, None
-
-
-def _by_groups(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    return torch.cat([x[start:end] @ weight[e].t() for e, (start, end) in enumerate(groups(offsets))])

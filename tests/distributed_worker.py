@@ -123,6 +123,28 @@ def raises(message: str, function: Callable[[], Any]) -> None:
         raise AssertionError(f"expected an InRunError with {message!r}, got none")
 
 
+def validate(tracker, model, name="gpt_tied"):
+    with tracker.validation():
+        loss_of(model, *(mine(v, (2, 2)) for v in data(name, 4, seed=2))).backward()
+
+
+def train(model, optimizer, tracker, name="gpt_tied", after=None, validated=None):
+    """The values of each step; validation runs `validated`, or the model as it is trained."""
+    found = []
+    for (x, y), split in zip(batches(name, SPLITS), SPLITS, strict=True):
+        validate(tracker, validated or model, name)
+        x, y = mine(x, split), mine(y, split)
+        with tracker.step(range(len(x))) as step:
+            loss_of(model, x, y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(step.values)
+        if after is not None:
+            after()
+    return found
+
+
 # ---------------------------------------------------------------------- DDP
 
 
@@ -136,18 +158,7 @@ def train_ddp(name, kind, wrap_first, bare_validation, **ddp_options):
         optimizer = OPTIMIZERS[kind](model.parameters())
         tracker = inrun.track(model, optimizer)
         wrapped = DDP(model, **ddp_options)
-    x_val, y_val = (mine(v, (2, 2)) for v in data(name, 4, seed=2))
-    found = []
-    for (x, y), split in zip(batches(name, SPLITS), SPLITS, strict=True):
-        with tracker.validation():
-            loss_of(model if bare_validation else wrapped, x_val, y_val).backward()
-        x, y = mine(x, split), mine(y, split)
-        with tracker.step(range(len(x))) as step:
-            loss_of(wrapped, x, y).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append(step.values)
+    found = train(wrapped, optimizer, tracker, name, validated=model if bare_validation else None)
     tracker.close()
     same_run(found, model.state_dict(), alone(name, kind))
 
@@ -169,11 +180,6 @@ def prepared(name="gpt_tied", kind="sgd", **options):
     optimizer = OPTIMIZERS[kind](model.parameters())
     tracker = inrun.track(model, optimizer, **options)
     return model, optimizer, tracker, DDP(model)
-
-
-def validate(tracker, model, name="gpt_tied"):
-    with tracker.validation():
-        loss_of(model, *(mine(v, (2, 2)) for v in data(name, 4, seed=2))).backward()
 
 
 def check_accumulation_without_synchronisation():
@@ -399,22 +405,6 @@ def whole(state: dict[str, Any]) -> dict[str, Tensor]:
     return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
 
 
-def train_sharded(model, optimizer, tracker, name="gpt_tied", after=None):
-    found = []
-    for (x, y), split in zip(batches(name, SPLITS), SPLITS, strict=True):
-        validate(tracker, model, name)
-        x, y = mine(x, split), mine(y, split)
-        with tracker.step(range(len(x))) as step:
-            loss_of(model, x, y).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append(step.values)
-        if after is not None:
-            after()
-    return found
-
-
 def check_fully_shard():
     for name, kind in (("gpt_tied", "adamw"), ("gpt_tied", "sgd"), ("loose", "adamw")):
         model, optimizer, tracker = sharded(name, kind)
@@ -424,7 +414,7 @@ def check_fully_shard():
             with torch.no_grad():
                 model(x_val)
 
-        found = train_sharded(model, optimizer, tracker, name, evaluate)
+        found = train(model, optimizer, tracker, name, evaluate)
         same_run(found, whole(model.state_dict()), alone(name, kind))
         # No checkpoint holds a direction, nor the optimizer, and one can be loaded.
         state, moments = get_state_dict(model, optimizer)
@@ -449,7 +439,7 @@ def check_fully_shard_with_mixed_precision_checkpointing_and_compile():
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model, optimizer, tracker = sharded(policy=policy, change=change, check=True)
-    found = train_sharded(model, optimizer, tracker)
+    found = train(model, optimizer, tracker)
     for values, reference in zip(found, alone("gpt_tied", "adamw")[0], strict=True):
         close(gathered(values), reference, 0.1)
 
@@ -536,7 +526,7 @@ def check_the_readme():
         names["OPTIMIZER"] = OPTIMIZERS["adamw"]
         block = block.replace("runs/1/ledger", str(FOLDER / "readme")).replace("torch.optim.AdamW", "OPTIMIZER")
         exec(block, names)
-        values = train_sharded(names["model"], names["tracker"].optimizer, names["tracker"])
+        values = train(names["model"], names["tracker"].optimizer, names["tracker"])
         same_run(values, {}, (alone("gpt_tied", "adamw")[0], {}))
 
 

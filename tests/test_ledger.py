@@ -178,30 +178,38 @@ def test_resume_replaces_only_the_straddling_shard(tmp_path):
     assert listing(tmp_path) == after
 
 
-def test_resume_stopped_at_any_moment_leaves_a_prefix(tmp_path, monkeypatch):
+def killed_at(moment, monkeypatch):
+    """What runs an action and kills it at that change of a file, counted over all it runs, or else at the end."""
+
     class Killed(BaseException):
         pass
 
-    unlink, replace = Path.unlink, os.replace
+    calls, unlink, replace = iter(range(100)), Path.unlink, os.replace
+
+    def counted(change):
+        def step(*arguments, **options):
+            if next(calls) == moment:
+                raise Killed
+            return change(*arguments, **options)
+
+        return step
+
+    def run(act):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, "unlink", counted(unlink))
+            patch.setattr(os, "replace", counted(replace))
+            act()
+            raise Killed
+
+    return run
+
+
+def test_resume_stopped_at_any_moment_leaves_a_prefix(tmp_path, monkeypatch):
     for moment in range(8):
         path = tmp_path / str(moment)
         with Ledger(path, flush_rows=12) as ledger:
             fill(ledger, range(20))  # shards of 3 steps
-        calls = iter(range(100))
-
-        def counted(change, moment=moment, calls=calls):
-            def step(*arguments, **options):
-                if next(calls) == moment:
-                    raise Killed
-                return change(*arguments, **options)
-
-            return step
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Path, "unlink", counted(unlink))
-            patch.setattr(os, "replace", counted(replace))
-            ledger.resume(4)
-            raise Killed  # after the last change (five shards dropped, one replaced)
+        killed_at(moment, monkeypatch)(lambda ledger=ledger: ledger.resume(4))  # drops five shards, replaces one
         left = Ledger(path)
         found = set(steps_of(left))
         assert found == set(range(len(found))) and len(found) >= 4 and left.last_step == max(found)
@@ -305,32 +313,12 @@ def test_resume_after_compaction_leaves_exactly_the_steps_before(tmp_path_factor
 
 
 def test_compaction_and_resume_stopped_at_any_moment_lose_and_double_nothing(tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    unlink, replace = Path.unlink, os.replace
     for moment in range(14):
         path = tmp_path / str(moment)
         with Ledger(path, flush_rows=8) as ledger:
             fill(ledger, range(10))  # five shards of two steps
         expected = Ledger(path).totals()
-        reader, calls = Ledger(path), iter(range(100))
-
-        def counted(change, moment=moment, calls=calls):
-            def step(*arguments, **options):
-                if next(calls) == moment:
-                    raise Killed
-                return change(*arguments, **options)
-
-            return step
-
-        def change(act, counted=counted):
-            with monkeypatch.context() as patch, pytest.raises(Killed):
-                patch.setattr(Path, "unlink", counted(unlink))
-                patch.setattr(os, "replace", counted(replace))
-                act()
-                raise Killed  # after its last change
-
+        reader, change = Ledger(path), killed_at(moment, monkeypatch)
         change(lambda path=path: Ledger(path).compact(24))
         assert reader.totals() == Ledger(path).totals() == expected and Ledger(path).last_step == 9
         # The killed compaction is gone on with, or cut back, and that killed too.

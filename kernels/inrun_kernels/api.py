@@ -93,7 +93,7 @@ def ghost_wgrad_dot(
             float32 rounding (6e-8) of those for each 16 of the sample's tokens (on the CPU some 1e-5 of a typical
             dot where they are alike). "direct": one GEMM and a `ghost_dot`, for samples of few tokens; errors as in
             "two". The weight gradient is as exact in all. None: what `explain` says: on a GPU "two", or "direct" for
-            documents of fewer than 32 tokens; on a CPU the quickest, "prefix" if it is 10 % quicker than the others.
+            documents of fewer than 32 tokens; on a CPU the quickest, "prefix" only if it is 15 % quicker than "two".
 
     Returns:
         `(weight_grad [O, I], dots)`, dots as in `ghost_dot`.

@@ -98,7 +98,7 @@ def predict(
         passes = (3 if form == "two" else 1) * 4 * weight * samples if kernel == "wgrad_dot" else 0
         compute = 2 * m * n * depth * samples * copies / rate + passes / (device.cache or device.memory)
         return Terms(compute, memory, 0.0, device.latency, device.launch)
-    accumulators = 2 if kernel == "pairwise" or (kernel == "wgrad_dot" and form == "two") else 1
+    accumulators = _accumulators(kernel, form)
     tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n) * copies
     slots = device.multiprocessors * resident_programs(tile, accumulators)
     programs = tiles * (sample_splits(tiles, samples, slots) if kernel == "wgrad_dot" else 1)
@@ -123,10 +123,14 @@ def default_tile(kernel: str, sizes: Sizes, architecture: str, dtype: torch.dtyp
         m,
         n,
         depth,
-        accumulators=2 if kernel == "pairwise" or (kernel == "wgrad_dot" and form == "two") else 1,
+        accumulators=_accumulators(kernel, form),
         copies=chip.copies and dtype != torch.float32,
         kept=dtype.itemsize if kernel == "wgrad_dot" else 0,
     )[0]
+
+
+def _accumulators(kernel: str, form: str) -> int:
+    return 2 if kernel == "pairwise" or (kernel == "wgrad_dot" and form == "two") else 1
 
 
 def _product(kernel: str, sizes: Sizes) -> tuple[int, int, int, int, int]:

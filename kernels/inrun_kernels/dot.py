@@ -30,6 +30,7 @@ from inrun_kernels.tiles import (
     contract,
     copyable,
     descriptor,
+    flattens,
     load_columns,
     sum_tokens,
     tile_order,
@@ -106,8 +107,7 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
     width_k, width_y = x.shape[2], y.shape[2]
     transposed = direction.stride(2) != 1
     rows_d = direction.mT if transposed else direction
-    flat = batch == 1 or all(z.stride(0) == tokens * z.stride(1) for z in (x, y))
-    copies = where.copies and acts.dtype != torch.float32 and flat and copyable(x, y, rows_d)
+    copies = where.copies and acts.dtype != torch.float32 and flattens(x, y) and copyable(x, y, rows_d)
     vectors = copies or aligned(x, y, direction)
     tiles_that_fit = matrix_tiles(where, acts.dtype, n_tokens, width_y, width_k, copies=copies, aligned=vectors)
 

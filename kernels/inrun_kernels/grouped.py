@@ -33,8 +33,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """
     if _has_kernel(x, weight):
         return F.grouped_mm(x.contiguous(), weight, offs=offsets)
-    parts = [x[start:end] @ weight[g] for g, (start, end) in enumerate(groups(offsets))]
-    return torch.cat(parts)
+    return by_groups(x, weight, offsets)
 
 
 @grouped_mm.register_fake
@@ -61,7 +60,7 @@ def grouped_wgrad(x: Tensor, grads: Tensor, offsets: Tensor) -> Tensor:
     """
     if _has_kernel(x, grads):
         return F.grouped_mm(grads.contiguous().t(), x.contiguous(), offs=offsets)
-    return torch.stack([grads[start:end].t() @ x[start:end] for start, end in groups(offsets)])
+    return torch.stack([grads[start:end].t() @ x[start:end] for start, end in _groups(offsets)])
 
 
 @grouped_wgrad.register_fake
@@ -69,7 +68,12 @@ def _(x, grads, offsets):
     return x.new_empty(offsets.shape[0], grads.shape[1], x.shape[1])
 
 
-def groups(offsets: Tensor) -> list[tuple[int, int]]:
+def by_groups(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """`grouped_mm` in plain torch operations, group by group."""
+    return torch.cat([x[start:end] @ weight[g] for g, (start, end) in enumerate(_groups(offsets))])
+
+
+def _groups(offsets: Tensor) -> list[tuple[int, int]]:
     """Where each group of rows starts and ends, on the host."""
     ends = offsets.tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))

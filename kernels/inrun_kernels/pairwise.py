@@ -31,6 +31,7 @@ from inrun_kernels.tiles import (
     contract,
     copyable,
     descriptor,
+    flattens,
     load_columns,
     multiprocessors,
     sum_tokens,
@@ -143,8 +144,7 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
     (n_val, val_tokens, _), n_tokens = val_acts.shape, batch * tokens
     operands, where = (acts, grads, val_acts, val_grads), chip(acts.device)
     strides = [stride for x in operands for stride in x.stride()]
-    flat = batch == 1 or all(x.stride(0) == tokens * x.stride(1) for x in (acts, grads))
-    copies = where.copies and acts.dtype != torch.float32 and flat and copyable(*operands)
+    copies = where.copies and acts.dtype != torch.float32 and flattens(acts, grads) and copyable(*operands)
     padded = triton.next_power_of_2(val_tokens)
     sizes = n_tokens, padded * triton.next_power_of_2(n_val), max(inputs, outputs)
     vectors = copies or aligned(*operands)

@@ -124,6 +124,11 @@ def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
+def flattens(*tensors: Tensor) -> bool:
+    """Whether each `[B, T, X]` is `[B*T, X]` as it lies in memory."""
+    return all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
+
+
 def one_row(x: Tensor, segments: Tensor | None) -> Tensor:
     """`[B, T, X]`, seen as the one row `[1, B*T, X]` that segments cut (a copy only where strides forbid it)."""
     return x if segments is None else x.flatten(0, 1)[None]
