@@ -6,7 +6,7 @@ update begins, G multiplied in when its last part is known, and then each kept l
 
     secant        K = the frozen-state coefficient      G = (g_v(w_t) + g_v(w_{t+1})) / 2
     path          K = -(u(g_B) - u(0)) / g_B            G = g_v(w_t)
-    path_secant   K as path                             G = mean of g_v at w + u(0) and w + u(g_B)
+    path_secant   K as path                             G = between g_v at w + u(0) and g_v at w + u(g_B)
     path_simpson  K as path                             G = Simpson's mean of both ends and the middle
     second        lr * g_v - (lr^2 / 2) H_v g_B, SGD only
     first         K as secant                           G = g_v(w_t); scored inline unless each validation sample
@@ -14,6 +14,8 @@ update begins, G multiplied in when its last part is known, and then each kept l
 
 Path values are Aumann-Shapley values: every sample's gradient grows from 0 to full together, and each is paid what
 its growth changed. With G exact along the path they add up to the loss change net of u(0), which belongs to nobody.
+Where `path_secant` knows the loss at both ends, it takes the G between theirs by which they do: a mean value that
+sees the bend of the loss along the step (Simpson's nearly) for the cost of the two ends.
 Clipping by norm is part of the update: along the path the gradient grows until its norm is `clip`, and from there on
 only its direction can change, of which a sample's own part is `g_z` less its component along `g_B`.
 
@@ -95,8 +97,9 @@ class Deferred:
         self.recompute: list[Callable[[], Tensor] | None] = []
         self.scale: float | Tensor = 1.0
         self._start: dict[str, Gradients] = {}
-        self._parts: list[tuple[float, dict[str, Gradients]]] = []
+        self._parts: list[tuple[float | dict[str, Tensor], dict[str, Gradients]]] = []
         self._clipped: tuple[float, dict[int, Tensor], dict[int, Tensor]] | None = None
+        self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
         self._early: list[Tensor | None] | None = None
         self._random: list[Any] = []  # of each batch, the random state before its forward
         self._weights: list[Tensor] = []  # those the step began with, if its loss will be computed again
@@ -134,7 +137,7 @@ class Deferred:
     def begin(self) -> None:
         self.keeper.reset()
         self.recompute, self._random, self._weights = [], [], []
-        self._parts, self._clipped, self._early = [], None, None
+        self._parts, self._clipped, self._rest, self._early = [], None, {}, None
         self.drop, self.updated = {}, False
         if self.pairs is not None:
             self.pairs.begin()
@@ -164,7 +167,7 @@ class Deferred:
     def release(self) -> None:
         """Forget all that waits."""
         self.keeper.reset()
-        self._start, self._parts, self._weights = {}, [], []
+        self._start, self._parts, self._weights, self._rest = {}, [], [], {}
         if self.pairs is not None:
             self.pairs.kept, self.pairs.start = {}, {}
 
@@ -199,16 +202,19 @@ class Deferred:
             dots = self.pairs.dots(self.keeper, self.ends_with_validation)
             self.keeper.reset()
             return dots
-        if self.ends_with_validation:
-            gradients = self.tracker.validations.gradients
-            weight = 1 / 6 if self.name == "path_simpson" else 0.5
-            self._parts.append((weight, gradients))
         if self.true_ends:
             for name, loss in self.tracker.validations.last_losses.items():
                 self.drop[name] = self.drop[name] - loss
+        if self.ends_with_validation:
+            gradients = self.tracker.validations.gradients
+            weight = 1 / 6 if self.name == "path_simpson" else 0.5
+            if self._rest:
+                weight = {name: self._mean_value(name, self._parts[0][1][name], gradients[name]) for name in gradients}
+                self._parts = [({name: 1 - w for name, w in weight.items()}, self._parts[0][1])]
+            self._parts.append((weight, gradients))
         self._multiply_in()
         dots = self._scored()
-        self._start, self._parts, self._clipped = {}, [], None
+        self._start, self._parts, self._clipped, self._rest = {}, [], None, {}
         return dots
 
     # ------------------------------------------------------------------ scoring
@@ -270,14 +276,14 @@ class Deferred:
     def _write_path(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> None:
         """K, from the optimizer's own update at g_B, at 0, and (where it was clipped) around g_B."""
         slots = self.tracker.slots
-        grads = {i: s.param.grad.double() * unscale for i, s in enumerate(slots) if s.param.grad is not None}
-        clipped = self._clipping(list(grads.values()), factor)
+        moving = [(i, s) for i, s in enumerate(slots) if s.param.grad is not None]
+        clipped = self._clipping([s for _, s in moving], factor, unscale)
         slopes: dict[int, Tensor] = {}
         units: dict[int, Tensor] = {}
         moves: dict[int, tuple[Tensor, Tensor]] = {}  # slot -> u(0), u(g_B) - u(0)
-        for part in chunks([(i, slots[i]) for i in grads]):
+        for part in chunks(moving):
             here = [slot for _, slot in part]
-            full = [grads[i] for i, _ in part]
+            full = [slot.param.grad.double() * unscale for slot in here]
             at_zero = updates(optimizer, here, [torch.zeros_like(g) for g in full], self.update)
             at_full = updates(optimizer, here, full, self.update)
             around = [] if clipped is None else self._slopes(optimizer, here, full)
@@ -294,8 +300,8 @@ class Deferred:
                 slot.direction[...] = coefficient
                 if self.true_ends:
                     moves[i] = (at_zero[k].to(dtype), (at_full[k] - at_zero[k]).to(dtype))
-        for i, slot in enumerate(slots):
-            if i not in grads:
+        for slot in slots:
+            if slot.param.grad is None:
                 slot.direction.zero_()
         if clipped is not None:
             self._clipped = (clipped[0], slopes, units)
@@ -311,11 +317,11 @@ class Deferred:
         high = updates(optimizer, slots, [g + h for g, h in zip(grads, steps, strict=True)], self.update)
         return [-(b - a) / (2 * h) for a, b, h in zip(low, high, steps, strict=True)]
 
-    def _clipping(self, grads: list[Tensor], factor: Tensor) -> tuple[float, float] | None:
+    def _clipping(self, slots: list[Any], factor: Tensor, unscale: Any) -> tuple[float, float] | None:
         """Where the gradient was clipped: log(1 / what it was multiplied by), and its norm since."""
         if self.clip is None:
             return None
-        norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
+        norm = math.sqrt(sum(float((s.param.grad.double() * unscale).square().sum()) for s in slots))
         shrink = float(factor) * float(self.scale) * self.tracker.ranks.size  # of the mean over the processes
         return (math.log(1 / shrink), norm) if norm > self.clip * (1 - 1e-3) and shrink < 1 - 1e-6 else None
 
@@ -335,6 +341,8 @@ class Deferred:
             self._parts.append((weight, gradients))
             if at == 0.0:
                 self.drop = losses
+        if not simpson and not validations.excluded:  # else other weights have their part in the drop
+            self._rest = {i: rest for i, (_, rest) in moves.items()}
 
     @contextlib.contextmanager
     def _moved(self, moves: dict[int, tuple[Tensor, Tensor]], at: float) -> Iterator[None]:
@@ -353,7 +361,8 @@ class Deferred:
         """D = K * G, and under clipping the part of g_B's own direction taken off."""
         tracker = self.tracker
         for m, name in enumerate(tracker.targets):
-            mean = [_mean([(w, parts[name][i]) for w, parts in self._parts]) for i in range(len(tracker.slots))]
+            parts = [(w[name] if isinstance(w, dict) else w, gradients[name]) for w, gradients in self._parts]
+            mean = [_mean([(w, gradients[i]) for w, gradients in parts]) for i in range(len(tracker.slots))]
             along = 0.0
             if self._clipped is not None:
                 log, slopes, units = self._clipped
@@ -367,6 +376,24 @@ class Deferred:
                 slice_.mul_(g)
                 if self._clipped is not None and i in self._clipped[2]:
                     slice_.sub_(self._clipped[2][i], alpha=along)
+
+    def _mean_value(self, name: str, start: Gradients, end: Gradients) -> Tensor:
+        """How far from the first end's gradient to the second's lies the one that gives the measured drop.
+
+        Half way where the loss is quadratic along the step. A third to two thirds, else the loss bends more than two
+        ends can tell (or has noise, as of dropout), and it stays half way; as where rounding hides the difference.
+        """
+
+        def taken_off(gradients: Gradients) -> Tensor:
+            pairs = [(g, rest) for i, rest in self._rest.items() if (g := gradients[i]) is not None]
+            parts = torch.stack([(g * rest).sum(dtype=torch.float64) for g, rest in pairs])
+            return -self.tracker.ranks.over_shards(parts.sum())
+
+        a, b = taken_off(start), taken_off(end)
+        loss, drop = self.tracker.validations.last_losses[name], self.drop[name].double()
+        noise = 16 * torch.finfo(loss.dtype).eps * loss.double()
+        aside = (drop - (a + b) / 2) * (b - a) / ((b - a).square() + noise.square())
+        return 0.5 + torch.where(aside.abs() <= 1 / 6, aside, 0.0)
 
     def _write_second_order(self, optimizer: Optimizer, unscale: Any) -> None:
         tracker = self.tracker
@@ -438,11 +465,11 @@ class Deferred:
         return [None if a is None or b is None else (a - b) / (2 * eps) for a, b in pairs]
 
 
-def _mean(parts: list[tuple[float, Tensor | None]]) -> Tensor | None:
-    known = [(w, g) for w, g in parts if g is not None]
+def _mean(parts: list[tuple[float | Tensor, Tensor | None]]) -> Tensor | None:
+    known = [(torch.as_tensor(w, dtype=g.dtype, device=g.device), g) for w, g in parts if g is not None]
     if not known:
         return None
     total = known[0][1] * known[0][0]
     for w, g in known[1:]:
-        total.add_(g, alpha=w)
+        total.addcmul_(g, w)
     return total

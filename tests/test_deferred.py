@@ -77,7 +77,7 @@ def adam_update(g, state, lr, b1=0.9, b2=0.999, eps=1e-8):
 @pytest.mark.parametrize("name", ["mlp", "gpt_tied", "loose", "unknown"])
 @pytest.mark.parametrize("blocks", [False, True])
 def test_adam_path_secant_is_the_written_out_one(name, blocks):
-    lr = 0.02
+    lr = 0.005
     step, model, _, (weights, state), train, validation = scored_step(
         name, "path_secant", lambda p: torch.optim.Adam(p, lr=lr), blocks=blocks, dtype=torch.float64
     )
@@ -89,10 +89,16 @@ def test_adam_path_secant_is_the_written_out_one(name, blocks):
     full = {n: adam_update(g[n], states[n], lr) for n in names}
     first = gradient(start if blocks else at(model, weights, zero), *validation)
     last = gradient(at(model, weights, full), *validation)
+    part = 0.5
+    if not blocks:  # the gradient between them whose product with the move is the drop of the loss
+        here, there = (-sum(((full[n] - zero[n]) * v[n]).sum().item() for n in names) for v in (first, last))
+        losses = [loss_of(at(model, weights, moved), *validation).item() for moved in (zero, full)]
+        part = (losses[0] - losses[1] - here) / (there - here)
+        assert 0.0001 < abs(part - 0.5) < 1 / 6, part
 
     def direction(n, _):
         ratio = torch.where(g[n] == 0, 0.0, -(full[n] - zero[n]) / torch.where(g[n] == 0, 1.0, g[n]))
-        return ratio * (first[n] + last[n]) / 2
+        return ratio * torch.lerp(first[n], last[n], part)
 
     close(step.values, oracle_values(start, direction, train, validation), 1e-4)
 
@@ -174,14 +180,37 @@ def test_path_secant_is_the_exact_shapley_value_of_the_real_update(kind):
     assert step.drop["validation"].item() == pytest.approx(total, rel=1e-6)
 
 
-def test_path_simpson_closes_the_efficiency_gap_further():
+@pytest.mark.parametrize("lr", [0.05, 0.1])
+def test_path_secant_adds_up_to_the_measured_drop(lr):
     gaps = {}
-    for method in ("path", "path_secant", "path_simpson"):
-        made = scored_step("mlp", method, lambda p: torch.optim.SGD(p, lr=0.4), dtype=torch.float64, warm=0)
+    for method in ("path", "secant", "path_secant", "path_simpson"):
+        made = scored_step("mlp", method, lambda p: torch.optim.SGD(p, lr=lr), dtype=torch.float64, warm=0)
         step, model, _, (weights, _), _, validation = made
         drop = loss_of(at(model, weights), *validation) - loss_of(model, *validation)
-        gaps[method] = abs(step.values.sum().item() - drop.item())
-    assert gaps["path_simpson"] < gaps["path_secant"] / 3 < gaps["path"] / 9
+        gaps[method] = abs(step.values.sum().item() / drop.item() - 1)
+    assert gaps["path_secant"] < 1e-5 < gaps["path_simpson"] < gaps["secant"] / 3 < gaps["path"] / 9
+
+
+def test_a_drop_that_two_ends_cannot_explain_leaves_path_secant_half_way():
+    """Noise in the losses themselves, as dropout's, is not taken for a bend; excluded weights move the loss as well."""
+
+    def values(method, offset=0.0, **options):
+        model, looks = make("mlp").double(), [0.0, offset]
+        (x, y), (vx, vy) = data("mlp"), data("mlp", 4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+        losses = {"validation": lambda: loss_of(model, vx.double(), vy) + looks.pop()}
+        tracker = inrun.track(model, optimizer, method, validation=losses, **options)
+        with tracker.step(range(B)) as step:
+            loss_of(model, x.double(), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return step.values.double()
+
+    half, bent = values("secant"), values("path_secant")
+    assert (half - bent).norm() > 1e-3 * half.norm()
+    for offset in (-1.0, 1.0):
+        close(values("path_secant", offset), half, 1e-9)
+    close(values("path_secant", exclude=["net.0.*"]), values("secant", exclude=["net.0.*"]), 1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
