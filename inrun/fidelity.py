@@ -7,12 +7,13 @@ taken for real. Up to `ENUMERATED` players the Shapley value is exact, above it 
 
 Learning rates go up to the largest that trains stably, found by short runs, and then to four times that. `sgd_proxy`,
 lr * <g_v, g_z>, is what is published for every optimizer (arXiv 2406.11011); `first` on Adam is the fixed-state form of
-arXiv 2602.00329. `path_integral` is what the path methods approximate, the Aumann-Shapley value, with many nodes: what
-it misses, no quadrature along the path can be counted on to find.
+arXiv 2602.00329. Two columns that are no methods say what is to be had: `path_integral` is what the path methods
+approximate, the Aumann-Shapley value, with many nodes: what it misses, no quadrature along the path can be counted on
+to find. `coordinates` is the exact Shapley value of every coordinate's own update, at the validation gradient's mean
+along the step: what it misses is the bend of the loss between coalitions, which no method that takes one mean sees.
 
-Where path values fall short: at large rates the validation gradient bends along the step, so that two ends do not give
-its mean (`path_simpson` does). And Lion's sign turns at once, in every coordinate, when one coalition is large enough:
-a game of votes, whose Shapley value is not a linear function of a sample's gradient, as every method's values are.
+Where path values fall short: Lion's sign turns at once, in every coordinate, when one coalition is large enough: a game
+of votes, whose Shapley value (`coordinates`) is not a linear function of a sample's gradient, as every method's are.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from .fidelity_picture import beyond, draw
 from .tasks import OPTIMIZERS, Lion, Task, digits_task, gpt_task, loss, predictions, take_steps
 from .tracker import track
 
-COLUMNS = ("sgd_proxy", "first", *DEFERRED, "path_integral")
+COLUMNS = ("sgd_proxy", "first", *DEFERRED, "path_integral", "coordinates")
 KINDS = {"digits": tuple(OPTIMIZERS), "gpt": ("sgd", "momentum", "adam", "adamw", "lion")}  # fewer where steps are slow
 ENUMERATED = 12
 FIRST = 1000  # number of the first step after a task's warm start
@@ -95,9 +96,23 @@ class StepUtility:
         ends = [self.stepped(whole * (k / nodes)) for k in range(nodes + 1)]
         removed = torch.zeros_like(whole)
         for a, b in itertools.pairwise(ends):
-            vector_to_parameters((a + b) / 2, self.params)
-            removed -= (b - a) * self.gradient(self.task.validation_loss(self.model))
+            removed -= (b - a) * self.validation_gradient_at((a + b) / 2)
         return (self.shares @ (removed / whole).masked_fill(whole == 0, 0.0)).numpy()
+
+    def coordinates(self, nodes: int = NODES) -> np.ndarray:
+        """The Shapley value of each coordinate's update, at the validation gradient's mean along the step, [n]."""
+        nobody, everybody = self.stepped(0 * self.shares[0]), self.stepped(self.shares.sum(0))
+        along = [torch.lerp(nobody, everybody, (k + 0.5) / nodes) for k in range(nodes)]
+        mean = torch.stack([self.validation_gradient_at(weights) for weights in along]).mean(0)
+
+        def weights(members: np.ndarray) -> np.ndarray:
+            return self.stepped(torch.from_numpy(members).to(self.shares.dtype) @ self.shares).numpy()
+
+        return -shapley.exact(weights, len(self.shares))[0] @ mean.numpy()
+
+    def validation_gradient_at(self, weights: Tensor) -> Tensor:
+        vector_to_parameters(weights, self.params)
+        return self.gradient(self.task.validation_loss(self.model))
 
 
 def continued(
@@ -147,9 +162,9 @@ def largest_stable(task: Task, starts: Sequence[nn.Module], kind: str, steps: in
     return lr
 
 
-def applicable(kind: str) -> list[str]:
-    """The methods that are defined for an optimizer."""
-    paths = [m for m in COLUMNS if m.startswith("path")]
+def applicable(kind: str, size: int) -> list[str]:
+    """The columns that are defined for an optimizer and a batch of this size."""
+    paths = [m for m in COLUMNS if m.startswith("path") or (m == "coordinates" and size <= ENUMERATED)]
     if kind in ("sgd", "momentum", "nesterov"):
         return ["first", "second", "secant", *paths]
     return ["sgd_proxy", *(["first", "secant"] if kind in ("adam", "adamw") else []), *paths]
@@ -195,12 +210,12 @@ def measure(
     else:
         truth, half_width, total = shapley.monte_carlo(utility, size, permutations, seed)
     values: dict[str, np.ndarray] = {}
-    for method in applicable(kind):
+    for method in applicable(kind, size):
         if method == "sgd_proxy":
             values[method] = lr * (utility.shares @ utility.validation_gradient).numpy()
             continue
-        if method == "path_integral":
-            values[method] = utility.path_integral()
+        if method in ("path_integral", "coordinates"):
+            values[method] = getattr(utility, method)()
             continue
         values[method], drop = tracked_values(method, task, model, optimizer, x, y)
         if drop is not None and not math.isclose(drop, total, rel_tol=1e-6, abs_tol=1e-9):
@@ -211,7 +226,7 @@ def measure(
         "lr": lr,
         "seed": seed,
         "batch": size,
-        "total": total,
+        "total": float(total),
         "truth": truth.tolist(),
         "half_width": None if half_width is None else half_width.tolist(),
         "values": {m: v.tolist() for m, v in values.items()},
@@ -286,7 +301,7 @@ def as_text(found: dict[str, Any]) -> str:
             lines.append([f"{kind} {lr:.3g}{beyond(rows)}", f"{batch}{noise}", *figures])
         body = results.table(["", "batch", *COLUMNS], lines)
         parts.append(f"{task}: Pearson / relative error / efficiency gap\n{body}")
-    for method in ("path_secant", "path_simpson", "path_integral"):
+    for method in ("path_secant", "path_simpson", "path_integral", "coordinates"):
         missed = []
         for (task, kind, lr, _), rows in cells(found["rows"]).items():
             r, gap = (medians(rows, method, metric) for metric in ("pearson", "efficiency_gap"))

@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 Utility = Callable[[np.ndarray], float]  # of a coalition, bool [n]
+Vector = Callable[[np.ndarray], np.ndarray]  # several games at once
 
 
-def exact(utility: Utility, players: int) -> tuple[np.ndarray, float]:
+def exact(utility: Utility | Vector, players: int) -> tuple[np.ndarray, Any]:
     """The Shapley value by enumeration.
 
     Args:
-        utility: of a coalition, bool [players]; called 2^players times.
+        utility: of a coalition, bool [players], a number or an array of numbers; called 2^players times.
         players: from 1 to 20.
 
     Returns:
-        The values, float64 [players], and what they add up to: U(all) - U(none).
+        The values, float64 [players, *shape of the utility], and what they add up to: U(all) - U(none).
 
     Raises:
         ValueError: more players than can be enumerated.
@@ -41,11 +43,11 @@ def exact(utility: Utility, players: int) -> tuple[np.ndarray, float]:
     worth = np.array([utility(row) for row in members])
     size = members.sum(1)
     weight = np.array([1 / (players * math.comb(players - 1, k)) for k in range(players)])
-    values = np.empty(players)
+    values = np.empty((players, *worth.shape[1:]))
     for i in range(players):
         without = masks[~members[:, i]]
         values[i] = weight[size[without]] @ (worth[without | 1 << i] - worth[without])
-    return values, float(worth[-1] - worth[0])
+    return values, worth[-1] - worth[0]
 
 
 def monte_carlo(

@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 import inrun
 from inrun import cli, fidelity, results, shapley
-from inrun.tasks import OPTIMIZERS, digits_task, gpt_task, loss
+from inrun.deferred import METHODS
+from inrun.tasks import OPTIMIZERS, Lion, digits_task, gpt_task, loss
 
 
 def test_the_exact_value_is_the_mean_over_all_orders():
@@ -91,11 +93,15 @@ def test_path_secant_is_nearest_to_the_truth_at_a_rate_that_trains(digits, kind)
     lr = OPTIMIZERS[kind][1] / 4
     row = fidelity.measure(task, start, kind, lr, steps=20, size=6, seed=1)
     found = row["fidelity"]
-    assert set(found) == set(fidelity.applicable(kind))
+    assert set(found) == set(fidelity.applicable(kind, 6))
     assert np.sum(row["truth"]) == pytest.approx(row["total"])
     assert found["path_secant"]["efficiency_gap"] < 0.02
     if kind != "lion":  # a sign turns at once, which no linear function of a sample's gradient follows
-        others = [v["relative_error"] for method, v in found.items() if method not in ("path_simpson", "path_integral")]
+        others = [
+            v["relative_error"]
+            for method, v in found.items()
+            if method in (*METHODS, "first") and method != "path_simpson"
+        ]
         assert found["path_secant"]["relative_error"] == min(others) < 0.02
         assert found["path_secant"]["pearson"] > 0.999
 
@@ -143,26 +149,38 @@ def test_the_gpts_text_does_not_hang_on_what_is_installed(monkeypatch):
     assert not {bytes(r.tolist()) for r in first.train[0]} & {bytes(r.tolist()) for r in first.validation[0]}
 
 
-def test_the_path_integral_is_the_shapley_value_where_the_loss_is_a_square():
-    """A quadratic loss under SGD: Aumann-Shapley and Shapley agree, and more nodes change nothing."""
+def utility_of(validation_loss, make_optimizer):
+    """Of a step of three weights with four samples' random shares."""
     model = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
-    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y = x.sum(1, keepdim=True)
-
-    class Squares:
-        def validation_loss(self, model):
-            return (model(x) - y).square().mean()
-
-    task: Any = Squares()
+    torch.nn.init.constant_(model.weight, 0.1)
+    task: Any = SimpleNamespace(validation_loss=validation_loss)
     utility = fidelity.StepUtility.__new__(fidelity.StepUtility)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    optimizer = make_optimizer(model.parameters())
     vars(utility).update(task=task, model=model, optimizer=optimizer, params=[model.weight], _state=[{}])
     utility._weights = [model.weight.detach().clone()]
     utility.shares = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     utility.before = float(task.validation_loss(model).detach())
+    return utility
+
+
+def test_path_integral_and_coordinates_are_the_shapley_value_where_the_loss_is_a_square():
+    """A quadratic loss under SGD: Aumann-Shapley and Shapley agree, and more nodes change nothing."""
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    utility = utility_of(lambda model: (model(x) - x.sum(1)).square().mean(), lambda p: torch.optim.SGD(p, lr=0.3))
     truth, _ = shapley.exact(utility, 4)
-    np.testing.assert_allclose(utility.path_integral(1), truth, rtol=1e-9)
-    np.testing.assert_allclose(utility.path_integral(7), truth, rtol=1e-9)
+    for nodes in (1, 7):
+        np.testing.assert_allclose(utility.path_integral(nodes), truth, rtol=1e-9)
+        np.testing.assert_allclose(utility.coordinates(nodes), truth, rtol=1e-9)
+
+
+def test_coordinates_see_the_vote_on_a_sign_and_the_path_does_not():
+    slope = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
+    utility = utility_of(lambda model: (model.weight * slope).sum(), lambda p: Lion(p, lr=0.3, betas=(0.0, 0.9)))
+    utility._state = [{"exp_avg": torch.zeros(1, 3, dtype=torch.float64)}]
+    truth, total = shapley.exact(utility, 4)
+    np.testing.assert_allclose(utility.coordinates(1), truth, rtol=1e-9)
+    assert utility.path_integral(7).sum() == pytest.approx(total)
+    assert np.abs(utility.path_integral(7) - truth).max() > 0.1 * np.abs(truth).max()
 
 
 def test_errors_shrink_with_the_powers_of_the_rate_that_the_theory_says(digits):
