@@ -8,11 +8,13 @@ and sums are float32 throughout. Temporaries hold a few `_CHUNK` elements, apart
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _CHUNK = 1 << 20  # elements of a temporary: 4 MB in float32, about an L2 cache
+_ROWS = 1 << 17  # elements of the buffer in which products of rows are formed: 512 KB, which stay in an L2 cache
 _BLOCK = 1 << 21  # elements of the block of weight-gradient rows that ghost_wgrad_dot fills at a time
 
 
@@ -105,10 +107,13 @@ def embedding_dot(
     wide = accumulate_dtype(grads)
     flat_ids, flat_grads = ids.flatten(), grads.flatten(0, 1)
     out = grads.new_empty(batch * tokens, val_grad.shape[0], dtype=wide)
-    for part in _chunks(batch * tokens, width, _CHUNK):
-        g = flat_grads[part].to(wide)
+    buffer = val_grad.new_empty(max(_ROWS, width))
+    for part in _chunks(batch * tokens, width, _ROWS):
+        ids_here, g = flat_ids[part], flat_grads[part].to(wide)
+        here = buffer[: g.numel()].view_as(g)
         for m, direction in enumerate(val_grad):
-            torch.sum(direction[flat_ids[part]].to(wide).mul_(g), -1, out=out[part, m])
+            torch.index_select(direction, 0, ids_here, out=here)
+            torch.sum(here.to(wide).mul_(g), -1, out=out[part, m])
     if padding_idx is not None:
         out.masked_fill_((flat_ids == padding_idx)[:, None], 0)
     return reduce_tokens(out, batch, tokens, segments, per_token)
@@ -121,9 +126,9 @@ def row_dot(normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Te
     flat_grads, flat_normed = grads.flatten(0, 1), None if normed is None else normed.flatten(0, 1)
     out = grads.new_empty(batch * tokens, val_grad.shape[0], dtype=wide)
     directions = val_grad.to(wide).T
-    for part in _chunks(batch * tokens, width, _CHUNK):
-        g = flat_grads[part].to(wide)
-        torch.mm(g if flat_normed is None else g * flat_normed[part], directions, out=out[part])
+    buffer = None if normed is None else grads.new_empty(max(_ROWS, width), dtype=wide)
+    for part in _chunks(batch * tokens, width, _ROWS):
+        torch.mm(_product(flat_grads[part], flat_normed, part, buffer), directions, out=out[part])
     return reduce_tokens(out, batch, tokens, segments, per_token)
 
 
@@ -133,13 +138,16 @@ def row_wgrad_dot(
     """Column sums of each sample, `[S, I]`: their sum is the gradient, their contraction the dots."""
     batch, tokens, width = grads.shape
     wide = accumulate_dtype(grads)
-    if segments is None and normed is None and grads.dtype == wide:
-        sums = grads.sum(1)
-    elif segments is None:
-        sums = grads.new_empty(batch, width, dtype=wide)
-        for part in _chunks(batch, tokens * width, _CHUNK):
-            products = grads[part] if normed is None else grads[part].to(wide) * normed[part]
-            torch.sum(products, 1, dtype=wide, out=sums[part])
+    if segments is None:
+        sums = grads.new_zeros(batch, 1, width, dtype=wide)
+        ones = sums.new_ones(1, 1, max(1, tokens))  # BLAS adds rows up quicker than torch.sum does
+        buffer = None if normed is None else grads.new_empty(max(_ROWS, width), dtype=wide)
+        for part in _chunks(batch, tokens * width, _ROWS):
+            here = sums[part]
+            for span in _chunks(tokens, len(here) * width, _ROWS):
+                products = _product(grads[part, span], normed, (part, span), buffer)
+                here.baddbmm_(ones[..., : products.shape[1]].expand(len(here), 1, -1), products)
+        sums = sums.squeeze(1)
     else:
         sums = grads.new_empty(segments.shape[0] - 1, width, dtype=wide)
         for part in _chunks(width, batch * tokens, _CHUNK):
@@ -147,6 +155,16 @@ def row_wgrad_dot(
             products = products if normed is None else products * normed[..., part]
             sums[:, part] = _segment_sum(products.flatten(0, 1), segments)
     return sums.sum(0), torch.stack([(sums * direction).sum(1) for direction in val_grad.to(wide)], 1)
+
+
+def _product(grads: Tensor, normed: Tensor | None, part: Any, buffer: Tensor | None) -> Tensor:
+    """`grads * normed[part]` in the buffer, widened to its dtype; `grads` alone where there is none."""
+    if normed is None or buffer is None:
+        return grads.to(accumulate_dtype(grads))
+    here = buffer[: grads.numel()].view(grads.shape)
+    if grads.dtype == here.dtype == normed.dtype:
+        return torch.mul(grads, normed[part], out=here)
+    return here.copy_(grads).mul_(normed[part])
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
