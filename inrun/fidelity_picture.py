@@ -37,7 +37,7 @@ def draw(task: str, cells: dict[Any, list], columns: Sequence[str], figure_of: C
             text = _correlation(1 - distance) if metric == "pearson" else f"{distance:.2%}"
             dark = not 0.12 < float(norm(np.clip(distance, *limits))) < 0.88
             axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
-        axes.set_xticks(range(len(columns)), [c.replace("_", "\n") for c in columns], fontsize=8)
+        axes.set_xticks(range(len(columns)), [c.replace("_", "\n") for c in columns], fontsize=7)
         axes.xaxis.tick_top()
         axes.set_title(title, fontsize=10)
         axes.set_yticks(range(len(cells)), [_label(key, rows) for key, rows in cells.items()], fontsize=7)
