@@ -95,9 +95,9 @@ class Attention(nn.Module):
         return self.head(self.layer(x))
 
 
-def gpt(tied: bool = True) -> GPT:
+def gpt(tied: bool = True, layers: int = 2) -> GPT:
     norm = "layer" if tied else "rms"
-    config = GPTConfig(block_size=T, layers=2, heads=2, width=WIDTH, bias=True, norm=norm, tied=tied)
+    config = GPTConfig(block_size=T, layers=layers, heads=2, width=WIDTH, bias=True, norm=norm, tied=tied)
     return GPT(config, vocab_size=VOCAB)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import shutil
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import pytest
 import torch
-from models import MODELS, B, data, gradient, loss_of, make, oracle_values
+from models import MODELS, B, data, gpt, gradient, loss_of, make, oracle_values
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -303,6 +304,31 @@ def test_compiled_whole_with_a_changing_batch():
         close(run_step(tracker, compiled, optimizer, train, validation), expected)
     # Validation, the checked step, the steps after it, and those with a batch size left open.
     assert graphs.frame_count <= 5
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler for inductor")
+def test_compiled_by_inductor():
+    """Generated code, of one graph for every batch size; above, graphs are only captured."""
+    torch.manual_seed(0)
+    model = gpt(layers=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, check=False)  # the checked step would be a graph of its own
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    counts = []
+    for batch in (5, 3, 7):
+        train, validation = data("gpt", batch), data("gpt", 4, 2)
+        expected = oracle_values(model, lambda n, g: 0.1 * g, train, validation)
+        with tracker.validation():
+            loss_of(model, *validation).backward()  # not compiled: a graph less
+        with tracker.step(range(batch)) as step:
+            loss_of(compiled, *train).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        close(step.values, expected)
+        counts.append(graphs.frame_count)
+    assert counts[0] > 0 and len(set(counts)) == 1
 
 
 def test_clipping_by_norm_is_part_of_the_update():
