@@ -12,7 +12,8 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,15 +44,15 @@ class Machine:
     """The device that is measured, its clock and its ceilings.
 
     On a CPU, OMP_NUM_THREADS sets the threads (all by default). One thread is timed by its own CPU time, which does
-    not count its waiting for a core that others use; several threads by the wall clock.
+    not count its waiting for a core that others use; several threads, and `wall`, by the wall clock.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wall: bool = False) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
         self.clock, self._now = "wall", time.perf_counter
-        if not self.on_gpu and torch.get_num_threads() == 1:
+        if not self.on_gpu and torch.get_num_threads() == 1 and not wall:
             self.clock, self._now = "CPU time", time.thread_time
         self._flushed = torch.zeros(2 * _last_cache_bytes(self.device) // 4, device=self.device)
 
@@ -96,19 +97,28 @@ class Machine:
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
         """The most that `run` held at once, beyond what was held before it."""
+        found: list[int] = []
+        with self.recording(found):
+            run()
+        return found[0]
+
+    @contextmanager
+    def recording(self, found: list[int]) -> Iterator[None]:
+        """Append to `found` the most that the block held at once, beyond what was held before it."""
         gc.collect()
         if self.on_gpu:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            run()
-            return torch.cuda.max_memory_allocated() - before
+            yield
+            found.append(torch.cuda.max_memory_allocated() - before)
+            return
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            run()
+            yield
         assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
         # Every allocation and release of torch's, also inside operators: kineto's own type, unknown to the stubs.
         events: list[Any] = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
         changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-        return max(itertools.accumulate(changes), default=0)
+        found.append(max(itertools.accumulate(changes), default=0))
 
     @cached_property
     def ceiling(self) -> Work:
