@@ -50,14 +50,14 @@ class Weights(transformers.TrainerCallback):
         self.before[state.global_step] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def build(folder, trainset=None, evaluation=None, options=MappingProxyType({}), **settings):
+def build(folder, trainset=None, evaluation=None, options=MappingProxyType({}), case=CASES["Llama"], **settings):
     settings = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 2} | settings
     args = transformers.TrainingArguments(
         output_dir=folder, optim="sgd", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=CLIP, seed=3,
         report_to="none", disable_tqdm=True, use_cpu=True, save_strategy=settings.pop("save_strategy", "no"),
         logging_strategy="no", **settings,
     )  # fmt: skip
-    model, weights = CASES["Llama"].built(), Weights()
+    model, weights = case.built(), Weights()
     trainer = transformers.Trainer(
         model,
         args,
@@ -68,7 +68,7 @@ def build(folder, trainset=None, evaluation=None, options=MappingProxyType({}), 
     )
     if options is None:
         return trainer, None, weights.before
-    return trainer, attach(trainer, validation=lambda: model(**HELD_OUT).loss, **options), weights.before
+    return trainer, attach(trainer, **{"validation": lambda: model(**HELD_OUT).loss} | options), weights.before
 
 
 def share(model, row, tokens):
@@ -82,15 +82,16 @@ def gradients(loss, model):
     return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
 
-def oracle(case, trainset, weights, members, autocast=None):
-    """Values of a step's samples, one at a time, by id: in float64, or as plain training in half precision has them."""
+def oracle(case, trainset, weights, members, autocast=None, held=None):
+    """Values of a step's samples, one at a time, by id: in float64, or as plain training in half precision has them.
+
+    `held`: the samples of the validation loss, a mean over all their labels; `HELD_OUT`'s by default.
+    """
     model = case.built()
     model.load_state_dict(weights, strict=False)  # a tied head is stored once
     model = model.double() if autocast is None else model
     rows = {s["sample_id"]: s["input_ids"] for s in trainset}
-    held = [
-        row[mask.bool()].tolist() for row, mask in zip(HELD_OUT["input_ids"], HELD_OUT["attention_mask"], strict=True)
-    ]
+    held = [s["input_ids"] for s in held] if held else HELD_OUT["input_ids"].tolist()
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         tokens = sum(len(r) - 1 for r in held)
         target = [sum(g) for g in zip(*(gradients(share(model, r, tokens), model) for r in held), strict=True)]
@@ -113,12 +114,12 @@ def by_step(ledger):
     return steps
 
 
-def compare(values, before, trainset=None, autocast=None, case=CASES["Llama"]):
+def compare(values, before, trainset=None, autocast=None, case=CASES["Llama"], held=None):
     """Every score of the run beside the oracle's; in half precision the plain computation's own error doubles."""
     trainset, found = trainset or samples(), by_step(values.ledger)
     assert sorted(found) == sorted(before)
     for step, scored in found.items():
-        expected, allowed = oracle(case, trainset, before[step], list(scored)), 2e-4
+        expected, allowed = oracle(case, trainset, before[step], list(scored), held=held), 2e-4
         if autocast is not None:
             plain = oracle(case, trainset, before[step], list(scored), autocast)
             allowed = torch.finfo(autocast).eps + 2 * error(plain, expected)
@@ -192,9 +193,49 @@ def test_compiled(tmp_path):
     assert stats["unique_graphs"] == 1 and not breaks
 
 
+@pytest.mark.parametrize("kind", ["list", "datasets", "streamed"])
+def test_a_validation_set(kind, tmp_path):
+    """The loss of samples of all lengths, batched by the trainer, is the mean over all their labels."""
+    held = samples(5)[::-1]
+    given = held
+    if kind != "list":
+        given = pytest.importorskip("datasets").Dataset.from_list(held)
+        given = given.to_iterable_dataset() if kind == "streamed" else given
+    trainer, values, before = build(
+        tmp_path, options={"validation": given}, per_device_eval_batch_size=2, num_train_epochs=1
+    )
+    trainer.train()
+    compare(values, before, held=held)
+
+
+def test_several_validation_sets(tmp_path):
+    held = {"short": samples(3), "long": samples(6)[4:]}
+    trainer, values, before = build(
+        tmp_path, options={"validation": held}, per_device_eval_batch_size=2, num_train_epochs=1, max_steps=1
+    )
+    trainer.train()
+    rows = values.ledger.rows().to_pylist()
+    for target, samples_of in held.items():
+        found = {r["sample_id"]: r["value"] for r in rows if r["target"] == target}
+        assert error(found, oracle(CASES["Llama"], samples(), before[0], list(found), held=samples_of)) <= 2e-4
+
+
+def test_a_validation_set_without_labels_to_count_is_weighed_by_rows(tmp_path):
+    """A loss that the trainer does not count for, of batches of two sizes."""
+    trainer, _, _ = build(tmp_path, options=None, per_device_eval_batch_size=3)
+    trainer.model_accepts_loss_kwargs = False
+    trainer.compute_loss = lambda model, inputs: model(input_ids=inputs["rows"]).logits.square().mean()
+    trainer.data_collator = lambda examples: {"rows": torch.tensor([e["input_ids"] for e in examples])}
+    rows = [{"input_ids": [i + 3, 4, 5 + i]} for i in range(4)]
+    values = attach(trainer, validation=rows)
+    every = trainer.data_collator(rows)["rows"]
+    expected = trainer.model(input_ids=every).logits.square().mean()
+    torch.testing.assert_close(values.options["validation"]["validation"](), expected)
+
+
 def test_training_is_untouched(tmp_path):
     trained = []
-    for options in ({}, None):
+    for options in ({"validation": samples(4)}, None):
         trainset = [{k: v for k, v in s.items() if options is not None or k != "sample_id"} for s in samples()]
         trainer, _, _ = build(tmp_path, trainset, options=options)
         trainer.train()
@@ -242,7 +283,7 @@ def test_a_resumed_run_neither_loses_nor_doubles_a_step(tmp_path):
     assert sorted(by_step(inrun.Ledger(tmp_path / "ledger"))) == [0, 1, 2, 3]
 
 
-def sft(folder, trainset, attached=True, **settings):
+def sft(folder, trainset, attached=True, validation=None, case=TIED, evaluation=None, **settings):
     """An SFTTrainer over token rows, its checkpointing on as is its default, and the head tied to the embedding."""
     trl, tokenizers = pytest.importorskip("trl"), pytest.importorskip("tokenizers")
     vocab = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
@@ -252,10 +293,13 @@ def sft(folder, trainset, attached=True, **settings):
         report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no", bf16=False,
         **{"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 2, **settings},
     )  # fmt: skip
-    model, weights = TIED.built(), Weights()
-    trainer = trl.SFTTrainer(model, config, train_dataset=trainset, processing_class=tokenizer, callbacks=[weights])
+    model, weights = case.built(), Weights()
+    trainer = trl.SFTTrainer(
+        model, config, train_dataset=trainset, eval_dataset=evaluation, processing_class=tokenizer, callbacks=[weights]
+    )
     attach_sft = pytest.importorskip("inrun.adapters.trl").attach
-    return trainer, attach_sft(trainer, lambda: model(**HELD_OUT).loss) if attached else None, weights.before
+    loss = validation or (lambda: model(**HELD_OUT).loss)
+    return trainer, attach_sft(trainer, loss) if attached else None, weights.before
 
 
 @pytest.mark.parametrize("rows", ["padded", "padding_free", "packed"])
@@ -271,9 +315,11 @@ def test_sft(rows, tmp_path):
         assert len(trainset) < 5
         settings |= {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}, "eval_packing": False,
                      "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}  # fmt: skip
-    trainer, values, before = sft(tmp_path, trainset, **settings)
+    held = samples(5)[::-1]
+    validation = datasets.Dataset.from_list(held)
+    trainer, values, before = sft(tmp_path, trainset, validation=validation, per_device_eval_batch_size=2, **settings)
     trainer.train()
-    found = compare(values, before, case=TIED)
+    found = compare(values, before, case=TIED, held=held)
     assert sum(map(len, found.values())) == 22
 
 
@@ -283,13 +329,17 @@ def test_sft_training_and_its_metrics_are_untouched(tmp_path):
     trained, logs = [], []
     for attached in (True, False):
         trainset = datasets.Dataset.from_list(samples()).remove_columns("extra")
-        trainer, _, _ = sft(tmp_path, trainset, attached, max_length=20, num_train_epochs=1)
+        trainer, _, _ = sft(
+            tmp_path, trainset, attached, validation=trainset.select(range(4)), evaluation=trainset.select(range(7)),
+            eval_strategy="steps", eval_steps=1, max_length=20, num_train_epochs=1,
+        )  # fmt: skip
         trainer.args.logging_strategy, trainer.args.logging_steps = "steps", 1
         trainer.train()
         trained.append(list(trainer.model.parameters()))
         names = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
+        names += tuple(f"eval_{name}" for name in names)
         logs.append([log[name] for log in trainer.state.log_history for name in names if name in log])
-    assert len(logs[0]) == 8
+    assert len(logs[0]) == 16
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
     for a, b in zip(*trained, strict=True):
         torch.testing.assert_close(a, b)
@@ -310,6 +360,10 @@ def test_bad_input_is_one_clear_error(tmp_path):
     trainer = build(tmp_path)[0]
     with pytest.raises(InRunError, match="without inrun"):
         attach(trainer, validation=lambda: torch.ones(()))
+    with pytest.raises(TypeError, match=r"validation\['validation'\]: expected a dataset or a callable, got 'batch'"):
+        build(tmp_path, options={"validation": "batch"})
+    with pytest.raises(ValueError, match=r"validation\['a'\]: expected a dataset of at least one sample, got none"):
+        build(tmp_path, options={"validation": {"a": []}})
     nameless = [{"input_ids": s["input_ids"]} for s in samples()]
     trainer, _, _ = build(tmp_path, nameless)
     with pytest.raises(InRunError, match="sample_id: expected in every example"):

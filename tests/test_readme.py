@@ -145,16 +145,19 @@ def test_lightning(tmp_path):
 @pytest.mark.parametrize("kind", ["huggingface", "trl"])
 @pytest.mark.filterwarnings("ignore")
 def test_the_trainer_and_trls(kind, tmp_path, monkeypatch):
-    from test_adapters_huggingface import HELD_OUT, build, samples, sft
+    from test_adapters_huggingface import build, samples, sft
 
     monkeypatch.chdir(tmp_path)
+    held_out = samples(4)
     if kind == "trl":
         datasets = pytest.importorskip("datasets")
-        trainset = datasets.Dataset.from_list(samples()).remove_columns("extra")
+        trainset, held_out = (
+            datasets.Dataset.from_list(rows).remove_columns("extra") for rows in (samples(), held_out)
+        )
         trainer, _, _ = sft(tmp_path / "out", trainset, False, max_length=20)
     else:
         trainer, _, _ = build(tmp_path / "out", options=None)
-    names = {"trainer": trainer, "model": trainer.model, "held_out": HELD_OUT}
+    names = {"trainer": trainer, "held_out": held_out}
     exec(block("adapters.huggingface").replace("huggingface", kind), names)
     assert len(inrun.Ledger("runs/ledger")) == 22
 

@@ -1,6 +1,6 @@
 """The Hugging Face Trainer, and every trainer made from it:
 
-    values = attach(trainer, validation=lambda: model(**held_out).loss, ledger="run/ledger")
+    values = attach(trainer, validation=held_out, ledger="run/ledger")
     trainer.train()
     values.ledger.bottom(10)
 
@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from ..errors import InRunError
@@ -32,7 +34,7 @@ from .loop import Loop
 
 def attach(
     trainer: Trainer,
-    validation: Callable[[], Tensor] | Mapping[str, Callable[[], Tensor]],
+    validation: Any,
     *,
     id_column: str = "sample_id",
     ledger: Ledger | str | Path | None = None,
@@ -42,7 +44,10 @@ def attach(
 
     Args:
         trainer: of `transformers`, or a class made from it. It gets a callback, and carries the id column to the step.
-        validation: returns the validation loss, a scalar; or a dict of names and such callables. Run in eval mode.
+        validation: a dataset like the training set. Every validation gradient is that of the whole of it, in every
+            process, so it holds as many samples as a step may cost: a batch or two. Its loss is `trainer.compute_loss`
+            over the trainer's own batches of `per_device_eval_batch_size`. Or a callable that returns the validation
+            loss, a scalar; or a dict of names and either. Run in eval mode.
         id_column: column of the training set that holds each sample's id, integers or strings.
         ledger: where the values go, as in `inrun.track`. A resumed run (`resume_from_checkpoint`) needs the folder of
             the first one: what was written of the step to be resumed and later is dropped, and nothing else.
@@ -53,6 +58,7 @@ def attach(
 
     Raises:
         InRunError: the training set has no such column; several GPUs in one process; attached already.
+        TypeError, ValueError: a validation that is neither a dataset nor a callable; a dataset without samples.
     """
     if isinstance(trainer, _Tracked):
         raise InRunError("attach: expected a trainer without inrun, got one that has it")
@@ -64,14 +70,57 @@ def attach(
     columns = getattr(trainer.train_dataset, "column_names", None)
     if columns is not None and id_column not in columns:
         raise InRunError(f"id_column: expected a column of the training set ({', '.join(columns)}), got {id_column!r}")
+    losses = losses_of(trainer, validation, id_column)
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns = [*(trainer._signature_columns or ()), id_column]  # else it is dropped as unused
     trainer.data_collator = CarryIds(trainer.data_collator, id_column)
-    callback = InRunCallback(id_column, ledger, {"validation": validation, **options})
+    callback = InRunCallback(id_column, ledger, {"validation": losses, **options})
     trainer.__class__ = type(type(trainer).__name__, (_Tracked, type(trainer)), {})
     trainer._inrun = callback  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(callback)
     return callback
+
+
+def losses_of(trainer: Trainer, validation: Any, id_column: str) -> dict[str, Any]:
+    """The `validation` argument of `attach` as target -> callable."""
+    named: Any = validation if isinstance(validation, Mapping) else {"validation": validation}
+    return {name: loss if callable(loss) else SetLoss(trainer, loss, name, id_column) for name, loss in named.items()}
+
+
+class SetLoss:
+    """The loss of a whole dataset: its batches' mean losses, each weighted by the terms that it is the mean of."""
+
+    def __init__(self, trainer: Trainer, dataset: Any, name: str, id_column: str) -> None:
+        if isinstance(dataset, str) or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
+            raise TypeError(f"validation[{name!r}]: expected a dataset or a callable, got {dataset!r}")
+        collator = trainer._get_collator_with_removed_columns(trainer.data_collator, description="validation")
+
+        def collate(examples: list[Any]) -> Any:
+            return collator([{k: v for k, v in example.items() if k != id_column} for example in examples])
+
+        self.trainer: Any = trainer
+        loader: Any = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=collate)
+        with torch.random.fork_rng():  # of which a loader, and perhaps the collator, draws
+            self.batches = list(loader)
+        if not self.batches:
+            raise ValueError(f"validation[{name!r}]: expected a dataset of at least one sample, got none")
+
+    def __call__(self) -> Tensor:
+        trainer, total, terms = self.trainer, 0.0, 0.0
+        for batch in self.batches:
+            inputs = trainer._prepare_inputs(batch)
+            count = self._terms(inputs)
+            with trainer.compute_loss_context_manager():
+                total += count * trainer.compute_loss(trainer.model, inputs)
+            terms += count
+        return total / terms  # pyright: ignore[reportReturnType]
+
+    def _terms(self, inputs: Any) -> Any:
+        """Labels that count, as the trainer counts them where it does; or rows."""
+        _, count = self.trainer.get_batch_samples(iter([inputs]), 1, self.trainer.args.device)
+        if count is None and isinstance(labels := inputs.get("labels"), Tensor):
+            count = (labels != -100).sum()
+        return count if count is not None else len(next(v for v in inputs.values() if isinstance(v, Tensor)))
 
 
 @dataclass

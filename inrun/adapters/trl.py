@@ -1,6 +1,6 @@
 """TRL's SFTTrainer:
 
-    values = attach(trainer, validation=lambda: model(**held_out).loss, ledger="run/ledger")
+    values = attach(trainer, validation=held_out, ledger="run/ledger")
     trainer.train()
     values.ledger.bottom(10)
 
@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -27,6 +30,8 @@ from . import huggingface
 
 def attach(trainer: SFTTrainer, validation: Any, *, id_column: str = "sample_id", **options: Any) -> Any:
     """As `huggingface.attach`, for an SFTTrainer; call it before `train()` and `evaluate()`.
+
+    A validation dataset is prepared (formatted, tokenized, cut) as the trainer's own are, and not packed.
 
     TRL computes the loss from the output layer's weight without calling the layer. Where that weight is trained, the
     layer is called instead, so that it is scored: the same loss, to rounding, from logits held in full.
@@ -44,7 +49,11 @@ def attach(trainer: SFTTrainer, validation: Any, *, id_column: str = "sample_id"
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
     if hasattr(model, "_original_forward"):
         raise InRunError("attach: expected a trainer before its first train() or evaluate(), got one that has run")
-    callback = huggingface.attach(trainer, validation, id_column=id_column, **options)
+    named = validation if isinstance(validation, Mapping) else {"validation": validation}
+    prepared = {name: _prepared(trainer, given, name) for name, given in named.items()}
+    losses = huggingface.losses_of(trainer, prepared, id_column)
+    losses = {name: _apart(trainer, loss) for name, loss in losses.items()}
+    callback = huggingface.attach(trainer, losses, id_column=id_column, **options)
     if model.get_output_embeddings().weight.requires_grad:
         _call_the_head(model)
     return callback
@@ -71,6 +80,27 @@ def pack(dataset: Any, max_length: int, *, id_column: str = "sample_id", strateg
     spread = dataset.map(lambda row: {id_column: [row[id_column]] * len(row["input_ids"])})
     columns = [name for name in ("input_ids", "labels", id_column) if name in dataset.column_names]
     return pack_dataset(spread.select_columns(columns), max_length, strategy)
+
+
+def _prepared(trainer: Any, validation: Any, name: str) -> Any:
+    if trainer._skip_prepare_dataset or not hasattr(validation, "column_names"):
+        return validation
+    how = trainer.processing_class, trainer.args, False, trainer._formatting_func
+    return trainer._prepare_dataset(validation, *how, name)
+
+
+def _apart(trainer: Any, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The loss, kept out of the metrics that the trainer gathers for its own evaluations."""
+
+    def run() -> Tensor:
+        before = trainer._metrics["eval"]
+        trainer._metrics["eval"] = defaultdict(list)
+        try:
+            return loss()
+        finally:
+            trainer._metrics["eval"] = before
+
+    return run
 
 
 def _call_the_head(model: Any) -> None:
