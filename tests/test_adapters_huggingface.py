@@ -47,7 +47,7 @@ class Weights(transformers.TrainerCallback):
         self.before = {}
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.before[state.global_step] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.before[state.global_step] = {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
 def build(folder, trainset=None, evaluation=None, options=MappingProxyType({}), case=CASES["Llama"], **settings):
@@ -89,6 +89,7 @@ def oracle(case, trainset, weights, members, autocast=None, held=None):
     """
     model = case.built()
     model.load_state_dict(weights, strict=False)  # a tied head is stored once
+    model.config._experts_implementation = "eager"  # the grouped products have no float64
     model = model.double() if autocast is None else model
     rows = {s["sample_id"]: s["input_ids"] for s in trainset}
     held = [s["input_ids"] for s in held] if held else HELD_OUT["input_ids"].tolist()
@@ -167,6 +168,30 @@ def test_stacks(settings, tmp_path):
     trainer, values, before = build(tmp_path, trainset, **settings)
     trainer.train()
     compare(values, before, autocast=torch.bfloat16 if "bf16" in settings else None)
+
+
+def test_a_mixture_of_experts(tmp_path):
+    trainer, values, before = build(tmp_path, case=CASES["Mixtral"], num_train_epochs=1)
+    trainer.train()
+    compare(values, before, case=CASES["Mixtral"])
+
+
+def test_a_batch_size_that_is_found(tmp_path):
+    """Memory runs out in the middle of the second step; the attempt that takes its place has the ledger to itself."""
+    trainer, values, before = build(tmp_path, auto_find_batch_size=True, num_train_epochs=1)
+    plain, refused = trainer.compute_loss, []
+
+    def compute_loss(model, inputs, **kwargs):
+        if trainer.state.global_step == 1 and len(inputs["input_ids"]) == 3:
+            refused.append(len(before))
+            raise RuntimeError("CUDA out of memory.")
+        return plain(model, inputs, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    assert refused == [2]
+    found = compare(values, before)
+    assert [len(scored) for scored in found.values()] == [4, 4, 3]
 
 
 def test_a_streamed_set(tmp_path):
@@ -283,7 +308,7 @@ def test_a_resumed_run_neither_loses_nor_doubles_a_step(tmp_path):
     assert sorted(by_step(inrun.Ledger(tmp_path / "ledger"))) == [0, 1, 2, 3]
 
 
-def sft(folder, trainset, attached=True, validation=None, case=TIED, evaluation=None, **settings):
+def sft(folder, trainset, attached=True, validation=None, case=TIED, evaluation=None, peft=None, **settings):
     """An SFTTrainer over token rows, its checkpointing on as is its default, and the head tied to the embedding."""
     trl, tokenizers = pytest.importorskip("trl"), pytest.importorskip("tokenizers")
     vocab = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
@@ -295,8 +320,9 @@ def sft(folder, trainset, attached=True, validation=None, case=TIED, evaluation=
     )  # fmt: skip
     model, weights = case.built(), Weights()
     trainer = trl.SFTTrainer(
-        model, config, train_dataset=trainset, eval_dataset=evaluation, processing_class=tokenizer, callbacks=[weights]
-    )
+        model, config, train_dataset=trainset, eval_dataset=evaluation, processing_class=tokenizer, callbacks=[weights],
+        peft_config=peft,
+    )  # fmt: skip
     attach_sft = pytest.importorskip("inrun.adapters.trl").attach
     loss = validation or (lambda: model(**HELD_OUT).loss)
     return trainer, attach_sft(trainer, loss) if attached else None, weights.before
@@ -321,6 +347,20 @@ def test_sft(rows, tmp_path):
     trainer.train()
     found = compare(values, before, case=TIED, held=held)
     assert sum(map(len, found.values())) == 22
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sft_of_adapters(tmp_path):
+    """What TRL adds to a model (LoRA) is what is scored."""
+    datasets, peft = pytest.importorskip("datasets"), pytest.importorskip("peft")
+    trainset, lora = datasets.Dataset.from_list(samples()).remove_columns("extra"), CASES["Llama + PEFT LoRA"]
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    trainer, values, before = sft(tmp_path, trainset, case=CASES["Llama"], peft=config, max_length=20)
+    trainer.train()
+    trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
+    assert values.ledger.metadata["tracked_parameters"] == len(trained) == 12 and all("lora" in n for n in trained)
+    found = compare(values, before, case=lora)
+    assert [len(scored) for scored in found.values()] == [6, 5, 6, 5]
 
 
 @pytest.mark.filterwarnings("ignore")
