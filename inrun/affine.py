@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .layers import Rule, affine_dots, require_whole_rows
-from .tap import SUFFIX, Layout
+from .tap import Layout, along
 
 _CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
 
@@ -78,7 +78,7 @@ class AffineRule(Rule):
 
     def _directions(self: Any, normed: Tensor) -> tuple[Tensor | None, Tensor | None]:
         affine: Affine = self._inrun.affine
-        pair = [self._parameters.get(f"{name}{SUFFIX}") for name in (affine.weight, affine.bias)]
+        pair = [along(self, name) if name else None for name in (affine.weight, affine.bias)]
         weight, bias = (None if d is None else d.to(torch.promote_types(d.dtype, normed.dtype)) for d in pair)
         return weight, bias
 

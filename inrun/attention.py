@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .layers import ForwardModeRule
-from .tap import SUFFIX
+from .tap import along
 
 
 class AttentionRule(ForwardModeRule):
@@ -61,23 +61,23 @@ def _attend(
     else:
         out = F.scaled_dot_product_attention(q, k, v, None if is_causal else mask, dropout, is_causal)
     last = module.out_proj
-    directions = _direction(last, "weight"), _direction(last, "bias")
+    directions = along(last, "weight"), along(last, "bias")
     out = functional.linear(out.transpose(1, 2).flatten(2), last.weight, last.bias, directions, module._inrun.probe)
     return out if module.batch_first else out.transpose(0, 1), weights
 
 
 def _projected(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
     """Queries, keys and values, `[B, T, E]`."""
-    probe, bias, bias_direction = module._inrun.probe, module.in_proj_bias, _direction(module, "in_proj_bias")
+    probe, bias, bias_direction = module._inrun.probe, module.in_proj_bias, along(module, "in_proj_bias")
     inputs = [x if module.batch_first else x.transpose(0, 1) for x in (query, key, value)]
     if module._qkv_same_embed_dim:
-        weight, direction = module.in_proj_weight, _direction(module, "in_proj_weight")
+        weight, direction = module.in_proj_weight, along(module, "in_proj_weight")
         if query is key and key is value:
             return functional.linear(inputs[0], weight, bias, (direction, bias_direction), probe).chunk(3, -1)
         weights, directions = _thirds(weight, -2), _thirds(direction, -2)
     else:
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        weights, directions = ([f(module, name) for name in names] for f in (getattr, _direction))
+        weights, directions = ([f(module, name) for name in names] for f in (getattr, along))
     both = zip(directions, _thirds(bias_direction, -1), strict=True)
     layers = zip(inputs, weights, _thirds(bias, -1), both, strict=True)
     return [functional.linear(*layer, probe) for layer in layers]
@@ -85,10 +85,6 @@ def _projected(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Sequen
 
 def _thirds(x: Tensor | None, dim: int) -> Sequence[Any]:
     return [None] * 3 if x is None else x.chunk(3, dim)
-
-
-def _direction(module: Any, name: str) -> Tensor | None:
-    return module._parameters.get(name + SUFFIX)
 
 
 def _mask(module: Any, query: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -184,7 +184,7 @@ def require_whole(names: Iterable[tuple[str, Any]]) -> None:
 
 def _require_fully_sharded(slot: Any, mesh: Any) -> None:
     param, sibling = slot.param, slot.sibling
-    placements = getattr(param, "placements", ())
+    placements: Any = getattr(param, "placements", ())
     split = [not p.is_replicate() for p in placements]
     if getattr(param, "device_mesh", None) != mesh or split != [False] * (mesh.ndim - 1) + [True]:
         raise InRunError(
@@ -192,11 +192,12 @@ def _require_fully_sharded(slot: Any, mesh: Any) -> None:
             f"else, got {f'placements {placements}' if placements else 'a whole one'} (tensor parallelism is not "
             "supported)"
         )
-    if getattr(sibling, "placements", ()) != placements or sibling.shape != param.shape:
+    several = sibling.dim() > param.dim()  # targets, along dimension 1
+    if getattr(sibling, "placements", ()) != placements or (several and not placements[-1].is_shard(0)):
         raise InRunError(
-            f"{slot.name}: expected its direction, {tuple(sibling.shape)}, to be sharded alike, {placements}; got "
-            f"{getattr(sibling, 'placements', 'a whole one')}. Under fully_shard there is one target, and a "
-            "shard_placement_fn must treat both alike"
+            f"{slot.name}: expected its direction, {tuple(sibling.shape)}, to be sharded alike, {placements}"
+            f"{' and along dimension 0, as of several targets' if several else ''}; got "
+            f"{getattr(sibling, 'placements', 'a whole one')}. A shard_placement_fn must see to it"
         )
 
 

@@ -18,7 +18,7 @@ from inrun_kernels.grouped import by_groups, grouped_mm, grouped_wgrad
 from . import functional
 from .forward_mode import split_samples
 from .layers import ForwardModeRule
-from .tap import SUFFIX
+from .tap import along
 
 
 class ExpertsRule(ForwardModeRule):
@@ -48,7 +48,7 @@ class ExpertsRule(ForwardModeRule):
         return tap.probe[torch.searchsorted(tap.layout.segments, tokens, right=True) - 1]
 
     def _grouped(self: Any, x: Tensor, name: str, probe: Tensor, offsets: Tensor) -> Tensor:
-        weight, direction = self._parameters[name], self._parameters[name + SUFFIX]
+        weight, direction = self._parameters[name], along(self, name)
         if self.config._experts_implementation == "eager":  # the one that autocast reaches
             x, weight, _ = functional._autocast(x, weight, None)
         return functional._apply(_Grouped, x.to(weight.dtype), weight, direction, probe, offsets)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from . import functional
 from .errors import InRunError
-from .tap import SUFFIX, Layout, Tap
+from .tap import Layout, Tap, along
 
 
 def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, uncaptured: bool = False) -> Any:
@@ -137,7 +137,7 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
     # Fused attention, recurrent layers and grouped products have no forward derivative; written out they have one.
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap):
         plain: list[Any] = [(owner, local, owner._parameters[local]) for owner, local in tap.forward_mode]
-        tangents: list[Any] = [owner._parameters[local + SUFFIX] for owner, local, _ in plain]
+        tangents: list[Any] = [along(owner, local) for owner, local, _ in plain]
         tangents = tangents if target is None else [t[target] for t in tangents]
         scale = None
         if _in_float16(tangents[0].device.type, plain[0][2].dtype):  # which has no range for a direction

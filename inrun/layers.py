@@ -19,7 +19,7 @@ from . import functional
 from .convolution import Geometry, convolution, convolution_dots
 from .errors import InRunError
 from .forward_mode import forward_mode, split_samples
-from .tap import SUFFIX, Layout, Tap, eagerly
+from .tap import SUFFIX, Layout, Tap, along, eagerly, targets_first
 
 
 class Holder:
@@ -87,19 +87,18 @@ class Rule(Holder):
 class LinearRule(Rule):
     weight: Tensor
     bias: Tensor | None
-    weight_direction: Tensor | None
-    bias_direction: Tensor | None
 
     def probed(self, x, probe, segments):
-        both = (self.weight_direction, self.bias_direction)
+        both = (along(self, "weight"), along(self, "bias"))
         return functional.linear(x, self.weight, self.bias, both, probe, segments)
 
     def dots(self, x, grad, segments):
         acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
         segments = functional.by_row(segments, x, acts)
+        direction, bias_direction = along(self, "weight"), along(self, "bias")
         return _sum(
-            None if self.weight_direction is None else self.weight_dots(acts, grads, self.weight_direction, segments),
-            None if self.bias_direction is None else bias_dot(grads, self.bias_direction, segments=segments),
+            None if direction is None else self.weight_dots(acts, grads, direction, segments),
+            None if bias_direction is None else bias_dot(grads, bias_direction, segments=segments),
         )
 
     def weight_dots(self, acts: Tensor, grads: Tensor, direction: Tensor, segments: Tensor | None) -> Tensor:
@@ -108,7 +107,7 @@ class LinearRule(Rule):
 
 class Conv1dRule(LinearRule):
     def probed(self, x, probe, segments):
-        both = (self.weight_direction, self.bias_direction)
+        both = (along(self, "weight"), along(self, "bias"))
         return functional.conv1d(x, self.weight, self.bias, both, probe, segments)
 
     def weight_dots(self, acts, grads, direction, segments):
@@ -117,7 +116,6 @@ class Conv1dRule(LinearRule):
 
 class EmbeddingRule(Rule):
     weight: Tensor
-    weight_direction: Tensor
     padding_idx: int | None
 
     def by_sample(self, x, batch):
@@ -127,19 +125,17 @@ class EmbeddingRule(Rule):
         return 0
 
     def probed(self, x, probe, segments):
-        return functional.embedding(x, self.weight, self.weight_direction, probe, self.padding_idx, segments)
+        return functional.embedding(x, self.weight, along(self, "weight"), probe, self.padding_idx, segments)
 
     def dots(self, x, grad, segments):
         ids, grads = x.reshape(x.shape[0], -1), functional.rows(grad, 1)
         segments = functional.by_row(segments, x, ids)
-        return embedding_dot(ids, grads, self.weight_direction, segments=segments, padding_idx=self.padding_idx)
+        return embedding_dot(ids, grads, along(self, "weight"), segments=segments, padding_idx=self.padding_idx)
 
 
 class LayerNormRule(Rule):
     weight: Tensor
     bias: Tensor | None
-    weight_direction: Tensor | None
-    bias_direction: Tensor | None
     normalized_shape: tuple[int, ...]
     eps: float
 
@@ -147,19 +143,18 @@ class LayerNormRule(Rule):
         return len(self.normalized_shape)
 
     def probed(self, x, probe, segments):
-        both = (self.weight_direction, self.bias_direction)
+        both = (along(self, "weight"), along(self, "bias"))
         return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, both, probe, segments)
 
     def dots(self, x, grad, segments):
         return affine_dots(
             torch.nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps),
-            grad, len(self.normalized_shape), self.weight_direction, self.bias_direction, segments,
+            grad, len(self.normalized_shape), along(self, "weight"), along(self, "bias"), segments,
         )  # fmt: skip
 
 
 class RMSNormRule(Rule):
     weight: Tensor
-    weight_direction: Tensor
     normalized_shape: tuple[int, ...]
     eps: float | None
 
@@ -167,19 +162,17 @@ class RMSNormRule(Rule):
         return len(self.normalized_shape)
 
     def probed(self, x, probe, segments):
-        shape, direction = self.normalized_shape, self.weight_direction
+        shape, direction = self.normalized_shape, along(self, "weight")
         return functional.rms_norm(x, shape, self.weight, self.eps, direction, probe, segments)
 
     def dots(self, x, grad, segments):
         normed = torch.nn.functional.rms_norm(x, list(self.normalized_shape), None, self.eps)
-        return affine_dots(normed, grad, len(self.normalized_shape), self.weight_direction, None, segments)
+        return affine_dots(normed, grad, len(self.normalized_shape), along(self, "weight"), None, segments)
 
 
 class ConvRule(Rule):
     weight: Tensor
     bias: Tensor | None
-    weight_direction: Tensor | None
-    bias_direction: Tensor | None
 
     def placed(self, x, layout):
         require_whole_rows(self, layout)
@@ -192,7 +185,7 @@ class ConvRule(Rule):
         return convolution_dots(x.to(grad.dtype), grad, self._directions(), self._geometry())
 
     def _directions(self):
-        return self.weight_direction, self.bias_direction
+        return along(self, "weight"), along(self, "bias")
 
     def _geometry(self: Any) -> Geometry:
         return Geometry(self.stride, self.padding, self.dilation, self.groups)
@@ -231,7 +224,7 @@ class RelativeBiasRule(Rule):
 
     def _tangents(self, bias) -> Tensor:
         table: Any = self.relative_attention_bias
-        weight, direction = table.weight, table.weight_direction
+        weight, direction = table.weight, targets_first(table.weight_direction, table.weight)
         many = direction.dim() > weight.dim()
         found = []
         try:

@@ -26,7 +26,7 @@ from inrun_kernels import bias_dot, ghost_dot_pairwise
 from . import check, functional, rules
 from .errors import InRunError
 from .keep import Budget, Keeper, Kept
-from .tap import Layout, together
+from .tap import Layout, targets_second, together
 
 if TYPE_CHECKING:
     from .tracker import Tracker
@@ -124,16 +124,16 @@ def dots(train: Keeper, validation: Keeper, slots: Sequence[Any], scalars: Mappi
         size = max(1, CHUNK // sum(slot.param.numel() for slot in members))
         for low in range(0, many, size):
             samples = range(low, min(low + size, many))
-            factors = [slot.direction.data for slot in members]
+            factors = [slot.sibling.data for slot in members]
             gradients = _gradients(validation, theirs, members, samples)
             try:
                 for slot, factor, gradient in zip(members, factors, gradients, strict=True):
-                    slot.direction.data = gradient.mul_(factor)
+                    slot.sibling.data = targets_second(gradient.mul_(factor))
                 for kept in ours:
                     add(kept, slice(samples.start, samples.stop), train.dots_of(kept, len(samples)))
             finally:
                 for slot, factor in zip(members, factors, strict=True):
-                    slot.direction.data = factor
+                    slot.sibling.data = factor
     return found
 
 

@@ -61,6 +61,23 @@ class Layout:
             )
 
 
+def along(module: Any, name: str) -> Any:
+    """The direction of a module's parameter, its shape or of M targets `[M, *shape]`; None where it has none."""
+    direction = module._parameters.get(name + SUFFIX)
+    return None if direction is None else targets_first(direction, module._parameters[name])
+
+
+def targets_first(direction: Tensor, param: Tensor) -> Tensor:
+    """A parameter's direction as `[M, *shape]`. What stands beside the parameter has M behind the dimension that
+    `fully_shard` splits, so that both are split alike; of one target it is the parameter's shape."""
+    return direction if direction.dim() == param.dim() else direction.movedim(min(1, param.dim()), 0)
+
+
+def targets_second(direction: Tensor) -> Tensor:
+    """`[M, *shape]` as it stands beside its parameter."""
+    return direction.movedim(0, min(1, direction.dim() - 1))
+
+
 def size_of(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of the tensors."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -37,7 +37,7 @@ from .factor import Watch
 from .inline import Inline
 from .ledger import Ledger
 from .step import Step
-from .tap import SUFFIX, Layout, Tap, size_of
+from .tap import SUFFIX, Layout, Tap, size_of, targets_first
 from .updates import UpdateRule
 from .validation import Validation, as_losses, as_samples, columns_of
 
@@ -64,8 +64,8 @@ class Slot:
 
     @property
     def direction(self) -> Tensor:
-        """This process's part of it, as of the gradient."""
-        return distributed.local(self.sibling)
+        """This process's part of it, as of the gradient; of M targets `[M, *shape]`."""
+        return targets_first(distributed.local(self.sibling), self.param)
 
     @property
     def grad(self) -> Tensor | None:
@@ -470,7 +470,7 @@ class Tracker:
 def _sibling(param: nn.Parameter, many: int | None) -> nn.Parameter:
     # float16 has no range for a direction; every other dtype keeps its parameter's, so that they shard alike.
     dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
-    shape = param.shape if many is None else (many, *param.shape)
+    shape = param.shape if many is None else (*param.shape[:1], many, *param.shape[1:])
     return nn.Parameter(torch.zeros(shape, dtype=dtype, device=param.device), requires_grad=False)
 
 

@@ -29,6 +29,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -39,6 +40,7 @@ RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FOLDER = Path(sys.argv[1])
 SPLITS = ((4, 2), (1, 5), (3, 3))  # samples of each rank, by step
 CLIP = 0.3
+ONE, TWO = ("validation",), ("code", "prose")  # targets
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
     "plain": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -66,32 +68,44 @@ def batches(name: str, splits: tuple[tuple[int, ...], ...]) -> list[tuple[Tensor
 
 @functools.cache
 def alone(
-    name: str, kind: str, splits: tuple[tuple[int, ...], ...] = SPLITS, method: str = "first", by_callable: bool = False
-) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor]]:
+    name: str,
+    kind: str,
+    splits: tuple[tuple[int, ...], ...] = SPLITS,
+    method: str = "first",
+    by_callable: bool = False,
+    targets: tuple[str, ...] = ONE,
+) -> tuple[list[Tensor], dict[str, Tensor], list[dict[str, Tensor]]]:
     """Values of every step, weights at the end, and measured drops, in one process that holds the whole batch."""
     model = make(name)
     optimizer = OPTIMIZERS[kind](model.parameters())
-    validation = data(name, 4, seed=2)
-    options: dict[str, Any] = {"clip": CLIP} if method.startswith("path") else {}
-    if by_callable:
-        options["validation"] = lambda: whole_loss(model, *validation, (2, 2))
-    tracker = inrun.track(model, optimizer, method, **options)
+    losses = {target: lambda k=k: whole_loss(model, *data(name, 4, seed=2 + k), (2, 2))
+              for k, target in enumerate(targets)}  # fmt: skip
+    tracker = inrun.track(model, optimizer, method, **options_of(method, losses if by_callable else None, targets))
     steps = []
+
+    def validate():
+        for target in () if by_callable else targets:
+            with tracker.validation(target):
+                losses[target]().backward()
+
     for (x, y), split in zip(batches(name, splits), splits, strict=True):
-        if not by_callable:
-            with tracker.validation():
-                whole_loss(model, *validation, (2, 2)).backward()
+        validate()
         with tracker.step(range(len(x))) as step:
             whole_loss(model, x, y, split).backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
         steps.append(step)
-    if method in ("secant", "path_secant") and not by_callable:
-        with tracker.validation():
-            whole_loss(model, *validation, (2, 2)).backward()
+    if method in ("secant", "path_secant"):
+        validate()
     tracker.close()
-    return [s.values for s in steps], model.state_dict(), [s.drop.get("validation") for s in steps]
+    return [s.values for s in steps], model.state_dict(), [s.drop for s in steps]
+
+
+def options_of(method: str, losses: Any, targets: tuple[str, ...]) -> dict[str, Any]:
+    """What `track` is told of a method: the clipping, and validation callables or the names of the targets."""
+    sides = {"targets": targets} if losses is None else {"validation": losses}
+    return {**sides, **({"clip": CLIP} if method.startswith("path") else {})}
 
 
 def gathered(values: Tensor) -> Tensor:
@@ -123,9 +137,15 @@ def raises(message: str, function: Callable[[], Any]) -> None:
         raise AssertionError(f"expected an InRunError with {message!r}, got none")
 
 
+def validation_loss(model, name="gpt_tied", k=0):
+    """Of this rank's samples of the k-th target."""
+    return loss_of(model, *(mine(v, (2, 2)) for v in data(name, 4, seed=2 + k)))
+
+
 def validate(tracker, model, name="gpt_tied"):
-    with tracker.validation():
-        loss_of(model, *(mine(v, (2, 2)) for v in data(name, 4, seed=2))).backward()
+    for k, target in enumerate(tracker.targets):
+        with tracker.validation(target):
+            validation_loss(model, name, k).backward()
 
 
 def train(model, optimizer, tracker, name="gpt_tied", after=None, validated=None):
@@ -303,11 +323,8 @@ def deferred(method, kind, by_callable, **keep):
     """A deferred method, whose direction needs the mean gradient and, for true ends, losses along the step."""
     model = make("gpt_tied")
     optimizer = OPTIMIZERS[kind](model.parameters())
-    val = [mine(v, (2, 2)) for v in data("gpt_tied", 4, seed=2)]
-    options: dict[str, Any] = {"clip": CLIP} if method.startswith("path") else {}
-    if by_callable:
-        options["validation"] = lambda: loss_of(model, *val)
-    tracker = inrun.track(model, optimizer, method, **options)
+    losses = {"validation": lambda: validation_loss(model)} if by_callable else None
+    tracker = inrun.track(model, optimizer, method, **options_of(method, losses, ONE))
     wrapped = DDP(model, gradient_as_bucket_view=True)
     steps = []
     for (x, y), split in zip(batches("gpt_tied", SPLITS), SPLITS, strict=True):
@@ -327,8 +344,9 @@ def deferred(method, kind, by_callable, **keep):
     expected = alone("gpt_tied", kind, SPLITS, method, by_callable)
     same_run([s.values for s in steps], model.state_dict(), expected, 1e-3)
     for step, drop in zip(steps, expected[2], strict=True):
-        if drop is not None:
-            close(step.drop["validation"], drop, 1e-3)
+        assert step.drop.keys() == drop.keys()
+        for target, value in drop.items():
+            close(step.drop[target], value, 1e-3)
 
 
 def check_deferred_second():
@@ -386,11 +404,14 @@ def check_pairwise():
 # ---------------------------------------------------------------------- FSDP2
 
 
-def sharded(name="gpt_tied", kind="adamw", method="first", policy=None, change=None, mesh=None, **options):
+def sharded(
+    name="gpt_tied", kind="adamw", method="first", policy=None, change=None, mesh=None, placement=None, **options
+):
     """A tracked model, its blocks and itself sharded, and its optimizer bound."""
     model = make(name)
     tracker = inrun.track(model, method=method, **options)
     kwargs = {"mesh": mesh or init_device_mesh("cpu", (WORLD,)), **({"mp_policy": policy} if policy else {})}
+    kwargs["shard_placement_fn"] = placement
     for block in getattr(model, "blocks", ()):
         if change is not None:
             change(block)
@@ -424,6 +445,13 @@ def check_fully_shard():
         loss_of(model, *data(name, 2)).backward()
         assert not [key for key in model.state_dict() if "direction" in key]
         assert isinstance(model, FSDPModule)
+
+
+def check_fully_shard_of_several_targets():
+    for name in ("gpt_tied", "loose"):
+        model, optimizer, tracker = sharded(name, targets=TWO)
+        found = train(model, optimizer, tracker, name)
+        same_run(found, whole(model.state_dict()), alone(name, "adamw", SPLITS, "first", False, TWO))
 
 
 def check_fully_shard_with_mixed_precision_checkpointing_and_compile():
@@ -498,7 +526,11 @@ def check_a_rank_without_any_shard():
 
 def check_what_is_refused_of_shards():
     raises("secant", lambda: sharded(method="secant"))
-    raises("one target", lambda: sharded(targets=("a", "b")))
+
+    def by_columns(param):
+        return Shard(param.dim() - 1 if param.dim() == 2 else 0)
+
+    raises("sharded alike", lambda: sharded(targets=TWO, placement=by_columns))
     model = make("gpt_tied")
     fully_shard(model)
     raises("before fully_shard", lambda: inrun.track(model, OPTIMIZERS["sgd"](model.parameters())))
@@ -584,7 +616,8 @@ def restart():
 PAIRS: list[Tensor] = []  # with one process
 REFERENCES = [("gpt_tied", "sgd"), ("gpt_tied", "adamw"), ("loose", "adamw"), ("gpt_tied", "sgd", ((4, 2), (3, 0))),
     ("gpt_tied", "plain", SPLITS, "second", True), ("gpt_tied", "adamw", SPLITS, "secant", False),
-    ("gpt_tied", "adamw", SPLITS, "path", False), ("gpt_tied", "adamw", SPLITS, "path_secant", True)]  # fmt: skip
+    ("gpt_tied", "adamw", SPLITS, "path", False), ("gpt_tied", "adamw", SPLITS, "first", False, TWO),
+    ("loose", "adamw", SPLITS, "first", False, TWO), ("gpt_tied", "adamw", SPLITS, "path_secant", True)]  # fmt: skip
 
 
 def main() -> None:
