@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,7 @@ from . import check, directions
 from .errors import InRunError
 from .inline import Inline
 from .keep import Budget, Keeper
+from .layers import ForwardModeRule
 from .pairwise import Pairs
 from .tap import Layout, random_state, set_random_state, size_of, together
 from .updates import UpdateRule, chunks, require_elementwise, updates
@@ -134,6 +135,19 @@ class Deferred:
         if self.name.startswith("path"):
             require_elementwise(optimizer, self.update)
 
+    def require_shards_do(self) -> None:
+        """Raise `InRunError` where what is kept cannot be scored under `fully_shard`."""
+        if self.pairs is not None:
+            raise InRunError("pairwise: expected parameters that every process holds whole, as under DDP; got shards")
+        for module in self.tracker.model.modules():
+            inside = [name for name, m in module.named_modules() if name and m in self.tracker.ranks.fully_sharded()]
+            if inside and isinstance(module, ForwardModeRule):
+                raise InRunError(
+                    f"method {self.name!r}: expected no fully_shard inside of {module._inrun.name or 'the model'}, "
+                    f"which is scored by forward-mode AD and then runs once more, got {', '.join(inside[:5])}; call "
+                    "fully_shard on that module as a whole, or track with method 'first'"
+                )
+
     def begin(self) -> None:
         self.keeper.reset()
         self.recompute, self._random, self._weights = [], [], []
@@ -173,10 +187,12 @@ class Deferred:
 
     @torch.no_grad()
     def before_update(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> Tensor:
-        if self.tracker.check_due and not any(self.recompute):
-            self._check(factor, unscale)
+        if self.tracker.check_due or self.tracker.ranks.sharded:
+            again = self._computed_again()
+            if self.tracker.check_due and not again:
+                self._check(factor, unscale)
         if self.name != "second" and any(self.recompute):
-            self._weights = [s.param.detach().clone() for s in self.tracker.slots]
+            self._weights = [s.shard.detach().clone() for s in self.tracker.slots]
         if self.name == "second":
             self._write_second_order(optimizer, unscale)
             self._early = self._scored()
@@ -231,10 +247,10 @@ class Deferred:
     def _recomputed(self, i: int, run: Callable[[], Tensor]) -> Tensor | None:
         """Score a batch by computing its loss and backward once more, with probes, as they were."""
         tracker, inline = self.tracker, Inline(self.tracker)
-        tensors = [*(s.param for s in tracker.slots), *tracker.model.buffers()]
+        tensors = [*(s.shard for s in tracker.slots), *tracker.model.buffers()]
         after = [(t, t.detach().clone()) for t in tensors]
         for slot, weight in zip(tracker.slots, self._weights, strict=False):
-            slot.param.data.copy_(weight)
+            slot.shard.data.copy_(weight)
         params = [p for p in tracker.model.parameters() if p.requires_grad]
         try:
             with tracker.ranks.aside(params), torch.enable_grad(), torch.random.fork_rng():
@@ -243,16 +259,29 @@ class Deferred:
                 run().backward()
         finally:
             inline.end()
+            tracker.ranks.settle()
             for tensor, value in after:
                 tensor.data.copy_(value)
         return inline.finish()[0]
+
+    def _computed_again(self) -> bool:
+        """Whether any process computes a batch again."""
+        ranks, count = self.tracker.ranks, sum(run is not None for run in self.recompute)
+        if ranks.size == 1:
+            return count > 0
+        device = self.tracker.slots[0].param.device
+        total, squares = ranks.sum(torch.tensor([count, count**2], device=device)).tolist()
+        if ranks.sharded and total**2 != squares * ranks.size:
+            raise InRunError(f"recompute: expected for as many batches in every process under fully_shard, got {count} "
+                             f"here and {total - count} in {ranks.size - 1} others")  # fmt: skip
+        return total > 0
 
     def _check(self, factor: Tensor, unscale: Any) -> None:
         """Along the batch's own gradient, whose dots must add up to its square."""
         tracker = self.tracker
         for slot in tracker.slots:
-            if slot.param.grad is not None:
-                slot.direction.copy_(slot.param.grad * unscale)  # every target's slice, by broadcasting
+            if slot.grad is not None:
+                slot.direction.copy_(slot.grad * unscale)  # every target's slice, by broadcasting
         along = [s.direction for s in tracker.slots]
         check.efficiency(tracker.slots, self.keeper.dots(self._many), along, factor, unscale, tracker.ranks)
 
@@ -265,25 +294,26 @@ class Deferred:
     def _write_coefficients(self, optimizer: Optimizer) -> None:
         for i, slot in enumerate(self.tracker.slots):
             grads = [g for name in self.tracker.targets if (g := self._start[name][i]) is not None]
-            like = grads or [torch.zeros_like(slot.param)]
+            like = grads or [torch.zeros_like(slot.shard)]
             group = optimizer.param_groups[slot.group]
-            for part in directions.parts(slot.param):
+            for part in directions.parts(like[0]):
                 factor = directions.coefficient(optimizer, group, slot.param, like, part)
-                slot.direction[part] = factor
+                for slice_ in self._slices(slot):
+                    slice_[part] = factor
             if self.pairs is not None and (not isinstance(factor, Tensor) or factor.dim() == 0):
                 self.pairs.scalars[id(slot)] = factor
 
     def _write_path(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> None:
         """K, from the optimizer's own update at g_B, at 0, and (where it was clipped) around g_B."""
         slots = self.tracker.slots
-        moving = [(i, s) for i, s in enumerate(slots) if s.param.grad is not None]
+        moving = [(i, s) for i, s in enumerate(slots) if s.grad is not None]
         clipped = self._clipping([s for _, s in moving], factor, unscale)
         slopes: dict[int, Tensor] = {}
         units: dict[int, Tensor] = {}
         moves: dict[int, tuple[Tensor, Tensor]] = {}  # slot -> u(0), u(g_B) - u(0)
         for part in chunks(moving):
             here = [slot for _, slot in part]
-            full = [slot.param.grad.double() * unscale for slot in here]
+            full = [slot.grad.double() * unscale for slot in here]
             at_zero = updates(optimizer, here, [torch.zeros_like(g) for g in full], self.update)
             at_full = updates(optimizer, here, full, self.update)
             around = [] if clipped is None else self._slopes(optimizer, here, full)
@@ -301,7 +331,7 @@ class Deferred:
                 if self.true_ends:
                     moves[i] = (at_zero[k].to(dtype), (at_full[k] - at_zero[k]).to(dtype))
         for slot in slots:
-            if slot.param.grad is None:
+            if slot.grad is None:
                 slot.direction.zero_()
         if clipped is not None:
             self._clipped = (clipped[0], slopes, units)
@@ -321,16 +351,24 @@ class Deferred:
         """Where the gradient was clipped: log(1 / what it was multiplied by), and its norm since."""
         if self.clip is None:
             return None
-        norm = math.sqrt(sum(float((s.param.grad.double() * unscale).square().sum()) for s in slots))
+        norm = self._norm(s.grad.double() * unscale for s in slots)
         shrink = float(factor) * float(self.scale) * self.tracker.ranks.size  # of the mean over the processes
         return (math.log(1 / shrink), norm) if norm > self.clip * (1 - 1e-3) and shrink < 1 - 1e-6 else None
+
+    def _norm(self, tensors: Iterable[Tensor]) -> float:
+        """Of all of them, and all their shards, together."""
+        return math.sqrt(self._total(sum(float(x.square().sum()) for x in tensors)))
+
+    def _total(self, part: float) -> float:
+        return self.tracker.ranks.total(part, self.tracker.slots[0].param.device)
 
     def _run_along(self, moves: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Validation gradients at w + u(0) and, for Simpson, in the middle; the weights are restored to the bit."""
         validations = self.tracker.validations
         simpson = self.name == "path_simpson"
+        moved = self._total(sum(bool(u0.any()) for u0, _ in moves.values()))
         for at, weight in ((0.0, 1 / 6 if simpson else 0.5), *(((0.5, 4 / 6),) if simpson else ())):
-            still = at == 0.0 and all(not bool(u0.any()) for u0, _ in moves.values())
+            still = at == 0.0 and not moved
             if still and all(age == 0 for age in validations.age.values()):
                 gradients = dict(validations.gradients)  # the last step's end is where this one starts
                 losses = dict(validations.last_losses)
@@ -347,14 +385,15 @@ class Deferred:
     @contextlib.contextmanager
     def _moved(self, moves: dict[int, tuple[Tensor, Tensor]], at: float) -> Iterator[None]:
         slots = self.tracker.slots
-        before = {i: slots[i].param.detach().clone() for i in moves}
+        before = {i: slots[i].shard.detach().clone() for i in moves}
         try:
             for i, (u0, rest) in moves.items():
-                slots[i].param.add_(u0 + at * rest)
+                slots[i].shard.add_(u0 + at * rest)
             yield
         finally:
+            self.tracker.ranks.settle()
             for i, weight in before.items():
-                slots[i].param.copy_(weight)
+                slots[i].shard.copy_(weight)
 
     @torch.no_grad()
     def _multiply_in(self) -> None:
@@ -366,8 +405,8 @@ class Deferred:
             along = 0.0
             if self._clipped is not None:
                 log, slopes, units = self._clipped
-                along = log * sum(float((slopes[i] * units[i] * g).sum()) for i, g in enumerate(mean)
-                                  if g is not None and i in units)  # fmt: skip
+                along = log * self._total(sum(float((slopes[i] * units[i] * g).sum()) for i, g in enumerate(mean)
+                                              if g is not None and i in units))  # fmt: skip
             for i, (slot, g) in enumerate(zip(tracker.slots, mean, strict=True)):
                 slice_ = self._slices(slot)[m]
                 if g is None:
@@ -402,21 +441,23 @@ class Deferred:
         for slot in tracker.slots:
             group = optimizer.param_groups[slot.group]
             scalar = directions.sgd_coefficient(group, optimizer.state.get(slot.param, {}))
-            grad = slot.param.grad
+            grad = slot.grad
             coefficients.append(scalar)
-            steps.append(torch.zeros_like(slot.param) if grad is None else grad * unscale * scalar)
+            steps.append(torch.zeros_like(slot.shard) if grad is None else grad * unscale * scalar)
         for m, name in enumerate(tracker.targets):
             curved = self._hessian_product(name, steps)
             for i, slot in enumerate(tracker.slots):
                 g = self._start[name][i]
                 slice_ = self._slices(slot)[m]
-                value = torch.zeros_like(slot.param) if g is None else g.clone()
+                value = torch.zeros_like(slot.shard) if g is None else g.clone()
                 if (bend := curved[i]) is not None:
                     value -= bend / 2
                 slice_.copy_(value * coefficients[i])
 
     def _hessian_product(self, name: str, vector: list[Tensor]) -> list[Tensor | None]:
-        """H_v times a vector, at the present weights: double backward, or differences where an op has none."""
+        """H_v times a vector, at the present weights: double backward, or differences where an op or FSDP has none."""
+        if self.tracker.ranks.sharded:
+            return self._hessian_by_differences(name, vector)
         validations, params = self.tracker.validations, [s.param for s in self.tracker.slots]
         try:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -449,10 +490,9 @@ class Deferred:
                 "or with gradients made in the forward); take method 'secant', which needs no Hessian"
             )
 
-    def _hessian_by_differences(self, name: str, vector: list[Tensor], times: float = 1.0) -> list[Tensor | None]:
+    def _hessian_by_differences(self, name: str, vector: list[Tensor], times: float = 0.02) -> list[Tensor | None]:
         slots = self.tracker.slots
-        size = math.sqrt(sum(float(v.square().sum()) for v in vector))
-        weight = math.sqrt(sum(float(s.param.square().sum()) for s in slots))
+        size, weight = self._norm(vector), self._norm(s.shard for s in slots)
         if size == 0:
             return [None] * len(slots)
         eps = times * torch.finfo(slots[0].param.dtype).eps ** (1 / 3) * (1 + weight) / size

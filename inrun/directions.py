@@ -38,7 +38,7 @@ def require_supported(optimizer: Optimizer) -> None:
 
 
 def parts(param: Tensor) -> Iterator[Any]:
-    """Indices that cut a parameter into blocks along its first dimension (on a GPU: the whole)."""
+    """Indices that cut a parameter, or a shard of one, into blocks along its first dimension (on a GPU: the whole)."""
     if param.is_cuda or param.numel() <= _BLOCK:
         yield ...
         return

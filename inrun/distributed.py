@@ -105,6 +105,10 @@ class Ranks:
         """The sum over the shards of a parameter of what belongs to each shard."""
         return _reduce(tensor, self._groups[-1:]) if self.sharded else tensor
 
+    def total(self, part: float, device: torch.device) -> float:
+        """The sum over the shards of a number."""
+        return float(self.over_shards(torch.tensor(part, dtype=torch.float64, device=device))) if self.sharded else part
+
     def added(self, grad: Tensor) -> Tensor:
         """What the processes' gradients add up to, given this one's as the backward left it."""
         return grad * self.size if self.sharded else self.sum(grad)
@@ -170,6 +174,20 @@ class Ranks:
                 p.grad = grad
                 if copy is not None and grad is not None:
                     grad.copy_(copy)
+
+
+@contextmanager
+def gathered(places: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Sharded parameters, by owner and name, are whole ones for the block; every process comes to it."""
+    found: list[Any] = [(owner, name, owner._parameters[name]) for owner, name in places]
+    shards = [(owner, name, p) for owner, name, p in found if hasattr(p, "full_tensor")]
+    try:
+        for owner, name, p in shards:
+            owner._parameters[name] = p.full_tensor()
+        yield
+    finally:
+        for owner, name, p in shards:
+            owner._parameters[name] = p
 
 
 def require_whole(names: Iterable[tuple[str, Any]]) -> None:

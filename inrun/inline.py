@@ -31,6 +31,9 @@ class Inline:
     def require_supported(self, optimizer: Optimizer) -> None:
         directions.require_supported(optimizer)
 
+    def require_shards_do(self) -> None:
+        """The directions are gathered with their weights."""
+
     def begin(self) -> None:
         """Write the step's directions, from the validation gradients and the optimizer's state as it is."""
         tracker, optimizer = self.tracker, self.tracker.optimizer

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import forward_mode, functional
+from .distributed import gathered
 from .errors import InRunError
 from .tap import SUFFIX, Layout, Tap, random_state, set_random_state, size_of
 
@@ -83,7 +84,7 @@ class Keeper:
         self._counted: set[tuple] = set()
         self.layouts: list[Layout] = []  # of the step's batches
         self.held: Keeper | None = None  # of the batch's last rows, where those are validation samples
-        self._weights: dict[int, Tensor] = {}
+        self._weights: dict[tuple[Any, str], Tensor] = {}  # by the module that holds them, and their name there
 
     def begin_batch(self, layout: Layout, held: Keeper | None = None) -> None:
         """The layers run from now on see a batch that lies so, and are kept.
@@ -132,10 +133,14 @@ class Keeper:
         autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         kept = Kept(module, len(self.layouts) - 1, (args, kwargs), {}, random_state(), autocast)
         if self.weights_move:
-            for name, p in module.named_parameters():
-                if not name.endswith(SUFFIX) and id(p) not in self._weights:
-                    self._weights[id(p)] = p.detach().clone()
-                    self._count(p)
+            copies: dict[int, Tensor] = {}
+            for owner in module.modules():
+                for local, p in owner._parameters.items():
+                    if p is not None and not local.endswith(SUFFIX) and (owner, local) not in self._weights:
+                        if id(p) not in copies:
+                            copies[id(p)] = p.detach().clone()
+                            self._count(p)
+                        self._weights[owner, local] = copies[id(p)]
         leaves, spec = pytree.tree_flatten(plain(*inputs[0], **inputs[1]))
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -171,11 +176,15 @@ class Keeper:
     def dots(self, many: int | None) -> list[dict[Tap, Tensor | None]]:
         """Of each batch, tap -> `[B]` or `[B, M]`: the dots along the directions as they stand."""
         found: list[dict[Tap, Tensor | None]] = [dict.fromkeys(self.taps) for _ in self.layouts]
-        with torch.no_grad():
-            for kept in self.kept:
-                tap, dots = kept.module._inrun, self.dots_of(kept, many)
-                before = found[kept.batch][tap]
-                found[kept.batch][tap] = dots if before is None else before + dots
+        by_tap: dict[Tap, list[Kept]] = {}
+        for kept in self.kept:
+            by_tap.setdefault(kept.module._inrun, []).append(kept)
+        for tap in self.taps:  # all of them: processes that kept nothing gather with the others
+            names = ("", SUFFIX) if tap.affine else (SUFFIX,)  # a module that scales and shifts runs once more
+            with torch.no_grad(), gathered((owner, local + n) for owner, local in tap.owned for n in names):
+                for kept in by_tap.get(tap, ()):
+                    dots, before = self.dots_of(kept, many), found[kept.batch][tap]
+                    found[kept.batch][tap] = dots if before is None else before + dots
         return found
 
     def dots_of(self, kept: Kept, many: int | None) -> Tensor:
@@ -245,11 +254,11 @@ class Keeper:
         swapped = []
         for owner in module.modules():
             for local, p in owner._parameters.items():
-                if p is not None and id(p) in self._weights:
+                if (owner, local) in self._weights:
                     swapped.append((owner, local, p))
         try:
-            for owner, local, p in swapped:
-                owner._parameters[local] = self._weights[id(p)]
+            for owner, local, _ in swapped:
+                owner._parameters[local] = self._weights[owner, local]
             yield
         finally:
             for owner, local, p in swapped:

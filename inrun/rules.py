@@ -150,6 +150,7 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     """Change a site's module into its tracked class and put the directions beside their parameters."""
     tap = Tap(site.name)
     tap.affine, tap.flat = site.affine, site.flat
+    tap.owned = [(owner, local) for owner, local, _ in site.owned]
     for owner, local, full in site.owned:
         if not isinstance(owner, Holder):
             _adopt(owner, Holder if owner is not site.module else site.rule, tap, site.under)
@@ -157,7 +158,7 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     if not isinstance(site.module, site.rule):
         _adopt(site.module, site.rule, tap, None)
     if issubclass(site.rule, ForwardModeRule):
-        tap.forward_mode = [(owner, local) for owner, local, _ in site.owned]
+        tap.forward_mode = tap.owned
     return tap
 
 

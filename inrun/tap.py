@@ -22,6 +22,7 @@ class Tap:
         self.probe: Tensor | None = None
         self.layout: Layout | None = None  # of the probe, where it counts documents or tokens
         self.keep: Callable | None = None  # in a deferred step, runs the layer and keeps what will score it
+        self.owned: list[tuple[nn.Module, str]] = []  # the parameters that it scores
         self.forward_mode: list[tuple[nn.Module, str]] = []
         self.affine: Any = None  # of a module that scales and shifts, how
         self.flat = False  # whether the module's rows are the tokens of [B, T], flattened

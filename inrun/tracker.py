@@ -63,6 +63,11 @@ class Slot:
         return self.owner._parameters[self.local + SUFFIX]  # pyright: ignore[reportReturnType]
 
     @property
+    def shard(self) -> Tensor:
+        """This process's part of the parameter, or all of it."""
+        return distributed.local(self.param)
+
+    @property
     def direction(self) -> Tensor:
         """This process's part of it, as of the gradient; of M targets `[M, *shape]`."""
         return targets_first(distributed.local(self.sibling), self.param)
@@ -258,15 +263,14 @@ class Tracker:
 
         Raises:
             InRunError: it is of an unknown class, lacks a tracked parameter, or another one is bound; parameters are
-                spread over processes by other means than DDP or `fully_shard`.
+                spread over processes by other means than DDP or `fully_shard`, or the method cannot do with shards.
         """
         if self._optimizer is not None:
             raise InRunError("optimizer: one is bound already; close the tracker and track again")
         self._method.require_supported(optimizer)
         self.ranks.bind(self.slots)
-        if self.ranks.sharded and not isinstance(self._method, Inline):
-            raise InRunError(f"method {self.ledger.metadata['method']!r}: expected parameters that every process holds "
-                             "whole, as under DDP; under fully_shard there is only 'first'")  # fmt: skip
+        if self.ranks.sharded:
+            self._method.require_shards_do()
         siblings = {id(s.sibling) for s in self.slots}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in siblings]
@@ -454,6 +458,7 @@ class Tracker:
     def _record(self, step: Step) -> None:
         self._waiting = None
         with self._timed("harvest"):
+            self.ranks.settle()
             values = step.scaled(self._method.finish())
             if self.validations.excluded_share is not None:
                 self.ledger.metadata["excluded_share"] = self.validations.excluded_share

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, optim
 from torch.optim import Optimizer
 
+from .distributed import local
 from .errors import InRunError
 
 # Exactly these classes: a subclass may override what its base does coordinate by coordinate.
@@ -76,14 +77,14 @@ def updates(
     Args:
         optimizer: any elementwise one; neither it, its state nor the parameters change.
         slots: parameters (with `param` and `group`).
-        grads: float64, each the parameter's shape.
+        grads: float64, each the parameter's shape (or that of this process's shard, whose update is then meant).
         rule: a user's own update function; None or "elementwise" takes the optimizer's own step.
 
     Returns:
-        float64 tensors, the parameters' shapes.
+        float64 tensors, the gradients' shapes.
     """
-    params = [s.param.detach().to(torch.float64, copy=True) for s in slots]
-    states = [_in_float64(optimizer.state.get(s.param, {}), s.param) for s in slots]
+    params = [local(s.param).detach().to(torch.float64, copy=True) for s in slots]
+    states = [_in_float64(optimizer.state.get(s.param, {}), local(s.param)) for s in slots]
     groups = [optimizer.param_groups[s.group] for s in slots]
     if callable(rule):
         return [rule(*args) for args in zip(grads, params, states, groups, strict=True)]
@@ -116,4 +117,4 @@ def _in_float64(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
             return value.to(torch.float64, copy=True)
         return copy.deepcopy(value)
 
-    return {key: widened(key, value) for key, value in state.items()}
+    return {key: widened(key, local(value)) for key, value in state.items()}

@@ -9,6 +9,7 @@ the checks compare with are made before the process group is.
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import functools
 import json
@@ -39,6 +40,7 @@ import inrun
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FOLDER = Path(sys.argv[1])
 SPLITS = ((4, 2), (1, 5), (3, 3))  # samples of each rank, by step
+IDLE = ((4, 2), (3, 0))  # the second rank runs out of samples
 CLIP = 0.3
 ONE, TWO = ("validation",), ("code", "prose")  # targets
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -66,16 +68,16 @@ def batches(name: str, splits: tuple[tuple[int, ...], ...]) -> list[tuple[Tensor
     return [data(name, sum(split), seed=10 + t) for t, split in enumerate(splits)]
 
 
-@functools.cache
-def alone(
-    name: str,
-    kind: str,
-    splits: tuple[tuple[int, ...], ...] = SPLITS,
-    method: str = "first",
-    by_callable: bool = False,
-    targets: tuple[str, ...] = ONE,
-) -> tuple[list[Tensor], dict[str, Tensor], list[dict[str, Tensor]]]:
+Run = tuple[list[Tensor], dict[str, Tensor], list[dict[str, Tensor]]]
+
+
+def alone(name: str, kind: str, splits=SPLITS, method: str = "first", by_callable: bool = False, targets=ONE) -> Run:
     """Values of every step, weights at the end, and measured drops, in one process that holds the whole batch."""
+    return _alone(name, kind, splits, method, by_callable, targets)
+
+
+@functools.cache
+def _alone(name: str, kind: str, splits: Any, method: str, by_callable: bool, targets: tuple[str, ...]) -> Run:
     model = make(name)
     optimizer = OPTIMIZERS[kind](model.parameters())
     losses = {target: lambda k=k: whole_loss(model, *data(name, 4, seed=2 + k), (2, 2))
@@ -224,11 +226,10 @@ def check_accumulation_without_synchronisation():
 
 def check_a_rank_without_samples_and_one_ledger():
     """The second rank runs out of samples before the last step; both write into one folder."""
-    splits = ((4, 2), (3, 0))
     folder = FOLDER / "ledger"
     model, optimizer, tracker, wrapped = prepared(ledger=folder)
     found = []
-    for t, ((x, y), split) in enumerate(zip(batches("gpt_tied", splits), splits, strict=True)):
+    for t, ((x, y), split) in enumerate(zip(batches("gpt_tied", IDLE), IDLE, strict=True)):
         validate(tracker, model)
         ids = mine(torch.arange(len(x)) + 100 * t, split)
         x, y = mine(x, split), mine(y, split)
@@ -241,12 +242,12 @@ def check_a_rank_without_samples_and_one_ledger():
         assert step.values.shape == (len(ids),)
         found.append(step.values)
     tracker.close()
-    same_run(found, model.state_dict(), alone("gpt_tied", "sgd", splits))
+    same_run(found, model.state_dict(), alone("gpt_tied", "sgd", IDLE))
     dist.barrier()
     rows = inrun.Ledger(folder).rows().sort_by([("step", "ascending"), ("sample_id", "ascending")])
     assert rows["step"].to_pylist() == [0] * 6 + [1] * 3
     assert rows["sample_id"].to_pylist() == [*range(6), *range(100, 103)]
-    close(torch.tensor(rows["value"].to_pylist()), torch.cat(alone("gpt_tied", "sgd", splits)[0]))
+    close(torch.tensor(rows["value"].to_pylist()), torch.cat(alone("gpt_tied", "sgd", IDLE)[0]))
     raises("rank=", lambda: inrun.track(make("mlp"), None, ledger=inrun.Ledger(folder, rank=RANK + 1)))
 
 
@@ -319,34 +320,42 @@ def check_what_is_refused():
         raises("join()", lambda: tracker.step([]).__enter__())
 
 
+def train_deferred(model, trained, optimizer, tracker, name="gpt_tied", splits=SPLITS, recompute=False):
+    """The steps, with values; a rank without samples takes part in each."""
+    steps = []
+    for (x, y), split in zip(batches(name, splits), splits, strict=True):
+        if not tracker.validations.losses:
+            validate(tracker, model, name)
+        x, y = mine(x, split), mine(y, split)
+        again = (lambda x=x, y=y: loss_of(model, x, y)) if recompute else None
+        with tracker.step(range(len(x)), recompute=again) as step:
+            (loss_of(trained, x, y) if len(x) else 0 * loss_of(trained, *data(name, 1))).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+        steps.append(step)
+    if not tracker.validations.losses and tracker.ledger.metadata["method"] in ("secant", "path_secant"):
+        validate(tracker, model, name)
+    tracker.close()
+    return steps
+
+
+def same_steps(steps, weights, expected, tolerance=1e-3):
+    same_run([s.values for s in steps], weights, expected, tolerance)
+    for step, drop in zip(steps, expected[2], strict=True):
+        assert step.drop.keys() == drop.keys()
+        for target, value in drop.items():
+            close(step.drop[target], value, tolerance)
+
+
 def deferred(method, kind, by_callable, **keep):
     """A deferred method, whose direction needs the mean gradient and, for true ends, losses along the step."""
     model = make("gpt_tied")
     optimizer = OPTIMIZERS[kind](model.parameters())
     losses = {"validation": lambda: validation_loss(model)} if by_callable else None
     tracker = inrun.track(model, optimizer, method, **options_of(method, losses, ONE))
-    wrapped = DDP(model, gradient_as_bucket_view=True)
-    steps = []
-    for (x, y), split in zip(batches("gpt_tied", SPLITS), SPLITS, strict=True):
-        if not by_callable:
-            validate(tracker, model)
-        x, y = mine(x, split), mine(y, split)
-        recompute = (lambda x=x, y=y: loss_of(model, x, y)) if keep.get("recompute") else None
-        with tracker.step(range(len(x)), recompute=recompute) as step:
-            loss_of(wrapped, x, y).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-        steps.append(step)
-    if method in ("secant", "path_secant") and not by_callable:
-        validate(tracker, model)
-    tracker.close()
-    expected = alone("gpt_tied", kind, SPLITS, method, by_callable)
-    same_run([s.values for s in steps], model.state_dict(), expected, 1e-3)
-    for step, drop in zip(steps, expected[2], strict=True):
-        assert step.drop.keys() == drop.keys()
-        for target, value in drop.items():
-            close(step.drop[target], value, 1e-3)
+    steps = train_deferred(model, DDP(model, gradient_as_bucket_view=True), optimizer, tracker, **keep)
+    same_steps(steps, model.state_dict(), alone("gpt_tied", kind, SPLITS, method, by_callable))
 
 
 def check_deferred_second():
@@ -405,10 +414,13 @@ def check_pairwise():
 
 
 def sharded(
-    name="gpt_tied", kind="adamw", method="first", policy=None, change=None, mesh=None, placement=None, **options
-):
+    name="gpt_tied", kind="adamw", method="first", by_callable=False, targets=ONE, policy=None, change=None, mesh=None,
+    placement=None, **options
+):  # fmt: skip
     """A tracked model, its blocks and itself sharded, and its optimizer bound."""
     model = make(name)
+    losses = {target: lambda k=k: validation_loss(model, name, k) for k, target in enumerate(targets)}
+    options |= options_of(method, losses if by_callable else None, targets)
     tracker = inrun.track(model, method=method, **options)
     kwargs = {"mesh": mesh or init_device_mesh("cpu", (WORLD,)), **({"mp_policy": policy} if policy else {})}
     kwargs["shard_placement_fn"] = placement
@@ -451,25 +463,64 @@ def check_fully_shard_of_several_targets():
     for name in ("gpt_tied", "loose"):
         model, optimizer, tracker = sharded(name, targets=TWO)
         found = train(model, optimizer, tracker, name)
-        same_run(found, whole(model.state_dict()), alone(name, "adamw", SPLITS, "first", False, TWO))
+        same_run(found, whole(model.state_dict()), alone(name, "adamw", targets=TWO))
+
+
+def sharded_deferred(name, kind, method, by_callable, targets=ONE, splits=SPLITS, mesh=None, **keep):
+    model, optimizer, tracker = sharded(name, kind, method, by_callable, targets, mesh=mesh)
+    steps = train_deferred(model, model, optimizer, tracker, name, splits, **keep)
+    same_steps(steps, whole(model.state_dict()), alone(name, kind, splits, method, by_callable, targets))
+
+
+def check_fully_shard_secant_of_several_targets():
+    sharded_deferred("gpt_tied", "adamw", "secant", False, TWO)
+
+
+def check_fully_shard_secant_by_forward_mode():
+    sharded_deferred("loose", "adamw", "secant", False)
+
+
+def check_fully_shard_path_where_a_rank_has_no_samples():
+    sharded_deferred("gpt_tied", "adamw", "path", False, splits=IDLE)
+
+
+def check_fully_shard_path_computed_again_in_replicas_of_shards():
+    mesh = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("replicate", "shard"))
+    sharded_deferred("gpt_tied", "adamw", "path", False, recompute=True)
+    sharded_deferred("gpt_tied", "adamw", "path", False, recompute=True, mesh=mesh)
+
+
+def check_fully_shard_path_between_true_ends():
+    sharded_deferred("gpt_tied", "adamw", "path_secant", True)
+    sharded_deferred("gpt_tied", "sgd", "path_simpson", True, TWO)
+
+
+def check_fully_shard_second():
+    sharded_deferred("gpt_tied", "plain", "second", True)
 
 
 def check_fully_shard_with_mixed_precision_checkpointing_and_compile():
     """In bfloat16: values are as far from float32's as bfloat16 brings them."""
+    in_half("gpt_tied", "adamw", "first", False, compiled=[])
+    # Not Adam, whose first update is a sign: where a gradient is small, bfloat16 gets it wrong.
+    in_half("gpt_tied", "sgd", "path_secant", True)
+    in_half("loose", "sgd", "secant", False)
+
+
+def in_half(name, kind, method, by_callable, compiled=None):
     torch._dynamo.reset()
-    compiled: list[nn.Module] = []
 
     def change(block):
         apply_activation_checkpointing(block, check_fn=lambda module: isinstance(module, nn.LayerNorm))
-        if not compiled:  # one is enough, and compiling is slow
+        if compiled == []:  # one is enough, and compiling is slow
             block.compile(backend="aot_eager")
             compiled.append(block)
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model, optimizer, tracker = sharded(policy=policy, change=change, check=True)
-    found = train(model, optimizer, tracker)
-    for values, reference in zip(found, alone("gpt_tied", "adamw")[0], strict=True):
-        close(gathered(values), reference, 0.1)
+    model, optimizer, tracker = sharded(name, kind, method, by_callable, policy=policy, change=change)
+    steps = train_deferred(model, model, optimizer, tracker, name)
+    for step, reference in zip(steps, alone(name, kind, SPLITS, method, by_callable)[0], strict=True):
+        close(gathered(step.values), reference, 0.1)
 
 
 def check_fully_shard_of_replicas_and_accumulation():
@@ -503,29 +554,43 @@ def check_a_rank_without_any_shard():
     errors = (x_val @ model.weight.T + model.bias).detach()
     g_val = torch.cat([2 * errors * x_val, 2 * errors], 1).mean(0)
     shrink = min(1.0, CLIP / g.sum(0).norm().item())
-    tracker = inrun.track(model)
-    fully_shard(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    tracker.bind(optimizer)
-    x = x.chunk(WORLD)[RANK]
-    with tracker.validation():
-        model(x_val).square().mean().backward()
-    with tracker.step(range(len(x))) as step:
-        model(x).square().mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
     assert shrink < 0.5
-    close(gathered(step.values), 0.1 * shrink * g @ g_val)
+    ours = x.chunk(WORLD)[RANK]
+    for method in ("first", "path"):  # which of plain SGD are the same
+        trained = copy.deepcopy(model)
+        tracker = inrun.track(trained, method=method)
+        fully_shard(trained)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        tracker.bind(optimizer)
+        with tracker.validation():
+            trained(x_val).square().mean().backward()
+        with tracker.step(range(len(ours))) as step:
+            trained(ours).square().mean().backward()
+            nn.utils.clip_grad_norm_(trained.parameters(), CLIP)
+            optimizer.step()
+        close(gathered(step.values), 0.1 * shrink * g @ g_val)
 
     def spoiled():
         with tracker.validation():
-            (model(x_val).sum() * float("nan")).backward()
+            (trained(x_val).sum() * float("nan")).backward()
 
     raises("NaN", spoiled)
 
 
 def check_what_is_refused_of_shards():
-    raises("secant", lambda: sharded(method="secant"))
+    raises("pairwise", lambda: sharded(method="secant", pairwise=["a"]))
+    inside = {"through": {"blocks.0.up.weight": "blocks.0"}, "change": lambda block: fully_shard(block.up)}
+    raises("no fully_shard inside of blocks.0", lambda: sharded(method="secant", **inside))
+    model, optimizer, tracker = sharded(method="path")
+    validate(tracker, model)
+    x, y = data("gpt_tied", 2)
+
+    def computed_again_by_one():
+        with tracker.step(range(2), recompute=(lambda: loss_of(model, x, y)) if RANK else None):
+            loss_of(model, x, y).backward()
+            optimizer.step()
+
+    raises("for as many batches in every process", computed_again_by_one)
 
     def by_columns(param):
         return Shard(param.dim() - 1 if param.dim() == 2 else 0)
@@ -614,10 +679,14 @@ def restart():
 
 
 PAIRS: list[Tensor] = []  # with one process
-REFERENCES = [("gpt_tied", "sgd"), ("gpt_tied", "adamw"), ("loose", "adamw"), ("gpt_tied", "sgd", ((4, 2), (3, 0))),
-    ("gpt_tied", "plain", SPLITS, "second", True), ("gpt_tied", "adamw", SPLITS, "secant", False),
-    ("gpt_tied", "adamw", SPLITS, "path", False), ("gpt_tied", "adamw", SPLITS, "first", False, TWO),
-    ("loose", "adamw", SPLITS, "first", False, TWO), ("gpt_tied", "adamw", SPLITS, "path_secant", True)]  # fmt: skip
+REFERENCES = [("gpt_tied", "sgd"), ("gpt_tied", "adamw"), ("loose", "adamw"), ("gpt_tied", "sgd", IDLE),
+    ("gpt_tied", "adamw", SPLITS, "first", False, TWO), ("loose", "adamw", SPLITS, "first", False, TWO),
+    ("gpt_tied", "plain", SPLITS, "second", True), ("gpt_tied", "adamw", SPLITS, "secant"),
+    ("gpt_tied", "adamw", SPLITS, "secant", False, TWO), ("loose", "adamw", SPLITS, "secant"),
+    ("gpt_tied", "adamw", SPLITS, "path"), ("gpt_tied", "adamw", IDLE, "path"),
+    ("gpt_tied", "adamw", SPLITS, "path_secant", True), ("gpt_tied", "sgd", SPLITS, "path_secant", True),
+    ("loose", "sgd", SPLITS, "secant"),
+    ("gpt_tied", "sgd", SPLITS, "path_simpson", True, TWO)]  # fmt: skip
 
 
 def main() -> None:

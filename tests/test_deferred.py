@@ -295,6 +295,22 @@ def test_several_targets_score_as_each_alone():
         close(both[:, m], values((name,)).double())
 
 
+def test_coefficients_are_written_block_by_block_for_every_target(monkeypatch):
+    def values(names):
+        model = make("gpt_tied")
+        loss = lambda: loss_of(model, *data("gpt", 4, 2))  # noqa: E731
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        tracker = inrun.track(model, optimizer, "secant", validation=dict.fromkeys(names, loss))
+        with tracker.step(range(B)) as step:
+            loss_of(model, *data("gpt")).backward()
+            optimizer.step()
+        return step.values
+
+    whole = values(["code"])
+    monkeypatch.setattr("inrun.directions._BLOCK", 16)
+    close(values(["code", "same"]), torch.stack([whole, whole], 1).double())
+
+
 def test_clipping_is_part_of_the_path():
     """A clipped update pays for direction alone: what lies along the batch's own gradient earns nothing more."""
     model = make("mlp").double()
