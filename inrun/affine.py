@@ -47,7 +47,7 @@ class Affine:
         if self.bias is not None:
             values[self.bias] = torch.zeros_like(weight)
         x = x.float() if self.wide and x.dtype.itemsize == 2 else x
-        return _run(module, x, values).movedim(self.axis, -1)
+        return run_with(module, x, values).movedim(self.axis, -1)
 
     def factor(self, weight: Tensor) -> Tensor:
         weight = weight.float() if self.wide and weight.dtype.itemsize == 2 else weight
@@ -56,12 +56,12 @@ class Affine:
 
 class AffineRule(Rule):
     def placed(self: Any, x: Tensor, layout: Layout) -> Tensor:
-        if self._inrun.affine.axis != -1:
+        if self._inrun.form.axis != -1:
             require_whole_rows(self, layout)
         return super().placed(x, layout)
 
     def probed(self: Any, x: Tensor, probe: Tensor, segments: Tensor | None) -> Tensor:
-        affine: Affine = self._inrun.affine
+        affine: Affine = self._inrun.form
         normed = affine.normed(self, x)
         weight, bias = affine.factor(self._parameters[affine.weight]), self._parameters.get(affine.bias)
         directions = self._directions(normed)
@@ -70,14 +70,14 @@ class AffineRule(Rule):
         return y.to(x.dtype) if affine.wide else y
 
     def dots(self: Any, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
-        affine: Affine = self._inrun.affine
+        affine: Affine = self._inrun.form
         normed = affine.normed(self, x)
         grad = grad.movedim(affine.axis, -1).to(normed.dtype)
         direction, bias_direction = self._directions(normed)
         return affine_dots(normed, grad, 1, direction, bias_direction, segments)
 
     def _directions(self: Any, normed: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        affine: Affine = self._inrun.affine
+        affine: Affine = self._inrun.form
         pair = [along(self, name) if name else None for name in (affine.weight, affine.bias)]
         weight, bias = (None if d is None else d.to(torch.promote_types(d.dtype, normed.dtype)) for d in pair)
         return weight, bias
@@ -103,9 +103,9 @@ def recognise(module: nn.Module) -> Affine | None:
                 x, w, b = (torch.randn(*lead, len(like), device=like.device) for lead in ((2, 3), (), ()))
                 ones = torch.full_like(w, 1 - offset)
                 try:
-                    y = _run(module, x, {weight: w} | ({bias: b} if bias else {}))
-                    normed = _run(module, x, {weight: ones} | ({bias: torch.zeros_like(b)} if bias else {}))
-                    mixed = _run(module, x.bfloat16(), {weight: w} | ({bias: b} if bias else {}))
+                    y = run_with(module, x, {weight: w} | ({bias: b} if bias else {}))
+                    normed = run_with(module, x, {weight: ones} | ({bias: torch.zeros_like(b)} if bias else {}))
+                    mixed = run_with(module, x.bfloat16(), {weight: w} | ({bias: b} if bias else {}))
                 except Exception:  # a module that cannot be run like this is of another kind, whatever it says
                     return None
                 expected = normed * (offset + w) + (b if bias else 0.0)
@@ -114,7 +114,7 @@ def recognise(module: nn.Module) -> Affine | None:
     return None
 
 
-def _run(module: Any, x: Tensor, values: dict[str, Tensor]) -> Tensor:
+def run_with(module: Any, x: Tensor, values: dict[str, Tensor]) -> Tensor:
     """The module's own forward with other values for its parameters, past its hooks."""
     forward = getattr(module, "_inrun_class", type(module)).forward
     before = {name: module._parameters[name] for name in values}

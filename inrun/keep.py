@@ -180,7 +180,7 @@ class Keeper:
         for kept in self.kept:
             by_tap.setdefault(kept.module._inrun, []).append(kept)
         for tap in self.taps:  # all of them: processes that kept nothing gather with the others
-            names = ("", SUFFIX) if tap.affine else (SUFFIX,)  # a module that scales and shifts runs once more
+            names = ("", SUFFIX) if tap.form else (SUFFIX,)  # a module that scales and shifts runs once more
             with torch.no_grad(), gathered((owner, local + n) for owner, local in tap.owned for n in names):
                 for kept in by_tap.get(tap, ()):
                     dots, before = self.dots_of(kept, many), found[kept.batch][tap]
@@ -197,7 +197,7 @@ class Keeper:
         columns = []
         for m in [None] if many is None else range(many):
             with self._as_it_was(kept, device):
-                tangents = forward_mode.tangents_only(module, module._inrun, _plain(module), args, kwargs, m)
+                tangents = forward_mode.tangents_only(module, module._inrun, module.plain, args, kwargs, m)
             columns.append(self._contract(module, kept, tangents, device))
         return columns[0] if many is None else torch.stack(columns, 1)
 
@@ -211,7 +211,7 @@ class Keeper:
             x = kept.x.to(device, next(iter(found.values())).dtype) if kept.x.is_floating_point() else kept.x.to(device)
             for v in samples:
                 with torch.enable_grad():
-                    y = _plain(module)(x[v : v + 1])
+                    y = module.plain(x[v : v + 1])
                     one = torch.autograd.grad(y, list(found.values()), grads[0][v : v + 1].to(y.dtype))
                 yield dict(zip(found, one, strict=True))
             return
@@ -219,7 +219,7 @@ class Keeper:
         with self._as_it_was(kept, device), forward_mode.buffers_kept(module), torch.enable_grad():
             places = module._inrun.forward_mode
             params = [owner._parameters[local].requires_grad_() for owner, local in places]
-            leaves = pytree.tree_leaves(_plain(module)(*args, **kwargs))
+            leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
         names = [id(owner._parameters[local + SUFFIX]) for owner, local in places]
         for v in samples:
             only = [torch.zeros_like(grad).index_copy(0, torch.tensor([v], device=device), grad[v : v + 1])
@@ -277,9 +277,3 @@ def _without_gradients(module: Any, plain: Callable, x: Tensor) -> Tensor:
         return plain(x)
     finally:
         module._parameters.update(params)
-
-
-def _plain(module: Any) -> Callable:
-    """The forward of a tracked module's own class."""
-    rule: Any = type(module).__mro__[1]
-    return super(rule, module).forward

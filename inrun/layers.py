@@ -45,11 +45,17 @@ class Rule(Holder):
     """A layer with a rule: `probed` runs it with a probe, `dots` scores it from what a deferred step kept."""
 
     def forward(self, *args, **kwargs):
-        x = args[0] if args else next(iter(kwargs.values()))
+        return self.scored(args[0] if args else next(iter(kwargs.values())))
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The layer's output, without a probe."""
+        return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def scored(self, x: Tensor) -> Tensor:
+        """The layer's output, in whatever way the tracker asks for."""
         tap = self._inrun
-        plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
         if tap.keep is not None:
-            y = eagerly(tap.keep, self, plain, x)
+            y = eagerly(tap.keep, self, self.plain, x)
         elif tap.probe is not None:
             layout, segments = tap.layout, None
             if layout is not None:
@@ -58,7 +64,7 @@ class Rule(Holder):
                 x = split_samples(tap, x, tap.probe.shape[0])
             y = self.probed(x, tap.probe, segments)
         else:
-            return plain(x)
+            return self.plain(x)
         return y.flatten(0, 1) if tap.flat else y
 
     def placed(self, x: Tensor, layout: Layout) -> Tensor:
@@ -93,12 +99,15 @@ class LinearRule(Rule):
         return functional.linear(x, self.weight, self.bias, both, probe, segments)
 
     def dots(self, x, grad, segments):
+        return self.dots_along((along(self, "weight"), along(self, "bias")), x, grad, segments)
+
+    def dots_along(self, directions: functional.Directions, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
         acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
         segments = functional.by_row(segments, x, acts)
-        direction, bias_direction = along(self, "weight"), along(self, "bias")
+        weight, bias = directions
         return _sum(
-            None if direction is None else self.weight_dots(acts, grads, direction, segments),
-            None if bias_direction is None else bias_dot(grads, bias_direction, segments=segments),
+            None if weight is None else self.weight_dots(acts, grads, weight, segments),
+            None if bias is None else bias_dot(grads, bias, segments=segments),
         )
 
     def weight_dots(self, acts: Tensor, grads: Tensor, direction: Tensor, segments: Tensor | None) -> Tensor:
@@ -241,12 +250,14 @@ class ForwardModeRule(Holder):
 
     def forward(self, *args, **kwargs):
         tap = self._inrun
-        plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
         if tap.keep is not None:
-            return eagerly(tap.keep, self, plain, (args, kwargs))
+            return eagerly(tap.keep, self, self.plain, (args, kwargs))
         if tap.probe is not None:
-            return forward_mode(self, tap, plain, args, kwargs)
-        return plain(*args, **kwargs)
+            return forward_mode(self, tap, self.plain, args, kwargs)
+        return self.plain(*args, **kwargs)
+
+    def plain(self, *args, **kwargs) -> Any:
+        return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def require_whole_rows(module: Any, layout: Layout) -> None:

@@ -1,9 +1,9 @@
 """Mixtures of experts: which modules inside one are given the tokens of all samples as rows `[B * T, ...]`.
 
-A block that holds `experts` flattens its `[B, T, H]` input for the router, the fused experts and the shared expert.
-Which of them see the tokens of the samples in order is found out by running the block on two random samples and
-changing the second: rows 0 to T - 1 of such a module's input must stay as they were, and all others change. A module
-that is given other rows (an expert called with the tokens routed to it) is scored by the block's own output.
+A block that holds `experts` flattens its `[B, T, H]` input for the router, the fused experts and the shared expert, or
+for some of them. Which see the tokens of the samples in order is found out by running the block on two random samples
+and changing the second: the first T rows of such a module's input must stay as they were, and all others change. A
+module that is given other rows (an expert called with the tokens routed to it) is scored by the block's own output.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 
-def flattened(block: nn.Module) -> set[nn.Module]:
-    """The modules inside `block` whose input rows are its tokens, sample after sample; the block is left as it was."""
+def known(block: nn.Module) -> dict[nn.Module, bool]:
+    """The modules inside `block` that see its tokens, sample after sample, and whether as rows `[B * T, ...]`.
+
+    The block is left as it was.
+    """
     params = list(block.parameters())
     if any(p.is_meta for p in params):
-        return set()
+        return {}
     training = {m: m.training for m in block.modules()}
     widths = sorted({size for p in params for size in p.shape if p.dim() > 1}, reverse=True)
     try:
@@ -30,11 +33,11 @@ def flattened(block: nn.Module) -> set[nn.Module]:
                 first, second = _inputs(block, x), _inputs(block, torch.cat([x[:1], -x[1:]]))
             except Exception:  # another width, or a block that takes more than hidden states
                 continue
-            return {m for m in first if m in second and _is_flat(first[m], second[m])}
+            return {m: first[m][0].dim() == 2 for m in first if m in second and _in_order(first[m], second[m])}
     finally:
         for module, mode in training.items():
             module.training = mode
-    return set()
+    return {}
 
 
 @torch.no_grad()
@@ -54,10 +57,10 @@ def _inputs(block: nn.Module, x: Tensor) -> dict[nn.Module, list[Tensor]]:
     return seen
 
 
-def _is_flat(first: list[Tensor], second: list[Tensor]) -> bool:
-    if len(first) != 1 or len(second) != 1 or first[0].dim() != 2 or first[0].shape != second[0].shape:
+def _in_order(first: list[Tensor], second: list[Tensor]) -> bool:
+    if len(first) != 1 or len(second) != 1 or first[0].shape != second[0].shape:
         return False
-    if len(first[0]) != 6:
+    if first[0].shape[:-1] not in ((6,), (2, 3)):
         return False
-    changed = ~torch.isclose(first[0], second[0]).all(1)
-    return changed.tolist() == [False] * 3 + [True] * 3
+    changed = ~torch.isclose(first[0], second[0]).all(-1)
+    return changed.flatten().tolist() == [False] * 3 + [True] * 3

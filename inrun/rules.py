@@ -1,7 +1,8 @@
 """Which parameters of a model are scored by what, and how its modules become tracked ones.
 
 Layers with a rule of their own: Linear, Embedding, LayerNorm, RMSNorm, convolutions, Hugging Face's Conv1D, subclasses
-of these that call `super().forward()`, and every module that only scales and shifts (`affine.py`). Any other module
+of these that call `super().forward()`, and every module that only scales and shifts (`affine.py`) or first of all
+projects its input (`projection.py`). Any other module
 that holds parameters directly is scored by forward-mode AD: `dot_b = <dL/dout_b, JVP_D(out)_b>`, exact for every
 module whose output rows belong to samples, at the price of a second forward through it.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from . import affine, attention, experts, routing
+from . import affine, attention, experts, projection, routing
 from .errors import InRunError
 from .forward_mode import sample_axis
 from .layers import (
@@ -57,7 +58,7 @@ class Site:
     Attributes:
         owned: of each parameter: owner, local name, full name.
         under: the class of layer beneath the module's own that the rule stands for; None for the module's own.
-        affine: of a module that scales and shifts, how.
+        form: of a module known by running it, what it computes.
         flat: whether its rows are the tokens of all samples, flattened.
     """
 
@@ -66,7 +67,7 @@ class Site:
     rule: type[Holder]
     owned: list[tuple[nn.Module, str, str]] = field(default_factory=list)
     under: type[nn.Module] | None = None
-    affine: Any = None
+    form: Any = None
     flat: bool = False
 
     @property
@@ -116,8 +117,9 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
     flat: set[nn.Module] = set()
     for path, block in modules.items():
         if isinstance(getattr(block, "experts", None), nn.Module) and path not in via:
-            flat |= routing.flattened(block)
-            others = [p for p in owned if _inside(p, path) and modules[p] not in flat]
+            known = routing.known(block)
+            flat |= {m for m, flattened in known.items() if flattened}
+            others = [p for p in owned if _inside(p, path) and modules[p] not in known]
             via |= {p: path for p in others if p not in via}
     tables = {p: p.rpartition(".")[0] for p in owned if p not in via and _is_relative_bias(p, modules)}
     sites = {path: _site(path, modules[path]) for path in owned if path not in via and path not in tables}
@@ -149,7 +151,7 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
 def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     """Change a site's module into its tracked class and put the directions beside their parameters."""
     tap = Tap(site.name)
-    tap.affine, tap.flat = site.affine, site.flat
+    tap.form, tap.flat = site.form, site.flat
     tap.owned = [(owner, local) for owner, local, _ in site.owned]
     for owner, local, full in site.owned:
         if not isinstance(owner, Holder):
@@ -219,8 +221,10 @@ def _site(path: str, module: nn.Module) -> Site:
                 if base is nn.Embedding:
                     _require_plain_embedding(module, path)
                 return Site(path, module, rule, under=under)
-    found = affine.recognise(module)
-    return Site(path, module, ForwardModeRule if found is None else affine.AffineRule, affine=found)
+    for kind, rule in ((affine, affine.AffineRule), (projection, projection.ProjectionRule)):
+        if (form := kind.recognise(module)) is not None:
+            return Site(path, module, rule, form=form)
+    return Site(path, module, ForwardModeRule)
 
 
 def _whole_rule(module: nn.Module, flat: set[nn.Module]) -> type[ForwardModeRule]:

@@ -30,6 +30,10 @@ SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 4}
 TEXT = {"vocab_size": VOCAB, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+DEEPSEEK = {"num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+DEEPSEEK |= {"moe_intermediate_size": 12, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 8}
+DEEPSEEK |= {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+DEEPSEEK |= {"num_key_value_heads": 4}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 
 
@@ -190,6 +194,7 @@ CASES = {
     "Mixtral": Case(decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2)),
     "Qwen2-MoE": Case(decoder("Qwen2Moe", shared_expert_intermediate_size=20, **EXPERTS)),
     "Qwen3-MoE": Case(decoder("Qwen3Moe", **EXPERTS)),
+    "DeepSeek-V3": Case(decoder("DeepseekV3", **DEEPSEEK)),
     "ResNet, eval mode": Case(hf("ResNetForImageClassification", "ResNetConfig", **RESNET), images(16), True),
     "nn.MultiheadAttention": Case(Attention, vectors),
     "nn.TransformerEncoder": Case(Encoder, vectors),

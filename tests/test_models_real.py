@@ -31,9 +31,6 @@ import inrun
 
 FORWARD_MODE = {
     "ViT": ["ViTEmbeddings"],
-    "Mixtral": ["MixtralTopKRouter"],
-    "Qwen2-MoE": ["Qwen2MoeTopKRouter"],
-    "Qwen3-MoE": ["Qwen3MoeTopKRouter"],
     "nn.LSTM": ["LSTM"],
     "experts as modules": ["Routed"],
     "F.linear(x, other.weight)": ["Borrowed"],

@@ -1,0 +1,132 @@
+"""Modules that first of all project their input, `f(x @ W^T + b)`: the routers of mixtures of experts.
+
+Which modules are of this kind is found out by running them on random input, whatever their class is called: given the
+projection itself for their input (padded to its width), and for W the identity, they must return what they returned.
+That is also how a tracked one runs: the projection scores as a linear layer, and the module's own forward makes the
+rest of it. Products with 1 and 0 are exact, so that its output is what it always was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import functional
+from .affine import run_with
+from .forward_mode import buffers_kept
+from .layers import LinearRule
+from .tap import along
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How the module rounds.
+
+    Attributes:
+        wide: whether the product is taken in float32, whatever the dtype of x and W.
+    """
+
+    wide: bool = False
+
+    def factors(self, module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x, W and b as they are multiplied."""
+        weight, bias = module._parameters["weight"], module._parameters.get("bias")
+        x = x.to(weight.dtype)
+        if not self.wide:
+            return x, weight, bias
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+
+    def rest(self, module: Any, projected: Tensor, dtype: torch.dtype) -> Any:
+        """What the module makes of its projected input, which was given in `dtype`."""
+        weight, bias = module._parameters["weight"], module._parameters.get("bias")
+        values = {"weight": torch.eye(*weight.shape, dtype=weight.dtype, device=weight.device)}
+        if bias is not None:
+            values["bias"] = torch.zeros_like(bias)
+        padded = F.pad(projected, (0, weight.shape[1] - weight.shape[0]))
+        return run_with(module, padded.to(torch.promote_types(padded.dtype, dtype)), values)
+
+
+class ProjectionRule(LinearRule):
+    def forward(self: Any, *args, **kwargs):
+        tap = self._inrun
+        if tap.keep is None and tap.probe is None:
+            return self._inrun_class.forward(self, *args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        return tap.form.rest(self, self.scored(x), x.dtype)
+
+    def plain(self, x):
+        return F.linear(*self._inrun.form.factors(self, x))
+
+    def probed(self, x, probe, segments):
+        x, weight, bias = self._inrun.form.factors(self, x)
+        return functional.linear(x, weight, bias, self._directions(x.dtype), probe, segments)
+
+    def dots(self, x, grad, segments):
+        return self.dots_along(self._directions(grad.dtype), x, grad, segments)
+
+    def _directions(self: Any, dtype: torch.dtype) -> functional.Directions:
+        pair = along(self, "weight"), along(self, "bias")
+        weight, bias = (None if d is None else d.to(torch.promote_types(d.dtype, dtype)) for d in pair)
+        return weight, bias
+
+
+@torch.no_grad()
+def recognise(module: nn.Module) -> Projection | None:
+    """How `module` projects, if that is the first thing it does and all its parameters do; it is left as it was."""
+    params = {name: p for name, p in module._parameters.items() if p is not None}
+    weight = params.get("weight")
+    if weight is None or weight.dim() != 2 or weight.is_meta or weight.shape[0] > weight.shape[1]:
+        return None
+    if set(params) - {"weight", "bias"} or any(module.children()):
+        return None
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # self and x
+        return None
+    training = module.training
+    try:
+        with torch.random.fork_rng(), torch.autocast(weight.device.type, enabled=False), buffers_kept(module):
+            values = {name: torch.randn_like(p, dtype=torch.float32) for name, p in params.items()}
+            x = torch.randn(2, 3, weight.shape[1], device=weight.device)
+            for mode in (True, False):
+                module.training = mode
+                if not _same(module, Projection(), x, values):
+                    return None
+            values = {name: p.bfloat16() for name, p in values.items()}
+            forms = (
+                form for form in (Projection(), Projection(wide=True)) if _same(module, form, x.bfloat16(), values)
+            )
+            return next(forms, None)
+    except Exception:  # a module that cannot be run like this is of another kind, whatever it says
+        return None
+    finally:
+        module.training = training
+
+
+def _same(module: Any, form: Projection, x: Tensor, values: dict[str, Tensor]) -> bool:
+    """Whether the module returns the same by way of its projection."""
+    before = dict(module._parameters)
+    outputs = []
+    try:
+        module._parameters.update(values)
+        for by_parts in (False, True):
+            torch.manual_seed(0)
+            out = (
+                form.rest(module, F.linear(*form.factors(module, x)), x.dtype) if by_parts else run_with(module, x, {})
+            )
+            outputs.append(pytree.tree_leaves(out))
+    finally:
+        module._parameters.update(before)
+    first, second = outputs
+    return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return a == b
+    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,153 @@
+"""Modules that project their input first: which are known as such, and their values beside the float64 oracle."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import inrun
+from inrun.projection import Projection, ProjectionRule, recognise
+
+B, T, H, E, LR = 3, 4, 8, 5, 0.5
+
+
+class Router(nn.Module):
+    calls = 0
+
+    def __init__(self, bias=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(E, H))
+        if bias:
+            self.bias = nn.Parameter(torch.randn(E))
+
+    def forward(self, x):
+        self.calls += 1
+        logits = self.logits(x.reshape(-1, H))
+        scores, chosen = logits.softmax(-1, dtype=torch.float32).topk(2)
+        scores /= scores.sum(-1, keepdim=True)
+        return logits, scores.to(logits.dtype), chosen
+
+    def logits(self, x):
+        return F.linear(x, self.weight, getattr(self, "bias", None))
+
+
+class Wide(Router):
+    def logits(self, x):
+        return F.linear(x.float(), self.weight.float())
+
+
+class WideThenRounded(Wide):
+    """Its float32 projection would come back in float32."""
+
+    def forward(self, x):
+        return super().forward(x)[1].to(x.dtype)
+
+
+class RoundedThenWide(Router):
+    def logits(self, x):
+        return F.linear(x, self.weight).float()
+
+
+class Noisy(Router):
+    def logits(self, x):
+        logits = super().logits(x)
+        return logits + torch.randn_like(logits) if self.training else logits
+
+
+class Jittered(Router):
+    def logits(self, x):
+        return super().logits(x * torch.rand_like(x) if self.training else x)
+
+
+class Normed(Router):
+    def logits(self, x):
+        return super().logits(F.rms_norm(x, (H,)))
+
+
+class Masked(Router):
+    def logits(self, x):
+        return F.linear(x, self.weight.tril())
+
+
+class Residual(Router):
+    def logits(self, x):
+        return super().logits(x) + x[..., :E]
+
+
+class Counting(Router):
+    """Counts what it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def logits(self, x):
+        self.seen += len(x)
+        return super().logits(x)
+
+
+NARROW, WIDE = Projection(), Projection(wide=True)
+
+
+@pytest.mark.parametrize(
+    ("made", "form"),
+    [(Router, NARROW), (Wide, WIDE), (RoundedThenWide, NARROW), (Noisy, NARROW), (Counting, NARROW), (Jittered, None),
+     (WideThenRounded, None), (Normed, None), (Masked, None), (Residual, None), (lambda: Router(bias=True), NARROW)],
+)  # fmt: skip
+def test_which_modules_project_first(made, form):
+    module = made()
+    before, random = copy.deepcopy(module), torch.get_rng_state()
+    assert recognise(module) == form
+    assert torch.equal(torch.get_rng_state(), random) and module.training
+    for name, x in before.state_dict().items():
+        assert torch.equal(module.state_dict()[name], x)
+
+
+class Model(nn.Module):
+    def __init__(self, router):
+        super().__init__()
+        self.router, self.last = router, nn.Linear(2 + E, 3)
+
+    def forward(self, x):
+        logits, scores, _ = self.router(x)
+        return self.last(torch.cat([logits, scores], -1).to(x.dtype).view(*x.shape[:2], -1))
+
+
+@pytest.mark.parametrize("method", ["first", "secant"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("made", [Router, Wide, Counting, lambda: Router(bias=True)])
+def test_values_without_a_second_forward(made, dtype, method):
+    torch.manual_seed(0)
+    model: Any = Model(made()).to(dtype)
+    x_val, x = torch.randn(B, T, H).to(dtype), torch.randn(B, T, H).to(dtype)
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=LR), copy.deepcopy(model)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(x_val).float().square().sum())
+    assert isinstance(model.router, ProjectionRule)
+    with tracker.step(range(B)) as one:
+        model.router.calls = 0
+        out = model(x)
+        assert torch.equal(out, before(x))
+        out.float().square().sum().backward()
+        assert model.router.calls == 1
+        optimizer.step()
+    tracker.close()
+    ends = [before] if method == "first" else [before, model]
+    rows, val_rows = gradients(before, x), [row for end in ends for row in gradients(end, x_val)]
+    along = [LR / len(ends) * sum(gs) for gs in zip(*val_rows, strict=True)]
+    expected = torch.stack(
+        [torch.stack([(d * g).sum() for d, g in zip(along, row, strict=True)]).sum() for row in rows]
+    )
+    apart = (one.values.double() - expected).abs().max() / expected.abs().max()
+    assert apart < (1e-4 if dtype == torch.float32 else 3e-2)
+
+
+def gradients(model, x):
+    """Each sample's, in float64, one sample at a time."""
+    model = copy.deepcopy(model).double()
+    params = list(model.parameters())
+    return [torch.autograd.grad(model(x[b : b + 1].double()).square().sum(), params) for b in range(len(x))]
