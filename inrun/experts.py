@@ -2,8 +2,9 @@
 
     y[n] = x[n] @ W[e(n)]^T        dot_n = <dL/dy[n], x[n] @ D[e(n)]^T>
 
-Each row has the probe of its token's sample, so that autograd adds the rows' dots up. That is one grouped product more
-than the three of a training step. See `functional.py` for probes and directions.
+Each row has the probe of its token's sample, so that autograd adds the rows' dots up; a deferred step keeps each
+product's rows. That is one grouped product more than the three of a training step. See `functional.py` for probes and
+directions.
 """
 
 from __future__ import annotations
@@ -17,41 +18,84 @@ from inrun_kernels.grouped import by_groups, grouped_mm, grouped_wgrad
 
 from . import functional
 from .forward_mode import split_samples
-from .layers import ForwardModeRule
-from .tap import along
+from .layers import Holder, Rule
+from .tap import Layout, along, eagerly
 
 
-class ExpertsRule(ForwardModeRule):
-    """By grouped products where the step is scored inline; else by forward-mode AD."""
-
+class ExpertsRule(Holder):
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if self._inrun.keep is not None or self._inrun.probe is None:
-            return super().forward(hidden_states, top_k_index, top_k_weights)
+        if self._inrun.keep is not None:
+            return eagerly(self._by_products, hidden_states, top_k_index, top_k_weights)
+        if self._inrun.probe is not None:
+            return self._by_products(hidden_states, top_k_index, top_k_weights)
+        plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
+        return plain(hidden_states, top_k_index, top_k_weights)
+
+    def _by_products(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         many = top_k_index.shape[-1]
         experts, order = top_k_index.reshape(-1).sort(stable=True)
         numbers = torch.arange(self.num_experts, device=experts.device)
         offsets = torch.searchsorted(experts, numbers, right=True).int()
         tokens = order // many
-        x, probe = hidden_states[tokens], self._probe_of(tokens, hidden_states)
-        x = self._grouped(x, _first(self), probe, offsets)
-        x = self._grouped(self._apply_gate(x) if self.has_gate else self.act_fn(x), "down_proj", probe, offsets)
+        rows = hidden_states.new_empty(len(hidden_states), 0), tokens, offsets
+        x = _Product(self, _first(self), *rows).scored(hidden_states[tokens])
+        x = _Product(self, "down_proj", *rows).scored(self._apply_gate(x) if self.has_gate else self.act_fn(x))
         x = x * top_k_weights.reshape(-1)[order, None]
         return x[order.argsort()].unflatten(0, (-1, many)).sum(1).to(hidden_states.dtype)
 
-    def _probe_of(self: Any, tokens: Tensor, hidden_states: Tensor) -> Tensor:
-        """The probe of each of these tokens' samples, or documents."""
-        tap = self._inrun
-        if tap.layout is None:
-            samples = split_samples(tap, hidden_states, tap.probe.shape[0])
-            return tap.probe[tokens // samples.shape[1]]
-        tap.layout.require(tap, split_samples(tap, hidden_states, tap.layout.rows))
-        return tap.probe[torch.searchsorted(tap.layout.segments, tokens, right=True) - 1]
 
-    def _grouped(self: Any, x: Tensor, name: str, probe: Tensor, offsets: Tensor) -> Tensor:
-        weight, direction = self._parameters[name], along(self, name)
-        if self.config._experts_implementation == "eager":  # the one that autocast reaches
-            x, weight, _ = functional._autocast(x, weight, None)
-        return functional._apply(_Grouped, x.to(weight.dtype), weight, direction, probe, offsets)
+class _Product(Rule):
+    """One grouped product of a module of experts, scored and kept as a layer is.
+
+    Args:
+        module: the experts; name: of the weight.
+        like: `[B * T, 0]`, as many rows as there are tokens.
+        tokens: of each row of the product, its token; offsets: int32, where each expert's rows end.
+    """
+
+    def __init__(self, module: Any, name: str, like: Tensor, tokens: Tensor, offsets: Tensor) -> None:
+        self._inrun, self.parameters = module._inrun, module.parameters
+        self.weight, self.name, self.module = module._parameters[name], name, module
+        self.like, self.tokens, self.offsets = like, tokens, offsets
+
+    @property
+    def direction(self) -> Tensor | None:
+        return along(self.module, self.name)
+
+    def scored(self, x):
+        tap, like = self._inrun, self.weight[:0]
+        if self.module.config._experts_implementation == "eager":  # the one that autocast reaches
+            _, like, _ = functional._autocast(x, like, None)
+        x = x.to(like.dtype)
+        if self.direction is None:
+            return self.plain(x)
+        if tap.keep is not None:
+            return tap.keep(self, self.plain, x)
+        assert tap.probe is not None
+        return self.probed(self.placed(x, tap.layout or Layout(tap.probe.shape[0])), tap.probe, None)
+
+    def plain(self, x):
+        return functional._apply(_Grouped, x, self.weight.to(x.dtype), None, None, self.offsets)
+
+    def placed(self, x, layout):
+        """Find out whose each row is: a sample's, or a document's."""
+        layout, tap = layout.on(x.device), self._inrun
+        samples = split_samples(tap, self.like, layout.rows)
+        self.count = layout.count
+        if layout.segments is None:
+            self.owners = self.tokens // samples.shape[1]
+        else:
+            layout.require(tap, samples)
+            self.owners = torch.searchsorted(layout.segments, self.tokens, right=True) - 1
+        return x
+
+    def probed(self, x, probe, segments):
+        return functional._apply(_Grouped, x, self.weight.to(x.dtype), self.direction, probe[self.owners], self.offsets)
+
+    def dots(self, x, grad, segments):
+        assert self.direction is not None
+        rows = _row_dots(x.to(grad.dtype), grad, self.direction, self.offsets)
+        return rows.new_zeros(self.count, *rows.shape[1:]).index_put_((self.owners,), rows, accumulate=True)
 
 
 def is_experts(module: Any) -> bool:
@@ -84,16 +128,20 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             return functional._written_out_backward(_Grouped.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
-        x, weight, direction, probe, offsets = ctx.saved_tensors
+        x, weight, direction, _, offsets = ctx.saved_tensors
         need_x, need_weight, _, need_probe, _ = ctx.needs_input_grad
         dots = None
         if direction is not None and need_probe:
-            wide = x.float() if x.dtype == torch.float16 else x  # float16 has no range for a direction
-            slices = [direction] if probe.dim() == 1 else direction.unbind(0)
-            columns = [
-                (grouped_mm(wide, d.to(wide.dtype).mT, offsets) * grad).sum(1, dtype=probe.dtype) for d in slices
-            ]
-            dots = columns[0] if probe.dim() == 1 else torch.stack(columns, 1)
+            dots = _row_dots(x, grad, direction, offsets)
         grad_x = grouped_mm(grad, weight, offsets) if need_x else None
         grad_weight = grouped_wgrad(x, grad, offsets) if need_weight else None
         return grad_x, grad_weight, None, dots, None
+
+
+def _row_dots(x: Tensor, grad: Tensor, direction: Tensor, offsets: Tensor) -> Tensor:
+    """`[N]`, or `[N, M]` for M directions: each row's dots."""
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    x = x.float() if x.dtype == torch.float16 else x  # float16 has no range for a direction
+    slices = [direction] if direction.dim() == 3 else direction.unbind(0)
+    columns = [(grouped_mm(x, d.to(x.dtype).mT, offsets) * grad).sum(1, dtype=dtype) for d in slices]
+    return columns[0] if direction.dim() == 3 else torch.stack(columns, 1)

@@ -227,7 +227,7 @@ def _site(path: str, module: nn.Module) -> Site:
     return Site(path, module, ForwardModeRule)
 
 
-def _whole_rule(module: nn.Module, flat: set[nn.Module]) -> type[ForwardModeRule]:
+def _whole_rule(module: nn.Module, flat: set[nn.Module]) -> type[Holder]:
     """How a module scores all parameters inside it."""
     if attention.is_attention(module):
         return attention.AttentionRule

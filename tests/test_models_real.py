@@ -51,7 +51,9 @@ def test_every_stack(name, stack):
     assert found <= allowed
 
 
-@pytest.mark.parametrize("name", ["T5", "nn.LSTM", "Mixtral", "ViT", "ResNet, eval mode", "Gemma"])
+@pytest.mark.parametrize(
+    "name", ["T5", "nn.LSTM", "Mixtral", "Qwen2-MoE", "DeepSeek-V3", "ViT", "ResNet, eval mode", "Gemma"]
+)
 def test_deferred_methods_and_two_targets(name):
     """The secant over two targets, from what a step kept, is the inline values' mean over its two ends."""
     case = CASES[name]
@@ -105,6 +107,19 @@ def test_experts_by_documents_and_by_tokens(name, method):
     assert found[2].shape == (5, tokens)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found[2].sum(1), found[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_fused_experts_run_once(method):
+    case = CASES["Mixtral"]
+    model, (x, y) = case.built(), case.batch(5, 1)
+    tracker, optimizer = tracked(case, model, method)
+    calls, experts = [], model.model.layers[0].mlp.experts
+    with tracker.step(range(5)) as one:
+        experts.act_fn.register_forward_hook(lambda *_: calls.append(1))
+        mean_loss(model, x, y).backward()
+        optimizer.step()
+    assert one.values.shape == (5,) and len(calls) == 1
 
 
 @pytest.mark.parametrize("name", ["T5", "Mixtral", "Qwen2-MoE"])
