@@ -33,6 +33,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
+def writers() -> int:
+    """How many processes write the ledger."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", rank() + 1))
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP's wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model

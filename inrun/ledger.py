@@ -58,6 +58,10 @@ class Ledger(Reader):
             may be added to, goes into every shard written from then on; without this argument it starts as
             what this writer's last shard holds.
 
+    Attributes:
+        writers: how many processes write now, of ranks below it; `inrun.track` sets it. Where it is known, `resume` of
+            rank 0 sees to what others left, of a run with more processes. None: every writer sees to itself.
+
     Raises:
         InRunError: the folder holds other Parquet files, another schema version or ids of both kinds.
     """
@@ -74,6 +78,7 @@ class Ledger(Reader):
             raise ValueError(f"expected rank >= 0 and flush_rows >= 1, received {rank=}, {flush_rows=}")
         super().__init__(path)
         self.rank = rank
+        self.writers: int | None = None
         self.flush_rows = flush_rows
         self.metadata: dict[str, Any] = {}
         self.last_step: int | None = None  # of this writer
@@ -194,8 +199,9 @@ class Ledger(Reader):
     def resume(self, step: int) -> None:
         """Drop every row of this writer at `step` or later, where `step` is the next step to be run.
 
-        On disk and in memory. It may be killed at any moment and called again: shards go from the last to the
-        first, and a shard that straddles `step` is replaced by its first part in one rename.
+        On disk and in memory; of rank 0 also those of writers that are no more (`writers`). It may be killed at any
+        moment and called again: shards go from the last to the first, and a shard that straddles `step` is replaced
+        by its first part in one rename.
         """
         import pyarrow.compute as pc
 
@@ -208,15 +214,10 @@ class Ledger(Reader):
         self._kept = [rest for table in self._kept if (rest := table.filter(before)).num_rows]
         self.last_step = None
         if self.path is not None and self.path.is_dir():
-            shards.remove_leftovers(self.path, self._prefix)
-            shards.remove_superseded(self.path, self._prefix)
-            own = shards.listing(self.path, self._prefix)
-            while own and shards.span(own[-1])[1] >= step:
-                own.pop().unlink()
-            shards.sync(self.path)
-            if own and (self._last_of(own) or 0) >= step:
-                own[-1] = self._cut(own[-1], step)
-            self.last_step = self._last_of(own)
+            gone = [] if self.rank or self.writers is None else shards.ranks_from(self.path, self.writers)
+            for rank in gone:
+                self._drop(_prefix_of(rank), step)
+            self.last_step = self._last_of(self._drop(self._prefix, step))
         for part in (*self._kept, *self._buffer):
             self.last_step = part["step"][-1].as_py()
         if self.last_step is None:
@@ -226,22 +227,36 @@ class Ledger(Reader):
 
     @property
     def _prefix(self) -> str:
-        return f"rank{self.rank:05d}-step"
+        return _prefix_of(self.rank)
 
     @staticmethod
     def _last_of(own: list[Path]) -> int | None:
         steps = shards.steps_of(own[-1:])  # of the last shard: each has later steps than the one before
         return steps[1] if steps else None
 
-    def _cut(self, shard: Path, step: int) -> Path:
+    def _drop(self, prefix: str, step: int) -> list[Path]:
+        """Drop a writer's rows at `step` or later; the shards that are left."""
+        assert self.path is not None
+        shards.remove_leftovers(self.path, prefix)
+        shards.remove_superseded(self.path, prefix)
+        own = shards.listing(self.path, prefix)
+        while own and shards.span(own[-1])[1] >= step:
+            own.pop().unlink()
+        shards.sync(self.path)
+        if own and (self._last_of(own) or 0) >= step:
+            own[-1] = self._cut(own[-1], step)
+        return own
+
+    @staticmethod
+    def _cut(shard: Path, step: int) -> Path:
         """Replace a shard by its rows before `step`."""
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        _, first, last = shards.span(shard)
+        writer, first, last = shards.span(shard)
         # A compacted one gives its name up, as it stands for steps that will come again; until it is gone, readers
         # take it and not its first part.
-        rest = shard if last == first else shard.with_name(f"{self._prefix}{first:012d}-{step - 1:012d}.parquet")
+        rest = shard if last == first else shard.with_name(f"{writer}-step{first:012d}-{step - 1:012d}.parquet")
         shards.write(pq.read_table(shard).filter(pc.field("step") < step), rest)
         if rest != shard:
             shard.unlink()
@@ -269,3 +284,7 @@ class Ledger(Reader):
         import pyarrow as pa
 
         return pa.Table.from_batches(self._buffer, shards.make_schema(self._id_type))
+
+
+def _prefix_of(rank: int) -> str:
+    return f"rank{rank:05d}-step"

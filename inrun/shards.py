@@ -149,6 +149,12 @@ def write(table: pa.Table, shard: Path) -> None:
     sync(shard.parent)
 
 
+def ranks_from(folder: Path, least: int) -> list[int]:
+    """The ranks of this number or a higher one that have written into the folder."""
+    found = {int(match[1].removeprefix("rank")) for file in folder.iterdir() if (match := _NAME.match(file.name))}
+    return sorted(rank for rank in found if rank >= least)
+
+
 def remove_leftovers(folder: Path, prefix: str) -> None:
     """Remove what a killed writer, whose shards begin with `prefix`, had not renamed yet."""
     for leftover in folder.glob(f"{prefix}*.tmp"):

@@ -142,7 +142,9 @@ def track(
 
 def as_ledger(ledger: Ledger | str | Path | None) -> Ledger:
     """A ledger as it is, or this process's of a folder (None: in memory)."""
-    return ledger if isinstance(ledger, Ledger) else Ledger(ledger, rank=distributed.rank())
+    found = ledger if isinstance(ledger, Ledger) else Ledger(ledger, rank=distributed.rank())
+    found.writers = distributed.writers()
+    return found
 
 
 class Tracker:

@@ -232,6 +232,44 @@ def test_several_writers_are_one_ledger(tmp_path):
     assert totals["value"].to_pylist() == [10 + 5 * sample / 16 for sample in range(12)]
 
 
+def test_fewer_writers_go_on_and_lose_and_double_nothing(tmp_path, monkeypatch):
+    """Three writers come to step 9 with a checkpoint of step 4; two of them go on, killed at any moment."""
+
+    def write(path, ranks, steps):
+        for rank in range(ranks):
+            ledger = Ledger(path, rank=rank, flush_rows=12)
+            fill(ledger, steps, offset=4 * rank)
+            ledger.close()
+
+    clean = tmp_path / "clean"
+    write(clean, 3, range(4))
+    write(clean, 2, range(4, 12))
+    for compacted in (False, True):
+        for moment in range(12):
+            path = tmp_path / f"{compacted}{moment}"
+            write(path, 3, range(10))
+            if compacted:
+                Ledger(path).compact()
+            (path / "rank00002-step000000000009.parquet.tmp").touch()  # what it had begun to write
+
+            def resumed(rank, path=path):
+                ledger = Ledger(path, rank=rank)
+                ledger.writers = 2
+                ledger.resume(4)
+
+            others = {name: held for name, held in listing(path).items() if name.startswith("rank00001")}
+            killed_at(moment, monkeypatch)(lambda resumed=resumed: resumed(0))
+            resumed(0)
+            after = listing(path)
+            assert {name: held for name, held in after.items() if name.startswith("rank00001")} == others
+            resumed(1)
+            assert steps_of(Ledger(path, rank=2)) == [step for step in range(4) for _ in range(12)]
+            assert Ledger(path, rank=2).last_step == 3 and not list(path.glob("*.tmp"))
+            write(path, 2, range(4, 12))
+            assert Ledger(path).totals() == Ledger(clean).totals()
+            assert len(pq.read_table(sorted(path.iterdir()))) == len(Ledger(clean))
+
+
 def test_same_ledger_same_bits(tmp_path, engine):
     rng = np.random.default_rng(0)
     with Ledger(tmp_path, flush_rows=1 << 14) as ledger:

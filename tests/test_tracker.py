@@ -706,3 +706,14 @@ def test_nothing_of_the_size_of_per_sample_gradients_is_allocated():
         loss_of(model, x, y).backward()
         optimizer.step()
     assert largest.numel <= 64 * 3 * 40
+
+
+def test_resuming_with_fewer_processes_drops_what_the_others_left(tmp_path, monkeypatch):
+    for writers, left in (("2", [0, 1, 2]), ("1", [0])):
+        with inrun.Ledger(tmp_path / writers, rank=1) as other:
+            for step in range(3):
+                other.append(step, [step], [1.0])
+        monkeypatch.setenv("WORLD_SIZE", writers)
+        tracker = inrun.track(make("mlp"), ledger=tmp_path / writers)
+        tracker.ledger.resume(1)
+        assert inrun.Ledger(tmp_path / writers).rows()["step"].to_pylist() == left
