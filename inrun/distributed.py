@@ -97,7 +97,7 @@ class Ranks:
                 module.reshard()
 
     def require_all(self) -> None:
-        """Raise `InRunError` within DDP's `join()`, where some processes have stopped."""
+        """Raise `InRunError` within `join()` of the DDP wrapper that `track` was given: some processes have stopped."""
         if isinstance(self._model, DistributedDataParallel) and self._model._join_config.enable:
             raise InRunError(
                 "step: expected every process to take part until the last step, got model.join(); where no samples "
