@@ -139,9 +139,11 @@ class Deferred:
         """Raise `InRunError` where what is kept cannot be scored under `fully_shard`."""
         if self.pairs is not None:
             raise InRunError("pairwise: expected parameters that every process holds whole, as under DDP; got shards")
+        sharded = set(self.tracker.ranks.fully_sharded())
         for module in self.tracker.model.modules():
-            inside = [name for name, m in module.named_modules() if name and m in self.tracker.ranks.fully_sharded()]
-            if inside and isinstance(module, ForwardModeRule):
+            if not isinstance(module, ForwardModeRule):
+                continue
+            if inside := [name for name, m in module.named_modules() if name and m in sharded]:
                 raise InRunError(
                     f"method {self.name!r}: expected no fully_shard inside of {module._inrun.name or 'the model'}, "
                     f"which is scored by forward-mode AD and then runs once more, got {', '.join(inside[:5])}; call "
