@@ -78,21 +78,17 @@ def coefficient(
         step = step.item()
     unbias = 1 / (1 - beta2**step)
     # With the state alone, a coordinate whose few past gradients happened to be small would count without bound.
-    scale = torch.empty_like(val_grads[0][part]) if out is None else out
-    if state:
-        torch.mul(state["exp_avg_sq"][part], beta2 * unbias, out=scale)
-    else:
-        scale.zero_()
-    entering = (1 - beta2) * unbias / len(val_grads)
+    # In units that save passes over memory: the second moment is `unit` times what is added up.
+    first = val_grads[0][part]
+    old, unit = (state["exp_avg_sq"][part], beta2) if state and beta2 else (first.new_zeros(()), 1 - beta2)
+    scale = torch.empty_like(first) if out is None else out
     for grad in val_grads:
-        if isinstance(entering, Tensor):
-            scale.addcmul_(grad[part], grad[part] * entering)
-        else:
-            scale.addcmul_(grad[part], grad[part], value=entering)
+        old = torch.addcmul(old, grad[part], grad[part], value=(1 - beta2) / (unit * len(val_grads)), out=scale)
     if state and group["amsgrad"]:
-        torch.maximum(scale, state["max_exp_avg_sq"][part] * unbias, out=scale)
-    scale.sqrt_().add_(group["eps"])
-    share = group["lr"] * (1 - beta1) / (1 - beta1**step)
+        torch.maximum(scale, state["max_exp_avg_sq"][part] / unit, out=scale)
+    root = (unit * unbias) ** 0.5
+    scale.sqrt_().add_(group["eps"] / root)
+    share = group["lr"] * (1 - beta1) / (1 - beta1**step) / root
     if isinstance(share, Tensor):
         share = share.to(scale.device, scale.dtype)
     else:

@@ -95,6 +95,7 @@ OPTIMIZERS = {
     "adam": (lambda p: torch.optim.Adam(p, lr=0.01), frozen_adam(0.01)),
     "adamw": (lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True), frozen_adam(0.01)),
     "amsgrad": (lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True), frozen_adam(0.01)),
+    "no_beta2": (lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.5, 0.0), amsgrad=True), frozen_adam(0.01, 0.5, 0.0)),
     "fused": (lambda p: torch.optim.AdamW(p, lr=0.01, fused=True), frozen_adam(0.01)),
     "tensor_lr": (lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)), frozen_adam(0.01)),
 }

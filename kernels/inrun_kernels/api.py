@@ -90,10 +90,10 @@ def ghost_wgrad_dot(
         form: how samples are kept apart. "two" accumulators: a dot's error is relative to the
             sample's own terms, whatever else is in the batch. "prefix", faster on large tiles: a dot is the
             difference of two running sums, so its error is relative to the terms of all samples up to it: one
-            float32 rounding (6e-8) of those for each 16 of the sample's tokens (on the CPU some 1e-5 of a typical
+            float32 rounding (6e-8) of those for each 16 of the sample's tokens (on the CPU 2e-6 to 1e-5 of a typical
             dot where they are alike). "direct": one GEMM and a `ghost_dot`, for samples of few tokens; errors as in
             "two". The weight gradient is as exact in all. None: what `explain` says: on a GPU "two", or "direct" for
-            documents of fewer than 32 tokens; on a CPU the quickest, "prefix" only if it is 15 % quicker than "two".
+            documents of fewer than 32 tokens; on a CPU the quickest, "prefix" only if it is 5 % quicker than "two".
 
     Returns:
         `(weight_grad [O, I], dots)`, dots as in `ghost_dot`.

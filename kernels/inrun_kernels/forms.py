@@ -50,7 +50,7 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
         },
     }
 }
-_EXACT = 1.15  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
+_EXACT = 1.05  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
 _FEW_TOKENS = 32  # of a document, below which a GPU's tiles are mostly empty
 
 

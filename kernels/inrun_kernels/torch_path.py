@@ -15,6 +15,7 @@ from torch import Tensor
 
 _CHUNK = 1 << 20  # elements of a temporary: 4 MB in float32, about an L2 cache
 _ROWS = 1 << 17  # elements of the buffer in which products of rows are formed: 512 KB, which stay in an L2 cache
+_DOT = 1 << 18  # elements of a float32 dot: a longer one's own rounding is most of a value's error
 _BLOCK = 1 << 21  # elements of the block of weight-gradient rows that ghost_wgrad_dot fills at a time
 
 
@@ -53,21 +54,22 @@ def ghost_wgrad_dot(
     samples = list(zip(_split_tokens(acts, segments), _split_tokens(grads, segments), strict=True))
     dots = acts.new_zeros(n_samples, val_grad.shape[0], dtype=torch.float64)
     for rows in _chunks(total.shape[0], total.shape[1], _BLOCK):
-        block, directions = total[rows], val_grad[:, rows].to(wide).flatten(1).unbind()
-        flat = block.view(-1)
+        block, directions = total[rows], val_grad[:, rows].to(wide).flatten(1)
+        pieces = [piece for direction in directions for piece in direction.split(_DOT)]
+        flat = block.view(-1).split(_DOT) * len(directions)
         product, contracted = block, []
         for s, (a, g) in enumerate(samples):
             if form == "two" and s:
                 if s == 1:
                     product = torch.empty_like(block)
-                    flat = product.view(-1)
+                    flat = product.view(-1).split(_DOT) * len(directions)
                 product.zero_()  # MKL adds to zeros faster than it overwrites
             of_rows, a = g[:, rows].to(wide).T, a.to(wide)
             torch.mm(of_rows, a, out=product) if alone else product.addmm_(of_rows, a)
-            contracted += [torch.dot(direction, flat) for direction in directions]
+            contracted += map(torch.dot, pieces, flat)
             if product is not block:
                 block += product
-        dots += torch.stack(contracted).view_as(dots)
+        dots += torch.stack(contracted).view(*dots.shape, -1).sum(-1, dtype=dots.dtype)
     if form == "prefix":
         dots = torch.diff(dots, dim=0, prepend=dots.new_zeros(1, dots.shape[1]))
     return total, dots.to(wide)

@@ -192,6 +192,18 @@ def test_forms_on_the_torch_path(form, dtype, monkeypatch):
         check_form(form, make("linear", 5, 40, 24, 40, directions=2, dtype=dtype, segments=segments), "torch")
 
 
+@pytest.mark.parametrize(("form", "digits"), [("two", 2e-6), ("prefix", 6e-6), ("direct", 2e-6)])
+def test_a_large_weight_costs_no_digits(form, digits):
+    """A float32 dot of millions of terms has an error of its own, some 1e-5 of a sample's dot."""
+    generator = torch.Generator().manual_seed(0)
+    acts, grads, direction = (
+        torch.randn(shape, generator=generator) for shape in ((8, 4, 1536), (8, 4, 2048), (2048, 1536))
+    )
+    _, dots = k.ghost_wgrad_dot(acts + 1, grads, direction, form=form, backend="torch")
+    exact = ((grads.double() @ direction.double()) * (acts + 1).double()).sum((1, 2))
+    assert (dots - exact).square().mean().sqrt() < digits * exact.square().mean().sqrt()
+
+
 @pytest.mark.parametrize("segments", [None, torch.tensor([0, 0, 3, 40, 40, 140])])
 def test_a_product_of_its_own_beside_the_kernel(segments):
     check_form("direct", make("linear", 7, 20, 24, 40, directions=2, segments=segments))
