@@ -1,36 +1,83 @@
 """`torch.nn.MultiheadAttention`, whose projections score their samples as linear layers do.
 
 Torch's module passes its weights to one function, past any layer. With a probe, the projections are
-`functional.linear` instead, and the attention between them is torch's own.
+linear layers instead, and the attention between them is torch's own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .layers import ForwardModeRule
-from .tap import along
+from .errors import InRunError
+from .layers import Holder, LinearRule
+from .tap import Tap, along, eagerly
+
+_ALL = "in_proj_weight"  # holds the projections of queries, keys and values, unless their widths differ
 
 
-class AttentionRule(ForwardModeRule):
-    """By its projections where each row is a sample and the step is scored inline; else by forward-mode AD."""
-
+class AttentionRule(Holder):
     def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
         tap = self._inrun
-        by_projections = tap.keep is None and tap.probe is not None and tap.layout is None and query.dim() == 3
-        if by_projections and self.bias_k is None and not self.add_zero_attn:
+        if tap.keep is None and tap.probe is None:
+            plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
+            return plain(query, key, value, *args, **kwargs)
+        if query.dim() != 3:
+            raise InRunError(f"{tap.name or 'model'}: expected a query with a batch axis, got {tuple(query.shape)}")
+        if tap.keep is None:
             return _attend(self, query, key, value, *args, **kwargs)
-        return super().forward(query, key, value, *args, **kwargs)
+        return eagerly(_attend, self, query, key, value, *args, **kwargs)
 
 
-def is_attention(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+class _Projection(LinearRule):
+    """One of its projections, scored and kept as a linear layer is.
+
+    Args:
+        tap: of the attention; module: that or its last layer, whichever holds the projection.
+        names: of its weight and its bias.
+        third: which third of those that are three in one.
+    """
+
+    def __init__(self, tap: Tap, module: Any, names: tuple[str, str], third: int | None = None) -> None:
+        self._inrun, self._parameters, self.parameters = tap, module._parameters, module.parameters
+        self.names, self.third = names, third
+
+    def scored(self, x):
+        return self.plain(x) if all(d is None for d in self._directions()) else super().scored(x)
+
+    def plain(self, x):
+        return F.linear(x, *self._pair())
+
+    def probed(self, x, probe, segments):
+        return functional.linear(x, *self._pair(), self._directions(), probe, segments)
+
+    def dots(self, x, grad, segments):
+        return self.dots_along(self._directions(), x, grad, segments)
+
+    def _pair(self) -> tuple[Any, Any]:
+        return self._cut(self._parameters[name] for name in self.names)
+
+    def _directions(self) -> tuple[Any, Any]:
+        return self._cut(along(self, name) for name in self.names)
+
+    def _cut(self, pair: Iterable[Any]) -> tuple[Any, Any]:
+        weight, bias = pair
+        if self.third is not None:
+            weight = weight.chunk(3, -2)[self.third] if weight is not None and self.names[0] == _ALL else weight
+            bias = None if bias is None else bias.chunk(3, -1)[self.third]
+        return weight, bias
+
+
+def is_attention(module: Any) -> bool:
+    """Whether a module is torch's, with nothing but projections to score."""
+    if not isinstance(module, nn.MultiheadAttention) or type(module).forward is not nn.MultiheadAttention.forward:
+        return False
+    return module.bias_k is None and not module.add_zero_attn
 
 
 def _attend(
@@ -60,31 +107,20 @@ def _attend(
         weights = weights.mean(1) if average_attn_weights else weights
     else:
         out = F.scaled_dot_product_attention(q, k, v, None if is_causal else mask, dropout, is_causal)
-    last = module.out_proj
-    directions = along(last, "weight"), along(last, "bias")
-    out = functional.linear(out.transpose(1, 2).flatten(2), last.weight, last.bias, directions, module._inrun.probe)
+    out = _Projection(module._inrun, module.out_proj, ("weight", "bias")).scored(out.transpose(1, 2).flatten(2))
     return out if module.batch_first else out.transpose(0, 1), weights
 
 
 def _projected(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
     """Queries, keys and values, `[B, T, E]`."""
-    probe, bias, bias_direction = module._inrun.probe, module.in_proj_bias, along(module, "in_proj_bias")
     inputs = [x if module.batch_first else x.transpose(0, 1) for x in (query, key, value)]
-    if module._qkv_same_embed_dim:
-        weight, direction = module.in_proj_weight, along(module, "in_proj_weight")
-        if query is key and key is value:
-            return functional.linear(inputs[0], weight, bias, (direction, bias_direction), probe).chunk(3, -1)
-        weights, directions = _thirds(weight, -2), _thirds(direction, -2)
-    else:
+    names = (_ALL,) * 3
+    if not module._qkv_same_embed_dim:
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        weights, directions = ([f(module, name) for name in names] for f in (getattr, along))
-    both = zip(directions, _thirds(bias_direction, -1), strict=True)
-    layers = zip(inputs, weights, _thirds(bias, -1), both, strict=True)
-    return [functional.linear(*layer, probe) for layer in layers]
-
-
-def _thirds(x: Tensor | None, dim: int) -> Sequence[Any]:
-    return [None] * 3 if x is None else x.chunk(3, dim)
+    elif query is key and key is value:
+        return _Projection(module._inrun, module, (_ALL, "in_proj_bias")).scored(inputs[0]).chunk(3, -1)
+    thirds = [_Projection(module._inrun, module, (name, "in_proj_bias"), i) for i, name in enumerate(names)]
+    return [third.scored(x) for third, x in zip(thirds, inputs, strict=True)]
 
 
 def _mask(module: Any, query: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -212,7 +212,9 @@ class Keeper:
             for v in samples:
                 with torch.enable_grad():
                     y = module.plain(x[v : v + 1])
-                    one = torch.autograd.grad(y, list(found.values()), grads[0][v : v + 1].to(y.dtype))
+                    one = torch.autograd.grad(
+                        y, list(found.values()), grads[0][v : v + 1].to(y.dtype), materialize_grads=True
+                    )
                 yield dict(zip(found, one, strict=True))
             return
         args, kwargs = _moved(kept.x, device)

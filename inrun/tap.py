@@ -101,8 +101,8 @@ def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
         torch.cuda.set_rng_state_all(state[1])
 
 
-def eagerly(function: Callable, *args: Any) -> Any:
+def eagerly(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """Call a function that a compiled model must leave its graph for."""
     if torch.compiler.is_compiling():
-        return torch.compiler.disable(function)(*args)
-    return function(*args)
+        return torch.compiler.disable(function)(*args, **kwargs)
+    return function(*args, **kwargs)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import inrun
+from inrun import attention
 from inrun.attention import AttentionRule
 
-B, L, S, E, HEADS, LR = 3, 4, 5, 8, 2, 0.5
+B, L, S, E, HEADS, LR = 3, 4, 5, 8, 2, 0.01
 CAUSAL = torch.ones(S, S).triu(1).bool()
 PADDED = torch.arange(S) >= torch.tensor([[5], [3], [4]])
 PER_HEAD = torch.arange(B * HEADS * S * S).view(B * HEADS, S, S) % 7 == 6
@@ -62,22 +66,30 @@ def loss(model, inputs, rows=slice(None)):
     return out.square().sum() + (0 if weights is None else weights.square().sum())
 
 
+@pytest.mark.parametrize("method", ["first", "path", "secant"])
 @pytest.mark.parametrize("case", CASES)
-def test_attention(case):
+def test_attention(case, method):
     made, kind, call = CASES[case]
     torch.manual_seed(0)
     model, train, validation = Attention(made, call), data(made, kind, 1), data(made, kind, 2)
     plain, double = copy.deepcopy(model), copy.deepcopy(model).double()
     params = list(double.parameters())
-    g_v = torch.autograd.grad(loss(double, one_tensor([x.double() for x in validation], kind)), params)
-    axis, expected = 1 if made.get("batch_first") is False else 0, []
+    wide = one_tensor([x.double() for x in validation], kind)
+    ends = [torch.autograd.grad(loss(double, wide), params)]
+    axis, gradients = 1 if made.get("batch_first") is False else 0, []
     for b in range(B):
         one = one_tensor([x.double().narrow(axis, b, 1) for x in train], kind)
-        grads = torch.autograd.grad(loss(double, one, slice(b, b + 1)), params)
-        expected.append(sum(LR * (d * g).sum() for d, g in zip(g_v, grads, strict=True)))
+        gradients.append(torch.autograd.grad(loss(double, one, slice(b, b + 1)), params))
+    if method == "secant":
+        with torch.no_grad():
+            for p, *grads in zip(params, *gradients, strict=True):
+                p.sub_(sum(grads), alpha=LR)
+        ends.append(torch.autograd.grad(loss(double, wide), params))
+    g_v = [sum(gs) / len(ends) for gs in zip(*ends, strict=True)]
+    expected: list[Any] = [sum(LR * (d * g).sum() for d, g in zip(g_v, gs, strict=True)) for gs in gradients]
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    tracker = inrun.track(model, optimizer, validation=lambda: loss(model, validation))
-    assert isinstance(model.attention, AttentionRule)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss(model, validation))
+    assert isinstance(model.attention, AttentionRule) == ("add_bias_kv" not in made)
     with tracker.step(range(B)) as step:
         found = model(*train)
         loss(model, train).backward()
@@ -86,12 +98,53 @@ def test_attention(case):
             torch.testing.assert_close(dict(model.named_parameters())[name].grad, p.grad, rtol=1e-4, atol=1e-4)
         optimizer.step()
     torch.testing.assert_close(found, plain(*train))
-    torch.testing.assert_close(step.values.double(), torch.stack(expected), rtol=1e-4, atol=1e-4)
+    close(step.values, torch.stack(expected))
+
+
+def close(found, expected):
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def one_tensor(inputs, kind):
     """Inputs of one name are one tensor again, after a copy."""
     return [inputs[kind.index(n)] for n in kind]
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_documents_tokens_and_one_run(method, monkeypatch):
+    """Documents packed into rows, each attending to itself, are worth what each is worth alone; tokens add up."""
+    torch.manual_seed(0)
+    ends, found = [0, 2, 6, 9, 12], []
+    runs: list[str] = []
+    x, x_val = torch.randn(2, 6, E), torch.randn(2, S, E)
+    owner = torch.tensor([0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3]).view(2, 6)
+    mask = (owner[:, :, None] != owner[:, None, :]).repeat_interleave(HEADS, 0)
+    model = nn.MultiheadAttention(E, HEADS, batch_first=True)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.4)
+    double = copy.deepcopy(model).double()
+    params = list(double.parameters())
+    g_v = torch.autograd.grad(double(*[x_val.double()] * 3)[0].square().sum(), params)
+    expected = []
+    for a, b in itertools.pairwise(ends):
+        one = x.double().flatten(0, 1)[None, a:b]
+        grads = torch.autograd.grad(double(one, one, one)[0].square().sum(), params)
+        expected.append(sum(LR * (d * g).sum() for d, g in zip(g_v, grads, strict=True)))
+    for kind, name in ((F, "multi_head_attention_forward"), (attention, "_attend")):  # of validation, of the step
+        whole = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *a, f=whole, name=name, **k: runs.append(name) or f(*a, **k))
+    for segments, count in ((torch.tensor(ends), 4), (None, 2)):
+        again = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(again.parameters(), lr=LR)
+        losses = lambda again=again: again(x_val, x_val, x_val)[0].square().sum()  # noqa: E731
+        tracker = inrun.track(again, optimizer, method, validation=losses)
+        with tracker.step(range(count), tokens=6, segments=segments) as step:
+            again(x, x, x, attn_mask=mask)[0].square().sum().backward()
+            optimizer.step()
+        found.append(step.values)
+    close(found[0], torch.stack(expected))
+    assert found[1].shape == (2, 6) and runs == ["multi_head_attention_forward", "_attend"] * 2
+    close(found[1].flatten()[owner.flatten() == 1].sum(), expected[1])
 
 
 def test_dropout_draws_what_torch_draws():
