@@ -155,9 +155,8 @@ def _as_pairs(train: Keeper, members: Sequence[Any], ours: list[Kept], theirs: l
     if len(modules) != 1 or any(id(slot) not in scalars for slot in members):
         return False
     (module,) = modules.values()
-    if not (isinstance(module, rules.LinearRule) and isinstance(module, torch.nn.Module)) or any(
-        layout.segments is not None for layout in train.layouts
-    ):
+    layer = isinstance(module, rules.LinearRule) and isinstance(module, torch.nn.Module)  # no part of a module
+    if not layer or any(layout.segments is not None for layout in train.layouts):
         return False
     tokens = max((functional.rows(kept.grads[0], 1).shape[1] for kept in theirs), default=0)
     return tokens * sum(module.weight.shape) < module.weight.numel()

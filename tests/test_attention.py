@@ -181,3 +181,23 @@ def test_half_of_it_frozen_and_a_direction_for_each_target():
             grads = torch.autograd.grad(plain(one, one, one)[0].square().sum(), params)
             expected = sum(LR * (d * g).sum() for d, g in zip(g_v, grads, strict=True))
             torch.testing.assert_close(step.values[b, m].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", ["in_proj", "out_proj"])
+def test_pairs_within_the_batch_with_half_of_it_frozen(frozen):
+    torch.manual_seed(0)
+    model, x = nn.MultiheadAttention(E, HEADS, batch_first=True), torch.randn(B + 2, S, E)
+    for name, p in model.named_parameters():
+        nn.init.normal_(p, std=0.4).requires_grad_(not name.startswith(frozen))
+    double = copy.deepcopy(model).double()
+    params = [p for p in double.parameters() if p.requires_grad]
+    gradients = []
+    for one in x.double()[:, None]:
+        loss = double(one, one * 2, one * 3)[0].square().sum()
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+    tracker = inrun.track(model, optimizer, pairwise=["a", "b"], validation="batch")
+    with tracker.step(range(B)) as step:
+        model(x, x * 2, x * 3)[0].square().sum().backward()
+        optimizer.step()
+    close(step.values, LR * torch.stack(gradients[:B]) @ torch.stack(gradients[B:]).T)
