@@ -22,6 +22,8 @@ _ALL = "in_proj_weight"  # holds the projections of queries, keys and values, un
 
 
 class AttentionRule(Holder):
+    """Torch's own forward without a probe; with one, or in a deferred step, its projections as layers."""
+
     def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
         tap = self._inrun
         if tap.keep is None and tap.probe is None:
