@@ -15,6 +15,7 @@ shared among a CPU's threads, the calls themselves are not.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,9 +37,10 @@ class Cost:
         return self.call + self.sample * samples + shared / threads
 
 
-# One core of an AMD EPYC (Zen 4, AVX-512), torch 2.13 with MKL, float32, cold caches: call, sample, flop, weight, row.
+# Two cores of an AMD EPYC (Zen 4), of an Intel Xeon (Sapphire Rapids), and both together for any other CPU: torch 2.13
+# with MKL, float32, cold caches. Each is: call, sample, flop, weight, row.
 COSTS: dict[str, dict[str, dict[str, Cost]]] = {
-    "cpu": {
+    "AuthenticAMD": {
         "ghost_wgrad_dot": {
             "two": Cost(161e-6, 10.4e-6, 11.3e-12, 0.152e-9, 0.462e-9),
             "prefix": Cost(184e-6, 8.43e-6, 10.0e-12, 0.189e-9, 0.561e-9),
@@ -48,9 +50,32 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
             "pairwise": Cost(160e-6, 0.454e-6, 12.6e-12, 0, 0.435e-9),
             "direct": Cost(141e-6, 54.7e-6, 10.5e-12, 0.542e-9, 0.380e-9),
         },
-    }
+    },
+    "GenuineIntel": {
+        "ghost_wgrad_dot": {
+            "two": Cost(644e-6, 11.4e-6, 11.3e-12, 0.421e-9, 1.31e-9),
+            "prefix": Cost(705e-6, 7.37e-6, 10.8e-12, 0.447e-9, 1.38e-9),
+            "direct": Cost(480e-6, 1.1e-6, 10.2e-12, 0.716e-9, 2.22e-9),
+        },
+        "ghost_dot_pairwise": {
+            "pairwise": Cost(519e-6, 0, 12.9e-12, 0, 1.82e-9),
+            "direct": Cost(444e-6, 87.3e-6, 10.1e-12, 0.795e-9, 1.07e-9),
+        },
+    },
+    "cpu": {
+        "ghost_wgrad_dot": {
+            "two": Cost(190e-6, 10.9e-6, 12.1e-12, 0.202e-9, 0.808e-9),
+            "prefix": Cost(206e-6, 8.88e-6, 10.9e-12, 0.254e-9, 0.919e-9),
+            "direct": Cost(206e-6, 0.132e-6, 10.3e-12, 0.642e-9, 1.52e-9),
+        },
+        "ghost_dot_pairwise": {
+            "pairwise": Cost(204e-6, 0.359e-6, 13.4e-12, 0, 0.668e-9),
+            "direct": Cost(160e-6, 54.6e-6, 10.1e-12, 0.684e-9, 0.848e-9),
+        },
+    },
 }
 _EXACT = 1.05  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
+_LARGE = 1 << 20  # elements of a weight that is better not read again for a single token's dot
 _FEW_TOKENS = 32  # of a document, below which a GPU's tiles are mostly empty
 
 
@@ -80,7 +105,7 @@ def of_wgrad_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor
     if acts.is_cuda:
         return Choice("direct", {}, "direct: a launch for every sample would cost more")
     sizes = (tokens, samples, acts.shape[2], grads.shape[2], val_grad.shape[0])
-    return _wgrad_dot(acts.device.type, torch.get_num_threads(), *sizes)
+    return _wgrad_dot(cpu_vendor(), torch.get_num_threads(), *sizes)
 
 
 def of_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, triton: bool) -> Choice:
@@ -88,17 +113,33 @@ def of_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, triton: bool) -> 
     if triton or acts.is_cuda:
         return Choice("pairwise", {}, "pairwise: the only form on a GPU")
     sizes = (acts.shape[0] * acts.shape[1], *val_acts.shape[:2], acts.shape[2], grads.shape[2])
-    return _pairwise(acts.device.type, torch.get_num_threads(), *sizes)
+    return _pairwise(cpu_vendor(), torch.get_num_threads(), *sizes)
+
+
+@lru_cache(1)
+def cpu_vendor() -> str:
+    """By the name that the processor gives itself, the key of its costs; "" where Linux does not tell."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 @lru_cache(4096)
-def _wgrad_dot(device: str, threads: int, *sizes: int) -> Choice:
-    return quickest(COSTS.get(device, COSTS["cpu"])["ghost_wgrad_dot"], threads, wgrad_work(*sizes))
+def _wgrad_dot(cpu: str, threads: int, *sizes: int) -> Choice:
+    return quickest_wgrad(COSTS.get(cpu, COSTS["cpu"])["ghost_wgrad_dot"], threads, *sizes)
 
 
 @lru_cache(4096)
-def _pairwise(device: str, threads: int, *sizes: int) -> Choice:
-    return quickest(COSTS.get(device, COSTS["cpu"])["ghost_dot_pairwise"], threads, pairwise_work(*sizes))
+def _pairwise(cpu: str, threads: int, *sizes: int) -> Choice:
+    return quickest(COSTS.get(cpu, COSTS["cpu"])["ghost_dot_pairwise"], threads, pairwise_work(*sizes))
+
+
+def quickest_wgrad(costs: dict[str, Cost], threads: int, *sizes: int) -> Choice:
+    """The form of `ghost_wgrad_dot`; `sizes` as `wgrad_work` takes them."""
+    tokens, samples, inputs, outputs, _ = sizes
+    if tokens <= samples and inputs * outputs >= _LARGE:
+        return Choice("direct", {}, "direct: a single token to a sample, and a large weight")
+    return quickest(costs, threads, wgrad_work(*sizes))
 
 
 def wgrad_work(tokens: int, samples: int, inputs: int, outputs: int, directions: int) -> dict[str, tuple[float, ...]]:

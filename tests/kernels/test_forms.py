@@ -13,26 +13,44 @@ def pair(batch: int, tokens: int, inputs: int, outputs: int) -> tuple[torch.Tens
     return torch.ones(batch, tokens, inputs), torch.ones(batch, tokens, outputs)
 
 
+@pytest.fixture(params=[*forms.COSTS, "another"])
+def cpu(request, monkeypatch):
+    """Each processor whose costs are known, and one that is not."""
+    monkeypatch.setattr(forms, "cpu_vendor", lambda: request.param)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize(
     "batch, tokens, inputs, outputs, quick",
     [
         (64, 1, 384, 384, {"direct"}),  # a weight's passes for each token
         (8, 4, 768, 3072, {"direct"}),
-        (8, 32, 768, 3072, {"prefix"}),
-        (8, 1024, 768, 768, {"two"}),  # the passes are nothing beside the product
+        (8, 128, 768, 3072, {"prefix"}),
+        (8, 1024, 768, 768, {"two", "prefix"}),  # the passes are nothing beside the product
+        (1, 1, 3072, 768, {"direct"}),  # an outer product, whose dot need not read it
         (1, 256, 768, 3072, {"two", "prefix"}),  # of one sample both are the plain product
     ],
 )
 def test_the_form_of_the_weight_gradient_in_clear_cases(batch, tokens, inputs, outputs, quick):
     choice = k.explain(k.ghost_wgrad_dot, *pair(batch, tokens, inputs, outputs), torch.ones(outputs, inputs))
     assert choice.form in quick
-    assert choice.reason.startswith(choice.form) and set(choice.seconds) == {"two", "prefix", "direct"}
+    assert choice.reason.startswith(choice.form) and set(choice.seconds) in ({"two", "prefix", "direct"}, set())
 
 
+def test_a_little_quicker_is_not_enough_for_the_rounding_of_prefix():
+    costs = dict.fromkeys(("two", "direct"), forms.Cost(1.0, 0, 0, 0, 0))
+    for prefix, form in ((0.97, "two"), (0.9, "prefix")):
+        work = dict.fromkeys(("two", "prefix", "direct"), (1, 1, 1, 1))
+        choice = forms.quickest({**costs, "prefix": forms.Cost(prefix, 0, 0, 0, 0)}, 1, work)
+        assert choice.form == form
+
+
+@pytest.mark.usefixtures("cpu")
 def test_documents_count_as_samples():
-    acts, grads = pair(2, 64, 384, 384)
-    direction = torch.ones(384, 384)
-    every_token = torch.arange(129)
+    acts, grads = pair(2, 512, 768, 768)
+    direction = torch.ones(768, 768)
+    every_token = torch.arange(1025)
     assert k.explain(k.ghost_wgrad_dot, acts, grads, direction, segments=every_token).form == "direct"
     assert k.explain(k.ghost_wgrad_dot, acts, grads, direction).form != "direct"
     interpreted = {"backend": "triton"}
@@ -40,6 +58,7 @@ def test_documents_count_as_samples():
     assert k.explain(k.ghost_wgrad_dot, acts, grads, direction, **interpreted).form == "two"
 
 
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("val, tokens, width, form", [(1, 16, 2048, "pairwise"), (8, 1024, 64, "direct")])
 def test_the_form_of_pairs_in_clear_cases(val, tokens, width, form):
     assert (
