@@ -26,6 +26,10 @@ def ghost_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | 
     narrow_acts = inputs <= outputs
     step = max(1, _CHUNK // max(1, min(inputs, outputs)))
     flat_acts, flat_grads = acts.flatten(0, 1), grads.flatten(0, 1)
+    if len(val_grad) == 1 and 0 < len(flat_acts) <= step and segments is None and not per_token:  # in the fewest calls
+        a, g, direction = flat_acts.to(wide), flat_grads.to(wide), val_grad[0].to(wide)
+        terms = (g @ direction).mul_(a) if narrow_acts else (a @ direction.T).mul_(g)
+        return terms.view(batch, -1).sum(1, keepdim=True)
     columns = []
     for direction in val_grad:
         direction, sums = direction.to(wide), []
