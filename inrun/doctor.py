@@ -23,7 +23,7 @@ from inrun_kernels import reference
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of the root mean square of the exact result; half precision may round a product once more.
 ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-2}
-FORMS = {"ghost_wgrad_dot": ("two", "prefix")}
+FORMS = {"ghost_wgrad_dot": ("two", "prefix", "direct")}
 PRODUCTS = [name for name in inrun_kernels.__all__ if name not in ("explain", "tune")]
 PACKAGES = ("torch", "triton", "numpy", "pyarrow", "duckdb", "matplotlib", "transformers")
 
