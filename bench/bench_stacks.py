@@ -11,7 +11,6 @@ validation gradient serves several steps; the tracker's own seconds say what its
 import functools
 import json
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -146,14 +145,7 @@ def main() -> None:
     machine = Machine(wall=True)
     case = QUICK if quick else GPU_CASE if machine.on_gpu else CASE
     found = rows(machine, case, EVERY if quick else 2 * EVERY)
-    path = table.folder(save) / "stacks.json"
-    path.write_text(table.as_json(found))
-    print(f"{table.as_text(found)}\n\n{as_markdown(found)}\n\n{path.relative_to(table.ROOT)}")
-    if save:
-        readme = table.ROOT / "README.md"
-        before = readme.read_text()
-        assert START in before and END in before
-        readme.write_text(re.sub(f"(?s){START}.*{END}", lambda _: f"{START}\n{as_markdown(found)}\n{END}", before))
+    table.publish(found, "stacks", as_markdown(found), (START, END), save)
 
 
 if __name__ == "__main__":

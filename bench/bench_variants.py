@@ -9,7 +9,6 @@ such pass is timed by itself, so that the table can show what is left without th
 
 import copy
 import functools
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -188,14 +187,7 @@ def main() -> None:
     save = "--save-results" in sys.argv
     machine = Machine()
     rows = measured(machine, GPU_CASES[0] if machine.on_gpu else CPU_CASE)
-    path = table.folder(save) / "variants.json"
-    path.write_text(table.as_json(rows))
-    print(f"{table.as_text(rows)}\n\n{as_markdown(rows)}\n\n{path.relative_to(table.ROOT)}")
-    if save:
-        readme = table.ROOT / "README.md"
-        before = readme.read_text()
-        assert START in before and END in before
-        readme.write_text(re.sub(f"(?s){START}.*{END}", lambda _: f"{START}\n{as_markdown(rows)}\n{END}", before))
+    table.publish(rows, "variants", as_markdown(rows), (START, END), save)
 
 
 if __name__ == "__main__":

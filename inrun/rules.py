@@ -2,9 +2,9 @@
 
 Layers with a rule of their own: Linear, Embedding, LayerNorm, RMSNorm, convolutions, Hugging Face's Conv1D, subclasses
 of these that call `super().forward()`, and every module that only scales and shifts (`affine.py`) or first of all
-projects its input (`projection.py`). Any other module
-that holds parameters directly is scored by forward-mode AD: `dot_b = <dL/dout_b, JVP_D(out)_b>`, exact for every
-module whose output rows belong to samples, at the price of a second forward through it.
+projects its input (`projection.py`). Any other module that holds parameters directly is scored by forward-mode AD:
+`dot_b = <dL/dout_b, JVP_D(out)_b>`, exact for every module whose output rows belong to samples, at the price of a
+second forward through it.
 """
 
 from __future__ import annotations
