@@ -188,7 +188,7 @@ class Deferred:
             self.pairs.kept, self.pairs.start = {}, {}
 
     @torch.no_grad()
-    def before_update(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> Tensor:
+    def before_update(self, factor: Tensor, unscale: Any) -> Tensor:
         if self.tracker.check_due or self.tracker.ranks.sharded:
             again = self._computed_again()
             if self.tracker.check_due and not again:
@@ -196,13 +196,13 @@ class Deferred:
         if self.name != "second" and any(self.recompute):
             self._weights = [s.shard.detach().clone() for s in self.tracker.slots]
         if self.name == "second":
-            self._write_second_order(optimizer, unscale)
+            self._write_second_order(unscale)
             self._early = self._scored()
         elif self.name in ("first", "secant"):
-            self._write_coefficients(optimizer)
+            self._write_coefficients()
             self._parts = [(0.5 if self.name == "secant" else 1.0, self._start)]
         else:
-            self._write_path(optimizer, factor, unscale)
+            self._write_path(factor, unscale)
         self.updated = True
         return factor
 
@@ -293,19 +293,18 @@ class Deferred:
         """A parameter's direction, one slice for each target."""
         return [slot.direction] if self._many is None else list(slot.direction.unbind(0))
 
-    def _write_coefficients(self, optimizer: Optimizer) -> None:
+    def _write_coefficients(self) -> None:
         for i, slot in enumerate(self.tracker.slots):
             grads = [g for name in self.tracker.targets if (g := self._start[name][i]) is not None]
             like = grads or [torch.zeros_like(slot.shard)]
-            group = optimizer.param_groups[slot.group]
             for part in directions.parts(like[0]):
-                factor = directions.coefficient(optimizer, group, slot.param, like, part)
+                factor = directions.coefficient(slot, like, part)
                 for slice_ in self._slices(slot):
                     slice_[part] = factor
             if self.pairs is not None and (not isinstance(factor, Tensor) or factor.dim() == 0):
                 self.pairs.scalars[id(slot)] = factor
 
-    def _write_path(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> None:
+    def _write_path(self, factor: Tensor, unscale: Any) -> None:
         """K, from the optimizer's own update at g_B, at 0, and (where it was clipped) around g_B."""
         slots = self.tracker.slots
         moving = [(i, s) for i, s in enumerate(slots) if s.grad is not None]
@@ -316,9 +315,9 @@ class Deferred:
         for part in chunks(moving):
             here = [slot for _, slot in part]
             full = [slot.grad.double() * unscale for slot in here]
-            at_zero = updates(optimizer, here, [torch.zeros_like(g) for g in full], self.update)
-            at_full = updates(optimizer, here, full, self.update)
-            around = [] if clipped is None else self._slopes(optimizer, here, full)
+            at_zero = updates(here, [torch.zeros_like(g) for g in full], self.update)
+            at_full = updates(here, full, self.update)
+            around = [] if clipped is None else self._slopes(here, full)
             for k, (i, slot) in enumerate(part):
                 g, dtype = full[k], slot.param.dtype
                 zero = g == 0
@@ -342,11 +341,11 @@ class Deferred:
         else:
             self._parts = [(0.5 if self.name == "path_secant" else 1.0, self._start)]
 
-    def _slopes(self, optimizer: Optimizer, slots: list[Any], grads: list[Tensor]) -> list[Tensor]:
+    def _slopes(self, slots: list[Any], grads: list[Tensor]) -> list[Tensor]:
         """-u'(g), by differences."""
         steps = [1e-3 * g.abs() + 1e-12 for g in grads]
-        low = updates(optimizer, slots, [g - h for g, h in zip(grads, steps, strict=True)], self.update)
-        high = updates(optimizer, slots, [g + h for g, h in zip(grads, steps, strict=True)], self.update)
+        low = updates(slots, [g - h for g, h in zip(grads, steps, strict=True)], self.update)
+        high = updates(slots, [g + h for g, h in zip(grads, steps, strict=True)], self.update)
         return [-(b - a) / (2 * h) for a, b, h in zip(low, high, steps, strict=True)]
 
     def _clipping(self, slots: list[Any], factor: Tensor, unscale: Any) -> tuple[float, float] | None:
@@ -436,13 +435,12 @@ class Deferred:
         aside = (drop - (a + b) / 2) * (b - a) / ((b - a).square() + noise.square())
         return 0.5 + torch.where(aside.abs() <= 1 / 6, aside, 0.0)
 
-    def _write_second_order(self, optimizer: Optimizer, unscale: Any) -> None:
+    def _write_second_order(self, unscale: Any) -> None:
         tracker = self.tracker
         coefficients = []
         steps: list[Tensor] = []  # what the update moves each parameter by, because of this batch
         for slot in tracker.slots:
-            group = optimizer.param_groups[slot.group]
-            scalar = directions.sgd_coefficient(group, optimizer.state.get(slot.param, {}))
+            scalar = directions.sgd_coefficient(slot.options, slot.state)
             grad = slot.grad
             coefficients.append(scalar)
             steps.append(torch.zeros_like(slot.shard) if grad is None else grad * unscale * scalar)

@@ -47,9 +47,7 @@ def parts(param: Tensor) -> Iterator[Any]:
 
 
 def coefficient(
-    optimizer: Optimizer,
-    group: dict[str, Any],
-    param: Tensor,
+    slot: Any,
     val_grads: Sequence[Tensor],
     part: Any = ...,
     out: Tensor | None = None,
@@ -57,9 +55,8 @@ def coefficient(
     """What turns a validation gradient into the first-order, frozen-state direction, coordinate by coordinate.
 
     Args:
-        optimizer: one of `SUPPORTED`; its state is read, never changed.
-        group: the entry of `optimizer.param_groups` that holds `param`.
-        param: the parameter, whose state is looked up.
+        slot: the parameter, with the `optimizer` (one of `SUPPORTED`) that updates it, its `options` and its `state`
+            there, which are read, never changed.
         val_grads: its validation gradients (or this process's shards of them), one per target. Under Adam the mean
             of their squares stands in for the square of the batch's own gradient, which the second moment is about
             to take in.
@@ -69,8 +66,8 @@ def coefficient(
     Returns:
         A number (SGD), or a tensor of the part's shape. `<coefficient * val_grad, g_z>` is in nats.
     """
-    state = {name: local(value) for name, value in optimizer.state.get(param, {}).items()}
-    if isinstance(optimizer, SGD):
+    group, state = slot.options, {name: local(value) for name, value in slot.state.items()}
+    if isinstance(slot.optimizer, SGD):
         return sgd_coefficient(group, state)
     beta1, beta2 = group["betas"]
     step = state.get("step", 0) + 1

@@ -23,14 +23,17 @@ WATCHED_ELEMENTS = 4096
 
 
 class Watch:
-    """Remembers some gradients of `slots` (objects with `name`, `param`, `grad`, `group`) while `active` is True."""
+    """Remembers some gradients of `slots` (`name`, `param`, `grad`, `optimizer`, `group`) while `active` is True."""
 
-    def __init__(self, slots: Sequence[Any], groups: int, ranks: Ranks) -> None:
+    def __init__(self, slots: Sequence[Any], ranks: Ranks) -> None:
         self.active, self._ranks = False, ranks
         self._raw: dict[str, Tensor] = {}
         self._slots = []
-        for i in range(groups):
-            members = sorted((s for s in slots if s.group == i), key=lambda s: s.param.numel())
+        groups: dict[Any, list[Any]] = {}
+        for slot in slots:
+            groups.setdefault((id(slot.optimizer), slot.group), []).append(slot)
+        for members in groups.values():
+            members.sort(key=lambda s: s.param.numel())
             every = max(1, (len(members) - 1) / (WATCHED_PER_GROUP - 1))
             self._slots += [members[round(k * every)] for k in range(min(len(members), WATCHED_PER_GROUP))]
         self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s.name)) for s in self._slots]
@@ -77,9 +80,14 @@ class Watch:
         uneven = size - along * factor > 1e-4 * size
         if (scale := getattr(optimizer, "grad_scale", None)) is not None:
             factor = factor / scale.to(device)  # a fused optimizer divides the loss scale out itself
-        if (overflow := getattr(optimizer, "found_inf", None)) is not None:
-            factor = torch.where(overflow.to(device).squeeze() > 0, torch.zeros_like(factor), factor)
-        return factor, uneven
+        return skipped(optimizer, factor), uneven
+
+
+def skipped(optimizer: Optimizer, factor: Tensor) -> Tensor:
+    """The factor, or 0 where a fused optimizer will skip its update."""
+    if (overflow := getattr(optimizer, "found_inf", None)) is None:
+        return factor
+    return torch.where(overflow.to(factor.device).squeeze() > 0, torch.zeros_like(factor), factor)
 
 
 def _together(grads: Sequence[Tensor | None], slots: Sequence[Any], device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,12 +37,12 @@ class Inline:
 
     def begin(self) -> None:
         """Write the step's directions, from the validation gradients and the optimizer's state as it is."""
-        tracker, optimizer = self.tracker, self.tracker.optimizer
+        tracker = self.tracker
         gradients, every = tracker.validations.gradients, tracker.validations.every
         self.probes = []
-        self._lr = [g["lr"] for g in optimizer.param_groups]
+        self._lr = learning_rates(tracker.optimizers)
         for i, slot in enumerate(tracker.slots):
-            write_direction(optimizer, slot, [gradients[name][i] for name in tracker.targets])
+            write_direction(slot, [gradients[name][i] for name in tracker.targets])
             if every == 1:
                 for name in tracker.targets:
                     gradients[name][i] = None  # the direction takes its place in memory
@@ -66,13 +67,13 @@ class Inline:
             tap.layout = None if layout.segments is None else layouts[probe.device]
         self.probes.append(probes)
 
-    def before_update(self, optimizer: Optimizer, factor: Tensor, unscale: Any) -> Tensor:
+    def before_update(self, factor: Tensor, unscale: Any) -> Tensor:
         """Check the sums where that is due; returns what the dots must be multiplied by."""
         tracker = self.tracker
         if tracker.check_due:
             dots = [{tap: probe.grad for tap, probe in probes.items()} for probes in self.probes]
             check.efficiency(tracker.slots, dots, [s.direction for s in tracker.slots], factor, unscale, tracker.ranks)
-        return factor * lr_change(self._lr, optimizer)
+        return factor * lr_change(self._lr, learning_rates(tracker.optimizers))
 
     def memory(self) -> dict[str, int]:
         """Nothing is kept."""
@@ -91,17 +92,16 @@ class Inline:
 
 
 @torch.no_grad()
-def write_direction(optimizer: Optimizer, slot: Any, val_grads: list[Tensor | None]) -> None:
+def write_direction(slot: Any, val_grads: list[Tensor | None]) -> None:
     """Write a parameter's first-order direction, one slice for each target's validation gradient."""
     known = [g for g in val_grads if g is not None]
     if not known:
         slot.direction.zero_()
         return
-    group = optimizer.param_groups[slot.group]
     slices = [slot.direction] if len(val_grads) == 1 else slot.direction.unbind(0)
     for part in directions.parts(known[0]):
         place = slot.direction[part] if len(slices) == 1 else None  # of one direction, its own memory will do
-        factor = directions.coefficient(optimizer, group, slot.param, known, part, out=place)
+        factor = directions.coefficient(slot, known, part, out=place)
         for slice_, grad in zip(slices, val_grads, strict=True):
             if grad is None:
                 slice_[part].zero_()
@@ -109,20 +109,23 @@ def write_direction(optimizer: Optimizer, slot: Any, val_grads: list[Tensor | No
                 torch.mul(grad[part], factor, out=slice_[part])
 
 
-def lr_change(before: list[Any], optimizer: Optimizer) -> float:
-    """The factor by which the learning rates have changed since `before`.
+def learning_rates(optimizers: Iterable[Optimizer]) -> list[Any]:
+    return [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def lr_change(before: list[Any], now: list[Any]) -> float:
+    """The factor by which the learning rates have changed.
 
     Raises:
         InRunError: there is no one factor.
     """
     ratios = set()
-    for old, group in zip(before, optimizer.param_groups, strict=False):
-        lr = group["lr"]
+    for old, lr in zip(before, now, strict=False):
         unchanged = isinstance(lr, Tensor) or lr == old
         ratios.add(1.0 if unchanged else lr / old if old else float("inf"))
     if len(ratios) > 1 or float("inf") in ratios:
         raise InRunError(
             f"lr: expected the learning rates the step began with, {before}, or all of them changed by one factor; "
-            f"got {[g['lr'] for g in optimizer.param_groups]}. Set them before the step block"
+            f"got {now}. Set them before the step block"
         )
     return ratios.pop()

@@ -53,7 +53,8 @@ class Step:
         self._values: Tensor | None = None
         self.number = tracker.steps
         self.ids: list[int | str] = []
-        self.factor: Tensor | None = None  # of the dots; set when the optimizer begins its update
+        self.factor: Tensor | None = None  # of the dots; set when the (first) optimizer begins its update
+        self.updated: list[Any] = []  # optimizers whose step began
         self.uneven: Tensor | None = None  # whether there is no such factor
 
     def __enter__(self) -> Step:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from .deferred import METHODS as DEFERRED
 from .deferred import Deferred
 from .distributed import Ranks
 from .errors import InRunError
-from .factor import Watch
+from .factor import Watch, skipped
 from .inline import Inline
 from .ledger import Ledger
 from .step import Step
@@ -52,6 +52,7 @@ class Slot:
     owner: nn.Module
     local: str
     taps: list[Tap]
+    optimizer: Any = None  # that updates it, and the number of its group there
     group: int = -1
 
     @property
@@ -76,10 +77,20 @@ class Slot:
     def grad(self) -> Tensor | None:
         return distributed.local(self.param.grad)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its entry in the optimizer's `param_groups`."""
+        return self.optimizer.param_groups[self.group]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the optimizer holds for it; empty before its first step."""
+        return self.optimizer.state.get(self.param, {})
+
 
 def track(
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
     method: str = "first",
     *,
     validation: Callable[[], Tensor] | Mapping[str, Callable[[], Tensor]] | str | None = None,
@@ -100,9 +111,9 @@ def track(
     Args:
         model: trained in place as before; its layers change class until `Tracker.close()`. DDP may wrap it before
             or after (before, if on another process group than the default one); `fully_shard` comes after.
-        optimizer: over every tracked parameter; or later, by `Tracker.bind`, as with `fully_shard`. "first" and
-            "secant" know SGD, Adam and AdamW, "second" SGD, and the path methods every optimizer that updates
-            coordinate by coordinate.
+        optimizer: over every tracked parameter, or several that are so together and each step once in a step's block;
+            or later, by `Tracker.bind`, as with `fully_shard`. "first" and "secant" know SGD, Adam and AdamW,
+            "second" SGD, and the path methods every optimizer that updates coordinate by coordinate, and Muon.
         method: "first": the first-order value with the optimizer's state frozen, scored within the backward.
             The others are scored when their direction is known, from activations kept until then: "second",
             "secant", "path", "path_secant", "path_simpson" (see `inrun.deferred`).
@@ -121,8 +132,9 @@ def track(
             they disagree.
         keep: where a deferred method's activations wait: "device", or "host" for pinned host memory.
         keep_bytes: bytes that may wait; None for no limit.
-        update: for path methods and an optimizer of another class: "elementwise" says that its step is; or its
-            update as a function, `update(grad, param, state, group)`.
+        update: for path methods and an optimizer of another class: "elementwise" says that its step is (which is
+            tried at the first); or its update as a function, `update(grad, param, state, group)`, which autograd must
+            be able to differentiate where it is not elementwise.
         clip: for path methods: the `max_norm` that the loop clips the gradient's norm to.
         pairwise: ids of the validation samples (of each target, where there are several): one value for each of
             them, in place of one for their loss, as a target of its own in the ledger. Every forward of a validation
@@ -154,6 +166,7 @@ class Tracker:
         coverage: names of the parameters: `{"tracked": [...], "excluded": [...], "frozen": [...]}`.
         ledger: the `Ledger` that holds the values.
         columns: names of the values' last axis: the targets, or with `pairwise` the validation samples.
+        optimizers: those that are bound.
         steps: number of the next step; set it when resuming a run.
         last_validation: target -> last loss of its validation callable (a detached scalar tensor).
         seconds: wall seconds spent so far in "validation", "direction" and "harvest" (no device synchronisation).
@@ -192,10 +205,10 @@ class Tracker:
         self.validations = Validation(model, plan.excluded, losses, self.targets, validate_every, self.ranks)
         inline = method == "first" and not self.samples and not self.in_batch
         self._method: Any = Inline(self) if inline else Deferred(self, method, *waiting)
-        if optimizer is not None:
-            self._method.require_supported(optimizer)
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            params = dict(model.named_parameters())
+        optimizers = _as_optimizers(optimizer)
+        if optimizers:
+            self._require_supported(optimizers)
+            held, params = _places(optimizers), dict(model.named_parameters())
             _require_all([n for n in plan.tracked if id(params[n]) not in held])
         self.model = model
         self.coverage = {"tracked": plan.tracked, "excluded": plan.excluded, "frozen": plan.frozen}
@@ -207,9 +220,10 @@ class Tracker:
         self._waiting: Step | None = None  # a step that ended and whose values still wait for a validation gradient
         self._seconds = {"direction": 0.0, "harvest": 0.0}
         self._closed = False
-        self._optimizer: Optimizer | None = None
-        if optimizer is not None:
-            self.bind(optimizer)
+        self.optimizers: tuple[Optimizer, ...] = ()
+        self._handles: list[Any] = []
+        if optimizers:
+            self.bind(optimizers)
         self.ledger.metadata.update(
             sign="value > 0: the sample lowered the validation loss (the paper's phi is -value)",
             unit="nats of validation loss",
@@ -230,12 +244,6 @@ class Tracker:
                 slots.setdefault(full, Slot(full, owner, local, [])).taps.append(tap)
         self.slots.extend(slots.values())
         self.validations.slots = self.slots
-
-    @property
-    def optimizer(self) -> Optimizer:
-        if self._optimizer is None:
-            raise InRunError("step: expected an optimizer, none is bound; call tracker.bind(optimizer)")
-        return self._optimizer
 
     @property
     def last_validation(self) -> dict[str, Tensor]:
@@ -260,29 +268,34 @@ class Tracker:
     def seconds(self) -> dict[str, float]:
         return {"validation": self.validations.seconds, **self._seconds}
 
-    def bind(self, optimizer: Optimizer) -> None:
-        """Use this optimizer: for one that is made after `track`, as sharding needs.
+    def bind(self, optimizer: Optimizer | Iterable[Optimizer]) -> None:
+        """Use this optimizer, or these together: for those that are made after `track`, as sharding needs.
 
         Raises:
             InRunError: it is of an unknown class, lacks a tracked parameter, or another one is bound; parameters are
                 spread over processes by other means than DDP or `fully_shard`, or the method cannot do with shards.
         """
-        if self._optimizer is not None:
+        if self.optimizers:
             raise InRunError("optimizer: one is bound already; close the tracker and track again")
-        self._method.require_supported(optimizer)
+        optimizers = _as_optimizers(optimizer)
+        self._require_supported(optimizers)
         self.ranks.bind(self.slots)
         if self.ranks.sharded:
             self._method.require_shards_do()
         siblings = {id(s.sibling) for s in self.slots}
-        for group in optimizer.param_groups:
+        for group in (group for each in optimizers for group in each.param_groups):
             group["params"] = [p for p in group["params"] if id(p) not in siblings]
-        where = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        where = _places(optimizers)
         _require_all([s.name for s in self.slots if id(s.param) not in where])
         for slot in self.slots:
-            slot.group = where[id(slot.param)]
-        self._optimizer = optimizer
-        self._handle = optimizer.register_step_pre_hook(self._before_update)
-        self._watch = Watch(self.slots, len(optimizer.param_groups), self.ranks)
+            slot.optimizer, slot.group = where[id(slot.param)]
+        self.optimizers = optimizers
+        self._handles = [each.register_step_pre_hook(self._before_update) for each in optimizers]
+        self._watch = Watch(self.slots, self.ranks)
+
+    def _require_supported(self, optimizers: Sequence[Optimizer]) -> None:
+        for optimizer in optimizers:
+            self._method.require_supported(optimizer)
 
     @contextmanager
     def validation(self, target: str | None = None, *, scale: float | Tensor = 1.0) -> Iterator[None]:
@@ -335,7 +348,8 @@ class Tracker:
             InRunError: no optimizer is bound; inside another step; the validation gradient is missing or too old.
         """
         self._require_open()
-        _ = self.optimizer
+        if not self.optimizers:
+            raise InRunError("step: expected an optimizer, none is bound; call tracker.bind(optimizer)")
         return Step(self, ids, recompute, scale, segments, tokens)
 
     @contextmanager
@@ -364,8 +378,9 @@ class Tracker:
                 "validation block before close()",
                 stacklevel=2,
             )
-        if self._optimizer is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+        if self.optimizers:
             self._watch.close()
         for module in [] if self.ranks.fully_sharded() else self.model.modules():
             if isinstance(module, rules.Holder):
@@ -425,13 +440,17 @@ class Tracker:
         step = self._step
         if step is None:
             return
-        if step.factor is not None:
+        if any(optimizer is other for other in step.updated):
             raise InRunError("step: expected one optimizer.step() in the block, got a second one")
+        step.updated.append(optimizer)
+        if step.factor is not None:  # another optimizer's step, whose gradients and state were taken before the first
+            step.factor = skipped(optimizer, step.factor)
+            return
         self.ranks.settle()
         factor, step.uneven = self._watch.factor(optimizer)
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
         with self.paused():
-            step.factor = self._method.before_update(optimizer, factor, 1.0 if scale is None else 1.0 / scale)
+            step.factor = self._method.before_update(factor, 1.0 if scale is None else 1.0 / scale)
         self.check_due = False
 
     def end(self, step: Step) -> None:
@@ -441,6 +460,10 @@ class Tracker:
 
     def finish(self, step: Step) -> None:
         """Record and count a step that has ended; its values may wait for their last validation gradient."""
+        if step.factor is not None and (missing := len(self.optimizers) - len(step.updated)):
+            warnings.warn(f"optimizer.step() did not run in the step block for {missing} of {len(self.optimizers)} "
+                          "optimizers; its values are zero", stacklevel=4)  # fmt: skip
+            step.factor = torch.zeros_like(step.factor)
         if not self._method.ends_with_validation or step.factor is None:
             self._record(step)
             self._count(step)
@@ -500,6 +523,31 @@ def _require_rules(plan: rules.Plan) -> None:
             f"validation rows do not train it; {', '.join((others + plan.excluded)[:5])} "
             "is not, or is excluded. Use validation blocks"
         )
+
+
+def _as_optimizers(given: Any) -> tuple[Optimizer, ...]:
+    """The optimizers of one, of several, or of a container of them (such as torchtitan's)."""
+    if given is None:
+        return ()
+    given = getattr(given, "optimizers", given)
+    return (given,) if isinstance(given, Optimizer) else tuple(given)
+
+
+def _places(optimizers: Iterable[Optimizer]) -> dict[int, tuple[Optimizer, int]]:
+    """`id` of a parameter -> its optimizer and the number of its group there.
+
+    Raises:
+        InRunError: two of the optimizers hold one parameter.
+    """
+    found: dict[int, tuple[Optimizer, int]] = {}
+    for optimizer in optimizers:
+        for i, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                if id(p) in found:
+                    raise InRunError(f"optimizer: expected each parameter in one of them, one of shape "
+                                     f"{tuple(p.shape)} is in two")  # fmt: skip
+                found[id(p)] = (optimizer, i)
+    return found
 
 
 def _require_all(missing: list[str]) -> None:

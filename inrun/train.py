@@ -234,7 +234,7 @@ class _Run:
         """
         slots = self.tracker.slots
         nothing = [torch.zeros_like(s.param, dtype=torch.float64) for s in slots]
-        moves = updates(self.optimizer, slots, nothing)
+        moves = updates(slots, nothing)
         return [s.param + u.to(s.param.dtype) for s, u in zip(slots, moves, strict=True)]
 
     @torch.no_grad()

@@ -69,14 +69,12 @@ def chunks(slots: Sequence[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
 
 
 @torch.no_grad()
-def updates(
-    optimizer: Optimizer, slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | str | None = None
-) -> list[Tensor]:
+def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | str | None = None) -> list[Tensor]:
     """What the next `optimizer.step()` would add to each parameter if its gradient were the given one.
 
     Args:
-        optimizer: any elementwise one; neither it, its state nor the parameters change.
-        slots: parameters (with `param` and `group`).
+        slots: parameters (with `param`, and the `optimizer`, `group`, `options` and `state` that they have there);
+            neither they, the optimizers nor their state change.
         grads: float64, each the parameter's shape (or that of this process's shard, whose update is then meant).
         rule: a user's own update function; None or "elementwise" takes the optimizer's own step.
 
@@ -84,13 +82,21 @@ def updates(
         float64 tensors, the gradients' shapes.
     """
     params = [local(s.param).detach().to(torch.float64, copy=True) for s in slots]
-    states = [_in_float64(optimizer.state.get(s.param, {}), local(s.param)) for s in slots]
-    groups = [optimizer.param_groups[s.group] for s in slots]
+    states = [_in_float64(s.state, local(s.param)) for s in slots]
     if callable(rule):
-        return [rule(*args) for args in zip(grads, params, states, groups, strict=True)]
+        return [rule(*args, s.options) for *args, s in zip(grads, params, states, slots, strict=True)]
     before = [p.clone() for p in params]
     for p, grad in zip(params, grads, strict=True):
         p.grad = grad
+    for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
+        held = [(p, state, s.group) for p, state, s in zip(params, states, slots, strict=True)
+                if s.optimizer is optimizer]  # fmt: skip
+        _step_twin(optimizer, held)
+    return [p - b for p, b in zip(params, before, strict=True)]
+
+
+def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any], int]]) -> None:
+    """Take the optimizer's step with other parameters, each with its state and the number of its group."""
     # A twin shares nothing that a step writes: no hooks, parameters and state of its own.
     twin = copy.copy(optimizer)
     twin.__dict__.update(_optimizer_step_pre_hooks=OrderedDict(), _optimizer_step_post_hooks=OrderedDict())
@@ -102,13 +108,12 @@ def updates(
         {
             **group,
             **{k: v for k, v in plain.items() if k in group},
-            "params": [p for p, s in zip(params, slots, strict=True) if s.group == i],
+            "params": [p for p, _, number in held if number == i],
         }
         for i, group in enumerate(optimizer.param_groups)
     ]
-    twin.state = defaultdict(dict, {p: state for p, state in zip(params, states, strict=True) if state})
+    twin.state = defaultdict(dict, {p: state for p, state, _ in held if state})
     twin.step()
-    return [p - b for p, b in zip(params, before, strict=True)]
 
 
 def _in_float64(state: dict[str, Any], param: Tensor) -> dict[str, Any]:

@@ -623,7 +623,7 @@ def check_the_readme():
         names["OPTIMIZER"] = OPTIMIZERS["adamw"]
         block = block.replace("runs/1/ledger", str(FOLDER / "readme")).replace("torch.optim.AdamW", "OPTIMIZER")
         exec(block, names)
-        values = train(names["model"], names["tracker"].optimizer, names["tracker"])
+        values = train(names["model"], names["tracker"].optimizers[0], names["tracker"])
         same_run(values, {}, (alone("gpt_tied", "adamw")[0], {}))
 
 

@@ -48,7 +48,7 @@ def test_what_has_a_value_of_its_own():
     for line, shape in zip(BLOCKS[1].splitlines(), [(2,), (2, 3)], strict=False):
         with eval(line.partition("#")[0], names) as step:
             tracked(x).square().sum().backward()
-            tracker.optimizer.step()
+            tracker.optimizers[0].step()
         assert step.values.shape == shape
 
 

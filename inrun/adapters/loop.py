@@ -73,7 +73,8 @@ class Loop:
                 "run from its checkpoint, or use a new folder"
             )
         model = getattr(model, "_orig_mod", model)  # of torch.compile
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate
+        several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        optimizer = [getattr(each, "optimizer", each) for each in several]  # of accelerate
         losses = {name: _in_eval_mode(model, loss) for name, loss in as_losses(validation).items()}
         self.tracker = track(model, optimizer, validation=losses, ledger=self.ledger, **options)
         self.tracker.steps = start
