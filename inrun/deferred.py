@@ -8,6 +8,7 @@ update begins, G multiplied in when its last part is known, and then each kept l
     path          K = -(u(g_B) - u(0)) / g_B            G = g_v(w_t)
     path_secant   K as path                             G = between g_v at w + u(0) and g_v at w + u(g_B)
     path_simpson  K as path                             G = Simpson's mean of both ends and the middle
+                  (where the update is not elementwise, a Jacobian in the place of K: `coupled.py`)
     second        lr * g_v - (lr^2 / 2) H_v g_B, SGD only
     first         K as secant                           G = g_v(w_t); scored inline unless each validation sample
                                                         has a score of its own (`pairwise.py`)
@@ -35,13 +36,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD, Optimizer
 
 from . import check, directions
+from .coupled import KNOWN, Coupled
 from .errors import InRunError
 from .inline import Inline
 from .keep import Budget, Keeper
 from .layers import ForwardModeRule
 from .pairwise import Pairs
 from .tap import Layout, random_state, set_random_state, size_of, together
-from .updates import UpdateRule, chunks, require_elementwise, updates
+from .updates import ELEMENTWISE, UpdateRule, chunks, require_known, updates
 from .validation import Gradients
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ class Deferred:
         self._start: dict[str, Gradients] = {}
         self._parts: list[tuple[float | dict[str, Tensor], dict[str, Gradients]]] = []
         self._clipped: tuple[float, dict[int, Tensor], dict[int, Tensor]] | None = None
+        self._coupled = Coupled(update)
         self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
         self._early: list[Tensor | None] | None = None
         self._random: list[Any] = []  # of each batch, the random state before its forward
@@ -133,7 +136,7 @@ class Deferred:
         if self.name in ("first", "secant"):
             directions.require_supported(optimizer)
         if self.name.startswith("path"):
-            require_elementwise(optimizer, self.update)
+            require_known(optimizer, self.update, (*ELEMENTWISE, *KNOWN))
 
     def require_shards_do(self) -> None:
         """Raise `InRunError` where what is kept cannot be scored under `fully_shard`."""
@@ -178,12 +181,14 @@ class Deferred:
 
     def memory(self) -> dict[str, int]:
         """Bytes kept now and at most, and those of copied weights."""
-        return {"kept": self.budget.bytes, "kept_peak": self.budget.peak, "weights": size_of(self._weights)}
+        copies = size_of([*self._weights, *self._coupled.tensors])
+        return {"kept": self.budget.bytes, "kept_peak": self.budget.peak, "weights": copies}
 
     def release(self) -> None:
         """Forget all that waits."""
         self.keeper.reset()
         self._start, self._parts, self._weights, self._rest = {}, [], [], {}
+        self._coupled.release()
         if self.pairs is not None:
             self.pairs.kept, self.pairs.start = {}, {}
 
@@ -233,6 +238,7 @@ class Deferred:
         self._multiply_in()
         dots = self._scored()
         self._start, self._parts, self._clipped, self._rest = {}, [], None, {}
+        self._coupled.release()
         return dots
 
     # ------------------------------------------------------------------ scoring
@@ -312,6 +318,7 @@ class Deferred:
         slopes: dict[int, Tensor] = {}
         units: dict[int, Tensor] = {}
         moves: dict[int, tuple[Tensor, Tensor]] = {}  # slot -> u(0), u(g_B) - u(0)
+        coupled = {i for i, _ in self._among_coupled(moving, unscale)}
         for part in chunks(moving):
             here = [slot for _, slot in part]
             full = [slot.grad.double() * unscale for slot in here]
@@ -320,17 +327,20 @@ class Deferred:
             around = [] if clipped is None else self._slopes(here, full)
             for k, (i, slot) in enumerate(part):
                 g, dtype = full[k], slot.param.dtype
+                if self.true_ends:
+                    moves[i] = (at_zero[k].to(dtype), (at_full[k] - at_zero[k]).to(dtype))
+                if clipped is not None:
+                    units[i] = (g / clipped[1]).to(dtype)
+                if i in coupled:
+                    self._coupled.hold(i, slot, g, at_full[k] - at_zero[k])
+                    continue
                 zero = g == 0
                 coefficient = -(at_full[k] - at_zero[k]) / torch.where(zero, 1.0, g)
                 coefficient.masked_fill_(zero, 0.0)
                 if clipped is not None:
-                    log, norm = clipped
-                    coefficient += log * around[k]
-                    units[i] = (g / norm).to(dtype)
+                    coefficient += clipped[0] * around[k]
                     slopes[i] = around[k].to(dtype)
                 slot.direction[...] = coefficient
-                if self.true_ends:
-                    moves[i] = (at_zero[k].to(dtype), (at_full[k] - at_zero[k]).to(dtype))
         for slot in slots:
             if slot.grad is None:
                 slot.direction.zero_()
@@ -340,6 +350,15 @@ class Deferred:
             self._run_along(moves)
         else:
             self._parts = [(0.5 if self.name == "path_secant" else 1.0, self._start)]
+
+    def _among_coupled(self, moving: list[tuple[int, Any]], unscale: Any) -> list[tuple[int, Any]]:
+        found = self._coupled.among(moving, unscale)
+        if found and (self.pairs is not None or self.tracker.ranks.sharded):
+            raise InRunError(
+                f"{'fully_shard' if self.pairs is None else 'pairwise'}: expected an optimizer that updates coordinate "
+                f"by coordinate, got {type(found[0][1].optimizer).__name__}"
+            )
+        return found
 
     def _slopes(self, slots: list[Any], grads: list[Tensor]) -> list[Tensor]:
         """-u'(g), by differences."""
@@ -403,19 +422,28 @@ class Deferred:
         for m, name in enumerate(tracker.targets):
             parts = [(w[name] if isinstance(w, dict) else w, gradients[name]) for w, gradients in self._parts]
             mean = [_mean([(w, gradients[i]) for w, gradients in parts]) for i in range(len(tracker.slots))]
+            log, slopes, units = self._clipped or (0.0, {}, {})
             along = 0.0
-            if self._clipped is not None:
-                log, slopes, units = self._clipped
-                along = log * self._total(sum(float((slopes[i] * units[i] * g).sum()) for i, g in enumerate(mean)
-                                              if g is not None and i in units))  # fmt: skip
             for i, (slot, g) in enumerate(zip(tracker.slots, mean, strict=True)):
                 slice_ = self._slices(slot)[m]
                 if g is None:
                     slice_.zero_()
                     continue
-                slice_.mul_(g)
-                if self._clipped is not None and i in self._clipped[2]:
-                    slice_.sub_(self._clipped[2][i], alpha=along)
+                slope = slopes[i] * g if i in slopes else None
+                if i in self._coupled:
+                    slice_.copy_(self._coupled.direction(i, g))
+                    if i in units:
+                        slope = self._coupled.slope(i, g)
+                        slice_.add_(slope, alpha=log)
+                else:
+                    slice_.mul_(g)
+                if slope is not None:
+                    along += log * float((slope * units[i]).sum())
+            if units:
+                along = self._total(along)
+            for i, unit in units.items():
+                if mean[i] is not None:
+                    self._slices(tracker.slots[i])[m].sub_(unit, alpha=along)
 
     def _mean_value(self, name: str, start: Gradients, end: Gradients) -> Tensor:
         """How far from the first end's gradient to the second's lies the one that gives the measured drop.

@@ -14,6 +14,7 @@ along the step: what it misses is the bend of the loss between coalitions, which
 
 Where path values fall short: Lion's sign turns at once, in every coordinate, when one coalition is large enough: a game
 of votes, whose Shapley value (`coordinates`) is not a linear function of a sample's gradient, as every method's are.
+Muon's orthogonalization is such a sign of the whole matrix.
 """
 
 from __future__ import annotations
@@ -37,9 +38,13 @@ from .errors import InRunError
 from .fidelity_picture import beyond, draw
 from .tasks import OPTIMIZERS, Lion, Task, digits_task, gpt_task, loss, predictions, take_steps
 from .tracker import track
+from .updates import as_optimizers
 
 COLUMNS = ("sgd_proxy", "first", *DEFERRED, "path_integral", "coordinates")
-KINDS = {"digits": tuple(OPTIMIZERS), "gpt": ("sgd", "momentum", "adam", "adamw", "lion")}  # fewer where steps are slow
+KINDS = {
+    "digits": tuple(OPTIMIZERS),
+    "gpt": ("sgd", "momentum", "adam", "adamw", "lion", "muon"),
+}  # fewer where steps are slow
 ENUMERATED = 12
 FIRST = 1000  # number of the first step after a task's warm start
 FRACTIONS = (1 / 16, 1 / 4, 1.0, 4.0)  # of the largest stable learning rate
@@ -62,14 +67,15 @@ class StepUtility:
     ) -> None:
         self.task = task
         self.model, self.optimizer = copy.deepcopy((model, optimizer))
-        self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        held = [(each, p) for each in as_optimizers(self.optimizer) for g in each.param_groups for p in g["params"]]
+        self._states, self.params = [each.state for each, _ in held], [p for _, p in held]
         whole = predictions(y) if out_of is None else out_of
         parts = [loss(self.model, x[i : i + 1], y[i : i + 1], whole) for i in range(len(x))]
         self.shares = torch.stack([self.gradient(part) for part in parts])
         self.validation_gradient = self.gradient(task.validation_loss(self.model))
         self.before = float(task.validation_loss(self.model).detach())
         self._weights = [p.detach().clone() for p in self.params]
-        self._state = [copy.deepcopy(self.optimizer.state[p]) for p in self.params]
+        self._before = [copy.deepcopy(states[p]) for states, p in zip(self._states, self.params, strict=True)]
 
     def gradient(self, scalar: Tensor) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(scalar, self.params)])
@@ -83,10 +89,11 @@ class StepUtility:
     def stepped(self, gradient: Tensor) -> Tensor:
         """The weights after the step with this gradient, [P], where the model then stands."""
         parts = gradient.split([p.numel() for p in self.params])
-        for p, weight, state, part in zip(self.params, self._weights, self._state, parts, strict=True):
+        held = zip(self.params, self._weights, self._states, self._before, parts, strict=True)
+        for p, weight, states, before, part in held:
             p.copy_(weight)
             p.grad = part.view_as(p)
-            self.optimizer.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+            states[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in before.items()}
         self.optimizer.step()
         return parameters_to_vector(self.params).detach()
 
@@ -167,6 +174,8 @@ def applicable(kind: str, size: int) -> list[str]:
     paths = [m for m in COLUMNS if m.startswith("path") or (m == "coordinates" and size <= ENUMERATED)]
     if kind in ("sgd", "momentum", "nesterov"):
         return ["first", "second", "secant", *paths]
+    if kind == "muon":  # coordinate by coordinate there is no integral
+        paths.remove("path_integral")
     return ["sgd_proxy", *(["first", "secant"] if kind in ("adam", "adamw") else []), *paths]
 
 

@@ -38,7 +38,7 @@ from .inline import Inline
 from .ledger import Ledger
 from .step import Step
 from .tap import SUFFIX, Layout, Tap, size_of, targets_first
-from .updates import UpdateRule
+from .updates import UpdateRule, as_optimizers
 from .validation import Validation, as_losses, as_samples, columns_of
 
 METHODS = ("first", *DEFERRED)
@@ -205,7 +205,7 @@ class Tracker:
         self.validations = Validation(model, plan.excluded, losses, self.targets, validate_every, self.ranks)
         inline = method == "first" and not self.samples and not self.in_batch
         self._method: Any = Inline(self) if inline else Deferred(self, method, *waiting)
-        optimizers = _as_optimizers(optimizer)
+        optimizers = as_optimizers(optimizer)
         if optimizers:
             self._require_supported(optimizers)
             held, params = _places(optimizers), dict(model.named_parameters())
@@ -277,7 +277,7 @@ class Tracker:
         """
         if self.optimizers:
             raise InRunError("optimizer: one is bound already; close the tracker and track again")
-        optimizers = _as_optimizers(optimizer)
+        optimizers = as_optimizers(optimizer)
         self._require_supported(optimizers)
         self.ranks.bind(self.slots)
         if self.ranks.sharded:
@@ -523,14 +523,6 @@ def _require_rules(plan: rules.Plan) -> None:
             f"validation rows do not train it; {', '.join((others + plan.excluded)[:5])} "
             "is not, or is excluded. Use validation blocks"
         )
-
-
-def _as_optimizers(given: Any) -> tuple[Optimizer, ...]:
-    """The optimizers of one, of several, or of a container of them (such as torchtitan's)."""
-    if given is None:
-        return ()
-    given = getattr(given, "optimizers", given)
-    return (given,) if isinstance(given, Optimizer) else tuple(given)
 
 
 def _places(optimizers: Iterable[Optimizer]) -> dict[int, tuple[Optimizer, int]]:

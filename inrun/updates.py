@@ -1,10 +1,10 @@
 """An optimizer's update as a function of the gradient: `u(g)`, with the state it has before the step.
 
 What the path methods need is `u` at a few gradients, for optimizers whose update is elementwise: coordinate by
-coordinate it depends on that coordinate's gradient, weight and state alone. No formula is written down for any of
-them: a twin of the optimizer, with copies of its state in float64, takes the step. So amsgrad, maximize, weight decay,
-foreach and fused variants, and optimizers yet to be written, are what they are. In float64 the difference of two
-updates keeps its digits although both are far below the weights.
+coordinate it depends on that coordinate's gradient, weight and state alone (of others see `coupled.py`). No formula is
+written down for any of them: a twin of the optimizer, with copies of its state in float64, takes the step. So amsgrad,
+maximize, weight decay, foreach and fused variants, and optimizers yet to be written, are what they are. In float64 the
+difference of two updates keeps its digits although both are far below the weights.
 """
 
 from __future__ import annotations
@@ -42,15 +42,23 @@ CHUNK = 1 << 22  # elements of the parameters whose update is computed together
 UpdateRule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], Tensor]
 
 
-def require_elementwise(optimizer: Optimizer, rule: UpdateRule | str | None) -> None:
+def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
+    """The optimizers of one, of several, or of a container that holds them as its `optimizers` (as torchtitan's)."""
+    if given is None:
+        return ()
+    given = getattr(given, "optimizers", given)
+    return (given,) if isinstance(given, Optimizer) else tuple(given)
+
+
+def require_known(optimizer: Optimizer, rule: UpdateRule | str | None, known: Sequence[type]) -> None:
     """Raise `InRunError` unless the update of this optimizer as a function of the gradient is known."""
-    if callable(rule) or rule == "elementwise" or type(optimizer) in ELEMENTWISE:
+    if callable(rule) or rule == "elementwise" or type(optimizer) in known:
         return
-    names = ", ".join(c.__name__ for c in ELEMENTWISE)
+    names = ", ".join(c.__name__ for c in known)
     raise InRunError(
-        f"optimizer: {type(optimizer).__name__} is not known to update its weights coordinate by coordinate, as "
-        f"{names} do. If it does, track with update='elementwise'; else give its update: "
-        "update=lambda grad, param, state, group: <what the step adds to param>; or use method='first'"
+        f"optimizer: expected one of torch.optim's {names}, whose update is known, got {type(optimizer).__name__}. If "
+        "it updates weights coordinate by coordinate, track with update='elementwise'; else give its update, "
+        "differentiable: update=lambda grad, param, state, group: <what the step adds to param>; or use method='first'"
     )
 
 
@@ -82,9 +90,10 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
         float64 tensors, the gradients' shapes.
     """
     params = [local(s.param).detach().to(torch.float64, copy=True) for s in slots]
-    states = [_in_float64(s.state, local(s.param)) for s in slots]
+    states = [copied(s.state, local(s.param), torch.float64) for s in slots]
     if callable(rule):
-        return [rule(*args, s.options) for *args, s in zip(grads, params, states, slots, strict=True)]
+        options = [s.options for s in slots]
+        return [rule(*args) for args in zip(grads, params, states, options, strict=True)]
     before = [p.clone() for p in params]
     for p, grad in zip(params, grads, strict=True):
         p.grad = grad
@@ -116,10 +125,12 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
     twin.step()
 
 
-def _in_float64(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
+def copied(state: dict[str, Any], param: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """A copy of a parameter's state, what is of the parameter's shape in this dtype."""
+
     def widened(key: str, value: Any) -> Any:
         if isinstance(value, Tensor) and value.shape == param.shape and key not in _SCALARS:
-            return value.to(torch.float64, copy=True)
+            return value.to(dtype, copy=True)
         return copy.deepcopy(value)
 
     return {key: widened(key, local(value)) for key, value in state.items()}

@@ -73,8 +73,9 @@ class Loop:
                 "run from its checkpoint, or use a new folder"
             )
         model = getattr(model, "_orig_mod", model)  # of torch.compile
-        several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-        optimizer = [getattr(each, "optimizer", each) for each in several]  # of accelerate
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate
+        if isinstance(optimizer, (list, tuple)):
+            optimizer = [getattr(each, "optimizer", each) for each in optimizer]
         losses = {name: _in_eval_mode(model, loss) for name, loss in as_losses(validation).items()}
         self.tracker = track(model, optimizer, validation=losses, ledger=self.ledger, **options)
         self.tracker.steps = start

@@ -1,0 +1,318 @@
+"""Several optimizers over one model, and updates that are not elementwise: Muon's, and a user's own."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import B, data, gradient, loss_of, make, oracle_values, sample_gradients
+from torch import nn
+
+import inrun
+from inrun import coupled, shapley
+
+
+def close(found, expected, rtol=1e-4):
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+
+def double(name):
+    """A model and its data in float64."""
+    (x, y), (vx, vy) = data(name), data(name, 4, 2)
+    return make(name).double(), (x.double(), y), (vx.double(), vy)
+
+
+def train(model, optimizers, batch, before_update=lambda: None):
+    loss_of(model, *batch).backward()
+    before_update()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def matrices(model):
+    return [p for p in model.parameters() if p.dim() == 2], [p for p in model.parameters() if p.dim() != 2]
+
+
+def muon_and_adamw(model, lr=0.02):
+    two, other = matrices(model)
+    return [torch.optim.Muon(two, lr=lr), torch.optim.AdamW(other, lr=lr / 2)]
+
+
+class Container(torch.optim.Optimizer):
+    """As torchtitan's: an optimizer whose step is that of those it holds."""
+
+    def __init__(self, optimizers):
+        self.optimizers = optimizers
+        super().__init__([p for o in optimizers for g in o.param_groups for p in g["params"]], {})
+
+    def step(self, closure=None):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none=True):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+
+# ------------------------------------------------------------------ several optimizers
+
+
+@pytest.mark.parametrize("method", ["first", "secant", "path_secant"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_two_optimizers_are_as_two_groups_of_one(method, kind):
+    def values(split):
+        model, batch, validation = double("mlp")
+        two, other = matrices(model)
+        parts = [{"params": two, "lr": 0.02}, {"params": other, "lr": 0.3}]
+        optimizers = [kind([part]) for part in parts] if split else [kind(parts)]
+        given = {"list": optimizers, "container": Container(optimizers), "": optimizers[0]}[split]
+        tracker = inrun.track(model, given, method, validation=lambda: loss_of(model, *validation))
+        assert tracker.optimizers == tuple(optimizers)
+        for _ in range(3):
+            with tracker.step(range(B)) as step:
+                train(model, [given] if split == "container" else optimizers, batch)
+        return step.values, model.state_dict()
+
+    expected, weights = values("")
+    for split in ("list", "container"):
+        found, same = values(split)
+        assert torch.equal(found, expected)
+        assert all(torch.equal(same[k], v) for k, v in weights.items())
+
+
+def test_each_parameter_has_its_own_optimizers_direction():
+    model, batch, validation = double("mlp")
+    two, other = matrices(model)
+    optimizers = [torch.optim.SGD(two, lr=0.3), torch.optim.SGD(other, lr=0.05)]
+    names = {n for n, p in model.named_parameters() if p.dim() == 2}
+    expected = oracle_values(model, lambda n, g: (0.3 if n in names else 0.05) * g, batch, validation)
+    tracker = inrun.track(model, optimizers, validation=lambda: loss_of(model, *validation))
+    with tracker.step(range(B)) as step:
+        train(model, optimizers, batch, lambda: nn.utils.clip_grad_norm_(model.parameters(), 1e-3))
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradient(model, *batch).values()))
+    assert norm > 1e-3
+    close(step.values, expected * (step.values.sum() / expected.sum()).item())
+    assert 0 < step.values.sum() < expected.sum()
+
+
+def test_what_several_optimizers_cannot_do_is_said():
+    model, batch, validation = double("mlp")
+    two, other = matrices(model)
+    make_two = lambda: [torch.optim.SGD(two, lr=0.1), torch.optim.SGD(other, lr=0.1)]  # noqa: E731
+    with pytest.raises(inrun.InRunError, match=r"each parameter in one of them, one of shape .* is in two"):
+        inrun.track(model, [*make_two(), torch.optim.SGD(other, lr=0.1)])
+    with pytest.raises(inrun.InRunError, match="every trainable parameter in its groups, 5 are not"):
+        inrun.track(model, make_two()[:1])
+    with pytest.raises(inrun.InRunError, match=r"SGD, Adam, AdamW .*, got RMSprop"):
+        inrun.track(model, [make_two()[0], torch.optim.RMSprop(other)])
+    optimizers = make_two()
+    tracker = inrun.track(model, optimizers, validation=lambda: loss_of(model, *validation))
+    with pytest.raises(inrun.InRunError, match="got a second one"), tracker.step(range(B)):
+        train(model, [*optimizers, optimizers[1]], batch)
+    with pytest.warns(UserWarning, match="did not run in the step block for 1 of 2"), tracker.step(range(B)) as step:
+        train(model, optimizers[:1], batch)
+    assert step.values.tolist() == [0.0] * B
+    with tracker.step(range(B)) as step:
+        train(model, optimizers, batch)
+    assert step.values.abs().min() > 0
+
+
+# ------------------------------------------------------------------ updates that are not elementwise
+
+
+def mix(size):
+    noise = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    return torch.eye(size, dtype=torch.float64) + 0.3 * noise
+
+
+class Mixed(torch.optim.Optimizer):
+    """SGD whose step mixes the coordinates of the first axis."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(mixed(p.grad, p, self.state[p], group).to(p.dtype))
+
+
+def mixed(grad, param, state, group):
+    return -group["lr"] * torch.tensordot(mix(len(param)).to(grad.dtype), grad, 1)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_users_rule_that_mixes_coordinates_is_the_written_out_one(clip, recompute):
+    lr = 0.3
+    model, batch, validation = double("mlp")
+    names = [n for n, _ in model.named_parameters()]
+    rows, whole, val = sample_gradients(model, *batch), gradient(model, *batch), gradient(model, *validation)
+    norm = math.sqrt(sum(whole[n].square().sum().item() for n in names))
+    turned = {n: lr * torch.tensordot(mix(len(val[n])).T, val[n], 1) for n in names}
+    if clip is None:
+        direction = turned
+    else:
+        assert norm > 2 * clip
+        unit = {n: whole[n] / norm for n in names}
+        along = sum((unit[n] * turned[n]).sum() for n in names)
+        log = math.log(norm / clip)
+        direction = {n: clip / norm * (turned[n] + log * (turned[n] - unit[n] * along)) for n in names}
+    expected = torch.stack([sum((direction[n] * row[n]).sum() for n in names) for row in rows])
+    optimizer = Mixed(model.parameters(), lr)
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *validation), update=mixed,
+                          clip=clip)  # fmt: skip
+    clipped = (lambda: nn.utils.clip_grad_norm_(model.parameters(), clip)) if clip else (lambda: None)
+    with tracker.step(range(B), recompute=(lambda: loss_of(model, *batch)) if recompute else None) as step:
+        train(model, [optimizer], batch, clipped)
+    close(step.values, expected, 1e-5)
+
+
+def test_a_mixed_rule_scores_several_targets_as_each_alone():
+    def values(names):
+        model, batch, validation = double("mlp")
+        losses = {"a": lambda: loss_of(model, *validation), "b": lambda: 2 * loss_of(model, *batch)}
+        optimizer = Mixed(model.parameters(), 0.1)
+        tracker = inrun.track(model, optimizer, "path_secant", validation={n: losses[n] for n in names}, update=mixed)
+        with tracker.step(range(B)) as step:
+            train(model, [optimizer], batch)
+        assert tracker.memory["weights"] == 0
+        return step.values.double()
+
+    both = values(("a", "b"))
+    for m, name in enumerate(("a", "b")):
+        close(both[:, m], values((name,)), 1e-6)
+
+
+def orthogonalized(x, steps):
+    """Newton-Schulz by singular values."""
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ torch.diag(s) @ v
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+@pytest.mark.parametrize("options", [{}, {"nesterov": False}, {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3}])
+def test_muons_update_is_torchs(shape, options):
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    optimizer = torch.optim.Muon([param], lr=0.1, **options)
+    for _ in range(2):
+        before, state = param.detach().clone(), copy.deepcopy(optimizer.state.get(param, {}))
+        grad = torch.randn(shape, dtype=torch.float64)
+        param.grad = grad.clone()
+        optimizer.step()
+        group = optimizer.param_groups[0]
+        found = coupled.muon(grad, before, state, group)
+        moved = param.detach() - before
+        assert (found - moved).norm() < 0.03 * moved.norm()  # torch orthogonalizes in bfloat16
+        average = 0.95 * state.get("momentum_buffer", 0.0) + 0.05 * grad
+        x = 0.05 * grad + 0.95 * average if group["nesterov"] else average
+        ratio = 0.2 * math.sqrt(6) if "adjust_lr_fn" in options else math.sqrt(max(1, shape[0] / shape[1]))
+        exact = -0.1 * ratio * orthogonalized(x, group["ns_steps"]) - 0.01 * before
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
+
+
+def muon_step(method, warm=20, dtype=torch.float64, **options):
+    """A tracked step of Muon and AdamW on a wider classifier, and the game it plays."""
+    torch.manual_seed(0)
+    x, mixing = torch.randn(200, 16, dtype=dtype), torch.randn(16, 10, dtype=dtype)
+    y = (x @ mixing).argmax(1)
+    model = nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 48), nn.GELU(), nn.Linear(48, 10)).to(dtype)
+    optimizers = muon_and_adamw(model, 0.01)
+    for t in range(warm):
+        train(model, optimizers, (x[4 * t : 4 * t + 4], y[4 * t : 4 * t + 4]))
+    before = copy.deepcopy((model.state_dict(), [o.state_dict() for o in optimizers]))
+    held = (x[110:], y[110:])
+    tracker = inrun.track(model, optimizers, method, validation=lambda: loss_of(model, *held), **options)
+    with tracker.step(range(6)) as step:
+        train(model, optimizers, (x[100:106], y[100:106]))
+    tracker.close()
+    again = copy.deepcopy(model)
+
+    def utility(members):
+        again.load_state_dict(before[0])
+        others = muon_and_adamw(again, 0.01)
+        for optimizer, state in zip(others, copy.deepcopy(before[1]), strict=True):
+            optimizer.load_state_dict(state)
+        chosen = torch.arange(100, 106)[torch.from_numpy(members)]
+        (F.cross_entropy(again(x[chosen]), y[chosen], reduction="sum") / 6).backward()
+        for optimizer in others:
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            return -loss_of(again, *held).item()
+
+    return step, utility, model
+
+
+def test_muon_adds_up_to_the_measured_drop_and_is_near_the_exact_value():
+    step, utility, _ = muon_step("path_secant")
+    exact, total = shapley.exact(utility, 6)
+    fidelity = shapley.fidelity(step.values.double().numpy(), exact, total)
+    assert step.drop["validation"].item() == pytest.approx(total, rel=1e-9)
+    assert fidelity["efficiency_gap"] < 1e-5
+    assert fidelity["pearson"] > 0.97, fidelity
+
+
+def test_muons_values_hardly_depend_on_the_nodes(monkeypatch):
+    found = {}
+    for nodes in (1, 4, 24):
+        monkeypatch.setattr(coupled, "NODES", nodes)
+        found[nodes] = muon_step("path")[0].values.double()
+    off = {nodes: ((found[nodes] - found[24]).norm() / found[24].norm()).item() for nodes in (1, 4)}
+    assert off[4] < 0.1 < off[1], off
+    assert found[4].sum().item() == pytest.approx(found[24].sum().item(), rel=1e-5)
+
+
+def test_training_with_muon_is_untouched_to_the_bit():
+    plain = muon_step("path_secant", dtype=torch.float32)[2].state_dict()
+    for method in ("path", "path_simpson"):
+        other = muon_step(method, dtype=torch.float32)[2].state_dict()
+        assert all(torch.equal(v, plain[k]) for k, v in other.items())
+    torch.manual_seed(0)
+    x, mixing = torch.randn(200, 16), torch.randn(16, 10)
+    y = (x @ mixing).argmax(1)
+    model = nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 48), nn.GELU(), nn.Linear(48, 10))
+    optimizers = muon_and_adamw(model, 0.01)
+    for part in [*(slice(4 * t, 4 * t + 4) for t in range(20)), slice(100, 106)]:
+        train(model, optimizers, (x[part], y[part]))
+    assert all(torch.equal(v, plain[k]) for k, v in model.state_dict().items())
+
+
+def test_what_an_update_that_is_not_elementwise_cannot_do_is_said():
+    def stepped(**options):
+        model, batch, validation = double("mlp")
+        optimizer = Mixed(model.parameters(), 0.1)
+        tracker = inrun.track(
+            model, optimizer, "path", **{"validation": lambda: loss_of(model, *validation), **options}
+        )
+        before = copy.deepcopy(model.state_dict())
+        try:
+            with tracker.step(range(B)):
+                train(model, [optimizer], batch)
+        finally:
+            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    with pytest.raises(inrun.InRunError, match=r"an elementwise one.* by Mixed moves a coordinate by the gradients of"):
+        stepped(update="elementwise")
+    with pytest.raises(inrun.InRunError, match="a function that autograd differentiates"):
+        stepped(update=lambda *args: mixed(*args).detach())
+    with pytest.raises(inrun.InRunError, match=r"got Mixed\. If it updates weights"):
+        stepped()
+    model, batch, validation = double("mlp")
+    optimizer = Mixed(model.parameters(), 0.1)
+    losses = {"validation": lambda: loss_of(model, *validation)}
+    tracker = inrun.track(model, optimizer, "path", validation=losses, update=mixed, pairwise=range(4))
+    message = "pairwise: expected an optimizer that updates coordinate by coordinate"
+    with pytest.raises(inrun.InRunError, match=message), tracker.step(range(B)):
+        train(model, [optimizer], batch)
+    with pytest.raises(inrun.InRunError, match=r"path_secant' knows .* Muon"):
+        inrun.track(make("mlp"), [torch.optim.Muon([nn.Parameter(torch.zeros(2, 2))])])
