@@ -62,16 +62,17 @@ class Coupled:
         self._rule = rule
         self._is: dict[str, bool] = {}  # name of a parameter -> whether its update is of this kind
         self._held: dict[int, tuple[Callable[[Tensor], Tensor], Tensor, Tensor]] = {}
+        self._copies: list[Tensor] = []  # what the functions hold
 
     def __contains__(self, i: int) -> bool:
         return i in self._held
 
     def release(self) -> None:
-        self._held = {}
+        self._held, self._copies = {}, []
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [tensor for _, *held in self._held.values() for tensor in held]
+        return [*self._copies, *(tensor for _, *held in self._held.values() for tensor in held)]
 
     def among(self, moving: Sequence[tuple[int, Any]], unscale: Any) -> list[tuple[int, Any]]:
         """Those of these numbered parameters whose update is of this kind.
@@ -109,7 +110,24 @@ class Coupled:
                 f"{type(slot.optimizer).__name__} moves a coordinate by the gradients of others. Give it as a function "
                 "that autograd can differentiate: update=lambda grad, param, state, group: <what it adds to param>"
             )
+        for slot in (slot for slot, coupled in zip(slots, found, strict=True) if coupled):
+            update, _, dtype = self._function(slot)
+            with torch.enable_grad():
+                if not update(slot.grad.to(dtype).requires_grad_()).requires_grad:
+                    raise InRunError(
+                        f"update: expected a function that autograd differentiates, as that of {slot.name} is not "
+                        "elementwise; got a result that does not depend on the gradient"
+                    )
         return found
+
+    def _function(self, slot: Any) -> tuple[Callable[[Tensor], Tensor], list[Tensor], torch.dtype]:
+        """The update as a function of the gradient alone, copies of all else as it is now, and their dtype."""
+        dtype = torch.promote_types(slot.param.dtype, torch.float32)
+        rule: Any = self._rule if callable(self._rule) else KNOWN[type(slot.optimizer)]
+        param, state = slot.shard.detach().to(dtype, copy=True), copied(slot.state, slot.shard, dtype)
+        group = dict(slot.options)
+        copies = [param, *(value for value in state.values() if isinstance(value, Tensor))]
+        return lambda grad: rule(grad, param, state, group), copies, dtype
 
     def hold(self, i: int, slot: Any, grad: Tensor, moved: Tensor) -> None:
         """Hold a parameter, its state and its gradient, and what they will move it by, until G is known.
@@ -118,24 +136,8 @@ class Coupled:
             i: its number; slot: itself.
             grad: float64; moved: u(grad) - u(0), of the same shape.
         """
-        dtype = torch.promote_types(slot.param.dtype, torch.float32)
-        rule: Any = self._rule if callable(self._rule) else KNOWN[type(slot.optimizer)]
-        param, state, group = (
-            slot.param.detach().to(dtype, copy=True),
-            copied(slot.state, slot.param, dtype),
-            slot.options,
-        )
-        group = dict(group)
-
-        def update(grad: Tensor) -> Tensor:
-            return rule(grad, param, state, group)
-
-        with torch.enable_grad():
-            if not update(grad.to(dtype).requires_grad_()).requires_grad:
-                raise InRunError(
-                    f"update: expected a function that autograd differentiates, as the update of {slot.name} is not "
-                    "elementwise; got a result that does not depend on the gradient"
-                )
+        update, copies, dtype = self._function(slot)
+        self._copies += copies
         self._held[i] = update, grad.to(dtype), moved.to(dtype)
 
     def slope(self, i: int, validation: Tensor, at: float = 1.0) -> Tensor:
