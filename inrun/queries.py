@@ -1,7 +1,7 @@
 """Sums over the rows of a ledger: memory goes with the groups, not with the rows.
 
-DuckDB, where it is installed, reads the shards some three times as fast as the same sums streamed with pyarrow, and
-moves to disk what exceeds its memory. Both add float64 numbers in one thread, so the same ledger gives the same bits.
+DuckDB, where it is installed, is as fast as the same sums streamed with pyarrow, takes less memory, and moves to disk
+what exceeds its limit. Both add float64 numbers in one thread, so the same ledger gives the same bits.
 """
 
 from __future__ import annotations
