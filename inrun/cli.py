@@ -5,13 +5,16 @@ Heavy imports are inside: `--help` is quick.
 
 from __future__ import annotations
 
+import difflib
+import functools
 import json
+import operator
 import os
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -63,22 +66,24 @@ class Compare:
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
     """How many of the samples that changed."""
     target: str | None = None
-    """By this validation target; needed where there are several."""
+    """By this validation target, of both runs; needed where either has several."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Every sample's value over the run (sample_id, target, value, count), to standard output or a file.
+    """Every sample's value over the run, to standard output or a file: a row for each sample and target.
 
-    inrun export runs/1 --keep-positive --format jsonl -o keep.jsonl
+    A row is sample_id, target, value, count and, of a run folder, source.
+
+    inrun export runs/1 --keep-positive -o keep.csv
     """
 
     run: tyro.conf.Positional[Path]
     """Run folder, or a folder of ledger shards."""
-    format: Literal["jsonl", "csv", "parquet"] = "jsonl"
-    """Of the rows."""
+    format: Literal["jsonl", "csv", "parquet"] | None = None
+    """Of the rows; None: by the suffix of the file (.jsonl, .csv, .parquet), else jsonl."""
     keep_positive: bool = False
-    """Only samples with a value above 0: those that lowered the validation loss."""
+    """Only rows with a value above 0: samples that lowered the validation loss (by the row's target)."""
     target: str | None = None
     """Only this validation target."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -133,20 +138,32 @@ class Experiment:
     """Seeds everything that is drawn."""
 
 
+COMMANDS = {
+    "train": TrainConfig,
+    "report": Report,
+    "top": Top,
+    "compare": Compare,
+    "export": Export,
+    "compact": Compact,
+    "doctor": Doctor,
+    "fidelity": Fidelity,
+    "experiment": Experiment,
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run a subcommand; what the user can put right ends as one line on stderr and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        command = tyro.cli(
-            Annotated[TrainConfig, tyro.conf.subcommand("train", default=_settings(argv))]  # pyright: ignore
-            | Annotated[Report, tyro.conf.subcommand("report")]
-            | Annotated[Top, tyro.conf.subcommand("top")]
-            | Annotated[Compare, tyro.conf.subcommand("compare")]
-            | Annotated[Export, tyro.conf.subcommand("export")]
-            | Annotated[Compact, tyro.conf.subcommand("compact")]
-            | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-            | Annotated[Fidelity, tyro.conf.subcommand("fidelity")]
-            | Annotated[Experiment, tyro.conf.subcommand("experiment")],
+        if near := difflib.get_close_matches(argv[0], COMMANDS) if argv and argv[0] not in COMMANDS else None:
+            raise InRunError(f"expected a command, got {argv[0]!r}; perhaps `inrun {near[0]}`? All: inrun --help")
+        default: Any = {"train": _settings(argv)}
+        commands: Any = [
+            Annotated[kind, tyro.conf.subcommand(name, default=default.get(name, tyro.MISSING_NONPROP))]
+            for name, kind in COMMANDS.items()
+        ]
+        command: Any = tyro.cli(
+            functools.reduce(operator.or_, commands),
             prog="inrun",
             description="In-Run Data Shapley: what each training sample did to the validation loss.",
             args=argv,
@@ -225,8 +242,8 @@ def _ask(command: Top | Compare | Export | Compact) -> None:
         run.ledger.compact(progress=True)
     else:
         options = {"form": command.format, "keep_positive": command.keep_positive, "target": command.target}
-        rows = runs.export(run, command.out, **options)
-        print(f"inrun: {rows} samples" + (f" in {command.out}" if command.out else ""), file=sys.stderr)
+        wrote = runs.export(run, command.out, **options)
+        print(f"inrun: {wrote}" + (f" in {command.out}" if command.out else ""), file=sys.stderr)
 
 
 def _say_where(page: str | None, folder: Path) -> None:

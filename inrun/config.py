@@ -58,7 +58,7 @@ class TrainConfig:
     """
 
     text: tuple[Path, ...] = ()
-    """Training text: folders, text files, JSONL files. None: the demo corpus."""
+    """Training text: folders, text files, JSONL files. Without it: the demo corpus."""
     validation: tuple[Path, ...] = ()
     """Validation text, in the same forms; what is in it is never trained on."""
     holdout: str | None = None

@@ -71,6 +71,10 @@ class Reader:
             raise InRunError("to_pandas: needs the package `pandas`: pip install pandas") from None
         return self.rows().to_pandas()
 
+    def targets(self) -> list[str]:
+        """The names of the targets, sorted."""
+        return self._ask(targets_of)
+
     def totals(self, target: str | None = None, *, per_token: bool = False) -> pa.Table:
         """Sum over the run: sample_id, target, value (float64, nats), count (times seen), ordered by id.
 
@@ -183,7 +187,7 @@ class Reader:
         return self._ask(lambda rows: sum_values(rows, ["sample_id", "target"], target, among=among, best=(k, order)))
 
     def _require_one_target(self, target: str | None) -> None:
-        names = self._ask(targets_of) if target is None else [target]
+        names = self.targets() if target is None else [target]
         if len(names) > 1:
             raise ValueError(f"expected target to be one of {names}, received None")
 
@@ -199,7 +203,8 @@ class Reader:
                 self._id_type = shards.check(found, self._id_type)
                 table = self._in_memory()
                 if self.path is not None and not table.num_rows and not self.path.is_dir():
-                    raise InRunError(f"expected a folder of shards, received {self.path}, which does not exist")
+                    what = shards.not_a_folder(self.path)
+                    raise InRunError(f"expected a folder of shards, received {self.path}, which {what}")
                 return question(Rows(found, table))
             except FileNotFoundError:
                 found, before = shards.listing(self.path), found

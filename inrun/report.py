@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from inrun import shapley
+from inrun import shapley, shards
 from inrun.errors import InRunError
 from inrun.ledger import Ledger
 
@@ -53,8 +53,8 @@ def figures(folder: Path) -> dict[str, Any]:
     """
     import pyarrow.parquet as pq
 
-    if not (folder / "config.json").exists() or not (folder / "samples.parquet").exists():
-        raise InRunError(f"run: expected the folder of a run, which holds config.json, got {folder}")
+    if missing := [name for name in ("config.json", "samples.parquet") if not (folder / name).exists()]:
+        raise InRunError(f"run: expected the folder of a run, got {folder}, which {_instead(folder, missing)}")
     table = pq.read_table(folder / "samples.parquet")
     planted = table["planted"].to_pylist()
     group = [f"{s}, {p}" if p else s for s, p in zip(table["source"].to_pylist(), planted, strict=True)]
@@ -108,6 +108,14 @@ def figures(folder: Path) -> dict[str, Any]:
         "worst": [sample(i) for i in order[::-1][:EXTREMES]],
         "worst_not_planted": [sample(i) for i in order[kinds[order] == ""][::-1][:EXTREMES]],
     }
+
+
+def _instead(folder: Path, missing: list[str]) -> str:
+    """What a path is that is no run's folder, and what to do about it."""
+    what = f"holds no {' and no '.join(missing)}" if folder.is_dir() else shards.not_a_folder(folder)
+    if any(folder.glob("rank*.parquet")) or any(folder.glob("ledger/rank*.parquet")):
+        return f"{what} but a ledger: `inrun top` and `inrun export` answer it"
+    return f"{what}; `inrun train` makes one under runs/"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from inrun import results, shapley
+from inrun import results, shapley, shards
 from inrun.errors import InRunError
 from inrun.ledger import Ledger
 
@@ -38,8 +38,8 @@ class Run:
             if any(path.glob("*.parquet")) and not (path / "samples.parquet").exists():
                 return cls(Ledger(path), samples if samples is not None and samples.exists() else None)
         raise InRunError(
-            f"run: expected a run folder with values in it, or a folder of ledger shards, got {folder}, "
-            + ("which holds neither" if folder.is_dir() else "which does not exist")
+            f"run: expected a run folder with values in it, or a folder of ledger shards, got {folder}, which "
+            + ("holds neither" if folder.is_dir() else shards.not_a_folder(folder))
             + "; `inrun train` makes one under runs/, and so does `inrun.track(..., ledger=FOLDER)`"
         )
 
@@ -71,7 +71,7 @@ def top(run: Run, k: int, *, worst: bool, source: str | None, target: str | None
     """The k samples of highest (lowest) total value as a table.
 
     Raises:
-        InRunError: `source` is not one of the run's.
+        InRunError: `source` or `target` is not one of the run's, or it has several targets and none is named.
     """
     import pyarrow.compute as pc
 
@@ -82,8 +82,8 @@ def top(run: Run, k: int, *, worst: bool, source: str | None, target: str | None
             raise InRunError("source: expected a run folder with samples.parquet, which says the source of each sample")
         among = groups.filter(pc.field("source") == source)["sample_id"]
         if not len(among):
-            known = ", ".join(sorted(set(groups["source"].to_pylist())))
-            raise InRunError(f"source: expected one of {known}; got {source!r}")
+            raise InRunError(f"source: expected one of {sorted(set(groups['source'].to_pylist()))}, got {source!r}")
+    target = _one_target(target, run)
     rows = (run.ledger.bottom if worst else run.ledger.top)(k, target, among=among).to_pylist()
     described = run.describe([row["sample_id"] for row in rows])
     lines = []
@@ -98,13 +98,19 @@ def top(run: Run, k: int, *, worst: bool, source: str | None, target: str | None
 def compare(a: Run, b: Run, k: int, *, target: str | None) -> str:
     """How far two runs agree: rank correlation, sums per source, and the k samples whose value differs most.
 
+    Args:
+        a, b: the runs.
+        k: how many samples.
+        target: by this target, of both; None: by the only one that either has.
+
     Raises:
-        InRunError: they have no sample in common.
+        InRunError: they have no sample in common; no target, or several and none is named.
+        ValueError: k is negative.
     """
+    if k < 0:
+        raise ValueError(f"expected k >= 0, received {k}")
+    target = _one_target(target, a, b)
     ours, theirs = a.ledger.totals(target), b.ledger.totals(target)
-    for table in (ours, theirs):
-        if len(names := table["target"].unique().to_pylist()) > 1:
-            raise ValueError(f"expected target to be one of {names}, received None")
     if ours.schema.field("sample_id").type != theirs.schema.field("sample_id").type:
         raise InRunError("compare: expected runs on the same samples; one has integer ids, the other strings")
     both = ours.join(theirs, "sample_id", join_type="inner", right_suffix=" of b").sort_by("sample_id")
@@ -115,7 +121,7 @@ def compare(a: Run, b: Run, k: int, *, target: str | None) -> str:
     x, y = both["value"].to_numpy(), both["value of b"].to_numpy()
     lines = [
         f"A: {a.ledger.path} ({len(ours)} samples)   B: {b.ledger.path} ({len(theirs)} samples)   in both: {len(both)}",
-        "Values in nats; above 0: the sample lowered the validation loss.",
+        f"Target: {target}. Values in nats; above 0: the sample lowered the validation loss.",
         f"Correlation over the samples in both: {_correlation(shapley.ranks(x), shapley.ranks(y))} of ranks, "
         f"{_correlation(x, y)} of values; {np.mean((x > 0) == (y > 0)):.0%} have the same sign.",
     ]
@@ -143,28 +149,34 @@ def export(
     run: Run,
     out: Path | None,
     *,
-    form: Literal["jsonl", "csv", "parquet"],
+    form: Literal["jsonl", "csv", "parquet"] | None,
     keep_positive: bool,
     target: str | None,
-) -> int:
-    """Write every sample's total: sample_id, target, value, count, and source where it is known.
+) -> str:
+    """Write every sample's total by every target: sample_id, target, value, count, and source where it is known.
 
     Args:
         run: whose.
         out: the file; None: standard output.
-        form: of the rows.
-        keep_positive: only samples with a value above 0.
+        form: of the rows; None: as the suffix of `out` says, or else jsonl.
+        keep_positive: only rows with a value above 0.
         target: only this target.
 
     Returns:
-        The number of rows.
+        How much was written, in words.
 
     Raises:
-        InRunError: Parquet was asked for on a terminal.
+        InRunError: the folder of `out` does not exist; no such target; Parquet was asked for on a terminal.
     """
     import pyarrow.compute as pc
 
-    if out is None and form == "parquet" and sys.stdout.isatty():
+    if out is not None and not out.parent.is_dir():
+        raise InRunError(f"out: expected a file in a folder, got {out}; {out.parent} {shards.not_a_folder(out.parent)}")
+    suffix = out.suffix.lower() if out is not None else ""
+    kind = form or {".csv": "csv", ".parquet": "parquet"}.get(suffix, "jsonl")
+    if target is not None:
+        target = _one_target(target, run)
+    if out is None and kind == "parquet" and sys.stdout.isatty():
         raise InRunError("format: parquet is binary; name a file with -o FILE, or send the output to one")
     table = run.ledger.totals(target)
     if keep_positive:
@@ -172,11 +184,34 @@ def export(
     if (sources := run.sources()) is not None:
         table = table.join(sources, "sample_id").sort_by([("sample_id", "ascending"), ("target", "ascending")])
     if out is None:
-        _write(table, sys.stdout.buffer, form)
+        _write(table, sys.stdout.buffer, kind)
     else:
         with out.open("wb") as file:
-            _write(table, file, form)
-    return len(table)
+            _write(table, file, kind)
+    rows, targets = len(table), sorted(table["target"].unique().to_pylist())
+    if len(targets) > 1:
+        samples = pc.call_function("count_distinct", [table["sample_id"]]).as_py()
+        return f"{rows} rows, one for each sample and target: {samples} samples, targets {', '.join(targets)}"
+    return f"{rows} samples"
+
+
+def _one_target(target: str | None, *asked: Run) -> str:
+    """The target that runs are asked by: `target`, or the only one that there is.
+
+    Raises:
+        InRunError: a run does not have it, or there are several and none is named.
+    """
+    has = {run.ledger.path: run.ledger.targets() for run in asked}
+    shared = sorted(set.intersection(*map(set, has.values())))
+    if target is None and len(shared) == 1 and all(names == shared for names in has.values()):
+        return shared[0]
+    if target is not None and target in shared:
+        return target
+    each = "; ".join(f"{path} has {names}" for path, names in has.items())
+    if not shared:
+        raise InRunError(f"target: expected one that all runs have, got none: {each}")
+    got = f"{target!r}" if target is not None else "none"
+    raise InRunError(f"target: expected one of {shared}, named with --target, got {got}; {each}")
 
 
 def _group(sample: dict[str, Any]) -> str:

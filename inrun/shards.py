@@ -195,6 +195,11 @@ def listing(folder: Path | None, writer: str = "") -> list[Path]:
     return kept
 
 
+def not_a_folder(path: Path) -> str:
+    """What a path is that is no folder, in words."""
+    return "is a file" if path.exists() else "does not exist"
+
+
 def check(found: list[Path], id_type: pa.DataType | None) -> pa.DataType | None:
     """The type of the ids in all of these shards.
 

@@ -72,6 +72,7 @@ def test_compare_ranks_sums_and_finds_what_changed(run, tmp_path, capsys):
     assert row[2:] == ["-0.7500", "+1.2500", "-3.75e-01", "+6.25e-01"]
     last = printed.splitlines()[-1].split()
     assert last[:4] == ["+2.000e+00", "-7.500e-01", "+1.250e+00", "d"]
+    assert "Target: validation." in printed
     apart = make(tmp_path / "apart", {"x": [1.0, 1.0]})
     assert "got 4 and 1 with none in common" in failed(capsys, "compare", run, apart)
     with Ledger(tmp_path / "numbers") as ledger:
@@ -122,13 +123,88 @@ def test_compact_leaves_the_rows_and_fewer_shards(run, capsys):
 
 def test_errors_say_what_to_do(run, tmp_path, capsys):
     assert "which does not exist; `inrun train` makes one" in failed(capsys, "top", tmp_path / "missing")
+    assert "samples.parquet, which is a file" in failed(capsys, "top", run / "samples.parquet")
     assert "which holds neither" in failed(capsys, "export", tmp_path)
-    assert "expected one of book, book, shuffled, web; got 'wed'" in failed(capsys, "top", run, "--source", "wed")
+    known = "expected one of ['book', 'book, shuffled', 'web'], got 'wed'"
+    assert known in failed(capsys, "top", run, "--source", "wed")
     assert "run folder with samples.parquet" in failed(capsys, "top", run / "ledger", "--source", "web")
-    with Ledger(run / "ledger") as ledger:
-        ledger.append(2, ["a"], [[1.0, 2.0]], ("code", "prose"))
     for command in (("top", run), ("compare", run, run)):
-        assert "target to be one of ['code', 'prose', 'validation']" in failed(capsys, *command)
+        assert "expected k >= 0, received -2" in failed(capsys, *command, "-k", -2)
+    assert f"got {tmp_path / 'no/x.csv'}; {tmp_path / 'no'} does not exist" in (
+        failed(capsys, "export", run, "-o", tmp_path / "no/x.csv")
+    )
+
+
+def test_report_says_what_a_folder_without_a_run_is(run, tmp_path, capsys):
+    of_file = failed(capsys, "report", run / "samples.parquet")
+    assert "which is a file; `inrun train` makes one" in of_file
+    ledger = "but a ledger: `inrun top` and `inrun export` answer it"
+    assert f"which holds no config.json and no samples.parquet {ledger}" in failed(capsys, "report", run / "ledger")
+    assert f"which holds no config.json {ledger}" in failed(capsys, "report", run)
+    (tmp_path / "empty").mkdir()
+    assert "no samples.parquet; `inrun train` makes one" in failed(capsys, "report", tmp_path / "empty")
+
+
+@pytest.fixture
+def two_targets(tmp_path) -> Path:
+    """Three samples by code and prose; below 0: a by prose, c by both."""
+    with Ledger(tmp_path / "two") as ledger:
+        ledger.append(0, ["a", "b", "c"], [[1.0, -3.0], [0.5, 0.25], [-1.0, -2.0]], ("code", "prose"))
+    return tmp_path / "two"
+
+
+def test_several_targets_are_asked_for_by_name(run, two_targets, tmp_path, capsys):
+    named = "expected one of ['code', 'prose'], named with --target, got"
+    for command in (("top", two_targets), ("compare", two_targets, two_targets)):
+        assert f"{named} none; {two_targets} has" in failed(capsys, *command)
+    for command in (("top", two_targets), ("export", two_targets), ("compare", two_targets, two_targets)):
+        assert f"{named} 'cod'" in failed(capsys, *command, "--target", "cod")
+    assert said(capsys, "top", two_targets, "--target", "prose").splitlines()[3].split()[::2] == ["+2.500e-01", "b"]
+
+    with Ledger(tmp_path / "code") as ledger:
+        ledger.append(0, ["a", "b"], [2.0, 1.0], ["code"])
+    each = f"{two_targets} has ['code', 'prose']; {tmp_path / 'code'} has ['code']"
+    for of, got in ((), "none"), (("--target", "prose"), "'prose'"):
+        message = failed(capsys, "compare", two_targets, tmp_path / "code", *of)
+        assert f"expected one of ['code'], named with --target, got {got}; {each}" in message
+    printed = said(capsys, "compare", two_targets, tmp_path / "code", "--target", "code")
+    assert "Target: code." in printed and printed.splitlines()[-2].split() == [
+        "+1.000e+00",
+        "+1.000e+00",
+        "+2.000e+00",
+        "a",
+    ]
+    for of in ((), ("--target", "code"), ("--target", "validation")):
+        message = failed(capsys, "compare", run, tmp_path / "code", *of)
+        assert f"got none: {run / 'ledger'} has ['validation']; {tmp_path / 'code'} has ['code']" in message
+
+
+def test_export_counts_samples_and_says_what_a_row_is(run, two_targets, capsys):
+    main(["export", str(two_targets)])
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 6
+    assert printed.err == "inrun: 6 rows, one for each sample and target: 3 samples, targets code, prose\n"
+    main(["export", str(two_targets), "--keep-positive"])
+    assert "3 rows, one for each sample and target: 2 samples, targets" in capsys.readouterr().err
+    main(["export", str(two_targets), "--target", "code", "--keep-positive"])
+    assert capsys.readouterr().err == "inrun: 2 samples\n"
+
+
+def test_export_takes_the_format_of_the_suffix_where_none_is_given(run, tmp_path):
+    for name in ("o.csv", "o.parquet", "o.jsonl", "o.txt"):
+        main(["export", str(run), "-o", str(tmp_path / name)])
+    main(["export", str(run), "--format", "jsonl", "-o", str(tmp_path / "other.csv")])
+    assert pyarrow.csv.read_csv(tmp_path / "o.csv")["value"].to_pylist() == list(TOTALS.values())
+    assert pq.read_table(tmp_path / "o.parquet")["value"].to_pylist() == list(TOTALS.values())
+    for name in ("o.jsonl", "o.txt", "other.csv"):
+        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert [row["value"] for row in rows] == list(TOTALS.values())
+
+
+def test_a_misspelled_command_is_answered_by_the_nearest(capsys):
+    assert "got 'tpo'; perhaps `inrun top`?" in failed(capsys, "tpo", "led")
+    assert "got 'expotr'; perhaps `inrun export`?" in failed(capsys, "expotr")
+    assert "Available subcommands" in failed(capsys, "xyz")  # tyro's
 
 
 @pytest.mark.parametrize("command", ["top", "compare", "export", "compact", "doctor", "report"])

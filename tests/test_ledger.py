@@ -536,6 +536,8 @@ def test_foreign_files_and_versions_are_refused(tmp_path):
         Ledger(tmp_path)
     with pytest.raises(InRunError, match="missing, which does not exist"):
         Ledger(tmp_path / "missing").totals()
+    with pytest.raises(InRunError, match="which is a file"):
+        Ledger(shard).targets()
 
 
 def test_a_ledger_without_tokens_is_read_and_gone_on_with(tmp_path):
@@ -556,7 +558,9 @@ def test_a_ledger_without_tokens_is_read_and_gone_on_with(tmp_path):
 
 def test_bad_questions(tmp_path):
     ledger = Ledger()
-    ledger.append(0, [1, 2], [[1.0, 2.0], [3.0, 4.0]], ("code", "prose"))
+    assert ledger.targets() == []
+    ledger.append(0, [1, 2], [[1.0, 2.0], [3.0, 4.0]], ("prose", "code"))
+    assert ledger.targets() == ["code", "prose"]
     with pytest.raises(ValueError, match=r"one of \['code', 'prose'\]"):
         ledger.top(1)
     with pytest.raises(ValueError, match=r"one of \['code', 'prose'\], received 'maths'"):

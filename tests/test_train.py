@@ -323,7 +323,10 @@ def test_command_line_numbers_runs_and_resumes_the_last(config, monkeypatch, cap
         (["train", "--resume"], "inrun: resume: expected a run under runs/, found none"),
         (["train", "--text", "nowhere", "--holdout", "x"], "inrun: text: no such file or folder: nowhere"),
         (["train", "--width", "65"], "inrun: width: expected a multiple of heads=4, got 65"),
-        (["report", "nowhere"], "inrun: run: expected the folder of a run, which holds config.json, got nowhere"),
+        (
+            ["report", "nowhere"],
+            "inrun: run: expected the folder of a run, got nowhere, which does not exist; `inrun train` makes one",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, args, message):
