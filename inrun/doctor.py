@@ -1,7 +1,7 @@
 """`inrun doctor`: what this machine is, and whether every kernel gives the right numbers on it.
 
-Each product runs on every backend that works here, in every dtype, for samples, packed documents and tokens, and is
-held to its definition in float64, one sample at a time (`inrun_kernels.reference`).
+Each product runs on every backend that works here, in every dtype, for samples, packed documents and tokens, along one
+direction and two, and is held to its definition in float64, one sample at a time (`inrun_kernels.reference`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from torch import Tensor
 
 import inrun_kernels
 from inrun import results
-from inrun_kernels import reference
+from inrun_kernels import grouped, reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of the root mean square of the exact result; half precision may round a product once more.
 ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-2}
-FORMS = {"ghost_wgrad_dot": ("two", "prefix", "direct")}
-PRODUCTS = [name for name in inrun_kernels.__all__ if name not in ("explain", "tune")]
+FORMS: dict[str, tuple[str | None, ...]] = dict.fromkeys(
+    ("ghost_wgrad_dot", "linear_wgrad_dot"), ("two", "prefix", "direct")
+)
+GROUPED = ("grouped_mm", "grouped_wgrad")  # torch's own kernels, or a loop over them
+PRODUCTS = [*(name for name in inrun_kernels.__all__ if name not in ("explain", "tune")), *GROUPED]
 PACKAGES = ("torch", "triton", "numpy", "pyarrow", "duckdb", "matplotlib", "transformers")
+STACKS = ("accelerate", "trl", "lightning", "peft", "datasets", "polars")  # named where they are installed
 
 
 def main() -> bool:
@@ -42,18 +46,21 @@ def main() -> bool:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, which they are when first used
     print(f"{_describe(device, has_triton)}\n")
     columns = [(backend, dtype) for backend in ("torch", *(["triton"] if has_triton else [])) for dtype in DTYPES]
-    rows, failed, complaints = [], 0, []
+    rows, failed, total, complaints = [], 0, 0, []
     names = [(name, form) for name in PRODUCTS for form in FORMS.get(name, (None,))]
     for name, form in tqdm(names, desc="self-test", leave=False, disable=None):
         cells = []
         for backend, dtype in columns:
+            if backend == "triton" and name in GROUPED:
+                cells.append("-")
+                continue
             try:
                 error = worst_error(name, backend, dtype, device, form)
             except Exception as raised:  # whatever a compiler or a driver comes up with is a finding
                 error = float("nan")
                 complaints.append(f"{name}, {backend}, {dtype}: {type(raised).__name__}: {raised}")
             passed = error <= ALLOWED[dtype]
-            failed += not passed
+            failed, total = failed + (not passed), total + 1
             cells.append(f"{error:.0e}" + ("" if passed else " FAIL"))
         rows.append([name if form is None else f"{name}, {form}", *cells])
     rows.append(["allowed", *(f"{ALLOWED[dtype]:.0e}" for _, dtype in columns)])
@@ -61,7 +68,6 @@ def main() -> bool:
     print(results.table(["", *(f"{backend} {dtype}" for backend, dtype in columns)], rows))
     for complaint in complaints:
         print(complaint)
-    total = len(names) * len(columns)
     print(f"{failed} of {total} FAILED: do not trust values from this machine" if failed else f"All {total} passed.")
     return not failed
 
@@ -70,32 +76,35 @@ def worst_error(name: str, backend: str, dtype: str, device: str, form: str | No
     """The largest error of one product over its groupings, relative to the root mean square of the exact result.
 
     Args:
-        name: of a function of `inrun_kernels`.
-        backend: "torch" or "triton".
+        name: of a function of `inrun_kernels`, or one of `GROUPED`.
+        backend: "torch" or "triton"; of `GROUPED`, only the first.
         dtype: a key of `DTYPES`.
         device: "cpu" or "cuda".
-        form: of `ghost_wgrad_dot`.
+        form: of `ghost_wgrad_dot` and `linear_wgrad_dot`.
     """
     exact = getattr(reference, name)
-    arguments, offsets = _arguments(name, DTYPES[dtype], device)
     takes = inspect.signature(exact).parameters
-    groupings: list[dict[str, Any]] = [{}]
-    groupings += [{"segments": offsets}] if "segments" in takes else []
-    groupings += [{"per_token": True}] if "per_token" in takes else []
-    options = {"backend": backend} | ({} if form is None else {"form": form})
+    options = {} if name in GROUPED else {"backend": backend} | ({} if form is None else {"form": form})
     worst = 0.0
-    for grouping in groupings:
-        found = getattr(inrun_kernels, name)(*arguments, **grouping, **options)
-        expected = exact(*arguments, **grouping)
-        pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
-        for got, right in pairs:
-            error = (got.double() - right).abs().max() / right.square().mean().sqrt()
-            worst = max(worst, error.item()) if error == error else float("nan")
+    for directions in [(), (2,)] if "val_grad" in takes else [()]:
+        arguments, offsets = _arguments(name, directions, DTYPES[dtype], device)
+        groupings: list[dict[str, Any]] = [{}]
+        groupings += [{"segments": offsets}] if "segments" in takes else []
+        groupings += [{"per_token": True}] if "per_token" in takes else []
+        for grouping in groupings:
+            found = getattr(grouped if name in GROUPED else inrun_kernels, name)(*arguments, **grouping, **options)
+            expected = exact(*arguments, **grouping)
+            pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+            for got, right in pairs:
+                error = (got.double() - right).abs().max() / right.square().mean().sqrt()
+                worst = max(worst, error.item()) if error == error else float("nan")
     return worst
 
 
-def _arguments(name: str, dtype: torch.dtype, device: str) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Random inputs of a product, and offsets of documents packed into its rows."""
+def _arguments(
+    name: str, directions: tuple[int, ...], dtype: torch.dtype, device: str
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Random inputs of a product, its direction with `directions` in front, and offsets of packed documents."""
     # Odd sizes, so that tiles are partly filled; small ones where kernels are interpreted or on the CPU.
     batch, tokens, inputs, outputs = (5, 129, 257, 130) if device == "cuda" else (3, 17, 33, 18)
     generator = torch.Generator().manual_seed(0)
@@ -109,11 +118,16 @@ def _arguments(name: str, dtype: torch.dtype, device: str) -> tuple[tuple[Tensor
         return (acts, grads, rand(2, tokens, inputs), rand(2, tokens, outputs)), offsets
     if name == "embedding_dot":
         ids = torch.randint(inputs, (batch, tokens), generator=generator).to(device)
-        return (ids, grads, rand(inputs, outputs)), offsets
+        return (ids, grads, rand(*directions, inputs, outputs)), offsets
+    if name in GROUPED:
+        rows, inputs, outputs = batch * tokens, inputs // 8 * 8, outputs // 8 * 8  # torch's kernel takes whole 16 bytes
+        ends = torch.tensor([rows // 3, rows // 3, rows], dtype=torch.int32, device=device)
+        other = rand(len(ends), inputs, outputs) if name == "grouped_mm" else rand(rows, outputs)
+        return (rand(rows, inputs), other, ends), offsets
     if name in ("ghost_dot", "ghost_wgrad_dot", "linear_wgrad_dot"):
-        of_bias = (rand(outputs),) if name == "linear_wgrad_dot" else ()
-        return (acts, grads, rand(outputs, inputs), *of_bias), offsets
-    vectors = (grads, rand(outputs))
+        of_bias = (rand(*directions, outputs),) if name == "linear_wgrad_dot" else ()
+        return (acts, grads, rand(*directions, outputs, inputs), *of_bias), offsets
+    vectors = (grads, rand(*directions, outputs))
     return ((rand(batch, tokens, outputs), *vectors) if name.startswith("norm") else vectors), offsets
 
 
@@ -132,15 +146,16 @@ def _describe(device: str, has_triton: bool) -> str:
     lines = [
         ("inrun", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"),
         ("device", f"{', '.join(gpus) or 'no CUDA device'}; CPU: {results.processor()}, {os.cpu_count()} cores"),
-        ("versions", ", ".join(f"{name} {_version(name)}" for name in PACKAGES)),
+        ("versions", ", ".join(f"{name} {_version(name) or 'not installed'}" for name in PACKAGES)),
+        ("stacks", ", ".join(f"{name} {found}" for name in STACKS if (found := _version(name))) or "none installed"),
         ("torch path", "works everywhere; taken for CPU tensors"),
         ("triton", triton),
     ]
     return "\n".join(f"{name:12}{text}" for name, text in lines)
 
 
-def _version(name: str) -> str:
+def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return None

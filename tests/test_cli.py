@@ -17,6 +17,7 @@ import torch
 import inrun_kernels
 from inrun import Ledger, doctor, runs
 from inrun.cli import main
+from inrun_kernels import grouped
 
 VALUES = {"a": [0.5, 0.25], "b": [-0.5, 0.125], "c": [0.25, 0.0], "d": [-0.25, -0.5]}
 TOTALS = {name: sum(values) for name, values in VALUES.items()}  # 0.75, -0.375, 0.25, -0.75
@@ -215,13 +216,15 @@ def test_help_teaches_by_an_example(command, capsys):
 
 
 def test_doctor_passes_where_the_numbers_are_right_and_only_there(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "PRODUCTS", ["bias_dot", "embedding_dot"])
+    monkeypatch.setattr(doctor, "PRODUCTS", ["bias_dot", "grouped_wgrad"])
+    monkeypatch.setattr(doctor, "STACKS", ("pytest", "no-such-package"))
     with pytest.raises(SystemExit) as stopped:
         main(["doctor"])
     printed = capsys.readouterr().out
     backends = 1 + ("triton" in printed.split("Self-test")[1])
-    assert stopped.value.code == 0 and f"All {2 * 3 * backends} passed." in printed
-    assert f"torch {torch.__version__}" in printed
+    total = 3 * (backends + 1)  # grouped products have no Triton kernel
+    assert stopped.value.code == 0 and f"All {total} passed." in printed
+    assert f"torch {torch.__version__}" in printed and f"stacks      pytest {pytest.__version__}\n" in printed
     if not torch.cuda.is_available() and backends == 2:
         assert "interpreted only: no CUDA device here" in printed
 
@@ -232,7 +235,7 @@ def test_doctor_passes_where_the_numbers_are_right_and_only_there(capsys, monkey
         with pytest.raises(SystemExit) as stopped:
             main(["doctor"])
         printed = capsys.readouterr().out
-        assert stopped.value.code == 1 and f"{3 * backends} of {6 * backends} FAILED" in printed
+        assert stopped.value.code == 1 and f"{3 * backends} of {total} FAILED" in printed
 
     def raises(*_, **__):
         raise RuntimeError("no such instruction")
@@ -244,7 +247,28 @@ def test_doctor_passes_where_the_numbers_are_right_and_only_there(capsys, monkey
 
 @pytest.mark.parametrize("name", doctor.PRODUCTS)
 def test_the_self_test_knows_every_product(name):
-    assert doctor.worst_error(name, "torch", "float32", "cpu") < 1e-5
+    for form in doctor.FORMS.get(name, (None,)):
+        assert doctor.worst_error(name, "torch", "float32", "cpu", form) < 1e-5
+
+
+def test_the_self_test_sees_two_directions_forms_and_groups(monkeypatch):
+    dots, layer, groups = inrun_kernels.ghost_dot, inrun_kernels.linear_wgrad_dot, grouped.grouped_mm
+
+    def swapped(*args, **options):
+        found = dots(*args, **options)
+        return found.flip(-1) if args[-1].dim() == 3 else found
+
+    def one_form(*args, form, **options):
+        weight_grad, bias_grad, values = layer(*args, form=form, **options)
+        return weight_grad, bias_grad * (2 if form == "prefix" else 1), values
+
+    monkeypatch.setattr(inrun_kernels, "ghost_dot", swapped)
+    monkeypatch.setattr(inrun_kernels, "linear_wgrad_dot", one_form)
+    monkeypatch.setattr(grouped, "grouped_mm", lambda x, w, ends: groups(x, w, ends - torch.tensor([1, 1, 0]).int()))
+    assert doctor.worst_error("ghost_dot", "torch", "float32", "cpu") > 0.1
+    assert doctor.worst_error("linear_wgrad_dot", "torch", "float32", "cpu", "prefix") > 0.1
+    assert doctor.worst_error("linear_wgrad_dot", "torch", "float32", "cpu", "two") < 1e-5
+    assert doctor.worst_error("grouped_mm", "torch", "float32", "cpu") > 0.1
 
 
 def test_text_is_shown_in_one_line(tmp_path):

@@ -1,7 +1,7 @@
 """The products by definition: float64, one sample at a time, each per-sample gradient written out.
 
 Deliberately naive: the yardstick for tests and benchmarks, never a path that training takes. Arguments and
-results are those of the functions of the same name in `api.py`; results are float64.
+results are those of the functions of the same name in `api.py` and `grouped.py`; results are float64.
 """
 
 from itertools import pairwise
@@ -60,6 +60,23 @@ def bias_dot(grads, val_grad, *, segments=None, per_token=False) -> Tensor:
 
 def bias_wgrad_dot(grads, val_grad, *, segments=None) -> tuple[Tensor, Tensor]:
     return norm_wgrad_dot(torch.ones_like(grads), grads, val_grad, segments=segments)
+
+
+def grouped_mm(x, weight, offsets) -> Tensor:
+    return torch.stack([row @ weight[g].double() for row, g in zip(x.double(), _groups_of(x, offsets), strict=True)])
+
+
+def grouped_wgrad(x, grads, offsets) -> Tensor:
+    found = x.new_zeros(len(offsets), grads.shape[1], x.shape[1], dtype=torch.float64)
+    for row, grad, g in zip(x.double(), grads.double(), _groups_of(x, offsets), strict=True):
+        found[g] += grad[:, None] * row
+    return found
+
+
+def _groups_of(x: Tensor, offsets: Tensor) -> list[int]:
+    """The group of each row."""
+    ends = offsets.tolist()
+    return [sum(n >= end for end in ends) for n in range(len(x))]
 
 
 def _gradient(acts: Tensor, grads: Tensor) -> Tensor:
