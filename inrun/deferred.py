@@ -13,6 +13,8 @@ update begins, G multiplied in when its last part is known, and then each kept l
     first         K as secant                           G = g_v(w_t); scored inline unless each validation sample
                                                         has a score of its own (`pairwise.py`)
 
+The Shapley value that all of these approach, exact or sampled, and for any optimizer: `montecarlo.py`.
+
 Path values are Aumann-Shapley values: every sample's gradient grows from 0 to full together, and each is paid what
 its growth changed. With G exact along the path they add up to the loss change net of u(0), which belongs to nobody.
 Where `path_secant` knows the loss at both ends, it takes the G between theirs by which they do: a mean value that
@@ -65,6 +67,8 @@ class Deferred:
         clip: the `max_norm` of the user's clipping by norm, or None.
     """
 
+    standard_error = None
+
     def __init__(
         self,
         tracker: Tracker,
@@ -74,8 +78,6 @@ class Deferred:
         update: UpdateRule | str | None,
         clip: float | None,
     ) -> None:
-        if keep not in ("device", "host"):
-            raise ValueError(f"keep: expected 'device' or 'host', got {keep!r}")
         pairwise = bool(tracker.samples)
         if pairwise and (name not in PAIRWISE or clip is not None):
             raise InRunError(
@@ -393,7 +395,8 @@ class Deferred:
                 gradients = dict(validations.gradients)  # the last step's end is where this one starts
                 losses = dict(validations.last_losses)
             else:
-                with self._moved(moves, at), torch.enable_grad():
+                along = ((i, u0 + at * rest) for i, (u0, rest) in moves.items())
+                with weights_moved(self.tracker, along, {}), torch.enable_grad():
                     gradients = {name: validations.here(name) for name in self.tracker.targets}
                 losses = dict(validations.last_losses)
             self._parts.append((weight, gradients))
@@ -401,19 +404,6 @@ class Deferred:
                 self.drop = losses
         if not simpson and not validations.excluded:  # else other weights have their part in the drop
             self._rest = {i: rest for i, (_, rest) in moves.items()}
-
-    @contextlib.contextmanager
-    def _moved(self, moves: dict[int, tuple[Tensor, Tensor]], at: float) -> Iterator[None]:
-        slots = self.tracker.slots
-        before = {i: slots[i].shard.detach().clone() for i in moves}
-        try:
-            for i, (u0, rest) in moves.items():
-                slots[i].shard.add_(u0 + at * rest)
-            yield
-        finally:
-            self.tracker.ranks.settle()
-            for i, weight in before.items():
-                slots[i].shard.copy_(weight)
 
     @torch.no_grad()
     def _multiply_in(self) -> None:
@@ -526,11 +516,32 @@ class Deferred:
         eps = times * torch.finfo(slots[0].param.dtype).eps ** (1 / 3) * (1 + weight) / size
         ends = []
         for sign in (1.0, -1.0):
-            moves = {i: (sign * eps * v, torch.zeros_like(v)) for i, v in enumerate(vector)}
-            with self._moved(moves, 0.0), torch.enable_grad():
+            moves = ((i, sign * eps * v) for i, v in enumerate(vector))
+            with weights_moved(self.tracker, moves, {}), torch.enable_grad():
                 ends.append(self.tracker.validations.here(name))
         pairs = zip(ends[0], ends[1], strict=True)
         return [None if a is None or b is None else (a - b) / (2 * eps) for a, b in pairs]
+
+
+@contextlib.contextmanager
+def weights_moved(tracker: Tracker, moves: Iterable[tuple[int, Tensor]], before: dict[int, Tensor]) -> Iterator[None]:
+    """Add to the weights for the block; after it they are what they were, to the bit.
+
+    Args:
+        moves: numbers of slots, and what their weights move by.
+        before: takes copies of the weights that it has none of.
+    """
+    slots = tracker.slots
+    try:
+        for i, move in moves:
+            if i not in before:
+                before[i] = slots[i].shard.detach().clone()
+            slots[i].shard.add_(move)
+        yield
+    finally:
+        tracker.ranks.settle()
+        for i, weight in before.items():
+            slots[i].shard.copy_(weight)
 
 
 def _mean(parts: list[tuple[float | Tensor, Tensor | None]]) -> Tensor | None:

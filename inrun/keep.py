@@ -44,6 +44,8 @@ class Budget:
     """
 
     def __init__(self, where: str, limit: int | None) -> None:
+        if where not in ("device", "host"):
+            raise ValueError(f"keep: expected 'device' or 'host', got {where!r}")
         self.where, self.limit, self.peak = where, limit, 0
         self.keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
 

@@ -38,16 +38,68 @@ def exact(utility: Utility | Vector, players: int) -> tuple[np.ndarray, Any]:
     """
     if not 1 <= players <= 20:
         raise ValueError(f"players: expected from 1 to 20, got {players}")
-    masks = np.arange(1 << players)
-    members = (masks[:, None] >> np.arange(players)) & 1 == 1
-    worth = np.array([utility(row) for row in members])
+    worth = np.array([utility(row) for row in _members(players)])
+    return from_coalitions(worth), worth[-1] - worth[0]
+
+
+def from_coalitions(worth: np.ndarray) -> np.ndarray:
+    """The Shapley value of a game whose coalitions are all known.
+
+    Args:
+        worth: float64 [2^n, ...]; at k, of the coalition that player i belongs to where bit i of k is set.
+
+    Returns:
+        float64 [n, ...].
+    """
+    players = len(worth).bit_length() - 1
+    masks, members = np.arange(1 << players), _members(players)
     size = members.sum(1)
     weight = np.array([1 / (players * math.comb(players - 1, k)) for k in range(players)])
     values = np.empty((players, *worth.shape[1:]))
     for i in range(players):
         without = masks[~members[:, i]]
         values[i] = weight[size[without]] @ (worth[without | 1 << i] - worth[without])
-    return values, worth[-1] - worth[0]
+    return values
+
+
+def _members(players: int) -> np.ndarray:
+    """Of every coalition, who belongs to it: bool [2^players, players]."""
+    return (np.arange(1 << players)[:, None] >> np.arange(players)) & 1 == 1
+
+
+def orders(players: int, count: int, seed: int | tuple[int, ...]) -> np.ndarray:
+    """Random orders, each followed by its reverse: int [count, players], count even.
+
+    Every second pair is the one before, turned half way round, so that a player stands early, late and between; each
+    order is uniform, and a mean over them unbiased. In steps of 10 and 12 samples its error was .78 to .97 of that of
+    independent pairs, and as small as with more turns of one order or smaller, but for one case by 3 %.
+    """
+    rng, found = np.random.default_rng(seed), []
+    order = np.arange(players)
+    for k in range(count // 2):
+        order = np.roll(order, players // 2) if k % 2 else rng.permutation(players)
+        found += [order, order[::-1]]
+    return np.stack(found)
+
+
+def from_orders(found: np.ndarray, worth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The Shapley value as the mean over `orders` of what a player adds to those before it.
+
+    Args:
+        found: the orders, [count, n].
+        worth: of the players of each order up to a place, from none of them to all, [count, n + 1, ...].
+
+    Returns:
+        The values, float64 [n, ...], and their standard errors, as if each order and its reverse were drawn by
+        themselves: a little too large, as a half turn is better than that. NaN where there is one such pair.
+    """
+    added = np.empty((*found.shape, *worth.shape[2:]))
+    for row, order, along in zip(added, found, np.diff(worth, axis=1), strict=True):
+        row[order] = along
+    pairs = (added[::2] + added[1::2]) / 2
+    if len(pairs) == 1:
+        return pairs[0], np.full_like(pairs[0], np.nan)
+    return pairs.mean(0), pairs.std(0, ddof=1) / math.sqrt(len(pairs))
 
 
 def monte_carlo(
