@@ -21,6 +21,7 @@ class Inline:
     """Directions are written when a step begins; probes collect the dots; nothing is kept."""
 
     starts_with_validation, ends_with_validation = True, False
+    standard_error = None
     scale: Any = 1.0
 
     def __init__(self, tracker: Tracker) -> None:

@@ -28,7 +28,11 @@ class Step:
             > 0: the sample lowered the validation loss. Zero where the optimizer made no update.
             `[S]` or `[S, M]` for S documents, `[B, T]` or `[B, T, M]` for tokens (see `batch`).
         drop: target -> what this step's batch took off the validation loss, measured (path methods with a
-            validation callable and true ends): the loss at `w + u(0)` less that at `w + u(g_B)`, a scalar tensor.
+            validation callable and true ends, and "monte_carlo"): the loss at `w + u(0)` less that at `w + u(g_B)`, a
+            scalar tensor.
+        standard_error: of "monte_carlo", the values' own, float32, their shape and unit; 0 where they are exact. From
+            the pairs of an order and its reverse as if each were drawn by itself, which is a little too large; NaN of
+            one pair. None with the other methods.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Step:
             raise ValueError("step: expected recompute, segments and tokens with their ids, or in batch(); got no ids")
         self._tokens: int | None = None  # per row, where each has a value
         self.drop: dict[str, Tensor] = {}
+        self.standard_error: Tensor | None = None
         self._values: Tensor | None = None
         self.number = tracker.steps
         self.ids: list[int | str] = []
@@ -122,9 +127,9 @@ class Step:
         if kind is None:
             self._tracker.finish(self)
 
-    def settle(self, values: Tensor, drop: dict[str, Tensor]) -> None:
+    def settle(self, values: Tensor, drop: dict[str, Tensor], standard_error: Tensor | None) -> None:
         """Take the values; for `Tracker`."""
-        self._values, self.drop = values, dict(drop)
+        self._values, self.drop, self.standard_error = values, dict(drop), standard_error
 
     def scaled(self, dots: Sequence[Tensor | None]) -> Tensor:
         """The batches' dots as values: together, and as the update used their gradients."""

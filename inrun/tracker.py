@@ -36,12 +36,13 @@ from .errors import InRunError
 from .factor import Watch, skipped
 from .inline import Inline
 from .ledger import Ledger
+from .montecarlo import MonteCarlo
 from .step import Step
 from .tap import SUFFIX, Layout, Tap, size_of, targets_first
 from .updates import UpdateRule, as_optimizers
 from .validation import Validation, as_losses, as_samples, columns_of
 
-METHODS = ("first", *DEFERRED)
+METHODS = ("first", *DEFERRED, "monte_carlo")
 
 
 @dataclass
@@ -105,6 +106,7 @@ def track(
     update: UpdateRule | str | None = None,
     clip: float | None = None,
     pairwise: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
+    permutations: int = 8,
 ) -> Tracker:
     """Track what each training sample does to the validation loss.
 
@@ -113,10 +115,13 @@ def track(
             or after (before, if on another process group than the default one); `fully_shard` comes after.
         optimizer: over every tracked parameter, or several that are so together and each step once in a step's block;
             or later, by `Tracker.bind`, as with `fully_shard`. "first" and "secant" know SGD, Adam and AdamW,
-            "second" SGD, and the path methods every optimizer that updates coordinate by coordinate, and Muon.
+            "second" SGD, the path methods every optimizer that updates coordinate by coordinate, and Muon, and
+            "monte_carlo" every one whose `step()` needs no closure.
         method: "first": the first-order value with the optimizer's state frozen, scored within the backward.
             The others are scored when their direction is known, from activations kept until then: "second",
-            "secant", "path", "path_secant", "path_simpson" (see `inrun.deferred`).
+            "secant", "path", "path_secant", "path_simpson" (see `inrun.deferred`). "monte_carlo": the Shapley value
+            of the real step, which is taken for coalitions of the samples, with a validation loss for each: what the
+            others can be held to (see `inrun.montecarlo`).
         validation: returns the validation loss (a scalar); or a dict of names and such callables. The tracker runs
             it when it is due. Without it, validation losses are run in `Tracker.validation()` blocks. "batch", with
             `pairwise`: the validation samples are the last rows of every batch, after those that `step(ids)` names;
@@ -135,19 +140,23 @@ def track(
         update: for path methods and an optimizer of another class: "elementwise" says that its step is (which is
             tried at the first); or its update as a function, `update(grad, param, state, group)`, which autograd must
             be able to differentiate where it is not elementwise.
-        clip: for path methods: the `max_norm` that the loop clips the gradient's norm to.
+        clip: for path methods and "monte_carlo": the `max_norm` that the loop clips the gradient's norm to.
         pairwise: ids of the validation samples (of each target, where there are several): one value for each of
             them, in place of one for their loss, as a target of its own in the ledger. Every forward of a validation
             loss must then see all of its samples, in this order. What both sides' layers do is kept until the update.
+        permutations: for "monte_carlo": random orders of the samples, an even number; a step of B samples then takes
+            `permutations * (B - 1) + 2` validation losses, or fewer where all 2^B coalitions are. Errors fall with
+            the root of it.
 
     Returns:
         The `Tracker`.
 
     Raises:
         InRunError: a parameter that cannot be scored or is not in the optimizer; an unknown optimizer.
-        ValueError: an unknown method, a bad `validate_every`, empty or repeated targets or validation ids.
+        ValueError: an unknown method, a bad `validate_every` or `permutations`, empty or repeated targets or
+            validation ids.
     """
-    scope, waiting = (exclude, through), (keep, keep_bytes, update, clip)
+    scope, waiting = (exclude, through), (keep, keep_bytes, update, clip, permutations)
     sides = (validation, validate_every, targets, pairwise)
     return Tracker(model, optimizer, method, sides, scope, ledger, check, waiting)
 
@@ -186,7 +195,8 @@ class Tracker:
         self.samples = as_samples(pairwise, self.targets)
         self.columns = columns_of(self.samples, self.targets)
         # How many targets, where dots and directions have an axis for them.
-        self.many = len(self.targets) if len(self.targets) > 1 and not self.samples else None
+        sampled = method == "monte_carlo"
+        self.many = len(self.targets) if len(self.targets) > 1 and not self.samples and not sampled else None
         self.ranks = Ranks(model, alike=bool(self.samples))
         model = distributed.unwrapped(model)
         distributed.require_whole(model.named_parameters())
@@ -198,13 +208,15 @@ class Tracker:
         if any(isinstance(m, rules.Holder) for m in model.modules()):
             raise InRunError("model: is tracked already; close its tracker first")
         plan = rules.plan(model, *scope)
-        if self.samples:
-            _require_one_by_one(plan)
+        if self.samples or sampled:
+            _require_one_by_one(plan, "method 'monte_carlo'" if sampled else "pairwise")
         if self.in_batch:
             _require_rules(plan)
         self.validations = Validation(model, plan.excluded, losses, self.targets, validate_every, self.ranks)
         inline = method == "first" and not self.samples and not self.in_batch
-        self._method: Any = Inline(self) if inline else Deferred(self, method, *waiting)
+        self._method: Any = (
+            Inline(self) if inline else MonteCarlo(self, *waiting) if sampled else Deferred(self, method, *waiting[:-1])
+        )
         optimizers = as_optimizers(optimizer)
         if optimizers:
             self._require_supported(optimizers)
@@ -255,7 +267,8 @@ class Tracker:
 
         "directions" and "validation" (gradients of the validation losses); and of deferred methods "kept", the
         activations and output gradients that wait (in host memory with `keep="host"`, bounded by `keep_bytes`),
-        "kept_peak", the most there ever were, and "weights", copies for a batch that is computed again.
+        "kept_peak", the most there ever were, and "weights", copies for a batch that is computed again, or while
+        "monte_carlo" goes through coalitions, beside the gradient of a "coalition".
         """
         gradients = [g for each in self.validations.gradients.values() for g in each]
         return {
@@ -341,8 +354,8 @@ class Tracker:
             segments, tokens: one value for each document of packed rows, or for each token; see `Step.batch`.
             recompute: for deferred methods: returns the batch's loss once more, exactly as the block computes
                 it, so that nothing need be kept.
-            scale: for path methods with `clip`, and for validation="batch": what the loss is multiplied by (a loss
-                scaler's factor).
+            scale: for path methods and "monte_carlo" with `clip`, and for validation="batch": what the loss is
+                multiplied by (a loss scaler's factor).
 
         Raises:
             InRunError: no optimizer is bound; inside another step; the validation gradient is missing or too old.
@@ -488,7 +501,7 @@ class Tracker:
             if self.validations.excluded_share is not None:
                 self.ledger.metadata["excluded_share"] = self.validations.excluded_share
             self.ledger.append(step.number, step.ids, values, self.columns, per_token=step.per_token)
-        step.settle(values, self._method.drop)
+        step.settle(values, self._method.drop, self._method.standard_error)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -504,13 +517,14 @@ def _sibling(param: nn.Parameter, many: int | None) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape, dtype=dtype, device=param.device), requires_grad=False)
 
 
-def _require_one_by_one(plan: rules.Plan) -> None:
-    """Raise `InRunError` unless a validation sample's gradient can be had of each layer alone."""
+def _require_one_by_one(plan: rules.Plan, what: str) -> None:
+    """Raise `InRunError` unless one sample's gradient can be had of each layer alone."""
     others = [full for site in plan.sites if not site.takes_one_sample for _, _, full in site.owned]
     if others:
         raise InRunError(
-            "pairwise: expected layers that compute each row of a batch by itself, with the sample axis in front; got "
-            f"{', '.join(others[:5])}. Exclude them, or give every validation sample a target of its own"
+            f"{what}: expected layers that compute each row of a batch by itself, with the sample axis in front; got "
+            f"{', '.join(others[:5])}. Exclude them, or "
+            f"{'give every validation sample a target of its own' if what == 'pairwise' else 'take another method'}"
         )
 
 

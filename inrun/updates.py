@@ -4,7 +4,8 @@ What the path methods need is `u` at a few gradients, for optimizers whose updat
 coordinate it depends on that coordinate's gradient, weight and state alone (of others see `coupled.py`). No formula is
 written down for any of them: a twin of the optimizer, with copies of its state in float64, takes the step. So amsgrad,
 maximize, weight decay, foreach and fused variants, and optimizers yet to be written, are what they are. In float64 the
-difference of two updates keeps its digits although both are far below the weights.
+difference of two updates keeps its digits although both are far below the weights. Other optimizers have a twin of
+another kind, which steps all parameters together in their own dtypes (`joint_updates`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from .distributed import local
@@ -50,15 +51,21 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
     return (given,) if isinstance(given, Optimizer) else tuple(given)
 
 
+def is_known(optimizer: Optimizer, rule: UpdateRule | str | None, known: Sequence[type]) -> bool:
+    """Whether `updates` has the update of some parameters without the others; `known`: such classes."""
+    return callable(rule) or rule == "elementwise" or type(optimizer) in known
+
+
 def require_known(optimizer: Optimizer, rule: UpdateRule | str | None, known: Sequence[type]) -> None:
     """Raise `InRunError` unless the update of this optimizer as a function of the gradient is known."""
-    if callable(rule) or rule == "elementwise" or type(optimizer) in known:
+    if is_known(optimizer, rule, known):
         return
     names = ", ".join(c.__name__ for c in known)
     raise InRunError(
         f"optimizer: expected one of torch.optim's {names}, whose update is known, got {type(optimizer).__name__}. If "
         "it updates weights coordinate by coordinate, track with update='elementwise'; else give its update, "
-        "differentiable: update=lambda grad, param, state, group: <what the step adds to param>; or use method='first'"
+        "differentiable: update=lambda grad, param, state, group: <what the step adds to param>; or use method="
+        "'monte_carlo', which takes any"
     )
 
 
@@ -123,6 +130,33 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
     ]
     twin.state = defaultdict(dict, {p: state for p, state, _ in held if state})
     twin.step()
+
+
+@torch.no_grad()
+def joint_updates(optimizer: Optimizer, slots: Sequence[Any], grads: Sequence[Tensor]) -> list[Tensor]:
+    """As `updates`, of any optimizer: the parameters take one step together, in dtypes of their own.
+
+    The twin is a copy of all that the optimizer holds, with copies of the parameters wherever it holds those.
+
+    Raises:
+        InRunError: the optimizer holds something that cannot be copied.
+    """
+    copies = [nn.Parameter(s.param.detach().clone()) for s in slots]
+    for p, grad in zip(copies, grads, strict=True):
+        p.grad = grad.to(p.dtype)
+    left_out = ("step", "grad_scale", "found_inf")  # see `_step_twin`
+    held = {k: OrderedDict() if k.endswith("_hooks") else v for k, v in vars(optimizer).items() if k not in left_out}
+    try:
+        held = copy.deepcopy(held, {id(s.param): p for s, p in zip(slots, copies, strict=True)})
+    except (TypeError, RuntimeError) as error:
+        raise InRunError(
+            f"optimizer: expected one that can be copied, to take its step for other gradients, got "
+            f"{type(optimizer).__name__}, which cannot: {error}"
+        ) from error
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(held)
+    twin.step()
+    return [p.detach() - s.param.detach() for p, s in zip(copies, slots, strict=True)]
 
 
 def copied(state: dict[str, Any], param: Tensor, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,0 +1,255 @@
+"""Method "monte_carlo": the Shapley value of the real step, of any optimizer at all, by taking the step for coalitions.
+
+The players are the samples of the step, of all its batches; a coalition S is worth
+
+    U(S) = loss(w + u(0)) - loss(w + u(c * g_S)),   g_S = sum of g_z over S
+
+u being the optimizer's own update with its state before the step, c what the loop multiplied the gradients by. With
+`clip`, g_S is clipped by its own norm, as the loop would clip it. So u may be elementwise or not, and turn at once (a
+sign) or not; the other methods' values can be held to these, on one's own model. Excluded parameters stand still.
+
+Where all 2^B coalitions are no more than sampling would visit, `permutations * (B - 1) + 2`, they are gone through one
+sample more or less at a time, and values are exact. Else they are means over random orders (`shapley.orders`) of what a
+sample adds to those before it: unbiased, with a standard error. Both add up to U(all), the measured drop. The orders
+are a function of the step's number, so that a resumed run draws the same.
+
+Each coalition costs one sample's weight gradients (again, from what was kept, as storing them would take B times the
+weights), one update and one forward of every validation loss. An elementwise update is had in float64 and a few
+parameters at a time; any other is that of all parameters together, in their dtypes.
+
+Noise: a value is a mean of differences of losses, each known to the rounding of the loss itself: about 1e-7 of it in
+float32, 1e-4 under bfloat16 autocast (a small GPT: 4e-8 and 8e-5), 4e-3 where the loss is a bfloat16. Most samples do
+less than the latter two: let the validation loss be computed in float32.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import check, shapley
+from .deferred import weights_moved
+from .errors import InRunError
+from .keep import Budget, Keeper, Kept
+from .tap import Layout, size_of
+from .updates import ELEMENTWISE, UpdateRule, chunks, is_known, joint_updates, updates
+
+if TYPE_CHECKING:
+    from .tracker import Tracker
+
+SEED = 0  # of the orders, with the step's number
+
+
+class MonteCarlo:
+    """Keeps a step's layers, and when the update begins takes it for one coalition after the other.
+
+    Args:
+        tracker: whose step.
+        keep, keep_bytes, update, clip: as of `Deferred`.
+        permutations: orders that are sampled, even.
+    """
+
+    starts_with_validation = ends_with_validation = False
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        keep: str,
+        keep_bytes: int | None,
+        update: UpdateRule | str | None,
+        clip: float | None,
+        permutations: int,
+    ) -> None:
+        if not isinstance(permutations, int) or permutations < 2 or permutations % 2:
+            raise ValueError(f"permutations: expected an even integer of at least 2, got {permutations!r}")
+        if tracker.samples or not tracker.validations.losses:
+            got = "pairwise" if tracker.samples else "validation='batch'" if tracker.in_batch else "validation blocks"
+            raise InRunError(f"method 'monte_carlo': expected validation=<callable> and no pairwise, got {got}")
+        if tracker.validations.every != 1:
+            raise ValueError(f"validate_every: expected 1 with method 'monte_carlo', which needs no gradient of the "
+                             f"validation loss, got {tracker.validations.every}")  # fmt: skip
+        self.tracker, self.update, self.clip, self.permutations = tracker, update, clip, permutations
+        self.budget = Budget(keep, keep_bytes)
+        self.keeper = Keeper(tracker.taps, self.budget, weights_move=False)  # back in place whenever a layer is scored
+        self.scale: float | Tensor = 1.0
+        self.release()
+
+    def require_supported(self, optimizer: Optimizer) -> None:
+        """Raise `InRunError` unless the optimizer's step is a function of the gradients that stand."""
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise InRunError(f"optimizer: expected one whose step() needs no closure, got {type(optimizer).__name__}")
+
+    def require_shards_do(self) -> None:
+        raise InRunError("method 'monte_carlo': expected one process, got parameters sharded over several")
+
+    def begin(self) -> None:
+        if (size := self.tracker.ranks.size) > 1:
+            raise InRunError(f"method 'monte_carlo': expected one process, got {size}")
+        self.release()
+
+    def batch(self, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
+        if recompute is not None or layout.segments is not None:
+            got = "recompute" if recompute is not None else "tokens" if layout.per_token else "segments"
+            raise InRunError(f"{got}: expected None with method 'monte_carlo', whose players are whole samples, kept")
+        self.rows.append(layout.rows)
+        self.keeper.begin_batch(layout)
+
+    def end(self) -> None:
+        self.keeper.pause()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes kept now and at most; while coalitions are gone through, also of the weights' copies and of g_S."""
+        held = {"weights": self._weights.values(), "coalition": self._gradient.values()}
+        return {"kept": self.budget.bytes, "kept_peak": self.budget.peak, **{k: size_of(v) for k, v in held.items()}}
+
+    def release(self) -> None:
+        """Forget the last step."""
+        self.keeper.reset()
+        self.rows: list[int] = []  # of each batch
+        self.drop: dict[str, Tensor] = {}
+        self.standard_error: Tensor | None = None
+        self._values: list[Tensor | None] | None = None
+        self._runs: list[list[Kept]] = []  # of each batch
+        self._moving: list[tuple[int, Any]] = []  # numbered slots that the update moves
+        self._weights: dict[int, Tensor] = {}  # slot -> the weight before the step
+        self._gradient: dict[int, Tensor] = {}  # id of a slot's sibling -> of g_S, float64
+
+    @torch.no_grad()
+    def before_update(self, factor: Tensor, unscale: Any) -> Tensor:
+        """Go through the coalitions; returns what the values must be multiplied by: 0 where the update is skipped."""
+        if not self.rows or not factor:
+            return factor
+        tracker, c = self.tracker, float(factor)
+        self._moving = [(i, s) for i, s in enumerate(tracker.slots) if s.grad is not None]
+        self._runs = [[kept for kept in self.keeper.kept if kept.batch == b] for b in range(len(self.rows))]
+        if tracker.check_due:
+            self._check(factor, unscale)
+        if self.clip is not None:
+            expected = self._clipped(s.grad.double() * (unscale / c) for _, s in self._moving)
+            if abs(expected / c - 1) > 1e-2:
+                raise InRunError(
+                    f"clip: expected gradients clipped to the norm {self.clip} over the tracked parameters together, "
+                    f"so multiplied by {expected:.4g} (of a loss scaled by {float(self.scale):g}); got {c:.4g}"
+                )
+        self._gradient = {id(s.sibling): torch.zeros_like(s.shard, dtype=torch.float64) for _, s in self._moving}
+
+        def losses() -> Tensor:
+            by = c if self.clip is None else self._clipped(self._gradient.values())
+            return self._losses(lambda s: self._gradient[id(s.sibling)] * by)
+
+        nobody, everybody = losses(), self._losses(lambda s: s.grad.double() * unscale)
+        self.drop = dict(zip(tracker.targets, nobody - everybody, strict=True))
+        tracker.validations.last_losses.update(zip(tracker.targets, everybody, strict=True))
+        players = [(b, row) for b, rows in enumerate(self.rows) for row in range(rows)]
+        sampling = self.permutations * (len(players) - 1) + 2
+        shapley_of = self._exact if 1 << len(players) <= sampling else self._sampled
+        found = shapley_of(players, losses, nobody, everybody)
+        values, errors = (torch.from_numpy(x).to(nobody.device, torch.float32) for x in found)
+        single = len(tracker.targets) == 1
+        self.standard_error = errors[:, 0] if single else errors
+        parts = (values[:, 0] if single else values).split(self.rows)
+        self._values = [part if runs else None for part, runs in zip(parts, self._runs, strict=True)]
+        self._runs, self._weights, self._gradient = [], {}, {}
+        return torch.ones_like(factor)
+
+    def finish(self) -> list[Tensor | None]:
+        """The values of each batch, `[rows]` or `[rows, M]`."""
+        if self._values is None:
+            tracker = self.tracker
+            many = () if len(tracker.targets) == 1 else (len(tracker.targets),)
+            self._values = [torch.zeros(rows, *many, device=tracker.slots[0].param.device) for rows in self.rows]
+            self.standard_error = torch.zeros(sum(self.rows), *many, device=tracker.slots[0].param.device)
+        self.keeper.reset()
+        return self._values
+
+    # ------------------------------------------------------------------ coalitions
+
+    def _exact(self, players: list, losses: Callable, nobody: Tensor, everybody: Tensor) -> tuple[Any, Any]:
+        """By a Gray code: each coalition differs by one sample from the one before."""
+        every = (1 << len(players)) - 1
+        found = {0: nobody, every: everybody}
+        for k in range(1, every + 1):
+            z, members = (k & -k).bit_length() - 1, k ^ k >> 1
+            self._add(players[z], 1 if members >> z & 1 else -1)
+            if members not in found:
+                found[members] = losses()
+        values = shapley.from_coalitions(-_stacked([found[members] for members in range(every + 1)]))
+        return values, np.zeros_like(values)
+
+    def _sampled(self, players: list, losses: Callable, nobody: Tensor, everybody: Tensor) -> tuple[Any, Any]:
+        orders = shapley.orders(len(players), self.permutations, (SEED, self.tracker.steps))
+        found = []
+        for order in orders:
+            for gradient in self._gradient.values():
+                gradient.zero_()
+            found.append(nobody)
+            for z in order[:-1]:
+                self._add(players[z], 1)
+                found.append(losses())
+            found.append(everybody)
+        return shapley.from_orders(orders, -_stacked(found).reshape(len(orders), len(players) + 1, -1))
+
+    def _add(self, player: tuple[int, int], sign: int) -> None:
+        """A sample joins the coalition, or leaves it."""
+        batch, row = player
+        for kept in self._runs[batch]:
+            for one in self.keeper.sample_gradients(kept, [row]):
+                for name, gradient in one.items():
+                    if name in self._gradient:
+                        self._gradient[name].add_(gradient, alpha=sign)
+
+    def _losses(self, gradient_of: Callable[[Any], Tensor]) -> Tensor:
+        """`[M]`, float64: the validation losses after the step with these gradients."""
+        tracker = self.tracker
+        with weights_moved(tracker, self._moves(gradient_of), self._weights):
+            found = [tracker.validations.loss(name).double().reshape(()) for name in tracker.targets]
+        return torch.stack([loss.to(found[0].device) for loss in found])
+
+    def _moves(self, gradient_of: Callable[[Any], Tensor]) -> Iterator[tuple[int, Tensor]]:
+        for optimizer in self.tracker.optimizers:
+            moving = [(i, slot) for i, slot in self._moving if slot.optimizer is optimizer]
+            alone = is_known(optimizer, self.update, ELEMENTWISE)
+            for part in chunks(moving) if alone else [moving]:
+                slots = [slot for _, slot in part]
+                grads = [gradient_of(slot) for slot in slots]
+                found = updates(slots, grads, self.update) if alone else joint_updates(optimizer, slots, grads)
+                yield from zip((i for i, _ in part), found, strict=True)
+
+    def _clipped(self, gradient: Iterable[Tensor]) -> float:
+        """What the loop multiplies a gradient by: it divides by the loss scale, then clips by the norm."""
+        assert self.clip is not None
+        scale = float(self.scale)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradient)) / scale
+        return min(1.0, self.clip / (norm + 1e-6)) / scale  # as `clip_grad_norm_` has it
+
+    def _check(self, factor: Tensor, unscale: Any) -> None:
+        """The samples' gradients must add up to the parameters': along these, whose square they then add up to."""
+        tracker = self.tracker
+        whole = {id(s.sibling): s.grad for _, s in self._moving}
+        dots: list[dict[Any, Tensor | None]] = [dict.fromkeys(tracker.taps) for _ in self.rows]
+        for batch, runs in enumerate(self._runs):
+            for kept in runs:
+                samples = self.keeper.sample_gradients(kept, range(self.rows[batch]))
+                found = torch.stack([_dot(one, whole, factor) for one in samples])
+                before = dots[batch][kept.module._inrun]
+                dots[batch][kept.module._inrun] = found if before is None else before + found
+        along = [whole.get(id(s.sibling), torch.zeros_like(s.shard)) for s in tracker.slots]
+        check.efficiency(tracker.slots, dots, along, factor, unscale, tracker.ranks)
+
+
+def _dot(a: dict[int, Tensor], b: dict[int, Tensor], like: Tensor) -> Tensor:
+    parts = [(a[k].float() * b[k].float()).sum().to(like) for k in a if k in b]
+    return sum(parts, torch.zeros_like(like))
+
+
+def _stacked(losses: list[Tensor]) -> np.ndarray:
+    """`[n, M]`, read back from the device at once."""
+    return torch.stack(losses).cpu().numpy()
