@@ -40,7 +40,7 @@ from .tasks import OPTIMIZERS, Lion, Task, digits_task, gpt_task, loss, predicti
 from .tracker import track
 from .updates import as_optimizers
 
-COLUMNS = ("sgd_proxy", "first", *DEFERRED, "path_integral", "coordinates")
+COLUMNS = ("sgd_proxy", "first", *DEFERRED, "monte_carlo", "path_integral", "coordinates")
 KINDS = {
     "digits": tuple(OPTIMIZERS),
     "gpt": ("sgd", "momentum", "adam", "adamw", "lion", "muon"),
@@ -171,12 +171,14 @@ def largest_stable(task: Task, starts: Sequence[nn.Module], kind: str, steps: in
 
 def applicable(kind: str, size: int) -> list[str]:
     """The columns that are defined for an optimizer and a batch of this size."""
-    paths = [m for m in COLUMNS if m.startswith("path") or (m == "coordinates" and size <= ENUMERATED)]
+    always = [m for m in COLUMNS if m.startswith("path") or m == "monte_carlo"]
+    if size <= ENUMERATED:
+        always.append("coordinates")
     if kind in ("sgd", "momentum", "nesterov"):
-        return ["first", "second", "secant", *paths]
+        return ["first", "second", "secant", *always]
     if kind == "muon":  # coordinate by coordinate there is no integral
-        paths.remove("path_integral")
-    return ["sgd_proxy", *(["first", "secant"] if kind in ("adam", "adamw") else []), *paths]
+        always.remove("path_integral")
+    return ["sgd_proxy", *(["first", "secant"] if kind in ("adam", "adamw") else []), *always]
 
 
 def tracked_values(

@@ -96,6 +96,7 @@ def test_path_secant_is_nearest_to_the_truth_at_a_rate_that_trains(digits, kind)
     assert set(found) == set(fidelity.applicable(kind, 6))
     assert np.sum(row["truth"]) == pytest.approx(row["total"])
     assert found["path_secant"]["efficiency_gap"] < 0.02
+    assert found["monte_carlo"]["efficiency_gap"] < 1e-6 and found["monte_carlo"]["pearson"] > 0.99
     if kind == "muon":
         assert found["path_secant"]["relative_error"] < 0.5 * found["sgd_proxy"]["relative_error"]
     elif kind != "lion":  # a sign turns at once, which no linear function of a sample's gradient follows
