@@ -27,17 +27,15 @@ Source: second order, arXiv 2406.11011, theorem 4; the others are this library's
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD, Optimizer
 
-from . import check, directions
+from . import check, directions, hessian
 from .coupled import KNOWN, Coupled
 from .errors import InRunError
 from .inline import Inline
@@ -45,7 +43,7 @@ from .keep import Budget, Keeper
 from .layers import ForwardModeRule
 from .pairwise import Pairs
 from .tap import Layout, random_state, set_random_state, size_of, together
-from .updates import ELEMENTWISE, UpdateRule, chunks, require_known, updates
+from .updates import ELEMENTWISE, UpdateRule, chunks, require_known, updates, weights_moved
 from .validation import Gradients
 
 if TYPE_CHECKING:
@@ -373,13 +371,9 @@ class Deferred:
         """Where the gradient was clipped: log(1 / what it was multiplied by), and its norm since."""
         if self.clip is None:
             return None
-        norm = self._norm(s.grad.double() * unscale for s in slots)
+        norm = hessian.norm(self.tracker, (s.grad.double() * unscale for s in slots))
         shrink = float(factor) * float(self.scale) * self.tracker.ranks.size  # of the mean over the processes
         return (math.log(1 / shrink), norm) if norm > self.clip * (1 - 1e-3) and shrink < 1 - 1e-6 else None
-
-    def _norm(self, tensors: Iterable[Tensor]) -> float:
-        """Of all of them, and all their shards, together."""
-        return math.sqrt(self._total(sum(float(x.square().sum()) for x in tensors)))
 
     def _total(self, part: float) -> float:
         return self.tracker.ranks.total(part, self.tracker.slots[0].param.device)
@@ -396,7 +390,7 @@ class Deferred:
                 losses = dict(validations.last_losses)
             else:
                 along = ((i, u0 + at * rest) for i, (u0, rest) in moves.items())
-                with weights_moved(self.tracker, along, {}), torch.enable_grad():
+                with weights_moved(self.tracker.slots, self.tracker.ranks, along, {}), torch.enable_grad():
                     gradients = {name: validations.here(name) for name in self.tracker.targets}
                 losses = dict(validations.last_losses)
             self._parts.append((weight, gradients))
@@ -463,7 +457,7 @@ class Deferred:
             coefficients.append(scalar)
             steps.append(torch.zeros_like(slot.shard) if grad is None else grad * unscale * scalar)
         for m, name in enumerate(tracker.targets):
-            curved = self._hessian_product(name, steps)
+            curved = hessian.product(tracker, name, steps)
             for i, slot in enumerate(tracker.slots):
                 g = self._start[name][i]
                 slice_ = self._slices(slot)[m]
@@ -471,77 +465,6 @@ class Deferred:
                 if (bend := curved[i]) is not None:
                     value -= bend / 2
                 slice_.copy_(value * coefficients[i])
-
-    def _hessian_product(self, name: str, vector: list[Tensor]) -> list[Tensor | None]:
-        """H_v times a vector, at the present weights: double backward, or differences where an op or FSDP has none."""
-        if self.tracker.ranks.sharded:
-            return self._hessian_by_differences(name, vector)
-        validations, params = self.tracker.validations, [s.param for s in self.tracker.slots]
-        try:
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                loss = validations.loss(name)
-                first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-                pairs = [(g, v) for g, v in zip(first, vector, strict=True) if g is not None and g.requires_grad]
-                own = torch.autograd.grad([g for g, _ in pairs], params, [v for _, v in pairs], allow_unused=True)
-        except (RuntimeError, NotImplementedError) as error:
-            if "not implemented" not in str(error) and "not differentiable" not in str(error):
-                raise
-            return self._hessian_by_differences(name, vector)
-        found = self.tracker.ranks.mean_gradients(own, params)
-        if self.tracker.check_due:
-            self._check_hessian(name, vector, found)
-        return found
-
-    def _check_hessian(self, name: str, vector: list[Tensor], found: list[Tensor | None]) -> None:
-        """Against differences, where two sizes of them agree: an operation may hide its second derivative."""
-
-        def flat(parts: list[Tensor | None]) -> Tensor:
-            filled = [torch.zeros_like(v) if p is None else p for p, v in zip(parts, vector, strict=True)]
-            return torch.cat([p.flatten().double() for p in filled])
-
-        near, far = (flat(self._hessian_by_differences(name, vector, size)) for size in (0.05, 0.2))
-        apart, size = float((flat(found) - near).norm()), float(near.norm())
-        if apart > 0.2 * size + 4 * float((near - far).norm()):
-            raise InRunError(
-                f"method 'second': the Hessian of {name!r} by double backward is {apart / size:.0%} off differences of "
-                "gradients. An operation of the loss has a backward that hides its own derivative (once_differentiable "
-                "or with gradients made in the forward); take method 'secant', which needs no Hessian"
-            )
-
-    def _hessian_by_differences(self, name: str, vector: list[Tensor], times: float = 0.02) -> list[Tensor | None]:
-        slots = self.tracker.slots
-        size, weight = self._norm(vector), self._norm(s.shard for s in slots)
-        if size == 0:
-            return [None] * len(slots)
-        eps = times * torch.finfo(slots[0].param.dtype).eps ** (1 / 3) * (1 + weight) / size
-        ends = []
-        for sign in (1.0, -1.0):
-            moves = ((i, sign * eps * v) for i, v in enumerate(vector))
-            with weights_moved(self.tracker, moves, {}), torch.enable_grad():
-                ends.append(self.tracker.validations.here(name))
-        pairs = zip(ends[0], ends[1], strict=True)
-        return [None if a is None or b is None else (a - b) / (2 * eps) for a, b in pairs]
-
-
-@contextlib.contextmanager
-def weights_moved(tracker: Tracker, moves: Iterable[tuple[int, Tensor]], before: dict[int, Tensor]) -> Iterator[None]:
-    """Add to the weights for the block; after it they are what they were, to the bit.
-
-    Args:
-        moves: numbers of slots, and what their weights move by.
-        before: takes copies of the weights that it has none of.
-    """
-    slots = tracker.slots
-    try:
-        for i, move in moves:
-            if i not in before:
-                before[i] = slots[i].shard.detach().clone()
-            slots[i].shard.add_(move)
-        yield
-    finally:
-        tracker.ranks.settle()
-        for i, weight in before.items():
-            slots[i].shard.copy_(weight)
 
 
 def _mean(parts: list[tuple[float | Tensor, Tensor | None]]) -> Tensor | None:

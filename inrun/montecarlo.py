@@ -35,11 +35,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import check, shapley
-from .deferred import weights_moved
 from .errors import InRunError
 from .keep import Budget, Keeper, Kept
 from .tap import Layout, size_of
-from .updates import ELEMENTWISE, UpdateRule, chunks, is_known, joint_updates, updates
+from .updates import ELEMENTWISE, UpdateRule, chunks, is_known, joint_updates, updates, weights_moved
 
 if TYPE_CHECKING:
     from .tracker import Tracker
@@ -209,7 +208,7 @@ class MonteCarlo:
     def _losses(self, gradient_of: Callable[[Any], Tensor]) -> Tensor:
         """`[M]`, float64: the validation losses after the step with these gradients."""
         tracker = self.tracker
-        with weights_moved(tracker, self._moves(gradient_of), self._weights):
+        with weights_moved(tracker.slots, tracker.ranks, self._moves(gradient_of), self._weights):
             found = [tracker.validations.loss(name).double().reshape(()) for name in tracker.targets]
         return torch.stack([loss.to(found[0].device) for loss in found])
 

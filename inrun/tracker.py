@@ -185,6 +185,8 @@ class Tracker:
         validation, validate_every, targets, pairwise = sides
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        if isinstance(waiting[2], str) and waiting[2] != "elementwise":
+            raise ValueError(f"update: expected 'elementwise', a function or None, got {waiting[2]!r}")
         if not isinstance(validate_every, int) or validate_every < 1:
             raise ValueError(f"validate_every: expected an integer of at least 1, got {validate_every!r}")
         self.in_batch = isinstance(validation, str) and validation == "batch"

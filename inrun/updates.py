@@ -10,16 +10,17 @@ another kind, which steps all parameters together in their own dtypes (`joint_up
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from .distributed import local
+from .distributed import Ranks, local
 from .errors import InRunError
 
 # Exactly these classes: a subclass may override what its base does coordinate by coordinate.
@@ -113,12 +114,7 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
 
 def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any], int]]) -> None:
     """Take the optimizer's step with other parameters, each with its state and the number of its group."""
-    # A twin shares nothing that a step writes: no hooks, parameters and state of its own.
-    twin = copy.copy(optimizer)
-    twin.__dict__.update(_optimizer_step_pre_hooks=OrderedDict(), _optimizer_step_post_hooks=OrderedDict())
-    twin.__dict__.pop("step", None)  # a learning-rate scheduler binds its counter there
-    twin.__dict__.pop("grad_scale", None)
-    twin.__dict__.pop("found_inf", None)
+    twin = _twin(optimizer, {id(p): p for group in optimizer.param_groups for p in group["params"]}, ("state",))
     plain = {"fused": False, "capturable": False, "differentiable": False}
     twin.param_groups = [
         {
@@ -144,19 +140,51 @@ def joint_updates(optimizer: Optimizer, slots: Sequence[Any], grads: Sequence[Te
     copies = [nn.Parameter(s.param.detach().clone()) for s in slots]
     for p, grad in zip(copies, grads, strict=True):
         p.grad = grad.to(p.dtype)
-    left_out = ("step", "grad_scale", "found_inf")  # see `_step_twin`
+    _twin(optimizer, {id(s.param): p for s, p in zip(slots, copies, strict=True)}).step()
+    return [p.detach() - s.param.detach() for p, s in zip(copies, slots, strict=True)]
+
+
+def _twin(optimizer: Any, instead: dict[int, Tensor], without: tuple[str, ...] = ()) -> Any:
+    """A copy of an optimizer that shares nothing which a step writes, and has no hooks.
+
+    Args:
+        instead: `id` of a tensor -> what the copy has in its place.
+        without: attributes that it has none of; nor a gradient scaler's, nor the `step` that a scheduler counts by.
+    """
+    left_out = (*without, "step", "grad_scale", "found_inf")
     held = {k: OrderedDict() if k.endswith("_hooks") else v for k, v in vars(optimizer).items() if k not in left_out}
+    twin = object.__new__(type(optimizer))
     try:
-        held = copy.deepcopy(held, {id(s.param): p for s, p in zip(slots, copies, strict=True)})
+        twin.__dict__.update(copy.deepcopy(held, dict(instead)))
     except (TypeError, RuntimeError) as error:
         raise InRunError(
             f"optimizer: expected one that can be copied, to take its step for other gradients, got "
             f"{type(optimizer).__name__}, which cannot: {error}"
         ) from error
-    twin = object.__new__(type(optimizer))
-    twin.__dict__.update(held)
-    twin.step()
-    return [p.detach() - s.param.detach() for p, s in zip(copies, slots, strict=True)]
+    return twin
+
+
+@contextlib.contextmanager
+def weights_moved(
+    slots: Sequence[Any], ranks: Ranks, moves: Iterable[tuple[int, Tensor]], before: dict[int, Tensor]
+) -> Iterator[None]:
+    """Add to the weights for the block; after it they are what they were, to the bit.
+
+    Args:
+        slots: the parameters; ranks: the processes that hold them.
+        moves: numbers of slots, and what their weights move by.
+        before: takes copies of the weights that it has none of.
+    """
+    try:
+        for i, move in moves:
+            if i not in before:
+                before[i] = slots[i].shard.detach().clone()
+            slots[i].shard.add_(move)
+        yield
+    finally:
+        ranks.settle()
+        for i, weight in before.items():
+            slots[i].shard.copy_(weight)
 
 
 def copied(state: dict[str, Any], param: Tensor, dtype: torch.dtype) -> dict[str, Any]:

@@ -173,6 +173,40 @@ def test_a_users_rule_that_mixes_coordinates_is_the_written_out_one(clip, recomp
     close(step.values, expected, 1e-5)
 
 
+class Signed(torch.optim.Optimizer):
+    """Keeps what its step needs beside what `Optimizer` keeps."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {})
+        self.rate, self.steps = {"lr": lr}, [0]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps[0] += 1
+        for p in self.param_groups[0]["params"]:
+            p.sub_(self.rate["lr"] / self.steps[0] * p.grad.abs().sqrt() * p.grad.sign())
+
+
+def test_an_elementwise_optimizer_may_keep_attributes_of_its_own():
+    def values(**options):
+        model, batch, validation = double("mlp")
+        optimizer = Signed(model.parameters(), 0.1)
+        tracker = inrun.track(
+            model, optimizer, "path_secant", validation=lambda: loss_of(model, *validation), **options
+        )
+        for _ in range(2):
+            with tracker.step(range(B)) as step:
+                train(model, [optimizer], batch)
+        assert optimizer.steps == [2]
+        assert step.values.sum().item() == pytest.approx(step.drop["validation"].item(), rel=1e-5)
+        return step.values.double()
+
+    written_out = lambda g, p, s, o: -0.1 / 2 * g.abs().sqrt() * g.sign()  # noqa: E731 - of the second step
+    close(values(update=written_out), values(update="elementwise"), 1e-6)
+    with pytest.raises(ValueError, match="expected 'elementwise', a function or None, got 'elementwize'"):
+        values(update="elementwize")
+
+
 def test_a_mixed_rule_scores_several_targets_as_each_alone():
     def values(names):
         model, batch, validation = double("mlp")

@@ -1,0 +1,87 @@
+"""The Hessian of a validation loss times a vector, at the present weights, for method "second"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .errors import InRunError
+from .updates import weights_moved
+
+if TYPE_CHECKING:
+    from .tracker import Tracker
+
+
+def product(tracker: Tracker, name: str, vector: list[Tensor]) -> list[Tensor | None]:
+    """By double backward; by differences of gradients where an operation, or FSDP, has none.
+
+    Args:
+        tracker: of the model; name: the target.
+        vector: of each of the tracker's parameters, or of its shard here.
+
+    Returns:
+        The same, None where the loss does not depend on the parameter.
+
+    Raises:
+        InRunError: double backward and differences disagree (looked at while the tracker's check is due).
+    """
+    if tracker.ranks.sharded:
+        return _by_differences(tracker, name, vector)
+    params = [s.param for s in tracker.slots]
+    try:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            loss = tracker.validations.loss(name)
+            first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            pairs = [(g, v) for g, v in zip(first, vector, strict=True) if g is not None and g.requires_grad]
+            own = torch.autograd.grad([g for g, _ in pairs], params, [v for _, v in pairs], allow_unused=True)
+    except (RuntimeError, NotImplementedError) as error:
+        if "not implemented" not in str(error) and "not differentiable" not in str(error):
+            raise
+        return _by_differences(tracker, name, vector)
+    found = tracker.ranks.mean_gradients(own, params)
+    if tracker.check_due:
+        _check(tracker, name, vector, found)
+    return found
+
+
+def _check(tracker: Tracker, name: str, vector: list[Tensor], found: list[Tensor | None]) -> None:
+    """Against differences, where two sizes of them agree: an operation may hide its second derivative."""
+
+    def flat(parts: list[Tensor | None]) -> Tensor:
+        filled = [torch.zeros_like(v) if p is None else p for p, v in zip(parts, vector, strict=True)]
+        return torch.cat([p.flatten().double() for p in filled])
+
+    near, far = (flat(_by_differences(tracker, name, vector, size)) for size in (0.05, 0.2))
+    apart, size = float((flat(found) - near).norm()), float(near.norm())
+    if apart > 0.2 * size + 4 * float((near - far).norm()):
+        raise InRunError(
+            f"method 'second': the Hessian of {name!r} by double backward is {apart / size:.0%} off differences of "
+            "gradients. An operation of the loss has a backward that hides its own derivative (once_differentiable "
+            "or with gradients made in the forward); take method 'secant', which needs no Hessian"
+        )
+
+
+def _by_differences(tracker: Tracker, name: str, vector: list[Tensor], times: float = 0.02) -> list[Tensor | None]:
+    slots = tracker.slots
+    size, weight = norm(tracker, vector), norm(tracker, (s.shard for s in slots))
+    if size == 0:
+        return [None] * len(slots)
+    eps = times * torch.finfo(slots[0].param.dtype).eps ** (1 / 3) * (1 + weight) / size
+    ends = []
+    for sign in (1.0, -1.0):
+        moves = ((i, sign * eps * v) for i, v in enumerate(vector))
+        with weights_moved(slots, tracker.ranks, moves, {}), torch.enable_grad():
+            ends.append(tracker.validations.here(name))
+    pairs = zip(ends[0], ends[1], strict=True)
+    return [None if a is None or b is None else (a - b) / (2 * eps) for a, b in pairs]
+
+
+def norm(tracker: Tracker, tensors: Iterable[Tensor]) -> float:
+    """Of all of them, and all their shards, together."""
+    squared = sum(float(x.square().sum()) for x in tensors)
+    return math.sqrt(tracker.ranks.total(squared, tracker.slots[0].param.device))
