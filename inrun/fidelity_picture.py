@@ -20,7 +20,7 @@ def draw(task: str, cells: dict[Any, list], columns: Sequence[str], figure_of: C
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 1.9 + 0.26 * len(cells)), layout="constrained")
+    figure = Figure(figsize=(15, 1.9 + 0.26 * len(cells)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, metric, title, limits in (
         (panels[0], "pearson", "Pearson r with the Shapley value (colour: 1 - r)", (1e-5, 1)),
@@ -34,7 +34,8 @@ def draw(task: str, cells: dict[Any, list], columns: Sequence[str], figure_of: C
             if np.isnan(distance):
                 axes.text(j, i, "-", ha="center", va="center", fontsize=7, color="#888888")
                 continue
-            text = _correlation(1 - distance) if metric == "pearson" else f"{distance:.2%}"
+            share = f"{distance:.2%}" if distance < 10 else ">999%"
+            text = _correlation(1 - distance) if metric == "pearson" else share
             dark = not 0.12 < float(norm(np.clip(distance, *limits))) < 0.88
             axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
         axes.set_xticks(range(len(columns)), [c.replace("_", "\n") for c in columns], fontsize=7)
