@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import functional
@@ -135,7 +137,7 @@ def _unpacked(x: Any, scale: Tensor | None) -> tuple[Any, Tensor | None]:
 def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
     """The parameters carry their directions as tangents; yields what those were divided by, if anything."""
     # Fused attention, recurrent layers and grouped products have no forward derivative; written out they have one.
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap):
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap), _WrittenOutNorms():
         plain: list[Any] = [(owner, local, owner._parameters[local]) for owner, local in tap.forward_mode]
         tangents: list[Any] = [along(owner, local) for owner, local, _ in plain]
         tangents = tangents if target is None else [t[target] for t in tangents]
@@ -171,6 +173,31 @@ def _written_out_layers(tap: Tap) -> Iterator[None]:
         finally:
             for config, implementation in zip(configs, before, strict=True):
                 config._experts_implementation = implementation
+
+
+class _WrittenOutNorms(TorchFunctionMode):
+    """Torch's norms scale and shift by operations of their own. By theirs, an output in half precision has a float32
+    tangent, which the next product refuses; and where the scale carries none, a graph cannot be captured."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args, kwargs, pair = list(args), dict(kwargs or {}), []
+        if func not in _NORMS:
+            return func(*args, **kwargs)
+        place, by_channel = _NORMS[func]
+        for i, name in ((place, "weight"), (place + 1, "bias")):
+            if i < len(args):
+                pair.append(args[i])
+                args[i] = None
+            else:
+                pair.append(kwargs.pop(name, None))
+        normed = func(*args, **kwargs)
+        scale, shift = (p.view(-1, *[1] * (normed.dim() - 2)) if by_channel and p is not None else p for p in pair)
+        y = normed if scale is None else normed * scale
+        return (y if shift is None else y + shift).to(normed.dtype)
+
+
+# Where the weight stands among the arguments, the bias behind it, and whether they belong to dimension 1.
+_NORMS = {F.layer_norm: (2, False), F.group_norm: (2, True), F.batch_norm: (3, True), F.instance_norm: (3, True)}
 
 
 @contextlib.contextmanager

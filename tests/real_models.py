@@ -104,6 +104,20 @@ class Borrowed(nn.Module):
         return F.linear(self.norm(self.hidden(self.embed(x))), self.embed.weight)
 
 
+class Norms(nn.Module):
+    """Torch's norms, one of them frozen, before weights that are used past their modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.frozen, self.norm = nn.LayerNorm(WIDTH).requires_grad_(False), nn.GroupNorm(4, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.hidden(self.embed(x))
+        x = F.layer_norm(x, (WIDTH,), bias=self.frozen.bias, weight=self.frozen.weight)
+        return F.linear(self.norm(F.linear(x, self.hidden.weight).mT).mT, self.embed.weight)
+
+
 class Routed(nn.Module):
     """A mixture of experts that calls each expert with the tokens routed to it."""
 
@@ -295,7 +309,7 @@ def oracle(model: nn.Module, train: Any, validation: Any, stack: Stack | None = 
     return torch.stack([sum((LR * direction[n] * row[n]).sum() for n in direction) for row in rows])
 
 
-def prepare(case: Case, stack: Stack, backend: Any = "aot_eager", fullgraph: bool = True) -> Any:
+def prepare(case: Case, stack: Stack, backend: Any = "aot_eager", fullgraph: bool = True, method: str = "first") -> Any:
     """A model in its stack, its optimizer, its tracker, and the model as it is to be called."""
     model: Any = case.built()
     if stack.attention is not None:
@@ -313,7 +327,7 @@ def prepare(case: Case, stack: Stack, backend: Any = "aot_eager", fullgraph: boo
         optimizer: Any = torch.optim.SGD(params, lr=LR)
     else:
         optimizer = torch.optim.AdamW(params, lr=LR, eps=1e-3, **stack.adam)
-    tracker = inrun.track(model, optimizer, through=case.through)
+    tracker = inrun.track(model, optimizer, method, through=case.through)
     called = model
     if stack.compiled is not None:
         torch._dynamo.reset()
@@ -356,12 +370,13 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
-def compare(case: Case, stack: Stack, fullgraph: bool = True) -> tuple[float, float, list[str]]:
+def compare(case: Case, stack: Stack, fullgraph: bool = True, method: str = "first") -> tuple[float, float, list[str]]:
     """Two steps of a model in a stack: the larger error of the values, what it may be, and the modules that fell back.
 
-    In half precision the plain computation's own error, doubled, is what it may be.
+    In half precision the plain computation's own error, doubled, is what it may be. Of the methods, "first" and (with
+    SGD) "path" have the oracle's values.
     """
-    called, optimizer, tracker = prepare(case, stack, fullgraph=fullgraph)
+    called, optimizer, tracker = prepare(case, stack, fullgraph=fullgraph, method=method)
     model, errors, allowed = tracker.model, [], 2e-4
     for number in range(2 if stack.adam is None else 1):  # the first step's sums are checked, the second's not
         train, validation = case.batch(B, 10 + number), case.batch(4, 20 + number)

@@ -16,12 +16,15 @@ from real_models import (
     CASES,
     LR,
     STACKS,
+    Case,
+    Norms,
     compare,
     double,
     error,
     logits,
     oracle,
     part,
+    plain_tokens,
     prepare,
     sample_gradients,
     step,
@@ -73,6 +76,28 @@ def test_deferred_methods_and_two_targets(name):
         direction = {n: LR / 2 * sum(row[n] for end in ends for row in end) for n in rows[0]}
         expected = torch.stack([sum((direction[n] * row[n]).sum() for n in row) for row in rows])
         assert error(one.values[:, m], expected) < 5e-4
+
+
+HALF = ["nn.LSTM", "experts as modules", "ViT", "T5", "Mixtral", "nn.MultiheadAttention"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    [("F.linear(x, other.weight)", "bf16"), ("F.linear(x, other.weight)", "fp16 + GradScaler")]
+    + [(name, "bf16") for name in HALF],
+)
+def test_what_a_step_kept_in_half_precision(name, stack):
+    found, allowed, _ = compare(CASES[name], STACKS[stack], method="path")
+    assert found <= allowed
+
+
+@pytest.mark.parametrize(("stack", "method"), [("bf16", "first"), ("bf16", "path"), ("compiled", "first")])
+def test_torchs_norms_within_a_forward_mode_pass(stack, method):
+    """Their own forward derivatives are of another dtype than their outputs, and not to be captured."""
+    case = Case(Norms, plain_tokens, through={"embed.weight": "", "hidden.weight": ""})
+    found, allowed, slow = compare(case, STACKS[stack], method=method)
+    assert found <= allowed
+    assert slow == ["Norms"]
 
 
 @pytest.mark.parametrize("method", ["first", "path"])
