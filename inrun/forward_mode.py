@@ -137,7 +137,7 @@ def _unpacked(x: Any, scale: Tensor | None) -> tuple[Any, Tensor | None]:
 def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
     """The parameters carry their directions as tangents; yields what those were divided by, if anything."""
     # Fused attention, recurrent layers and grouped products have no forward derivative; written out they have one.
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap), _WrittenOutNorms():
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap), _written_out_norms(tap):
         plain: list[Any] = [(owner, local, owner._parameters[local]) for owner, local in tap.forward_mode]
         tangents: list[Any] = [along(owner, local) for owner, local, _ in plain]
         tangents = tangents if target is None else [t[target] for t in tangents]
@@ -175,12 +175,19 @@ def _written_out_layers(tap: Tap) -> Iterator[None]:
                 config._experts_implementation = implementation
 
 
+def _written_out_norms(tap: Tap) -> contextlib.AbstractContextManager:
+    captured = torch.compiler.is_compiling()  # then the mode is not free: each operation is traced through it
+    return _WrittenOutNorms() if tap.norms or not captured else contextlib.nullcontext()
+
+
 class _WrittenOutNorms(TorchFunctionMode):
     """Torch's norms scale and shift by operations of their own. By theirs, an output in half precision has a float32
     tangent, which the next product refuses; and where the scale carries none, a graph cannot be captured."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args, kwargs, pair = list(args), dict(kwargs or {}), []
+        if func is Tensor.unflatten:  # whose Python code a graph cannot capture
+            func = torch.unflatten
         if func not in _NORMS:
             return func(*args, **kwargs)
         place, by_channel = _NORMS[func]

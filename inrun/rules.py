@@ -48,6 +48,7 @@ RULES: dict[type[nn.Module], type[Holder]] = {
 
 # Modules that use their children's parameters without calling the children.
 _WHOLE = (nn.MultiheadAttention,)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _SEQUENCE_FIRST = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # unless batch_first
 
 
@@ -161,6 +162,7 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
         _adopt(site.module, site.rule, tap, None)
     if issubclass(site.rule, ForwardModeRule):
         tap.forward_mode = tap.owned
+        tap.norms = any(isinstance(m, _NORMS) for m in site.module.modules())
     return tap
 
 

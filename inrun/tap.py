@@ -24,6 +24,7 @@ class Tap:
         self.keep: Callable | None = None  # in a deferred step, runs the layer and keeps what will score it
         self.owned: list[tuple[nn.Module, str]] = []  # the parameters that it scores
         self.forward_mode: list[tuple[nn.Module, str]] = []
+        self.norms = False  # whether any of torch's norms is inside
         self.form: Any = None  # of a module known by running it, what it computes
         self.flat = False  # whether the module's rows are the tokens of [B, T], flattened
 
