@@ -20,8 +20,9 @@ README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- coverage: python tests/coverage_table.py --write -->", "<!-- coverage end -->"
 NOTES = """
 `ok`: every trainable parameter is scored, and the values are those of the one-sample-at-a-time float64 oracle, in half
-precision to twice the plain computation's own error. `breaks`: so too, but the compiled graph breaks. `-`: the model,
-or torch on the CPU, has no such stack. Slow: what is scored by forward-mode AD. Measured on the CPU; compiled with
+precision to twice the plain computation's own error. `breaks`: so too, but the compiled graph breaks: torch captures no
+LSTM, with inrun or without, and no forward-mode AD of experts that are given as many tokens as the data say. `-`: the
+model, or torch on the CPU, has no such stack. Slow: what is scored by forward-mode AD. Measured on the CPU; compiled by
 `aot_eager`, as capturing the graph is what can fail."""
 
 

@@ -10,7 +10,7 @@ import itertools
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -115,7 +115,8 @@ class Norms(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.hidden(self.embed(x))
         x = F.layer_norm(x, (WIDTH,), bias=self.frozen.bias, weight=self.frozen.weight)
-        return F.linear(self.norm(F.linear(x, self.hidden.weight).mT).mT, self.embed.weight)
+        x = F.linear(x, self.hidden.weight).unflatten(-1, (4, -1)).flatten(-2)
+        return F.linear(self.norm(x.mT).mT, self.embed.weight)
 
 
 class Routed(nn.Module):
@@ -184,6 +185,19 @@ class Case:
 
     def batch(self, size: int, seed: int) -> tuple[Any, Tensor]:
         return self.data(size, torch.Generator().manual_seed(seed))
+
+
+def with_one_block(case: Case) -> Case:
+    """The case with no more than the first of equal blocks, which is less to compile."""
+
+    def make() -> nn.Module:
+        model = case.make()
+        for blocks in model.modules():
+            if isinstance(blocks, nn.ModuleList) and len({type(block) for block in blocks}) == 1:
+                del blocks[1:]
+        return model
+
+    return replace(case, make=make)
 
 
 T5 = {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
@@ -309,7 +323,7 @@ def oracle(model: nn.Module, train: Any, validation: Any, stack: Stack | None = 
     return torch.stack([sum((LR * direction[n] * row[n]).sum() for n in direction) for row in rows])
 
 
-def prepare(case: Case, stack: Stack, backend: Any = "aot_eager", fullgraph: bool = True, method: str = "first") -> Any:
+def prepare(case: Case, stack: Stack, backend: Any = "aot_eager", fullgraph: bool = True, **options: Any) -> Any:
     """A model in its stack, its optimizer, its tracker, and the model as it is to be called."""
     model: Any = case.built()
     if stack.attention is not None:
@@ -327,7 +341,7 @@ def prepare(case: Case, stack: Stack, backend: Any = "aot_eager", fullgraph: boo
         optimizer: Any = torch.optim.SGD(params, lr=LR)
     else:
         optimizer = torch.optim.AdamW(params, lr=LR, eps=1e-3, **stack.adam)
-    tracker = inrun.track(model, optimizer, method, through=case.through)
+    tracker = inrun.track(model, optimizer, through=case.through, **options)
     called = model
     if stack.compiled is not None:
         torch._dynamo.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from coverage_table import END, NOTES, README, START
 from real_models import (
     CASES,
     LR,
     STACKS,
+    VOCAB,
+    B,
     Case,
     Norms,
     compare,
@@ -28,6 +32,7 @@ from real_models import (
     prepare,
     sample_gradients,
     step,
+    with_one_block,
 )
 
 import inrun
@@ -38,6 +43,18 @@ FORWARD_MODE = {
     "experts as modules": ["Routed"],
     "F.linear(x, other.weight)": ["Borrowed"],
 }
+
+
+def test_the_readme_has_a_row_for_every_model_and_a_column_for_every_stack():
+    """What its cells say is measured by `coverage_table.py`; here they are complete."""
+    table, _, notes = README.read_text().partition(START)[2].partition(END)[0].strip().partition("\n\n")
+    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert head == ["", *STACKS, "slow"] and set(rule) == {"---"}
+    assert [row[0] for row in rows] == list(CASES)
+    for name, *cells, slow in rows:
+        assert len(cells) == len(STACKS) and set(cells) <= {"ok", "breaks", "-"}
+        assert re.findall("`(.*?)`", slow) == FORWARD_MODE.get(name, [])
+    assert notes.strip() == NOTES.strip()
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -234,13 +251,45 @@ def test_compiled_with_a_changing_batch(whole):
     assert counts[2] == counts[-1] <= 4 * (1 if whole else 2)
 
 
+WHOLE = ["GPT-2", "Llama + PEFT LoRA", "BERT", "T5", "ViT", "Mixtral"]
+
+
 @pytest.mark.parametrize(
-    ("name", "fullgraph"), [("F.linear(x, other.weight)", True), ("Qwen2-MoE", True), ("experts as modules", False)]
+    ("name", "stack"),
+    [(name, "compiled") for name in WHOLE] + [(name, "compiled blocks") for name in ("GPT-2", "Qwen2-MoE")],
 )
+def test_every_kind_of_rule_compiled(name, stack):
+    """The training forward in one graph, or one for all blocks; validation is outside of it, and nothing is checked."""
+    case, graphs = CASES[name], CompileCounterWithBackend("aot_eager")
+    case = with_one_block(case) if stack == "compiled" else case
+    called, optimizer, tracker = prepare(case, STACKS[stack], backend=graphs, check=False)
+    train, validation = case.batch(B, 1), case.batch(4, 2)
+    expected = oracle(copy.deepcopy(tracker.model), train, validation)
+    with tracker.validation(), torch.compiler.set_stance("force_eager"):
+        mean_loss(called, *validation).backward()
+    with tracker.step(range(B)) as one:
+        mean_loss(called, *train).backward()
+        optimizer.step()
+    assert error(one.values, expected) < 2e-4
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize(("name", "fullgraph"), [("F.linear(x, other.weight)", True), ("experts as modules", False)])
 def test_compiled_forward_mode(name, fullgraph):
-    """Captured whole; or, where the model itself breaks the graph, run outside of it, whole as well."""
+    """Captured whole; or, where a graph cannot have it, run outside of it, whole as well."""
     found, allowed, _ = compare(CASES[name], STACKS["compiled"], fullgraph)
     assert found <= allowed
+
+
+def test_torch_captures_no_lstm_but_experts_that_are_not_scored():
+    """As the README says where it says that a graph breaks."""
+    x, _ = CASES["nn.LSTM"].batch(B, 1)
+    untracked = [
+        torch.compile(CASES[n].built(), backend="eager", fullgraph=True) for n in ("nn.LSTM", "experts as modules")
+    ]
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="LSTM"):
+        untracked[0](x)
+    assert untracked[1](x).shape == (B, x.shape[1], VOCAB)
 
 
 def test_an_outer_module_scores_only_what_it_encloses():
