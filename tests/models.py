@@ -120,7 +120,7 @@ def make(name: str, seed: int = 0) -> nn.Module:
 def data(name: str, batch: int = B, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Inputs and targets; targets are `[B]` or `[B, T]` classes."""
     g = torch.Generator().manual_seed(seed)
-    if name.startswith("gpt"):
+    if name.startswith(("gpt", "hf")):
         ids = torch.randint(VOCAB, (batch, T + 1), generator=g)
         return ids[:, :-1], ids[:, 1:]
     shapes = {"mlp": (batch, WIDTH), "reused": (batch, T, WIDTH), "unknown": (batch, 3, WIDTH)}
