@@ -675,6 +675,28 @@ def check_what_is_refused_of_shards():
         raises("blocks.0.up.weight: expected", lambda: tracker.bind(OPTIMIZERS["sgd"](model.parameters())))  # noqa: B023
 
 
+def check_the_trainer():
+    """Under DDP a step has the samples of both processes, and the values of its whole. Accelerate fills an epoch's last
+    batch with its first sample, which is trained on twice, and has a value each time."""
+    if not (HUGGING_FACE and importlib.util.find_spec("accelerate")):
+        return
+    from test_adapters_huggingface import build, compare, samples
+
+    trainset, folder = samples(11), FOLDER / "trainer"
+    trainer, values, before = build(
+        folder / str(RANK), trainset, options={"validation": samples(5), "ledger": folder / "ledger"},
+        per_device_train_batch_size=2, ddp_backend="gloo", save_strategy="epoch",
+    )  # fmt: skip
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, DDP)
+    dist.barrier()
+    values.ledger = inrun.Ledger(folder / "ledger")
+    found = compare(values, before, trainset, held=samples(5))
+    assert [len(scored) for scored in found.values()] == [8, 4, 8, 4]
+    for epoch in (0, 2):
+        assert {*found[epoch], *found[epoch + 1]} == {s["sample_id"] for s in trainset}
+
+
 def check_the_readme():
     section = (Path(__file__).parents[1] / "README.md").read_text().partition("## More than one process")[2]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:2]
