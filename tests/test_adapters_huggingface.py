@@ -40,6 +40,16 @@ def pad(examples):
 HELD_OUT = pad([{"input_ids": [5, 6, 7, 8, 9, 10]}, {"input_ids": [3, 9, 4, 4, 11, 5]}])
 
 
+class Figures:
+    """A logger that keeps what it takes, by step."""
+
+    def __init__(self):
+        self.logged = {}
+
+    def log(self, values, step):
+        self.logged[step] = values
+
+
 class Weights(transformers.TrainerCallback):
     """The weights that each step began with."""
 
@@ -134,9 +144,10 @@ def test_every_score_has_the_id_of_its_sample(kind, tmp_path):
     trainset = samples()
     if kind == "datasets":
         trainset = pytest.importorskip("datasets").Dataset.from_list(trainset)
+    figures = Figures()
     trainer, values, before = build(
         tmp_path, trainset, evaluation=samples(5), train_sampling_strategy="group_by_length",
-        eval_strategy="steps", eval_steps=1,
+        eval_strategy="steps", eval_steps=1, options={"logger": figures, "log_every": 2},
     )  # fmt: skip
     classes = [type(m) for m in trainer.model.modules()]
     trainer.train()
@@ -148,6 +159,8 @@ def test_every_score_has_the_id_of_its_sample(kind, tmp_path):
     assert list(found[0]) != list(found[2]), "expected two orders"
     assert [type(m) for m in trainer.model.modules()] == classes
     assert all("eval_loss" in log for log in trainer.state.log_history[:4])
+    means = {i: sum(v for t in (i - 1, i) for v in found[t].values()) / len(ids) for i in (1, 3)}
+    assert {i: logged["inrun/value"] for i, logged in figures.logged.items()} == pytest.approx(means, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,7 +90,9 @@ def oracle(weights, ids, accumulated, clip, autocast=None):
 def test_every_score_has_the_id_of_its_sample(precision, tmp_path):
     """Shuffled, accumulated, clipped, with a validation loop in the middle of steps."""
     net = Net()
-    values = InRun(held_out_loss(net))
+    logged = {}
+    logger = SimpleNamespace(log=lambda values, step: logged.update({step: values["inrun/value"]}))
+    values = InRun(held_out_loss(net), logger=logger, log_every=2)
     fit(
         tmp_path, net, callbacks=[values], accumulate_grad_batches=2, gradient_clip_val=0.05,
         val_check_interval=1, precision=precision,
@@ -96,6 +100,8 @@ def test_every_score_has_the_id_of_its_sample(precision, tmp_path):
     rows = values.ledger.rows().to_pylist()
     assert [r["step"] for r in rows] == [0] * 6 + [1] * 5 + [2] * 6 + [3] * 5
     assert {r["sample_id"] for r in rows[:11]} == {r["sample_id"] for r in rows[11:]} == {f"s{i}" for i in range(N)}
+    means = {i: sum(r["value"] for r in rows if r["step"] in (i - 1, i)) / N for i in (1, 3)}
+    assert logged == pytest.approx(means, rel=1e-4)
     for step, weights in net.before.items():
         mine = [r for r in rows if r["step"] == step]
         ids, found = [r["sample_id"] for r in mine], torch.tensor([r["value"] for r in mine]).double()

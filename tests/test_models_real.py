@@ -72,6 +72,18 @@ def test_every_stack(name, stack):
     assert found <= allowed
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Mixtral", "ViT", "nn.MultiheadAttention"])
+def test_a_tracked_step_takes_flash_attention(name):
+    """The fused kernel and its backward, as plain training does."""
+    case, stack = CASES[name], STACKS["SDPA"] if name != "nn.MultiheadAttention" else STACKS["float32"]
+    called, optimizer, tracker = prepare(case, stack, check=False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(called, optimizer, tracker, stack, case.batch(B, 1), case.batch(4, 2))
+    ran = {event.key for event in profile.key_averages()}
+    for kernel in ("flash_attention_for_cpu", "flash_attention_for_cpu_backward"):
+        assert f"aten::_scaled_dot_product_{kernel}" in ran
+
+
 @pytest.mark.parametrize(
     "name", ["T5", "nn.LSTM", "Mixtral", "Qwen2-MoE", "DeepSeek-V3", "ViT", "ResNet, eval mode", "Gemma"]
 )
@@ -241,6 +253,7 @@ def test_batch_norm_in_training_scores_what_flows_through_a_samples_rows():
 def test_compiled_with_a_changing_batch(whole):
     """One graph each for validation, the checked step and later steps, and one more once the batch size is open."""
     case, stack = CASES["Llama"], STACKS["compiled" if whole else "compiled blocks"]
+    case = with_one_block(case) if whole else case
     graphs = CompileCounterWithBackend("aot_eager")
     called, optimizer, tracker = prepare(case, stack, backend=graphs)
     counts = []
