@@ -51,6 +51,14 @@ def failed(capsys, *arguments: object) -> str:
     return capsys.readouterr().err
 
 
+def test_samples_that_are_described_nowhere_are_shown_without(run, capsys):
+    with Ledger(run / "ledger") as ledger:
+        ledger.append(2, ["x"], [2.0])
+    lines = [line.split() for line in said(capsys, "top", run, "-k", 2).splitlines()[3:]]
+    assert lines == [["+2.000e+00", "1", "x"], ["+7.500e-01", "2", "a", "web", "text", "of", "a"]]
+    assert "x" in [line.split()[-1] for line in said(capsys, "compare", run, run, "-k", 5).splitlines() if line]
+
+
 def test_top_shows_the_extremes_with_source_and_text(run, capsys):
     best = said(capsys, "top", run, "-k", 2).splitlines()
     assert best[0].startswith("The 2 highest values, in nats; above 0")
