@@ -23,7 +23,7 @@ from torch import Tensor, optim
 from .errors import InRunError
 from .updates import ELEMENTWISE, UpdateRule, chunks, copied, updates
 
-NODES = 4  # of the integral; 1 to 8 were measured on Muon
+NODES = 4  # of the integral
 
 
 def muon(grad: Tensor, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

@@ -158,6 +158,7 @@ class Deferred:
         self.recompute, self._random, self._weights = [], [], []
         self._parts, self._clipped, self._rest, self._early = [], None, {}, None
         self.drop, self.updated = {}, False
+        self._coupled.release()  # of a step that an exception ended
         if self.pairs is not None:
             self.pairs.begin()
         if self.starts_with_validation:
@@ -423,7 +424,7 @@ class Deferred:
                     slice_.mul_(g)
                 if slope is not None:
                     along += log * float((slope * units[i]).sum())
-            if units:
+            if self._clipped is not None:  # a sum over the processes, to which all of them come
                 along = self._total(along)
             for i, unit in units.items():
                 if mean[i] is not None:

@@ -18,8 +18,8 @@ weights), one update and one forward of every validation loss. An elementwise up
 parameters at a time; any other is that of all parameters together, in their dtypes.
 
 Noise: a value is a mean of differences of losses, each known to the rounding of the loss itself: about 1e-7 of it in
-float32, 1e-4 under bfloat16 autocast (a small GPT: 4e-8 and 8e-5), 4e-3 where the loss is a bfloat16. Most samples do
-less than the latter two: let the validation loss be computed in float32.
+float32, 4e-3 where it is a bfloat16, and between them under autocast. Most samples do less than the latter two: let the
+validation loss be computed in float32.
 """
 
 from __future__ import annotations

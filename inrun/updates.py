@@ -114,7 +114,9 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
 
 def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any], int]]) -> None:
     """Take the optimizer's step with other parameters, each with its state and the number of its group."""
-    twin = _twin(optimizer, {id(p): p for group in optimizer.param_groups for p in group["params"]}, ("state",))
+    twin = _twin(
+        optimizer, {id(p): p for group in optimizer.param_groups for p in group["params"]}, ("state", "param_groups")
+    )
     plain = {"fused": False, "capturable": False, "differentiable": False}
     twin.param_groups = [
         {

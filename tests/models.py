@@ -51,6 +51,17 @@ class Reused(nn.Module):
         return self.head(self.inner(torch.tanh(self.inner(x))))
 
 
+class Bypass(nn.Module):
+    """Uses a weight past its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 13)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.linear(self.a(x), self.a.weight))
+
+
 class Unknown(nn.Module):
     """Leaf modules that are no plain layer of torch: a convolution and an offset norm of its own."""
 

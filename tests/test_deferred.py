@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import B, data, gradient, loss_of, make, oracle_values, sample_gradients
+from models import B, Bypass, data, gradient, loss_of, make, oracle_values, sample_gradients
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -353,14 +353,6 @@ def test_a_users_update_rule_stands_for_its_optimizer():
 
 
 def test_the_check_names_what_bypasses_its_module():
-    class Bypass(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 13)
-
-        def forward(self, x):
-            return self.b(F.linear(self.a(x), self.a.weight))
-
     model = Bypass()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = data("attention")

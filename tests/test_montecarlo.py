@@ -7,8 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from models import data, loss_of, make, sample_gradients
+from models import Bypass, data, loss_of, make, sample_gradients
 from torch import nn
 
 import inrun
@@ -358,14 +357,6 @@ def test_a_validation_loss_that_fails_leaves_the_weights_as_they_were():
 
 
 def test_the_check_names_what_bypasses_its_module_before_any_value():
-    class Bypass(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 13)
-
-        def forward(self, x):
-            return self.b(F.linear(self.a(x), self.a.weight))
-
     model, (x, y) = Bypass(), data("attention")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     calls = []

@@ -321,6 +321,21 @@ def test_training_with_muon_is_untouched_to_the_bit():
     assert all(torch.equal(v, plain[k]) for k, v in model.state_dict().items())
 
 
+def test_a_step_that_an_exception_ended_leaves_nothing_behind():
+    model, batch, validation = double("mlp")
+    optimizer = Mixed(model.parameters(), 0.1)
+    losses = {"validation": lambda: loss_of(model, *validation)}
+    tracker = inrun.track(model, optimizer, "path_secant", validation=losses, update=mixed)
+    with pytest.raises(KeyError), tracker.step(range(B)):
+        train(model, [optimizer], batch)
+        raise KeyError
+    assert tracker.memory["weights"] > 0
+    with tracker.step(range(B)) as step:
+        assert tracker.memory["weights"] == 0
+        train(model, [optimizer], batch)
+    assert step.values.sum().item() == pytest.approx(step.drop["validation"].item(), rel=1e-5)
+
+
 def test_what_an_update_that_is_not_elementwise_cannot_do_is_said():
     def stepped(**options):
         model, batch, validation = double("mlp")

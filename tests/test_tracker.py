@@ -11,7 +11,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import pytest
 import torch
-from models import MODELS, B, data, gpt, gradient, loss_of, make, oracle_values
+from models import MODELS, B, Bypass, data, gpt, gradient, loss_of, make, oracle_values
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -570,14 +570,6 @@ def test_paused_runs_plainly_in_the_middle_of_a_step():
 
 
 def test_the_efficiency_check_names_what_was_used_past_its_module():
-    class Bypass(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 13)
-
-        def forward(self, x):
-            return self.b(nn.functional.linear(self.a(x), self.a.weight))
-
     torch.manual_seed(0)
     model = Bypass()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
