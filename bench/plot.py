@@ -94,7 +94,7 @@ def draw_roofline(rows: list[Row]) -> Figure:
         found = [r["flops_per_byte"] for r in counted]
         intensity = np.geomspace(min(found), max(found), 200)
         axes.plot(intensity, np.minimum(peak, bandwidth * intensity), color=_COLOURS[BASE], label="measured ceiling")
-        for suite, marker in zip(_unique(counted, "suite"), "o^sD", strict=False):
+        for suite, marker in zip(_unique(counted, "suite"), "o^sDv", strict=True):
             of_suite = [r for r in counted if r["suite"] == suite]
             for provider in _unique(of_suite, "provider"):
                 mine = [r for r in of_suite if r["provider"] == provider]
