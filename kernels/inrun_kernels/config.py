@@ -3,7 +3,6 @@
 No device is queried and triton is not imported here.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -65,6 +64,7 @@ _TILES = (
 _FLOAT32 = Tile(64, 64, 16, 4, 2)
 
 
+@lru_cache(4096)
 def matrix_tiles(
     chip: Chip,
     dtype: torch.dtype,
@@ -76,7 +76,7 @@ def matrix_tiles(
     copies: bool = False,
     aligned: bool = True,
     kept: int = 0,
-) -> Sequence[Tile]:
+) -> tuple[Tile, ...]:
     """Tiles for an m x n x k product that fit the chip, the default first.
 
     `accumulators` of the tile's size stay in registers; `kept` bytes for each element of the output tile lie in
@@ -88,7 +88,7 @@ def matrix_tiles(
     if dtype == torch.float32:
         tile = _FLOAT32
         warps = tile.num_warps * accumulators
-        return [Tile(_fit(m, tile.block_m), _fit(n, tile.block_n // accumulators), _fit(k, 16), warps, 2)]
+        return (Tile(_fit(m, tile.block_m), _fit(n, tile.block_n // accumulators), _fit(k, 16), warps, 2),)
     largest = (128 * 256 if copies else 128 * 128 if aligned else 64 * 64) // accumulators
     if chip.accumulates_apart:
         largest = min(largest, 128 * 128)  # one that is read at every sample's end meets the direction in registers
@@ -105,7 +105,7 @@ def matrix_tiles(
         tile = replace(tile, block_m=block_m, block_n=block_n, block_k=_fit(k, tile.block_k), num_warps=warps)
         if tile not in fitting:
             fitting.append(tile)
-    return fitting
+    return tuple(fitting)
 
 
 def resident_programs(tile: Tile, accumulators: int) -> int:

@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inrun_kernels import tuning
 from inrun_kernels.config import Tile, ceil_div, matrix_tiles
 from inrun_kernels.cost import Sizes
 from inrun_kernels.tiles import (
     INTERPRETED,
     aligned,
-    architecture,
     chip,
     contract,
     copyable,
@@ -36,7 +36,6 @@ from inrun_kernels.tiles import (
     tile_order,
     token_starts,
 )
-from inrun_kernels.tuning import choose
 
 
 @triton.jit
@@ -141,11 +140,13 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        return partial.sum(0)
+        return partial[0] if tiles_y == 1 else partial.sum(0)
 
-    sizes = Sizes(batch, tokens, acts.shape[2], grads.shape[2], n_directions)
-    facts, name = f"{copies} {transposed} {vectors}", architecture(acts.device)
-    dots = run(choose("dot", tiles_that_fit, sizes, facts, acts.dtype, name, acts.device, run))
+    tile = tiles_that_fit[0]
+    if tuning.is_on():
+        sizes = Sizes(batch, tokens, acts.shape[2], grads.shape[2], n_directions)
+        tile = tuning.choose("dot", tiles_that_fit, sizes, f"{copies} {transposed} {vectors}", acts, run)
+    dots = run(tile)
     return sum_tokens(dots if scale is None else dots / scale[:, None], batch, tokens, segments, per_token)
 
 

@@ -202,7 +202,10 @@ row_wgrad_dot.register_autograd(derivatives.row_wgrad_dot, setup_context=derivat
 @contextmanager
 def _launch_context(x: Tensor) -> Iterator[None]:
     """x's GPU current, and no autocast: active inside an op too, it would round float32 products to half."""
-    if not x.is_cuda and not torch.is_autocast_enabled(x.device.type):
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    if not elsewhere and not torch.is_autocast_enabled(
+        x.device.type
+    ):  # most often: setting both costs as much as a launch
         yield
         return
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):

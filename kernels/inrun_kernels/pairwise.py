@@ -21,12 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inrun_kernels import tuning
 from inrun_kernels.config import Tile, ceil_div, matrix_tiles, resident_programs
 from inrun_kernels.cost import Sizes
 from inrun_kernels.tiles import (
     INTERPRETED,
     aligned,
-    architecture,
     chip,
     contract,
     copyable,
@@ -37,7 +37,6 @@ from inrun_kernels.tiles import (
     sum_tokens,
     token_starts,
 )
-from inrun_kernels.tuning import choose
 
 
 @triton.jit
@@ -196,7 +195,9 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
         )
         return partial[0] if splits == 1 else partial.sum(0)
 
-    shapes = Sizes(batch, tokens, inputs, outputs, 1, n_val, val_tokens)
-    facts, name = f"{copies} {vectors}", architecture(acts.device)
-    dots = run(choose("pairwise", tiles_that_fit, shapes, facts, acts.dtype, name, acts.device, run))
+    tile = tiles_that_fit[0]
+    if tuning.is_on():
+        shapes = Sizes(batch, tokens, inputs, outputs, 1, n_val, val_tokens)
+        tile = tuning.choose("pairwise", tiles_that_fit, shapes, f"{copies} {vectors}", acts, run)
+    dots = run(tile)
     return sum_tokens(dots, batch, tokens, None, False)

@@ -3,6 +3,8 @@
 # Launches go through triton's JIT, whose signature pyright cannot see.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -14,18 +16,6 @@ from inrun_kernels.config import Chip, chip_named
 
 INTERPRETED = knobs.runtime.interpret
 ON_CPU = "sm_90"
-
-
-@triton.jit
-def sample_tokens(offsets_ptr, sample, tokens, HAS_OFFSETS: tl.constexpr):
-    """(batch row, first token in it, tokens) of a sample: its row, or a segment of the only row."""
-    if HAS_OFFSETS:
-        start = tl.load(offsets_ptr + sample).to(tl.int64)
-        row, length = tl.cast(0, tl.int64), tl.load(offsets_ptr + sample + 1).to(tl.int64) - start
-    else:
-        start = tl.cast(0, tl.int64)
-        row, length = tl.cast(sample, tl.int64), tl.cast(tokens, tl.int64)
-    return row, start, length
 
 
 @triton.jit
@@ -61,25 +51,11 @@ def tile_order(pid, tiles_m, tiles_n, GROUP: tl.constexpr = 8):
 
 
 @triton.jit
-def _tile_sum_kernel(partial_ptr, out_ptr, tiles, n_directions, samples_per_split, BLOCK_N: tl.constexpr):
-    pid = tl.program_id(0).to(tl.int64)  # sample * M + m
-    follows = (pid // n_directions) % samples_per_split > 0
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for low in range(0, tiles, BLOCK_N):
-        offs = low + tl.arange(0, BLOCK_N)
-        ptrs = partial_ptr + pid * tiles + offs
-        before = tl.load(ptrs - n_directions * tiles, mask=(offs < tiles) & follows, other=0.0)
-        total += tl.load(ptrs, mask=offs < tiles, other=0.0) - before
-    tl.store(out_ptr + pid, tl.sum(total))
-
-
-@triton.jit
-def _segment_sum_kernel(
-    x_ptr, offsets_ptr, out_ptr, n_tokens, tokens, n_samples, HAS_OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def _segment_sum_kernel(x_ptr, offsets_ptr, out_ptr, n_tokens, n_samples, BLOCK_N: tl.constexpr):
     sample, m = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row, start, length = sample_tokens(offsets_ptr, sample, tokens, HAS_OFFSETS)
-    x_ptr += m * n_tokens + row * tokens + start
+    start = tl.load(offsets_ptr + sample).to(tl.int64)
+    length = tl.load(offsets_ptr + sample + 1).to(tl.int64) - start
+    x_ptr += m * n_tokens + start
     total = tl.zeros([BLOCK_N], tl.float32)
     for low in range(0, length, BLOCK_N):
         offs_t = low + tl.arange(0, BLOCK_N)
@@ -97,8 +73,11 @@ def aligned(*tensors: Tensor) -> bool:
 
 def architecture(device: torch.device) -> str:
     """What kernels for `device` are made for; when interpreting or only compiling, what a test asks for."""
-    if device.type != "cuda":
-        return ON_CPU
+    return _architecture(device) if device.type == "cuda" else ON_CPU
+
+
+@cache
+def _architecture(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
@@ -139,12 +118,11 @@ def sum_tiles(partial: Tensor, samples_per_split: int = 1) -> Tensor:
 
     With samples_per_split > 1 the sample's predecessor in its split is subtracted first, tile by tile (prefix form).
     """
-    n_samples, n_directions, tiles = partial.shape
-    out = partial.new_empty(n_samples, n_directions)
-    _tile_sum_kernel[(n_samples * n_directions,)](
-        partial, out, tiles, n_directions, samples_per_split, BLOCK_N=256, num_warps=4
-    )
-    return out
+    if samples_per_split > 1:
+        steps = partial.diff(dim=0, prepend=partial.new_zeros(1, *partial.shape[1:]))
+        steps[::samples_per_split] = partial[::samples_per_split]
+        partial = steps
+    return partial.sum(2)
 
 
 def sum_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor | None, keep: bool) -> Tensor:
@@ -152,15 +130,16 @@ def sum_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor | No
     n_directions, n_tokens = per_token.shape
     if keep:
         return per_token.T.reshape(batch, tokens, n_directions).contiguous()
-    n_samples = batch if segments is None else segments.shape[0] - 1
+    if segments is None:
+        return per_token.view(n_directions, batch, tokens).sum(2).T.contiguous()
+    n_samples = segments.shape[0] - 1
     out = per_token.new_empty(n_directions, n_samples)
     if out.numel():
-        _segment_sum_kernel[(n_samples, n_directions)](
-            per_token, segments, out, n_tokens, tokens, n_samples, HAS_OFFSETS=segments is not None, BLOCK_N=1024
-        )
+        _segment_sum_kernel[(n_samples, n_directions)](per_token, segments, out, n_tokens, n_samples, BLOCK_N=1024)
     return out.T.contiguous()
 
 
+@cache
 def multiprocessors(device: torch.device) -> int:
     """Programs that run at once, for filling the device; 1 when interpreting."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

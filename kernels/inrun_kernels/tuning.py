@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from inrun_kernels.config import Tile
 from inrun_kernels.cost import CEILINGS, Sizes, predict
@@ -41,37 +42,44 @@ def tune(on: bool = True, folder: str | os.PathLike | None = None) -> None:
     _tables.clear()
 
 
+def is_on() -> bool:
+    """Whether launches ask `choose`."""
+    return _folder is not None
+
+
 def choose(
     kernel: str,
     candidates: Sequence[Tile],
     sizes: Sizes,
     facts: str,
-    dtype: torch.dtype,
-    architecture: str,
-    device: torch.device,
+    x: Tensor,
     run: Callable[[Tile], object],
     form: str = "two",
 ) -> Tile:
-    """The tile to launch with: the first candidate, or with tuning on the fastest.
+    """The tile to launch with: the fastest of the candidates, or the first where tuning is off.
 
     Args:
         candidates: tiles that fit the chip, the default first.
         sizes: of the product, classed by the next powers of two.
         facts: what else decides which candidates there are, as text.
+        x: an operand, for its dtype and device.
         run: launches with a tile; called for timing only.
     """
-    if _folder is None or len(candidates) == 1 or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if _folder is None or len(candidates) == 1 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return candidates[0]
+    from inrun_kernels.tiles import architecture
+
+    device, chip = x.device, architecture(x.device)
     path = _folder / _file_name(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
     if path not in _tables:
         _tables[path] = _read(path)
     table = _tables[path]
     classes = "x".join(str(1 << max(0, size - 1).bit_length()) for size in asdict(sizes).values())
-    key = f"{kernel} {form} {str(dtype).removeprefix('torch.')} {classes} {facts}"
+    key = f"{kernel} {form} {str(x.dtype).removeprefix('torch.')} {classes} {facts}"
     if key not in table or Tile(**table[key]) not in candidates:
         kept = candidates
-        if architecture in CEILINGS:
-            seconds = {c: predict(kernel, sizes, CEILINGS[architecture], dtype, c, form).seconds for c in candidates}
+        if chip in CEILINGS:
+            seconds = {c: predict(kernel, sizes, CEILINGS[chip], x.dtype, c, form).seconds for c in candidates}
             kept = [c for c in candidates if seconds[c] <= _BEHIND * min(seconds.values())]
         times = {tile: _time(run, tile) for tile in kept}
         table[key] = asdict(min(times, key=lambda tile: times[tile]))

@@ -36,13 +36,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inrun_kernels import tuning
 from inrun_kernels.config import Tile, ceil_div, matrix_tiles, resident_programs, sample_splits
 from inrun_kernels.cost import Sizes
 from inrun_kernels.rows import launch_row_wgrad_dot
 from inrun_kernels.tiles import (
     INTERPRETED,
     aligned,
-    architecture,
     chip,
     contract,
     copyable,
@@ -52,7 +52,6 @@ from inrun_kernels.tiles import (
     sum_tiles,
     tile_order,
 )
-from inrun_kernels.tuning import choose
 
 
 @triton.jit
@@ -240,7 +239,7 @@ def launch_wgrad_dot(
         samples_per_split = ceil_div(n_samples, splits)
         splits = ceil_div(n_samples, samples_per_split)  # none without a sample
         weight = torch.empty(splits, outputs, inputs, dtype=torch.float32, device=acts.device)
-        bias = weight.new_empty(splits, outputs if rides else 0)
+        bias = weight.new_empty((splits, outputs) if rides else 0)
         partial = weight.new_empty(n_samples, n_directions, tiles)
         operands = [acts, grads, val_grad]
         if copy_tokens:
@@ -281,12 +280,13 @@ def launch_wgrad_dot(
             num_stages=tile.num_stages,
         )
         weight_grad = weight[0] if splits == 1 else weight.sum(0)
-        return weight_grad, bias.sum(0), sum_tiles(partial, samples_per_split if prefix else 1)
+        return weight_grad, bias.sum(0) if rides else bias, sum_tiles(partial, samples_per_split if prefix else 1)
 
-    sizes = Sizes(n_samples, batch * tokens // max(1, n_samples), inputs, outputs, n_directions)
-    facts = f"{copy_tokens} {copy_d} {segments is not None} {rides} {val_grad.dtype}"
-    name = architecture(acts.device)
-    tile = choose("wgrad_dot", tiles_that_fit, sizes, facts, acts.dtype, name, acts.device, run, form)
+    tile = tiles_that_fit[0]
+    if tuning.is_on():
+        sizes = Sizes(n_samples, batch * tokens // max(1, n_samples), inputs, outputs, n_directions)
+        facts = f"{copy_tokens} {copy_d} {segments is not None} {rides} {val_grad.dtype}"
+        tile = tuning.choose("wgrad_dot", tiles_that_fit, sizes, facts, acts, run, form)
     weight_grad, bias_grad, dots = run(tile)
     if bias_val_grad is None or rides:
         return weight_grad, bias_grad, dots
