@@ -449,7 +449,9 @@ def _placed(x: Tensor, probe: Tensor, segments: Tensor | None) -> Tensor:
 
 def by_row(segments: Tensor | None, x: Tensor, x_rows: Tensor) -> Tensor | None:
     """Offsets into the tokens of `x [B, T, ..., I]` as offsets into its rows `[B, T * ..., I]`."""
-    return None if segments is None else segments * (x_rows.shape[1] // x.shape[1])
+    if segments is None or x_rows.shape[1] == x.shape[1]:
+        return segments
+    return segments * (x_rows.shape[1] // x.shape[1])
 
 
 def output_dots(grad: Tensor, tangents: Tensor, segments: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import inrun_kernels as k
+from inrun_kernels import validation
 
 ACTS, GRADS, MATRIX, ROW = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), torch.zeros(5, 4), torch.zeros(5)
 IDS, TABLE = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(7, 5)
@@ -176,3 +177,15 @@ def test_nothing_in_nothing_out():
             assert dots.shape == (batch,) and not dots.any()
             assert k.ghost_dot_pairwise(acts, grads, ACTS, GRADS, backend=backend).shape == (batch, 2)
             assert k.embedding_dot(ids, grads, TABLE, per_token=True, backend=backend).shape == (batch, tokens)
+
+
+def test_offsets_are_checked_again_when_they_change():
+    segments = offsets(0, 2, 6)
+    asked = [segments, segments, segments.clone(), segments, segments]
+    assert [validation._as_before(x, 6) for x in asked] == [False, True, False, False, True]
+    assert not validation._as_before(segments, 7)
+    segments[1] = 3
+    assert not validation._as_before(segments, 7) and validation._as_before(segments, 7)
+    with torch.inference_mode():
+        inside = offsets(0, 6)
+        assert not validation._as_before(inside, 6) and not validation._as_before(inside, 6)
