@@ -2,7 +2,8 @@
 
     python compile_kernels.py                 a table for every chip
     python compile_kernels.py sm_90 wgrad     one chip, the launches whose name holds a word
-    python compile_kernels.py --json --few    as JSON lines; one launch or two of each kernel
+    python compile_kernels.py --json --few    as JSON lines; one launch or two of each kernel, in bfloat16 alone
+                                              where a chip's other dtypes compile as an older one's
 
 TRITON_INTERPRET must not be set, and the package must be importable (PYTHONPATH=.:kernels without an install).
 
@@ -15,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ FEW = (
     "embedding",
     "norm wgrad",
 )
+EVERY_DTYPE = {"sm_80", "sm_90", "sm_100"}  # with --few
 COLUMNS = ("call", "dtype", "kernel", "tile", "registers", "spills", "shared", "mma", "programs")
 
 
@@ -129,7 +131,7 @@ def contents(kernel, chip: str) -> dict:
     return {"registers": registers, "spills": spills, "shared": shared, "mma": mma, "programs": programs}
 
 
-def compiled(chip: str, wanted: Callable[[str], bool]) -> Iterator[dict]:
+def compiled(chip: str, dtypes: Sequence[torch.dtype], wanted: Callable[[str], bool]) -> Iterator[dict]:
     """A report on each kernel that each launch of a wanted name compiles, for one chip."""
     kernels = []
     driver.set_active(CompileOnly(chip))  # type: ignore[arg-type]
@@ -145,7 +147,7 @@ def compiled(chip: str, wanted: Callable[[str], bool]) -> Iterator[dict]:
         return run
 
     JITFunction.__getitem__ = compile_only
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in dtypes:
         for name, launch in launches(dtype).items():
             if not wanted(name):
                 continue
@@ -159,8 +161,10 @@ def compiled(chip: str, wanted: Callable[[str], bool]) -> Iterator[dict]:
 def main(arguments: list[str]) -> None:
     options, words = ({x for x in arguments if x.startswith("--") == b} for b in (True, False))
     word = " ".join(words - set(CHIPS))
+    few = "--few" in options
     for chip in [x for x in CHIPS if x in words] or CHIPS:
-        for report in compiled(chip, lambda name: name in FEW if "--few" in options else word in name):
+        dtypes = [torch.bfloat16, torch.float16, torch.float32][: 1 if few and chip not in EVERY_DTYPE else 3]
+        for report in compiled(chip, dtypes, lambda name: name in FEW if few else word in name):
             if "--json" in options:
                 print(json.dumps(report), flush=True)
             else:
