@@ -80,7 +80,7 @@ two_gemms_compiled, gemm_rowsum_compiled = compiled(two_gemms), compiled(gemm_ro
 # Weight gradient and dots together, as the backward of a linear layer needs them.
 WGRAD_DOT: dict[str, Kernel] = {
     "plain": lambda a, g, d, *_: plain(a, g, d),
-    "inrun": lambda a, g, d, *_: ghost_wgrad_dot(a, g, d),
+    "inrun": lambda a, g, d, *_: ghost_wgrad_dot(a, g, d, grad_dtype=a.dtype),
     "two_gemms": lambda a, g, d, *_: two_gemms(a, g, d),
     "two_gemms_compiled": lambda a, g, d, *_: two_gemms_compiled(a, g, d),
     "stored": lambda a, g, d, *_: stored(a, g, d),

@@ -78,7 +78,9 @@ def linear(
     """
     if probe is None or directions is None:
         return F.linear(x, weight, bias)
-    x, weight, bias = _autocast(_placed(x, probe, segments), weight, bias)
+    x = _placed(x, probe, segments)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     return _apply(_Linear, x, weight, bias, *directions, probe, segments)
 
 
@@ -224,14 +226,17 @@ def attach(out: Tensor, tangents: Tensor, probe: Tensor, segments: Tensor | None
 
 
 class _Linear(torch.autograd.Function):
+    """Under autocast the parameters are cast here, so that their gradients are not rounded to half on the way."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, direction, bias_direction, probe, segments):
-        ctx.save_for_backward(x, weight, bias, direction, bias_direction, probe, segments)
-        return F.linear(x, weight, bias)
+        cast = weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else weight
+        ctx.save_for_backward(x, weight, bias, direction, bias_direction, probe, segments, cast)
+        return F.linear(x, cast, bias)
 
     @staticmethod
     def written_out(x, weight, bias, direction, bias_direction, probe, segments):
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if direction is not None:
             y = y + _shifted(probe, lambda d: F.linear(x, d), direction, weight.dim(), segments)
         if bias_direction is not None:
@@ -241,20 +246,22 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
-            return _written_out_backward(_Linear.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
-        x, weight, _, direction, bias_direction, probe, segments = ctx.saved_tensors
+            return _written_out_backward(_Linear.written_out, ctx.saved_tensors[:-1], ctx.needs_input_grad, grad)
+        x, weight, bias, direction, bias_direction, probe, segments, cast = ctx.saved_tensors
         need_x, need_weight, need_bias, _, _, need_probe, _ = ctx.needs_input_grad
         direction, bias_direction = (direction, bias_direction) if need_probe else (None, None)
         acts, grads = rows(x, 1), rows(grad, 1)
         segments = by_row(segments, x, acts)
-        grad_x = grad @ weight if need_x else None
+        grad_x = grad @ cast if need_x else None
+        bias_dtype = None if bias is None else bias.dtype
         if not (direction is None or bias_direction is None) and need_weight and direction.stride(-1) == 1:
-            grad_weight, grad_bias, dots = linear_wgrad_dot(acts, grads, direction, bias_direction, segments=segments)
-            grad_weight = grad_weight.to(weight.dtype)
-            grad_bias, bias_dots = grad_bias.to(grad.dtype) if need_bias else None, None
+            grad_weight, grad_bias, dots = linear_wgrad_dot(
+                acts, grads, direction, bias_direction, segments=segments, grad_dtype=weight.dtype
+            )
+            grad_bias, bias_dots = grad_bias.to(bias_dtype) if need_bias else None, None
         else:
             grad_weight, dots = _weight_gradient(acts, grads, direction, need_weight, weight.dtype, segments)
-            grad_bias, bias_dots = _bias_gradient(grads, bias_direction, need_bias, grad.dtype, segments)
+            grad_bias, bias_dots = _bias_gradient(grads, bias_direction, need_bias, bias_dtype, segments)
         return grad_x, grad_weight, grad_bias, None, None, _add(dots, bias_dots, probe), None
 
 
@@ -533,14 +540,13 @@ def _shifted(probe: Tensor, layer, direction: Tensor, ndim: int, segments: Tenso
 
 def _weight_gradient(acts, grads, direction, need_weight, dtype, segments):
     if direction is None:
-        return grads.flatten(0, 1).t() @ acts.flatten(0, 1) if need_weight else None, None
+        return (grads.flatten(0, 1).t() @ acts.flatten(0, 1)).to(dtype) if need_weight else None, None
     if not need_weight:
         return None, ghost_dot(acts, grads, direction, segments=segments)
     if direction.stride(-1) != 1:  # a transposed weight (conv1d): exchange the factors, keep memory in order
-        grad_weight, dots = ghost_wgrad_dot(grads, acts, direction.mT, segments=segments)
-        return grad_weight.t().to(dtype), dots
-    grad_weight, dots = ghost_wgrad_dot(acts, grads, direction, segments=segments)
-    return grad_weight.to(dtype), dots
+        grad_weight, dots = ghost_wgrad_dot(grads, acts, direction.mT, segments=segments, grad_dtype=dtype)
+        return grad_weight.t(), dots
+    return ghost_wgrad_dot(acts, grads, direction, segments=segments, grad_dtype=dtype)
 
 
 def _bias_gradient(grads, direction, need_bias, dtype, segments):

@@ -254,7 +254,8 @@ def test_autocast_matches_plain_autocast_and_scores():
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-1)
     total = sum((p * d).sum() for p, d in zip(results[0][1:], directions, strict=True))
-    torch.testing.assert_close(probe.grad.sum(), total, rtol=2e-2, atol=1e-1)
+    # The parameters' gradients are float32 from the product on, where plain autocast rounds them to bfloat16.
+    torch.testing.assert_close(probe.grad.sum(), total, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("lead", [(1, T), (T,)])

@@ -9,6 +9,7 @@ Any strides are accepted. An empty batch gives an empty result, a sample without
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from inrun_kernels import forms, ops
@@ -16,6 +17,7 @@ from inrun_kernels.validation import (
     check_backend,
     check_direction,
     check_form,
+    check_grad_dtype,
     check_grouping,
     check_ids,
     check_padding,
@@ -76,6 +78,7 @@ def ghost_wgrad_dot(
     *,
     segments: Tensor | None = None,
     form: str | None = None,
+    grad_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weight gradient of a linear layer and, from the same pass, every sample's dot with a direction.
@@ -94,6 +97,8 @@ def ghost_wgrad_dot(
             dot where they are alike). "direct": one GEMM and a `ghost_dot`, for samples of few tokens; errors as in
             "two". The weight gradient is as exact in all. None: what `explain` says: on a GPU "two", or "direct" for
             documents of fewer than 32 tokens; on a CPU the quickest, "prefix" only if it is 5 % quicker than "two".
+        grad_dtype: of the weight gradient: float16 or bfloat16 for float16 and bfloat16 `acts`, rounded once as it
+            is written; None: float32, or float64 for float64 `acts`.
 
     Returns:
         `(weight_grad [O, I], dots)`, dots as in `ghost_dot`.
@@ -104,8 +109,9 @@ def ghost_wgrad_dot(
     """
     _check_linear(acts, grads, val_grad, segments, False, backend)
     check_form(form)
+    check_grad_dtype(grad_dtype, acts)
     operands = acts, grads, _with_m(val_grad, 3), None
-    weight_grad, _, dots = ops.call(ops.ghost_wgrad_dot, *operands, segments, form, backend)
+    weight_grad, _, dots = ops.call(ops.ghost_wgrad_dot, *operands, segments, form, grad_dtype, backend)
     return weight_grad, dots if val_grad.dim() == 3 else dots.squeeze(-1)
 
 
@@ -117,11 +123,13 @@ def linear_wgrad_dot(
     *,
     segments: Tensor | None = None,
     form: str | None = None,
+    grad_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ghost_wgrad_dot` of a layer with a bias: both gradients, and dots that count both parameters.
 
-    Args: as `ghost_wgrad_dot`; `bias_val_grad` `[O]`, or `[M, O]` for M directions: the bias's direction.
+    Args: as `ghost_wgrad_dot`; `bias_val_grad` `[O]`, or `[M, O]` for M directions: the bias's direction; `grad_dtype`
+        of both gradients.
 
     Returns: `(weight_grad [O, I], bias_grad [O], dots)`.
 
@@ -131,11 +139,12 @@ def linear_wgrad_dot(
     _check_linear(acts, grads, val_grad, segments, False, backend)
     check_direction(bias_val_grad, acts, (grads.shape[2],), "[outputs]", "bias_val_grad")
     check_form(form)
+    check_grad_dtype(grad_dtype, acts)
     directions = _with_m(val_grad, 3), _with_m(bias_val_grad, 2)
     if len(directions[0]) != len(directions[1]):
         raise ValueError(f"bias_val_grad: expected M = {len(directions[0])}, as val_grad, got {len(directions[1])}")
     operands = acts, grads, *directions
-    weight_grad, bias_grad, dots = ops.call(ops.ghost_wgrad_dot, *operands, segments, form, backend)
+    weight_grad, bias_grad, dots = ops.call(ops.ghost_wgrad_dot, *operands, segments, form, grad_dtype, backend)
     return weight_grad, bias_grad, dots if val_grad.dim() == 3 else dots.squeeze(-1)
 
 

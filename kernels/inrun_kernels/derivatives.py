@@ -25,7 +25,7 @@ def ghost_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
 
 
 def save_ghost_wgrad_dot(ctx: Any, inputs: tuple, output: Any) -> None:
-    acts, grads, val_grad, bias_val_grad, segments, _form, _backend = inputs
+    acts, grads, val_grad, bias_val_grad, segments, *_ = inputs
     _save(ctx, acts, grads, val_grad, bias_val_grad, segments)
 
 
@@ -40,7 +40,7 @@ def ghost_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_bias: Tensor | No
         _, through_bias, of_bias = _rows(None, grads, bias_val_grad, segments, grad_bias, grad_dots)
         of_grads = through_bias if of_grads is None else of_grads + through_bias
     found = (of_acts, of_grads, of_direction, of_bias)
-    return (*_like(ctx.needs_input_grad, found, tuple(inputs)), None, None, None)
+    return (*_like(ctx.needs_input_grad, found, tuple(inputs)), None, None, None, None)
 
 
 def save_pairwise(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -132,7 +132,7 @@ def _linear(
 ) -> tuple:  # fmt: skip
     """Wide gradients of (acts, grads, val_grad), given those of the weight gradient and of the dots."""
     a, g, direction_grad = _widen(acts), _widen(grads), None
-    terms = [] if grad_weight is None else [(a, g, grad_weight)]  # terms <y^T x, matrix>, as (x, y, matrix)
+    terms = [] if grad_weight is None else [(a, g, _widen(grad_weight))]  # terms <y^T x, matrix>, as (x, y, matrix)
     if grad_dots is not None:
         weights = _per_token(grad_dots, acts.shape[0], acts.shape[1], segments)
         for m, direction in enumerate(_widen(val_grad).unbind(0)):
@@ -151,7 +151,7 @@ def _rows(
 ) -> tuple:  # fmt: skip
     """Wide gradients of (normed, grads, val_grad) of the norm (or, without `normed`, bias) products."""
     g = _widen(grads)
-    row = g.new_zeros(grads.shape[2]) if grad_weight is None else grad_weight  # what multiplies normed * grads
+    row = g.new_zeros(grads.shape[2]) if grad_weight is None else _widen(grad_weight)  # what multiplies normed * grads
     product, direction_grad = g if normed is None else g * normed, None
     if grad_dots is not None:
         weights = _per_token(grad_dots, grads.shape[0], grads.shape[1], segments)

@@ -61,6 +61,7 @@ def ghost_wgrad_dot(
     bias_val_grad: Tensor | None,
     segments: Tensor | None,
     form: str | None,
+    grad_dtype: torch.dtype | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weight gradient, bias gradient (empty without a direction for it), and the dots of both together."""
@@ -71,21 +72,21 @@ def ghost_wgrad_dot(
         if triton and form != "direct":
             from inrun_kernels.wgrad_dot import launch_wgrad_dot
 
-            return launch_wgrad_dot(acts, grads, val_grad, bias_val_grad, segments, form)
+            return launch_wgrad_dot(acts, grads, val_grad, bias_val_grad, segments, form, grad_dtype)
         if triton:
             from inrun_kernels.dot import launch_dot
             from inrun_kernels.rows import launch_row_wgrad_dot as of_rows
 
-            weight_grad = torch_path.weight_grad(acts, grads, accumulate_dtype(acts))
+            weight_grad = torch_path.weight_grad(acts, grads, grad_dtype or accumulate_dtype(acts))
             dots = launch_dot(acts, grads, val_grad, segments, False)
         else:
             of_rows = torch_path.row_wgrad_dot
-            weight_grad, dots = torch_path.ghost_wgrad_dot(acts, grads, val_grad, segments, form)
+            weight_grad, dots = torch_path.ghost_wgrad_dot(acts, grads, val_grad, segments, form, grad_dtype)
         if bias_val_grad is None:
             return weight_grad, weight_grad.new_empty(0), dots
         # Taken sample by sample from the loop of products, while grads are in cache, it was no faster on a CPU.
         bias_grad, of_bias = of_rows(None, grads, bias_val_grad, segments)
-        return weight_grad, bias_grad, dots + of_bias
+        return weight_grad, bias_grad.to(weight_grad.dtype), dots + of_bias
 
 
 @torch.library.custom_op("inrun::ghost_dot_pairwise", mutates_args=())
@@ -156,8 +157,8 @@ def _(acts, grads, val_grad, segments, per_token, backend):
 
 
 @ghost_wgrad_dot.register_fake
-def _(acts, grads, val_grad, bias_val_grad, segments, form, backend):
-    weight_grad = acts.new_empty(val_grad.shape[1:], dtype=accumulate_dtype(acts))
+def _(acts, grads, val_grad, bias_val_grad, segments, form, grad_dtype, backend):
+    weight_grad = acts.new_empty(val_grad.shape[1:], dtype=grad_dtype or accumulate_dtype(acts))
     bias_grad = weight_grad.new_empty(0 if bias_val_grad is None else val_grad.shape[1])
     return weight_grad, bias_grad, _fake_dots(acts, val_grad, segments, False)
 

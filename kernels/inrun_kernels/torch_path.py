@@ -41,7 +41,12 @@ def ghost_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | 
 
 
 def ghost_wgrad_dot(
-    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, form: str
+    acts: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    segments: Tensor | None,
+    form: str,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A GEMM per sample, contracted with each direction while it is in cache; or one GEMM for all, and a `ghost_dot`.
 
@@ -52,7 +57,7 @@ def ghost_wgrad_dot(
     wide = accumulate_dtype(acts)
     n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
     if form == "direct" or n_samples == 0:
-        return weight_grad(acts, grads, wide), ghost_dot(acts, grads, val_grad, segments, False)
+        return weight_grad(acts, grads, grad_dtype or wide), ghost_dot(acts, grads, val_grad, segments, False)
     alone = n_samples == 1
     total = (acts.new_empty if alone else acts.new_zeros)(val_grad.shape[1:], dtype=wide)
     samples = list(zip(_split_tokens(acts, segments), _split_tokens(grads, segments), strict=True))
@@ -76,7 +81,7 @@ def ghost_wgrad_dot(
         dots += torch.stack(contracted).view(*dots.shape, -1).sum(-1, dtype=dots.dtype)
     if form == "prefix":
         dots = torch.diff(dots, dim=0, prepend=dots.new_zeros(1, dots.shape[1]))
-    return total, dots.to(wide)
+    return total.to(grad_dtype or wide), dots.to(wide)
 
 
 def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, form: str) -> Tensor:
@@ -190,16 +195,16 @@ def reduce_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor |
     return total.to(per_token.dtype)
 
 
-def weight_grad(acts: Tensor, grads: Tensor, wide: torch.dtype) -> Tensor:
-    """grads^T acts over all tokens, widened a chunk at a time."""
+def weight_grad(acts: Tensor, grads: Tensor, dtype: torch.dtype) -> Tensor:
+    """grads^T acts over all tokens in `dtype`, that of `acts` or wider: then widened a chunk at a time."""
     flat_acts, flat_grads = acts.flatten(0, 1), grads.flatten(0, 1)
-    if acts.dtype == wide:
+    if acts.dtype == dtype:
         return flat_grads.T @ flat_acts
     if acts.is_cuda:
-        return torch.mm(flat_grads.T, flat_acts, out_dtype=wide)
-    total = acts.new_zeros(grads.shape[2], acts.shape[2], dtype=wide)
+        return torch.mm(flat_grads.T, flat_acts, out_dtype=dtype)
+    total = acts.new_zeros(grads.shape[2], acts.shape[2], dtype=dtype)
     for part in _chunks(len(flat_acts), acts.shape[2] + grads.shape[2], 4 * _CHUNK):
-        total.addmm_(flat_grads[part].to(wide).T, flat_acts[part].to(wide))
+        total.addmm_(flat_grads[part].to(dtype).T, flat_acts[part].to(dtype))
     return total
 
 

@@ -109,6 +109,14 @@ def check_form(form: str | None) -> None:
         raise ValueError(f"form: expected None, 'two', 'prefix' or 'direct', received {form!r}")
 
 
+def check_grad_dtype(grad_dtype: torch.dtype | None, acts: Tensor) -> None:
+    """Require a dtype that a gradient of `acts` can be rounded to, or None."""
+    wide = torch.float64 if acts.dtype == torch.float64 else torch.float32
+    if grad_dtype not in (None, acts.dtype, wide):
+        allowed = " or ".join(map(str, dict.fromkeys((wide, acts.dtype))))
+        raise TypeError(f"grad_dtype: expected None, {allowed}, received {grad_dtype}")
+
+
 def check_segment_values(segments: Tensor | None, n_tokens: int) -> None:
     """Require offsets that begin at 0, never decrease and end at `n_tokens` (reads data: only inside an op)."""
     if segments is None or (segments.is_cuda and _as_before(segments, n_tokens)):

@@ -75,7 +75,7 @@ def _wgrad_dot_kernel(
     val_grad,  # pointer or descriptor, [M, O, I]
     bias_val_grad_ptr,  # [M, O]
     offsets_ptr,
-    weight_ptr,  # [splits, O, I]
+    weight_ptr,  # [splits, O, I], float32, or of one split in the gradient's dtype
     bias_ptr,  # [splits, O]
     partial_ptr,  # [S, M, tiles]
     tokens,
@@ -198,6 +198,7 @@ def _wgrad_dot_kernel(
             total_b = product_b
         tl.store(bias_ptr + pid_split.to(tl.int64) * outputs + offs_o, total_b, mask=mask_b)
     split_ptr = weight_ptr + pid_split.to(tl.int64) * outputs * inputs
+    total = total.to(weight_ptr.dtype.element_ty)
     tl.store(split_ptr + offs_o[:, None] * inputs + offs_i[None, :], total, mask=mask_w)
 
 
@@ -208,9 +209,10 @@ def launch_wgrad_dot(
     bias_val_grad: Tensor | None,
     segments: Tensor | None,
     form: str,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`acts [B,T,I]`, `grads [B,T,O]`, `val_grad [M,O,I]`, `bias_val_grad [M,O]` or None -> float32
-    `(weight_grad [O,I], bias_grad [O or 0], dots [S,M])`, dots of weight and bias together."""
+    """`acts [B,T,I]`, `grads [B,T,O]`, `val_grad [M,O,I]`, `bias_val_grad [M,O]` or None -> `(weight_grad [O,I],
+    bias_grad [O or 0], dots [S,M])`: gradients in `grad_dtype` or float32; float32 dots of weight and bias together."""
     n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
     acts, grads = one_row(acts, segments), one_row(grads, segments)
     batch, tokens, inputs = acts.shape
@@ -238,9 +240,10 @@ def launch_wgrad_dot(
         splits = sample_splits(tiles, n_samples, multiprocessors(acts.device) * resident_programs(tile, accumulators))
         samples_per_split = ceil_div(n_samples, splits)
         splits = ceil_div(n_samples, samples_per_split)  # none without a sample
-        weight = torch.empty(splits, outputs, inputs, dtype=torch.float32, device=acts.device)
-        bias = weight.new_empty((splits, outputs) if rides else 0)
-        partial = weight.new_empty(n_samples, n_directions, tiles)
+        dtype = torch.float32 if grad_dtype is None or splits > 1 else grad_dtype
+        weight = torch.empty(splits, outputs, inputs, dtype=dtype, device=acts.device)
+        bias = torch.empty((splits, outputs) if rides else 0, dtype=torch.float32, device=acts.device)
+        partial = torch.empty(n_samples, n_directions, tiles, dtype=torch.float32, device=acts.device)
         operands = [acts, grads, val_grad]
         if copy_tokens:
             operands[0] = descriptor(acts, [1, tile.block_k, tile.block_n])
@@ -279,8 +282,9 @@ def launch_wgrad_dot(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        weight_grad = weight[0] if splits == 1 else weight.sum(0)
-        return weight_grad, bias.sum(0) if rides else bias, sum_tiles(partial, samples_per_split if prefix else 1)
+        weight_grad = weight[0] if splits == 1 else weight.sum(0).to(grad_dtype or dtype)
+        bias_grad = (bias.sum(0) if rides else bias).to(weight_grad.dtype)
+        return weight_grad, bias_grad, sum_tiles(partial, samples_per_split if prefix else 1)
 
     tile = tiles_that_fit[0]
     if tuning.is_on():
@@ -291,4 +295,4 @@ def launch_wgrad_dot(
     if bias_val_grad is None or rides:
         return weight_grad, bias_grad, dots
     bias_grad, of_bias = launch_row_wgrad_dot(None, grads, bias_val_grad, segments)
-    return weight_grad, bias_grad, dots + of_bias
+    return weight_grad, bias_grad.to(weight_grad.dtype), dots + of_bias

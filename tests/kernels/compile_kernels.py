@@ -76,12 +76,12 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     ids, segments = torch.zeros(BATCH, TOKENS, dtype=torch.int64), torch.zeros(9, dtype=torch.int32)
     ragged = torch.empty(BATCH, TOKENS, INPUTS - 1, dtype=dtype), grads, matrix[..., 1:].contiguous()
     return {
-        "wgrad two": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, None, None, "two"),
+        "wgrad two": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, None, None, "two", dtype),
         "wgrad two, D float32": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, None, "two"),
         "wgrad two, M": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrices, None, None, "two"),
         "wgrad two, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, segments, "two"),
         "wgrad two, ragged": lambda: wgrad_dot.launch_wgrad_dot(*ragged, None, None, "two"),
-        "wgrad two, bias": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, vector, None, "two"),
+        "wgrad two, bias": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, vector, None, "two", dtype),
         "wgrad two, bias, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, vector, segments, "two"),
         "wgrad prefix, bias": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, vector, None, "prefix"),
         "wgrad prefix": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, None, None, "prefix"),

@@ -67,6 +67,11 @@ BAD = {
         ValueError,
         r"bias_val_grad: expected \[outputs\] = \[5\], .* received \[4\]",
     ),
+    "gradient dtype": (
+        lambda: k.ghost_wgrad_dot(ACTS, GRADS, MATRIX, grad_dtype=torch.float16),
+        TypeError,
+        "grad_dtype: expected None, torch.float32, received torch.float16",
+    ),
     "segments dtype": (
         lambda: k.ghost_dot(ACTS, GRADS, MATRIX, segments=torch.zeros(2)),
         TypeError,

@@ -43,9 +43,9 @@ def calls(dtype: torch.dtype, backend: str | None) -> dict[str, tuple]:
         "dot": (ops.ghost_dot, (*linear, None, False, backend)),
         "dot, segments": (ops.ghost_dot, (*linear, SEGMENTS, False, backend)),
         "dot, tokens": (ops.ghost_dot, (*linear, None, True, backend)),
-        "wgrad": (ops.ghost_wgrad_dot, (*linear, None, None, "two", backend)),
-        "wgrad, bias": (ops.ghost_wgrad_dot, (*linear, x["rows"], None, "two", backend)),
-        "wgrad, bias, segments": (ops.ghost_wgrad_dot, (*linear, x["rows"], SEGMENTS, "prefix", backend)),
+        "wgrad": (ops.ghost_wgrad_dot, (*linear, None, None, "two", dtype, backend)),
+        "wgrad, bias": (ops.ghost_wgrad_dot, (*linear, x["rows"], None, "two", None, backend)),
+        "wgrad, bias, segments": (ops.ghost_wgrad_dot, (*linear, x["rows"], SEGMENTS, "prefix", dtype, backend)),
         "pairwise": (ops.ghost_dot_pairwise, (*pairs, backend)),
         "embedding": (ops.embedding_dot, (ids, x["grads"], x["tables"], SEGMENTS, False, 1, backend)),
         "embedding, tokens": (ops.embedding_dot, (ids, x["grads"], x["tables"], None, True, None, backend)),
@@ -92,6 +92,7 @@ def test_half_precision_derivatives_follow_float64(name, dtype):
 
     moving = [isinstance(x, torch.Tensor) and x.requires_grad for x in arguments]
     wide = tuple(x.detach().double().requires_grad_() if m else x for x, m in zip(arguments, moving, strict=True))
+    wide = tuple(torch.float64 if isinstance(x, torch.dtype) else x for x in wide)
     for found, exact in zip(gradients(arguments), gradients(wide), strict=True):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)

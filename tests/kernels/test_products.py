@@ -176,6 +176,11 @@ def check_form(form: str, case: Case, backend: str = "triton") -> None:
     of_bias = dots_of(bias, torch.float64)
     rounding = dots_of(absolute(case), torch.float64).sum(0) + dots_of(absolute(bias), torch.float64).sum(0)
     assert ((both - dots - of_bias).abs() <= 4 * torch.finfo(torch.float32).eps * rounding).all()
+    *rounded, same_dots = k.linear_wgrad_dot(*arguments, **options, grad_dtype=case.x.dtype)
+    assert torch.equal(same_dots, both)
+    for gradient, wide in zip(rounded, (weight_grad, bias_grad), strict=True):
+        assert gradient.dtype == case.x.dtype and gradient.is_contiguous()
+        torch.testing.assert_close(gradient.float(), wide, rtol=torch.finfo(case.x.dtype).eps, atol=1e-6)
     if form != "prefix":
         return assert_close(dots, dots_of, case)
     exact, terms = dots_of(case, torch.float64), dots_of(absolute(case), torch.float64).sum(0)
