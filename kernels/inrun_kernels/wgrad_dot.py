@@ -136,7 +136,7 @@ def _wgrad_dot_kernel(
     total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     product = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)  # of this sample; with PREFIX of all so far
     if HAS_BIAS:
-        mask_b = mask_o & (pid_i == 0)
+        mask_b = offs_o < tl.where(pid_i == 0, outputs, 0)
         total_b, product_b = tl.zeros([BLOCK_O], tl.float32), tl.zeros([BLOCK_O], tl.float32)
     sample, row = first - 1, tl.cast(0, tl.int64)
     token, left = tl.cast(0, tl.int64), tl.cast(0, tl.int64)
