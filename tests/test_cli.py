@@ -232,7 +232,10 @@ def test_doctor_passes_where_the_numbers_are_right_and_only_there(capsys, monkey
     backends = 1 + ("triton" in printed.split("Self-test")[1])
     total = 3 * (backends + 1)  # grouped products have no Triton kernel
     assert stopped.value.code == 0 and f"All {total} passed." in printed
-    assert f"torch {torch.__version__.partition('+')[0]}" in printed and f"stacks      pytest {pytest.__version__}\n" in printed
+    assert (
+        f"torch {torch.__version__.partition('+')[0]}" in printed
+        and f"stacks      pytest {pytest.__version__}\n" in printed
+    )
     if not torch.cuda.is_available() and backends == 2:
         assert "interpreted only: no CUDA device here" in printed
 

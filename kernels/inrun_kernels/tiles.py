@@ -135,7 +135,9 @@ def sum_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor | No
     n_samples = segments.shape[0] - 1
     out = per_token.new_empty(n_directions, n_samples)
     if out.numel():
-        _segment_sum_kernel[(n_samples, n_directions)](per_token, segments, out, n_tokens, n_samples, BLOCK_N=1024)
+        _segment_sum_kernel[(n_samples, n_directions)](
+            per_token, segments.contiguous(), out, n_tokens, n_samples, BLOCK_N=1024
+        )
     return out.T.contiguous()
 
 

@@ -253,7 +253,7 @@ def launch_wgrad_dot(
         _wgrad_dot_kernel[(tiles, splits)](
             *operands,
             bias_val_grad,
-            segments,
+            None if segments is None else segments.contiguous(),
             weight,
             bias,
             partial,

@@ -33,7 +33,8 @@ def cases(draw, layer: str, dtypes: list[torch.dtype]) -> Case:
     if grouping == "segments":
         cuts = draw(st.lists(st.integers(0, batch * tokens), max_size=4))
         integer = draw(st.sampled_from([torch.int32, torch.int64]))
-        segments = torch.tensor([0, *sorted(cuts), batch * tokens], dtype=integer)
+        step = draw(st.sampled_from([1, 2]))  # offsets may be a column of a table
+        segments = torch.tensor([0, *sorted(cuts), batch * tokens], dtype=integer).repeat_interleave(step)[::step]
     return make(
         layer,
         batch,
