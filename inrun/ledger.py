@@ -116,6 +116,8 @@ class Ledger(Reader):
         """
         step = shards.as_int(step, "step")
         names = (targets,) if isinstance(targets, str) else tuple(targets)
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"expected target names to be str, received {names}")
         if step < 0 or not names or len(set(names)) < len(names):
             raise ValueError(f"expected step >= 0 and distinct target names, received {step=}, targets={names}")
         if self.last_step is not None and step <= self.last_step:
@@ -150,8 +152,16 @@ class Ledger(Reader):
             self.flush()
 
     def flush(self) -> None:
-        """Commit what was appended: one new shard, whole and on disk when this returns."""
-        self._settle()
+        """Commit what was appended: one new shard, whole and on disk when this returns.
+
+        Raises:
+            InRunError: values of a GPU that are not finite, as in `append`; all other steps are committed.
+        """
+        try:
+            self._settle()
+        except InRunError:
+            self.flush()  # nothing is pending now
+            raise
         if not self._buffer:
             return
         table = self._buffered().unify_dictionaries().combine_chunks()
@@ -270,15 +280,22 @@ class Ledger(Reader):
         return pa.concat_tables([*self._kept, self._buffered()])
 
     def _settle(self) -> None:
-        """Move the pending values to the buffer, checked."""
+        """Move the pending values to the buffer, checked: all that are finite, before an error names the others."""
+        wrong: list[str] = []
         while self._pending:
             step, ids, values, names, per_token = self._pending.pop(0)
             if not isinstance(values, np.ndarray):
                 values = values.float().cpu().numpy()
-            rows = shards.make_rows(step, ids, values, names, per_token)
+            try:
+                rows = shards.make_rows(step, ids, values, names, per_token)
+            except InRunError as error:
+                wrong.append(str(error))
+                continue
             if rows.num_rows:
                 self._buffer.append(rows)
                 self._buffered_rows += rows.num_rows
+        if wrong:
+            raise InRunError("\n".join(wrong))
 
     def _buffered(self) -> pa.Table:
         import pyarrow as pa

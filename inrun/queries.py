@@ -123,7 +123,8 @@ def _duckdb(rows: Rows, keys, target, sources, stretch, among, order, k) -> pa.T
         columns["step"] = f"(step - {stretch[0]}) // {stretch[1]} * {stretch[1]} + {stretch[0]}"
     seen = "1" if "token" in keys else "(token is null or token = 0)::int"
     selected = ", ".join(f"{column} as {key}" for key, column in columns.items())
-    read = "select * from read_parquet($files, union_by_name = true) union all by name" if rows.files else ""
+    options = "union_by_name = true, hive_partitioning = false"  # a folder `step=9` is only a folder's name
+    read = f"select * from read_parquet($files, {options}) union all by name" if rows.files else ""
     ordered = ", ".join(f"{name} {direction.removesuffix('ending')}" for name, direction in order)
     limit = "" if k is None else f"limit {k}"
 

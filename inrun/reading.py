@@ -181,7 +181,7 @@ class Reader:
         return dataset.filter(wanted, batched=True, input_columns=[column])
 
     def _ranked(self, k: int, target: str | None, among: Any, order: str) -> pa.Table:
-        if k < 0:
+        if shards.as_int(k, "k") < 0:
             raise ValueError(f"expected k >= 0, received {k}")
         self._require_one_target(target)
         return self._ask(lambda rows: sum_values(rows, ["sample_id", "target"], target, among=among, best=(k, order)))

@@ -45,13 +45,16 @@ def make_schema(id_type: pa.DataType | None) -> pa.Schema:
 
 
 def as_int(value: Any, name: str) -> int:
-    """`value` as an int, if it is an integer of any kind."""
+    """`value` as an int, if it is an integer of any kind that 64 bits hold."""
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"expected {name} to be an integer, received {value!r}") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"expected {name} to be an integer of 64 bits, received {number}")
+    return number
 
 
 def as_ids(ids: Any) -> pa.Array:
@@ -126,7 +129,17 @@ def describe(table: pa.Table, rank: int, metadata: dict[str, Any]) -> pa.Table:
         "rank": rank,
         "versions": versions,
     }
-    return table.replace_schema_metadata({_KEY: json.dumps({**metadata, **facts}, default=str)})
+    told = {str(name): _plain(fact) for name, fact in metadata.items()}
+    return table.replace_schema_metadata({_KEY: json.dumps({**told, **facts}, default=str)})
+
+
+def _plain(fact: Any) -> Any:
+    """`fact`, or its str where it is not JSON by its keys or holds itself."""
+    try:
+        json.dumps(fact, default=str)
+    except (TypeError, ValueError):
+        return str(fact)
+    return fact
 
 
 def write(table: pa.Table, shard: Path) -> None:
@@ -216,6 +229,10 @@ def check(found: list[Path], id_type: pa.DataType | None) -> pa.DataType | None:
                 f"expected a shard of schema version {known}, received {version} in {shard}: "
                 + ("a newer inrun wrote it; upgrade with pip install -U inrun" if newer else "no ledger wrote it")
             )
+        if _NAME.fullmatch(shard.stem) is None:  # in no writer's order, and perhaps a copy whose rows would count twice
+            raise InRunError(
+                f"expected a shard named rank00000-step000000000000.parquet by its writer, received {shard}"
+            )
         type_here = schema.field("sample_id").type
         if id_type not in (None, type_here):
             raise InRunError(f"expected ids of type {id_type} in every shard, received {type_here} in {shard}")
@@ -255,7 +272,11 @@ def id_ranges(found: list[Path], rows: int) -> list[tuple[Any, Any]]:
             loose += footer.num_rows
             continue
         for group in map(footer.row_group, range(footer.num_row_groups)):
-            groups.append((group.column(1).statistics.min, group.num_rows))  # `sample_id`
+            ids = group.column(1).statistics  # of `sample_id`; none of strings of 4 KB and more
+            if ids.has_min_max:
+                groups.append((ids.min, group.num_rows))
+            else:
+                loose += group.num_rows
     groups.sort()
     bounds, before = [None], 0
     for least, count in groups if loose <= rows else []:

@@ -78,7 +78,10 @@ runs = st.lists(st.tuples(ids_of_a_step, st.sampled_from([None, 1, 3]), st.boole
 def test_queries_equal_plain_python(tmp_path_factory, monkeypatch, engine, run, targets, strings, disk, bins):
     monkeypatch.setattr(shards, "_GROUP", 2)
     monkeypatch.setattr(queries, "_PART", 5)  # sorted shards are summed in many ranges of ids
-    ledger = Ledger(tmp_path_factory.mktemp("ledger") if disk else None)
+    # A folder's name is no column, as it may be to readers of Parquet.
+    folder = tmp_path_factory.mktemp("ledger") / "step=7" / "target=other" / "value=3"
+    folder.mkdir(parents=True)
+    ledger = Ledger(folder if disk else None)
     names = [f"target {index}" for index in range(targets)]
     rows = []
     for step, (numbers, tokens, flush) in enumerate(run):
@@ -318,6 +321,12 @@ def test_sorted_shards_are_summed_range_by_range(tmp_path, monkeypatch):
     assert shards.id_ranges(sorted(tmp_path.iterdir()), 100) == [(None, None)]
     ledger.compact(200)  # two shards of 200 rows: five of each id, in row groups of two ids
     assert shards.id_ranges(sorted(tmp_path.iterdir()), 100) == [(None, 10), (10, 20), (20, 30), (30, None)]
+    with Ledger(tmp_path / "long") as ledger:
+        ledger.append(0, [*map(str, range(20)), *(f"{name:5000}" for name in range(20))], np.ones(40))
+    ledger.compact()
+    assert shards.id_ranges(sorted((tmp_path / "long").iterdir()), 1) == [
+        (None, None)
+    ]  # whose footers name no long ids
 
 
 @settings(max_examples=15, deadline=None)
@@ -415,7 +424,7 @@ def test_opening_and_reading_change_nothing(tmp_path):
 
 
 def test_shards_say_what_they_hold(tmp_path):
-    ledger = Ledger(tmp_path, rank=2, metadata={"lr": 0.1, "path": Path("data")})
+    ledger = Ledger(tmp_path, rank=2, metadata={"lr": 0.1, "path": Path("data"), "by": {("a", 1): 2}})
     ledger.metadata["coverage"] = ["head.weight"]
     fill(ledger, range(2))
     ledger.close()
@@ -433,6 +442,7 @@ def test_shards_say_what_they_hold(tmp_path):
     assert stored["unit"] == "nats" and "lowered the validation loss" in stored["sign"]
     assert stored["versions"]["pyarrow"] == pa.__version__ and stored["rank"] == 2
     assert (stored["lr"], stored["path"], stored["coverage"]) == (0.1, "data", ["head.weight"])
+    assert stored["by"] == "{('a', 1): 2}"
     assert Ledger(tmp_path).metadata == stored
     assert Ledger(tmp_path, metadata={"lr": 0.2}).metadata == {"lr": 0.2}
 
@@ -493,6 +503,8 @@ def test_a_step_is_recorded_once(tmp_path):
         ((0, "ab", [1.0, 2.0]), TypeError, "single 'ab'"),
         ((0, np.zeros((2, 1), dtype=int), [1.0, 2.0]), ValueError, r"\[B\], received shape \(2, 1\)"),
         ((0, np.array([2**63], dtype=np.uint64), [1.0]), ValueError, "9223372036854775808"),
+        ((0, [2**63], [1.0]), ValueError, "each id .* to be an integer of 64 bits, received 9223372036854775808"),
+        ((0, [1], [1.0], [7]), TypeError, r"target names to be str, received \(7,\)"),
         ((0, [5, 6, 7], [1.0, np.nan, np.inf]), InRunError, r"2 of 3 samples, ids \[6, 7\]"),
         ((0, ["x", "y"], torch.tensor([1e39, 1.0], dtype=torch.float64)), InRunError, r"ids \['x'\]"),
         ((0, [5, 6], [[1.0, 2.0], [1.0, np.nan]], ("a", "b")), InRunError, r"1 of 2 samples, ids \[6\]"),
@@ -531,6 +543,11 @@ def test_foreign_files_and_versions_are_refused(tmp_path):
         pq.write_table(table.replace_schema_metadata(metadata), shard)
         with pytest.raises(InRunError, match=f"schema version 1 or 2, received {found}"):
             Ledger(tmp_path)
+    pq.write_table(table.replace_schema_metadata({"inrun": json.dumps({"schema": 2})}), shard)
+    copy = shard.rename(tmp_path / "copy.parquet")
+    with pytest.raises(InRunError, match=r"expected a shard named .* received .*copy\.parquet"):
+        Ledger(tmp_path)
+    copy.unlink()
     shard.write_bytes(b"not Parquet")
     with pytest.raises(InRunError, match="which is not Parquet"):
         Ledger(tmp_path)
@@ -616,9 +633,12 @@ def test_values_on_a_device_are_read_back_seldom(tmp_path):
     with pytest.raises(InRunError, match=r"step 7: .* ids \[2\]"):
         ledger.append(_SETTLE_STEPS, [1, 2], OnDevice(torch.ones(2)))
     ledger.append(_SETTLE_STEPS, [1, 2], OnDevice(torch.ones(2)))
-    ledger.close()
-    assert sorted(set(steps_of(Ledger(tmp_path)))) == [each for each in range(_SETTLE_STEPS + 1) if each != 7]
-    assert len(ledger) == 2 * _SETTLE_STEPS
+    for step, value in enumerate((torch.nan, torch.nan, 1.0), _SETTLE_STEPS + 1):
+        ledger.append(step, [1, 2], OnDevice(torch.tensor([1.0, value])))
+    with pytest.raises(InRunError, match=r"step 33: .* ids \[2\].*\nstep 34: "):  # named, and all others written
+        ledger.close()
+    left = [each for each in range(_SETTLE_STEPS + 4) if each not in (7, 33, 34)]
+    assert sorted(set(steps_of(Ledger(tmp_path)))) == left and len(ledger) == 2 * len(left)
 
 
 @pytest.mark.gpu
