@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import io
 import json
 import operator
 import os
@@ -153,45 +154,62 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Run a subcommand; what the user can put right ends as one line on stderr and exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names and texts hold what a terminal's encoding may lack
     try:
-        if near := difflib.get_close_matches(argv[0], COMMANDS) if argv and argv[0] not in COMMANDS else None:
-            raise InRunError(f"expected a command, got {argv[0]!r}; perhaps `inrun {near[0]}`? All: inrun --help")
-        default: Any = {"train": _settings(argv)}
-        commands: Any = [
-            Annotated[kind, tyro.conf.subcommand(name, default=default.get(name, tyro.MISSING_NONPROP))]
-            for name, kind in COMMANDS.items()
-        ]
-        command: Any = tyro.cli(
-            functools.reduce(operator.or_, commands),
-            prog="inrun",
-            description="In-Run Data Shapley: what each training sample did to the validation loss.",
-            args=argv,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-        if isinstance(command, TrainConfig):
-            _train(command)
-        elif isinstance(command, Report):
-            _report(command)
-        elif isinstance(command, Doctor):
-            from inrun import doctor
-
-            sys.exit(0 if doctor.main() else 1)
-        elif isinstance(command, Top | Compare | Export | Compact):
-            _ask(command)
-        elif isinstance(command, Fidelity):
-            from inrun import fidelity
-
-            fidelity.main(command.out, command.seeds)
-        else:
-            from inrun import experiments
-
-            experiments.run(command.name, command.out, command.seed)
+        try:
+            _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            _flush()
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
     except (InRunError, ValueError, OSError) as error:
         print(f"inrun: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _flush() -> None:
+    """Write what was printed while an error can still be told; where that fails, drop it."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _run(argv: list[str]) -> None:
+    if near := difflib.get_close_matches(argv[0], COMMANDS) if argv and argv[0] not in COMMANDS else None:
+        raise InRunError(f"expected a command, got {argv[0]!r}; perhaps `inrun {near[0]}`? All: inrun --help")
+    default: Any = {"train": _settings(argv)}
+    commands: Any = [
+        Annotated[kind, tyro.conf.subcommand(name, default=default.get(name, tyro.MISSING_NONPROP))]
+        for name, kind in COMMANDS.items()
+    ]
+    command: Any = tyro.cli(
+        functools.reduce(operator.or_, commands),
+        prog="inrun",
+        description="In-Run Data Shapley: what each training sample did to the validation loss.",
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    if isinstance(command, TrainConfig):
+        _train(command)
+    elif isinstance(command, Report):
+        _report(command)
+    elif isinstance(command, Doctor):
+        from inrun import doctor
+
+        sys.exit(0 if doctor.main() else 1)
+    elif isinstance(command, Top | Compare | Export | Compact):
+        _ask(command)
+    elif isinstance(command, Fidelity):
+        from inrun import fidelity
+
+        fidelity.main(command.out, command.seeds)
+    else:
+        from inrun import experiments
+
+        experiments.run(command.name, command.out, command.seed)
 
 
 def _settings(argv: list[str]) -> TrainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,28 @@ def test_export_into_a_pipe_that_closes_is_no_error(run):
         assert process.wait(60) == 0 and process.stderr.read() == b""
 
 
+def test_an_output_that_takes_nothing_ends_a_command_in_order(run, monkeypatch, capsys):
+    """A short table waits in the buffer until the end: a closed pipe is no error, a full disk is one."""
+    reader, pipe = os.pipe()
+    os.close(reader)
+    with open(pipe, "w", encoding="utf-8") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        main(["top", str(run)])
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w", encoding="utf-8") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            assert "No space left" in failed(capsys, "top", run)
+
+
+def test_a_terminal_that_lacks_a_character_shows_another(run, monkeypatch):
+    with Ledger(run / "ledger") as ledger:
+        ledger.append(2, ["é"], [2.0])
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    main(["top", str(run), "-k", "1"])
+    assert printed.getvalue().splitlines()[-1].split() == [b"+2.000e+00", b"1", b"?"]
+
+
 def test_compact_leaves_the_rows_and_fewer_shards(run, capsys):
     before = Ledger(run / "ledger").totals()
     said(capsys, "compact", run)
@@ -139,6 +162,7 @@ def test_errors_say_what_to_do(run, tmp_path, capsys):
     assert "run folder with samples.parquet" in failed(capsys, "top", run / "ledger", "--source", "web")
     for command in (("top", run), ("compare", run, run)):
         assert "expected k >= 0, received -2" in failed(capsys, *command, "-k", -2)
+    assert "expected k to be an integer of 64 bits" in failed(capsys, "top", run, "-k", 2**63)
     assert f"got {tmp_path / 'no/x.csv'}; {tmp_path / 'no'} does not exist" in (
         failed(capsys, "export", run, "-o", tmp_path / "no/x.csv")
     )
