@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -63,7 +63,10 @@ class TokenizerCodec:
             raise InRunError("tokenizer: needs the package `tokenizers`: pip install tokenizers") from None
         if not path.is_file():
             raise FileNotFoundError(f"tokenizer: no such file: {path}")
-        self._tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # it raises no other kind
+            raise ValueError(f"tokenizer: expected a tokenizer.json, got {path}: {error}") from None
         self.vocab_size = self._tokenizer.get_vocab_size()
 
     def encode(self, data: bytes) -> np.ndarray:
@@ -165,16 +168,22 @@ def _read_jsonl(path: Path, name: str, source: str) -> Iterator[Document]:
                 raise ValueError(f"{path}, line {number}: expected JSON, got {error}") from None
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 raise ValueError(f'{path}, line {number}: expected an object with a string "text"')
-            id_ = str(record.get("id", f"{name}:{number}"))
+            id_ = _plain(record.get("id", f"{name}:{number}"))
             text = record["text"].encode("utf-8", errors="replace")  # "replace": JSON can hold lone surrogates
-            yield Document(id_, str(record.get("source", source)), text)
+            yield Document(id_, _plain(record.get("source", source)), text)
 
 
 def _read_file(path: Path, name: str, source: str) -> Iterator[Document]:
+    name, source = _plain(name), _plain(source)
     if path.suffix == ".jsonl":
         yield from _read_jsonl(path, name, source)
     else:
         yield Document(name, source, path.read_bytes())
+
+
+def _plain(name: Any) -> str:
+    """An id or a source as UTF-8 can hold it: file names and JSON may have lone surrogates, shown as escapes."""
+    return str(name).encode("utf-8", errors="backslashreplace").decode()
 
 
 def read_text(paths: Sequence[Path]) -> list[Document]:

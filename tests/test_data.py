@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections import Counter
 
 import numpy as np
@@ -69,8 +71,18 @@ def test_folders_files_and_jsonl_become_documents_with_ids_and_sources(tmp_path)
 
 
 def test_lone_surrogates_in_json_do_not_stop_a_run(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n')
-    assert read_text([tmp_path / "a.jsonl"])[0].data == b"a?b"
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b", "id": "\\ud800", "source": "\\udc00"}\n')
+    (found,) = read_text([tmp_path / "a.jsonl"])
+    assert (found.data, found.id, found.source) == (b"a?b", r"\ud800", r"\udc00")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux")
+def test_file_names_that_are_no_utf8_are_escaped(tmp_path):
+    for name in (b"\xe9.txt", b"\xe8.txt"):
+        (tmp_path / os.fsdecode(name)).write_text("text")
+    found = read_text([tmp_path])
+    assert [document.id for document in found] == [rf"{tmp_path.name}/\udce{digit}.txt" for digit in "89"]
+    assert cut(found, block_size=8).fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -176,3 +188,6 @@ def test_a_tokenizer_file_gives_tokens_and_text_back(tmp_path):
     assert samples.lengths[0] < len("the hat and the cat") and samples.tokens.max() < codec.vocab_size
     with pytest.raises(FileNotFoundError, match="tokenizer: no such file"):
         data.TokenizerCodec(tmp_path / "none.json")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer: expected a tokenizer\.json, got .*: "):
+        data.TokenizerCodec(tmp_path / "tokenizer.json")
