@@ -17,6 +17,7 @@ _SHUFFLED, _DUPLICATE, _REST = "#d0452f", "#7f8892", "#b3bac2"
 _INK = "#1a2b3c"  # a placeholder: `currentColor` in the SVG
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a source's name may hold "$"
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -126,7 +127,7 @@ def _draw_distribution(axes: Axes, found: dict[str, Any]) -> None:
     axes.axvline(0, color=_INK, linewidth=0.7)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="total value of a sample (nats)", ylabel="samples", ylim=(0.5, 12 * max(counts[""])))
+    axes.set(xlabel="total value of a sample (nats)", ylabel="samples", ylim=(0.5, 12 * max(map(max, counts.values()))))
     if len(counts) > 1:  # above the bars: that is what the room is for
         axes.legend(frameon=False, loc="upper right")
 

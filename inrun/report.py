@@ -119,9 +119,10 @@ def _instead(folder: Path, missing: list[str]) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, in order of steps."""
+    """The lines of `metrics.jsonl`, in order of steps; not the one that a kill, or this moment, cut short."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
@@ -184,7 +185,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 def _histogram(value: np.ndarray, kinds: np.ndarray, bins: int = 60) -> dict[str, Any]:
     edges = np.linspace(value.min(), value.max(), bins + 1)
-    counts = {str(kind): np.histogram(value[kinds == kind], edges)[0].tolist() for kind in sorted(set(kinds))}
+    counts = {str(kind): np.histogram(value[kinds == kind], edges)[0].tolist() for kind in sorted({"", *kinds})}
     return {"edges": edges.tolist(), "counts": counts}
 
 

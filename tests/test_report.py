@@ -130,6 +130,21 @@ def test_page_stands_alone_and_shows_samples_as_text(run):
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_of_one_planted_sample_and_a_line_of_metrics_cut_short(run):
+    """A source's name is no formula, either."""
+    columns = {"sample_id": ["a"], "source": ["$x^{$"], "planted": ["shuffled"], "text": ["text"]}
+    pq.write_table(pa.table(columns), run / "samples.parquet")
+    ledger = inrun.Ledger(run / "ledger")
+    ledger.resume(0)
+    ledger.append(0, ["a"], [1.0])
+    ledger.close()
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 3, "lo')
+    found = report.write(run)
+    assert [row["source"] for row in found["sources"]] == ["$x^{$, shuffled"] and found["steps"] == 2
+    assert ">$x^{$, shuffled</text>" in (run / "report.html").read_text(encoding="utf-8")
+
+
 def test_many_sources_are_drawn_and_only_the_extremes_named(run):
     from inrun import pictures
 
