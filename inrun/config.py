@@ -130,6 +130,7 @@ class TrainConfig:
         for name in ("seed", "warmup", "measure_every", "clip", "weight_decay", "momentum"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         _require(self, "lr", self.lr > 0, "more than 0")
+        _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "each at least 0 and less than 1")
         fits = self.accumulation <= self.batch_size
         _require(self, "accumulation", fits, f"at most batch_size={self.batch_size}")
         chosen = bool(self.validation) + (self.holdout is not None)

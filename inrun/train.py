@@ -51,6 +51,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         Stopped: SIGINT or SIGTERM; the run can be resumed.
     """
     config.require_valid()
+    find_device(config.device)
     folder = runfolder.choose(config)
     training, validation = load_samples(config)
     runfolder.begin(folder, config, training, validation)
@@ -59,6 +60,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
         run.loop(stop)
     figures = report.write(folder)
     return {"run": str(folder), **figures}
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; of "auto" a GPU where there is one.
+
+    Raises:
+        ValueError: torch has none of that name here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: expected one that torch finds here, got {name!r}: {reason}") from None
 
 
 def load_samples(config: TrainConfig) -> tuple[data.Samples, data.Samples]:
@@ -110,8 +126,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, folder: Path, training: data.Samples, validation: data.Samples) -> None:
         self.config, self.folder, self.samples = config, folder, training
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(auto if config.device == "auto" else config.device)
+        self.device = find_device(config.device)
         self.bf16 = self.device.type == "cuda" if config.bf16 is None else config.bf16
         torch.manual_seed(config.seed)
         self.model = GPT(config.model, training.codec.vocab_size).to(self.device)
