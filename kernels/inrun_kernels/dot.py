@@ -155,5 +155,5 @@ def _cast(val_grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     if val_grad.dtype == dtype or dtype != torch.float16:
         return val_grad.to(dtype), None
     exponent = torch.frexp(val_grad.abs().amax((1, 2))).exponent
-    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), (14 - exponent).clamp(-100, 100))
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), (14 - exponent).clamp(max=100))
     return (val_grad * scale[:, None, None]).to(dtype), scale

@@ -24,20 +24,31 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def call(op: Any, *args: Any) -> Any:
     """Call a registered op; only its body where no compiler, tracer, transform or derivative has to see the call.
 
-    Passing through the dispatcher costs as much as the products of a small layer.
+    Passing through the dispatcher costs as much as the products of a small layer. Only it turns the sign of a view
+    whose memory has the other one (`z.conj().imag`), and answers without data (on meta).
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(args)
+        return op(*args)
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return op(*args)
     recording = torch.is_grad_enabled()
     for x in args:
-        if isinstance(x, Tensor) and ((recording and x.requires_grad) or type(x) not in (Tensor, torch.nn.Parameter)):
+        if isinstance(x, Tensor) and (
+            (recording and x.requires_grad) or type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg() or x.is_meta
+        ):
             return op(*args)
     return op._init_fn(*args)
+
+
+def _refuse_tangents(args: tuple) -> None:
+    """Torch would drop them without a word."""
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
+        raise NotImplementedError(
+            "expected reverse-mode derivatives of these products, received a forward-mode tangent (jvp, jacfwd)"
+        )
 
 
 @torch.library.custom_op("inrun::ghost_dot", mutates_args=())

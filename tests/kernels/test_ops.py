@@ -117,6 +117,31 @@ def test_who_watches_calls_sees_them():
     assert not any(event.name.startswith("inrun::") for event in recorded.events() or [])
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_view_that_turns_the_sign_of_its_memory(backend):
+    acts, grads, matrix = torch.randn(2, 3, 5), torch.randn(2, 3, 4), torch.randn(4, 5)
+    turned = torch.complex(acts, -acts).conj().imag
+    assert turned.is_neg() and torch.equal(turned, acts)
+    assert torch.equal(
+        k.ghost_dot(turned, grads, matrix, backend=backend), k.ghost_dot(acts, grads, matrix, backend=backend)
+    )
+
+
+def test_shapes_are_known_without_data():
+    offsets = SEGMENTS.to("meta")
+    acts, grads, matrix = (torch.empty(*shape, device="meta") for shape in ((3, 4, 5), (3, 4, 6), (6, 5)))
+    weight_grad, dots = k.ghost_wgrad_dot(acts, grads, matrix, segments=offsets)
+    assert weight_grad.shape == (6, 5) and dots.shape == (4,) and dots.is_meta
+
+
+def test_forward_mode_is_refused():
+    """A registered op without a rule for it would give tangents of zero."""
+    acts, grads, matrix = torch.randn(2, 3, 5), torch.randn(2, 3, 4), torch.randn(4, 5)
+    for derivative in (lambda f, x: torch.func.jvp(f, (x,), (x,)), lambda f, x: torch.func.jacfwd(f)(x)):
+        with pytest.raises(NotImplementedError, match="expected reverse-mode derivatives"):
+            derivative(lambda x: k.ghost_dot(x, grads, matrix), acts)
+
+
 def test_compiles_whole_with_changing_batch_size():
     torch._dynamo.reset()
 

@@ -122,7 +122,7 @@ def test_a_direction_finer_than_the_activations(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [1e-12, 1e12])
+@pytest.mark.parametrize("size", [1e-12, 1e12, 1e35])
 def test_float16_scores_survive_directions_outside_its_range(backend, size):
     case = make("linear", 4, 17, 33, 20, dtype=torch.float16, directions=2, wide_direction=True)
     case = replace(case, val_grad=case.val_grad * torch.tensor([size, 0.0])[:, None, None])
