@@ -14,6 +14,7 @@ Source: SGD, arXiv 2406.11011 (equation 7); Adam with frozen state, arXiv 2602.0
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -92,6 +93,44 @@ def coefficient(
     else:
         share = torch.tensor(share, dtype=torch.float64)  # of no dimensions: it leaves the dtype alone
     return torch.div(-share if group["maximize"] else share, scale, out=scale)
+
+
+def adam_part(slot: Any, val_grads: Sequence[Tensor | None]) -> Any:
+    """The parameter's part in the one launch that writes the directions of Adam on a GPU (`inrun_kernels.adam`).
+
+    None where there is no Triton for it, and where `coefficient` has more to say: several targets, amsgrad, learning
+    rates or betas on the device.
+    """
+    group, (grad, *others) = slot.options, val_grads
+    numbers = [group["lr"], *group.get("betas", ())]
+    if (
+        grad is None
+        or others
+        or isinstance(slot.optimizer, SGD)
+        or group["amsgrad"]
+        or any(isinstance(x, Tensor) and x.is_cuda for x in numbers)
+        or not _launches(grad)
+    ):
+        return None
+    from inrun_kernels import adam
+
+    state = {name: local(value) for name, value in slot.state.items()}
+    lr, beta1, beta2 = map(float, numbers)
+    step = state.get("step", 0.0)
+    part = adam.AdamPart(
+        out=slot.direction,
+        val_grad=grad,
+        moment=state.get("exp_avg_sq"),
+        step=step if isinstance(step, Tensor) and step.is_cuda else float(step),
+        gain=(-lr if group["maximize"] else lr) * (1 - beta1),
+        betas=(beta1, beta2),
+        eps=group["eps"],
+    )
+    return part if adam.fits(part) else None
+
+
+def _launches(x: Tensor) -> bool:
+    return x.is_cuda and importlib.util.find_spec("triton") is not None
 
 
 def sgd_coefficient(group: dict[str, Any], state: dict[str, Any]) -> Any:

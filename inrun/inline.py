@@ -42,11 +42,20 @@ class Inline:
         gradients, every = tracker.validations.gradients, tracker.validations.every
         self.probes = []
         self._lr = learning_rates(tracker.optimizers)
+        launched = []
         for i, slot in enumerate(tracker.slots):
-            write_direction(slot, [gradients[name][i] for name in tracker.targets])
+            found = [gradients[name][i] for name in tracker.targets]
+            if (part := directions.adam_part(slot, found)) is not None:
+                launched.append(part)
+            else:
+                write_direction(slot, found)
             if every == 1:
                 for name in tracker.targets:
                     gradients[name][i] = None  # the direction takes its place in memory
+        if launched:
+            from inrun_kernels.adam import write_adam_directions
+
+            write_adam_directions(launched)
 
     def batch(self, layout: Layout, recompute: Any = None) -> None:
         """Fresh probes for the next forward: one for all layers of a device; while the sums are to be checked,
