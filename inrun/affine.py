@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .forward_mode import buffers_kept
 from .layers import Rule, affine_dots, require_whole_rows
 from .tap import Layout, along
 
@@ -71,7 +72,8 @@ class AffineRule(Rule):
 
     def dots(self: Any, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
         affine: Affine = self._inrun.form
-        normed = affine.normed(self, x)
+        with buffers_kept(self):  # running statistics have taken this input in already
+            normed = affine.normed(self, x)
         grad = grad.movedim(affine.axis, -1).to(normed.dtype)
         direction, bias_direction = self._directions(normed)
         return affine_dots(normed, grad, 1, direction, bias_direction, segments)
@@ -107,6 +109,8 @@ def recognise(module: nn.Module) -> Affine | None:
                     normed = run_with(module, x, {weight: ones} | ({bias: torch.zeros_like(b)} if bias else {}))
                     mixed = run_with(module, x.bfloat16(), {weight: w} | ({bias: b} if bias else {}))
                 except Exception:  # a module that cannot be run like this is of another kind, whatever it says
+                    return None
+                if x._version:  # changed in place, so that the input of the second run was not that of the first
                     return None
                 expected = normed * (offset + w) + (b if bias else 0.0)
                 if y.shape == x.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-5):

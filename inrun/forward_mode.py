@@ -109,9 +109,19 @@ def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
 
 def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | None) -> list[Any]:
     """The outputs' tangents along direction m (None: the only one), leaving random state and buffers as they were."""
+    captured = torch.compiler.is_compiling()
+    inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not captured]
+    versions = [x._version for x in inputs if not x.is_inference()]
     with torch.no_grad(), torch.random.fork_rng(), buffers_kept(module), dual(tap, m) as scale:
         leaves = pytree.tree_leaves(_run(tap, forward, args, kwargs))
         pairs = [_unpacked(x, scale) for x in leaves]
+    if [x._version for x in inputs if not x.is_inference()] != versions:
+        raise InRunError(
+            f"{tap.name or 'model'} ({module._inrun_class.__name__}): expected a module that leaves its input as it "
+            "is, since it is run on it more than once to score "
+            f"{', '.join(n for _, n in tap.forward_mode)}; got one that changes it in place. Let it work on a copy, "
+            "exclude them, or take method 'first' with one target, which runs it once"
+        )
     return [torch.zeros_like(x) if t is None and isinstance(x, Tensor) else t for x, t in pairs]
 
 

@@ -469,9 +469,11 @@ class Tracker:
         self.check_due = False
 
     def end(self, step: Step) -> None:
+        """The block is over, whatever ended it; a validation gradient has served it even if an exception did."""
         self._step = None
         self._watch.active = False
         self._method.end()
+        self.validations.count_step()
 
     def finish(self, step: Step) -> None:
         """Record and count a step that has ended; its values may wait for their last validation gradient."""
@@ -481,19 +483,15 @@ class Tracker:
             step.factor = torch.zeros_like(step.factor)
         if not self._method.ends_with_validation or step.factor is None:
             self._record(step)
-            self._count(step)
+            self.steps = step.number + 1
             return
-        self._count(step)
+        self.steps = step.number + 1
         for name in self.validations.losses:
             self.validations.run(name)
         if self.validations.losses:
             self._record(step)
         else:
             self._waiting = step
-
-    def _count(self, step: Step) -> None:
-        self.validations.count_step()
-        self.steps = step.number + 1
 
     def _record(self, step: Step) -> None:
         self._waiting = None

@@ -633,14 +633,18 @@ def test_bad_input_is_one_clear_error_before_anything_changes():
         tracker.step([])
     with pytest.raises(ValueError, match=r"B = 3, the number of sample ids"), tracker.step([1, 2, 3]):
         loss_of(model, *data("gpt"))
+    validated()
     with pytest.raises(inrun.InRunError, match="expected ids"), tracker.step():
         pass
+    validated()
     with pytest.raises(inrun.InRunError, match="no backward pass reached"), tracker.step(range(B)) as step:
         pass
     with pytest.raises(inrun.InRunError, match="asked for too early"):
         _ = step.values
+    validated()
     with pytest.raises(inrun.InRunError, match="there was none"), tracker.step(range(B)):
         optimizer.step()
+    validated()
     with tracker.step(range(B)):
         loss_of(model, *data("gpt")).backward()
         optimizer.step()
@@ -652,12 +656,65 @@ def test_bad_input_is_one_clear_error_before_anything_changes():
         loss_of(model, *data("gpt")).backward()
         optimizer.step()
         optimizer.step()
+    validated()
     with pytest.raises(inrun.InRunError, match="inside one"), tracker.step(range(B)), tracker.validation():
         pass
     assert len(tracker.ledger) == B
     tracker.close()
     with pytest.raises(inrun.InRunError, match="is closed"):
         tracker.step(range(B))
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_step_that_an_exception_ended_has_used_its_validation_gradient(method):
+    """Before its update or after it, as where a notebook's cell is stopped."""
+    model, train, validation = make("mlp"), data("mlp"), data("mlp", 4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *validation))
+    for updates in (0, 1):
+        with pytest.raises(KeyboardInterrupt), tracker.step(range(B)):
+            loss_of(model, *train).backward()
+            if updates:
+                optimizer.step()
+            raise KeyboardInterrupt
+        optimizer.zero_grad()
+        expected = oracle_values(model, lambda n, g: 0.3 * g, train, validation)
+        with tracker.step(range(B)) as step:
+            loss_of(model, *train).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        close(step.values, expected)
+
+
+class InPlace(nn.Module):
+    """Scales its input, and returns that."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 12))
+
+    def forward(self, x):
+        return x.mul_(self.weight)
+
+
+def test_a_module_that_changes_its_input_in_place_is_run_once_or_refused():
+    train, validation = data("mlp"), data("mlp", 4, 2)
+    for method, targets in (("first", "a"), ("first", "ab"), ("path", "a")):
+        model = make("mlp")
+        model.net[1] = InPlace()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = dict.fromkeys(targets, lambda model=model: loss_of(model, *validation))
+        expected = oracle_values(model, lambda n, g: 0.1 * g, train, validation)
+        tracker = inrun.track(model, optimizer, method, validation=losses)
+        refused = pytest.raises(inrun.InRunError, match=r"net\.1.*: expected (a module that leaves )?its input")
+        with (
+            contextlib.nullcontext() if (method, targets) == ("first", "a") else refused,
+            tracker.step(range(B)) as step,
+        ):
+            loss_of(model, *train).backward()
+            optimizer.step()
+        if (method, targets) == ("first", "a"):
+            close(step.values, expected)
 
 
 def test_an_output_whose_rows_are_not_samples_is_refused():
