@@ -37,9 +37,10 @@ from torch.optim import SGD, Optimizer
 
 from . import check, directions, hessian
 from .coupled import KNOWN, Coupled
+from .distributed import local
 from .errors import InRunError
 from .inline import Inline
-from .keep import Budget, Keeper
+from .keep import Budget, Keeper, in_modes, modes_of
 from .layers import ForwardModeRule
 from .pairwise import Pairs
 from .tap import Layout, random_state, set_random_state, size_of, together
@@ -105,7 +106,7 @@ class Deferred:
         self._coupled = Coupled(update)
         self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
         self._early: list[Tensor | None] | None = None
-        self._random: list[Any] = []  # of each batch, the random state before its forward
+        self._random: list[Any] = []  # of each batch, the random state and the modules' modes before its forward
         self._weights: list[Tensor] = []  # those the step began with, if its loss will be computed again
         self.drop: dict[str, Tensor] = {}  # target -> loss at w + u(0) less the loss at w + u(g_B)
         self.updated = False
@@ -170,7 +171,7 @@ class Deferred:
         if recompute is not None and self.pairs is not None:
             raise InRunError("recompute: expected None with pairwise, whose scores need what the step keeps")
         self.recompute.append(recompute)
-        self._random.append(None if recompute is None else random_state())
+        self._random.append(None if recompute is None else (random_state(), modes_of(self.tracker.model)))
         if recompute is None:
             held = self.pairs.hold(self.scale) if self.pairs is not None and self.tracker.in_batch else None
             self.keeper.begin_batch(layout, held)
@@ -200,7 +201,7 @@ class Deferred:
             if self.tracker.check_due and not again:
                 self._check(factor, unscale)
         if self.name != "second" and any(self.recompute):
-            self._weights = [s.shard.detach().clone() for s in self.tracker.slots]
+            self._weights = [local(p).detach().clone() for p in self._trained()]
         if self.name == "second":
             self._write_second_order(unscale)
             self._early = self._scored()
@@ -255,15 +256,15 @@ class Deferred:
 
     def _recomputed(self, i: int, run: Callable[[], Tensor]) -> Tensor | None:
         """Score a batch by computing its loss and backward once more, with probes, as they were."""
-        tracker, inline = self.tracker, Inline(self.tracker)
-        tensors = [*(s.shard for s in tracker.slots), *tracker.model.buffers()]
-        after = [(t, t.detach().clone()) for t in tensors]
-        for slot, weight in zip(tracker.slots, self._weights, strict=False):
-            slot.shard.data.copy_(weight)
-        params = [p for p in tracker.model.parameters() if p.requires_grad]
+        tracker, inline, params = self.tracker, Inline(self.tracker), self._trained()
+        shards = [local(p) for p in params]
+        after = [(t, t.detach().clone()) for t in (*shards, *tracker.model.buffers())]
+        for shard, weight in zip(shards, self._weights, strict=False):
+            shard.data.copy_(weight)
+        random, modes = self._random[i]
         try:
-            with tracker.ranks.aside(params), torch.enable_grad(), torch.random.fork_rng():
-                set_random_state(self._random[i])
+            with tracker.ranks.aside(params), torch.enable_grad(), torch.random.fork_rng(), in_modes(modes):
+                set_random_state(random)
                 inline.batch(self.keeper.layouts[i])
                 run().backward()
         finally:
@@ -272,6 +273,10 @@ class Deferred:
             for tensor, value in after:
                 tensor.data.copy_(value)
         return inline.finish()[0]
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        """The parameters that the update may move, excluded ones among them."""
+        return [p for p in self.tracker.model.parameters() if p.requires_grad]
 
     def _computed_again(self) -> bool:
         """Whether any process computes a batch again."""

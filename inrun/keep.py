@@ -1,15 +1,14 @@
 """What a deferred step keeps until its direction is known: each layer's input, and the gradient of its output.
 
 Kept tensors stay on their device, or go to (pinned) host memory; their bytes are counted and bounded. Layers with a
-rule need nothing else. A module scored by forward-mode AD is run again, with the random numbers, autocast state and
-weights it had. For one score per validation sample, the layers of the validation losses are kept too, and give each
-sample's gradient one at a time (`pairwise.py`).
+rule need nothing else. A module scored by forward-mode AD is run again, with the random numbers, autocast state,
+weights and training mode it had. For one score per validation sample, the layers of the validation losses are kept
+too, and give each sample's gradient one at a time (`pairwise.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from . import forward_mode, functional
@@ -33,6 +33,23 @@ class Kept:
     grads: dict[int, Tensor] = field(default_factory=dict)  # output leaf -> gradient
     random: Any = None
     autocast: tuple[str, torch.dtype, bool] | None = None
+    modes: list[tuple[Any, bool]] = field(init=False)  # modules, and whether they were in training mode
+    accumulators: list[Any] = field(init=False)  # nodes of the graph that add to the gradients of its parameters
+    versions: list[int] = field(init=False)  # of the input
+
+    def __post_init__(self) -> None:
+        self.modes = modes_of(self.module)
+        params = [owner._parameters[local] for owner, local in self.module._inrun.owned]
+        self.accumulators = [get_gradient_edge(p).node for p in params if p is not None and p.requires_grad]
+        self.versions = versions_of(self.x)
+
+    def require_unchanged(self) -> None:
+        """Raise `InRunError` where something has written into the input since."""
+        if versions_of(self.x) != self.versions:
+            raise InRunError(
+                f"{self.module._inrun.name or 'model'}: expected its input to stay as it was until the step is scored, "
+                "got one that was changed in place. Let it be changed in a copy, or take method 'first'"
+            )
 
 
 class Budget:
@@ -126,11 +143,11 @@ class Keeper:
     def _await(self, y: Tensor, module: Any, x: Tensor, rows: slice) -> None:
         """Keep these rows of a layer's input, and of the gradient of its output when it comes."""
         if y.requires_grad:
-            kept = Kept(module, len(self.layouts) - 1, x[rows].detach())
+            kept = Kept(module, len(self.layouts) - 1, _unaliased(x)[rows].detach())
             y.register_hook(lambda grad: self._arrived(kept, 0, grad[rows]))
 
     def _run_module(self, module: Any, plain: Callable, inputs: tuple[tuple, dict]) -> Any:
-        args, kwargs = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, inputs)
+        args, kwargs = pytree.tree_map(lambda v: _unaliased(v).detach() if isinstance(v, Tensor) else v, inputs)
         kind = next(module.parameters()).device.type
         autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         kept = Kept(module, len(self.layouts) - 1, (args, kwargs), {}, random_state(), autocast)
@@ -148,13 +165,21 @@ class Keeper:
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 # An alias: where one output is made from another, each has the gradient that came from outside.
                 leaves[i] = leaf.view_as(leaf)
-                leaves[i].register_hook(functools.partial(self._arrived, kept, i))
+                # A copy: a parameter that is an output, or a term of one, may take this memory for its own gradient.
+                leaves[i].register_hook(lambda grad, i=i: self._arrived(kept, i, grad.clone()))
         return pytree.tree_unflatten(leaves, spec)
 
     def _arrived(self, kept: Kept, leaf: int, grad: Tensor) -> None:
+        if not any(_runs(node) for node in kept.accumulators):  # torch.autograd.grad, which leaves no gradients
+            return
         if not kept.grads:
+            if kept.module._inrun.forward_mode:  # of any other, autograd has looked at what it needs
+                kept.require_unchanged()
             kept.x = pytree.tree_map(self._store, kept.x)
+            kept.versions = versions_of(kept.x)
             self.kept.append(kept)
+        if (before := kept.grads.get(leaf)) is not None:  # of an earlier backward through the same graph
+            grad = grad + before.to(grad.device)
         # The engine may reuse a gradient's memory only when nobody else holds it, so a reference is enough.
         kept.grads[leaf] = self._store(grad.detach())
 
@@ -191,10 +216,12 @@ class Keeper:
 
     def dots_of(self, kept: Kept, many: int | None) -> Tensor:
         """`[B]` or `[B, M]`: what one run of a layer adds to its batch's dots."""
+        kept.require_unchanged()
         module, device = kept.module, next(kept.module.parameters()).device
         if not module._inrun.forward_mode:
             segments = self.layouts[kept.batch].on(device).segments
-            return module.dots(kept.x.to(device), kept.grads[0].to(device), segments)
+            with in_modes(kept.modes):
+                return module.dots(kept.x.to(device), kept.grads[0].to(device), segments)
         args, kwargs = _moved(kept.x, device)
         columns = []
         for m in [None] if many is None else range(many):
@@ -205,6 +232,7 @@ class Keeper:
 
     def sample_gradients(self, kept: Kept, samples: Iterable[int]) -> Iterator[dict[int, Tensor]]:
         """Of each sample, by `id` of a parameter's direction: the gradient that one run of a layer gave it."""
+        kept.require_unchanged()
         module, device = kept.module, next(kept.module.parameters()).device
         grads = {leaf: grad.to(device) for leaf, grad in kept.grads.items()}
         if not module._inrun.forward_mode:
@@ -234,9 +262,14 @@ class Keeper:
 
     @contextlib.contextmanager
     def _as_it_was(self, kept: Kept, device: torch.device) -> Iterator[None]:
-        """Run a module with the random numbers, autocast state and weights of its step."""
+        """Run a module with the random numbers, autocast state, weights and training mode of its step."""
         kind, dtype, enabled = kept.autocast or (device.type, torch.float32, False)
-        with torch.random.fork_rng(), torch.autocast(kind, dtype, enabled), self._weights_of(kept.module):
+        with (
+            torch.random.fork_rng(),
+            torch.autocast(kind, dtype, enabled),
+            self._weights_of(kept.module),
+            in_modes(kept.modes),
+        ):
             set_random_state(kept.random)
             yield
 
@@ -267,6 +300,43 @@ class Keeper:
         finally:
             for owner, local, p in swapped:
                 owner._parameters[local] = p
+
+
+def _runs(node: Any) -> bool:
+    """Whether the backward that is going on comes to a node of a parameter, to add to its gradient."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch.autograd.grad with the parameter among its inputs
+        return False
+
+
+def _unaliased(x: Tensor) -> Tensor:
+    """A layer's input; of a parameter, or a view of one, a copy, since the update will change it."""
+    return x.clone() if isinstance(x if x._base is None else x._base, torch.nn.Parameter) else x
+
+
+def versions_of(inputs: Any) -> list[int]:
+    """How often each tensor has been written to."""
+    tensors = (x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
+    return [x._version for x in tensors if not x.is_inference()]
+
+
+def modes_of(module: Any) -> list[tuple[Any, bool]]:
+    """A module and those inside it, and whether each is in training mode."""
+    return [(m, m.training) for m in module.modules()] if isinstance(module, torch.nn.Module) else []
+
+
+@contextlib.contextmanager
+def in_modes(modes: Iterable[tuple[Any, bool]]) -> Iterator[None]:
+    """Each module in the given mode for the block."""
+    before = [(module, module.training) for module, _ in modes]
+    try:
+        for module, training in modes:
+            module.training = training
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def _moved(x: Any, device: torch.device) -> Any:

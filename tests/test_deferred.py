@@ -273,6 +273,103 @@ def test_accumulation_recomputing_and_host_memory_change_nothing(name, method):
         values(keep_bytes=memory["kept_peak"] - 1)
 
 
+def test_recomputing_is_at_the_excluded_weights_of_the_step_too():
+    def values(recompute):
+        model, (x, y) = make("mlp").double(), data("mlp")
+        loss = lambda: loss_of(model, x.double(), y)  # noqa: E731
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        tracker = inrun.track(model, optimizer, "path", validation=loss, exclude=["head.*"])
+        with tracker.step(range(B), recompute=loss if recompute else None) as step:
+            loss().backward()
+            optimizer.step()
+        return step.values.double()
+
+    close(values(True), values(False), 1e-6)
+
+
+@pytest.mark.parametrize("grads_in_between", [False, True])
+def test_two_backward_passes_through_one_graph_add_up(grads_in_between):
+    model, (x, y), validation = make("unknown"), data("unknown"), data("unknown", 4, 2)
+    expected = oracle_values(model, lambda n, g: 0.3 * g, (x, y), validation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *validation))
+    with tracker.step(range(B)) as step:
+        loss = loss_of(model, x, y)
+        (2 * loss).backward(retain_graph=True)
+        if grads_in_between:  # whose gradients go nowhere
+            torch.autograd.grad(loss, model.head.weight, retain_graph=True)
+        loss.backward()
+        optimizer.step()
+    close(step.values, expected)
+
+
+class Queries(nn.Module):
+    """Its output is its parameter, whose gradient is the output's where there is one sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.linspace(-1, 1, 8).view(1, 1, 8))
+
+    def forward(self, x):
+        return self.query.expand(len(x), -1, -1)
+
+
+def test_a_parameters_gradient_takes_no_memory_of_what_is_kept():
+    torch.manual_seed(0)
+    model = nn.Sequential(Queries(), nn.Linear(8, 5), nn.Flatten()).double()
+    x, y = torch.zeros(3, 1), torch.arange(3)
+    rows = sample_gradients(model, x, y)
+    norm = math.sqrt(sum(sum(row[n] for row in rows).square().sum().item() for n in rows[0]))
+    val = gradient(model, x[:1], y[:1])
+    expected = torch.stack([sum((0.05 / norm * val[n] * row[n]).sum() for n in row) for row in rows])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, x[:1].double(), y[:1]))
+    with tracker.step() as step:
+        for i in range(3):
+            step.batch([i])
+            (loss_of(model, x[i : i + 1].double(), y[i : i + 1]) / 3).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+    close(step.values, expected)
+
+
+class Dropped(nn.Module):
+    """No rule knows it, and it is another function in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2, 12))
+
+    def forward(self, x):
+        return F.dropout(x.tanh(), 0.5, self.training) * self.scale.sum(0)
+
+
+def test_scoring_runs_modules_in_the_mode_of_their_step_and_writes_no_statistics():
+    def trained(method="secant", leaves_eval=False):
+        model, (x, y), validation = make("mlp"), data("mlp"), data("mlp", 4, 2)
+        model.net[1], model.net[2] = Dropped(), nn.BatchNorm1d(12)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+
+        def held():
+            loss = loss_of(model.eval(), *validation)
+            model.train(not leaves_eval)
+            return loss
+
+        tracker = inrun.track(model, optimizer, method, validation=held)
+        with tracker.step(range(B)) as step:
+            torch.manual_seed(5)
+            loss_of(model.train(), x, y).backward()
+            optimizer.step()
+        return step.values.double(), model.state_dict()
+
+    plain, expected = trained("first")[1], trained()[0]
+    found, after = trained(leaves_eval=True)
+    assert all(
+        torch.equal(v, plain[k]) for k, v in after.items() if k.startswith("net.2.running") or "num_batches" in k
+    )
+    close(found, expected, 1e-6)
+
+
 def test_several_targets_score_as_each_alone():
     def values(names):
         model = make("gpt_tied")
@@ -381,11 +478,20 @@ def test_bad_input_and_what_is_not_supported_is_clear():
     tracker = inrun.track(model, sgd, "secant")
     with tracker.validation():
         loss().backward()
+    x, y = data("mlp")
+    with tracker.step(range(B)):
+        loss_of(model, x, y).backward()
+        sgd.step()
+        sgd.zero_grad()
+    x.zero_()  # as a loop does that has one buffer for all of its batches
+    refused = pytest.raises(inrun.InRunError, match=r"net\.0: expected its input to stay as it was")
+    with refused, tracker.validation():
+        loss().backward()
     with tracker.step(range(B)):
         loss().backward()
         sgd.step()
         sgd.zero_grad()
-    with pytest.warns(UserWarning, match="step 0 has no values"):
+    with pytest.warns(UserWarning, match="step 1 has no values"):
         tracker.close()
 
 
