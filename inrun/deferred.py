@@ -107,7 +107,7 @@ class Deferred:
         self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
         self._early: list[Tensor | None] | None = None
         self._random: list[Any] = []  # of each batch, the random state and the modules' modes before its forward
-        self._weights: list[Tensor] = []  # those the step began with, if its loss will be computed again
+        self._weights: list[tuple[Tensor, Tensor]] = []  # each, and what they were, if its loss will be computed again
         self.drop: dict[str, Tensor] = {}  # target -> loss at w + u(0) less the loss at w + u(g_B)
         self.updated = False
 
@@ -183,7 +183,7 @@ class Deferred:
 
     def memory(self) -> dict[str, int]:
         """Bytes kept now and at most, and those of copied weights."""
-        copies = size_of([*self._weights, *self._coupled.tensors])
+        copies = size_of([*(before for _, before in self._weights), *self._coupled.tensors])
         return {"kept": self.budget.bytes, "kept_peak": self.budget.peak, "weights": copies}
 
     def release(self) -> None:
@@ -201,15 +201,20 @@ class Deferred:
             if self.tracker.check_due and not again:
                 self._check(factor, unscale)
         if self.name != "second" and any(self.recompute):
-            self._weights = [local(p).detach().clone() for p in self._trained()]
+            moving = [local(p) for p in self.tracker.model.parameters() if p.grad is not None]  # excluded ones as well
+            self._weights = [(p, p.detach().clone()) for p in moving]
         if self.name == "second":
             self._write_second_order(unscale)
-            self._early = self._scored()
         elif self.name in ("first", "secant"):
             self._write_coefficients()
             self._parts = [(0.5 if self.name == "secant" else 1.0, self._start)]
         else:
             self._write_path(factor, unscale)
+        for slot in self.tracker.slots:  # one may have been frozen since it was tracked
+            if not slot.param.requires_grad:
+                slot.direction.zero_()
+        if self.name == "second":
+            self._early = self._scored()
         self.updated = True
         return factor
 
@@ -256,11 +261,11 @@ class Deferred:
 
     def _recomputed(self, i: int, run: Callable[[], Tensor]) -> Tensor | None:
         """Score a batch by computing its loss and backward once more, with probes, as they were."""
-        tracker, inline, params = self.tracker, Inline(self.tracker), self._trained()
-        shards = [local(p) for p in params]
-        after = [(t, t.detach().clone()) for t in (*shards, *tracker.model.buffers())]
-        for shard, weight in zip(shards, self._weights, strict=False):
+        tracker, inline = self.tracker, Inline(self.tracker)
+        after = [(t, t.detach().clone()) for t in (*(p for p, _ in self._weights), *tracker.model.buffers())]
+        for shard, weight in self._weights:
             shard.data.copy_(weight)
+        params = [p for p in tracker.model.parameters() if p.requires_grad]
         random, modes = self._random[i]
         try:
             with tracker.ranks.aside(params), torch.enable_grad(), torch.random.fork_rng(), in_modes(modes):
@@ -273,10 +278,6 @@ class Deferred:
             for tensor, value in after:
                 tensor.data.copy_(value)
         return inline.finish()[0]
-
-    def _trained(self) -> list[torch.nn.Parameter]:
-        """The parameters that the update may move, excluded ones among them."""
-        return [p for p in self.tracker.model.parameters() if p.requires_grad]
 
     def _computed_again(self) -> bool:
         """Whether any process computes a batch again."""
@@ -324,7 +325,7 @@ class Deferred:
         slopes: dict[int, Tensor] = {}
         units: dict[int, Tensor] = {}
         moves: dict[int, tuple[Tensor, Tensor]] = {}  # slot -> u(0), u(g_B) - u(0)
-        coupled = {i for i, _ in self._among_coupled(moving, unscale)}
+        coupled = {i for i, _ in self._among_coupled([(i, s) for i, s in moving if s.param.requires_grad], unscale)}
         for part in chunks(moving):
             here = [slot for _, slot in part]
             full = [slot.grad.double() * unscale for slot in here]

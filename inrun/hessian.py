@@ -33,17 +33,21 @@ def product(tracker: Tracker, name: str, vector: list[Tensor]) -> list[Tensor | 
     if tracker.ranks.sharded:
         return _by_differences(tracker, name, vector)
     params = [s.param for s in tracker.slots]
+    free = {i: p for i, p in enumerate(params) if p.requires_grad}
     try:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             loss = tracker.validations.loss(name)
-            first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-            pairs = [(g, v) for g, v in zip(first, vector, strict=True) if g is not None and g.requires_grad]
-            own = torch.autograd.grad([g for g, _ in pairs], params, [v for _, v in pairs], allow_unused=True)
+            first = torch.autograd.grad(loss, list(free.values()), create_graph=True, allow_unused=True)
+            pairs = [(g, vector[i]) for i, g in zip(free, first, strict=True) if g is not None and g.requires_grad]
+            bent = torch.autograd.grad(
+                [g for g, _ in pairs], list(free.values()), [v for _, v in pairs], allow_unused=True
+            )
     except (RuntimeError, NotImplementedError) as error:
         if "not implemented" not in str(error) and "not differentiable" not in str(error):
             raise
         return _by_differences(tracker, name, vector)
-    found = tracker.ranks.mean_gradients(own, params)
+    own = dict(zip(free, bent, strict=True))
+    found = tracker.ranks.mean_gradients([own.get(i) for i in range(len(params))], params)
     if tracker.check_due:
         _check(tracker, name, vector, found)
     return found
@@ -61,8 +65,9 @@ def _check(tracker: Tracker, name: str, vector: list[Tensor], found: list[Tensor
     if apart > 0.2 * size + 4 * float((near - far).norm()):
         raise InRunError(
             f"method 'second': the Hessian of {name!r} by double backward is {apart / size:.0%} off differences of "
-            "gradients. An operation of the loss has a backward that hides its own derivative (once_differentiable "
-            "or with gradients made in the forward); take method 'secant', which needs no Hessian"
+            "gradients. An operation of the loss has a backward that hides its own derivative (once_differentiable or "
+            "with gradients made in the forward), or a part of it is under no_grad; take method 'secant', which needs "
+            "no Hessian"
         )
 
 

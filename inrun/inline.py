@@ -43,8 +43,9 @@ class Inline:
         self.probes = []
         self._lr = learning_rates(tracker.optimizers)
         launched = []
-        for i, slot in enumerate(tracker.slots):
-            found = [gradients[name][i] for name in tracker.targets]
+        for i, slot in enumerate(tracker.slots):  # one may have been frozen since the gradient was taken
+            frozen = not slot.param.requires_grad
+            found = [None if frozen else gradients[name][i] for name in tracker.targets]
             if (part := directions.adam_part(slot, found)) is not None:
                 launched.append(part)
             else:

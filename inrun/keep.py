@@ -237,7 +237,8 @@ class Keeper:
         grads = {leaf: grad.to(device) for leaf, grad in kept.grads.items()}
         if not module._inrun.forward_mode:
             found = {id(d): p for n, p in module._parameters.items()
-                     if p is not None and (d := module._parameters.get(n + SUFFIX)) is not None}  # fmt: skip
+                     if p is not None and p.requires_grad and (d := module._parameters.get(n + SUFFIX)) is not None
+                     }  # fmt: skip
             x = kept.x.to(device, next(iter(found.values())).dtype) if kept.x.is_floating_point() else kept.x.to(device)
             for v in samples:
                 with torch.enable_grad():
@@ -248,8 +249,8 @@ class Keeper:
                 yield dict(zip(found, one, strict=True))
             return
         args, kwargs = _moved(kept.x, device)
+        places = [(owner, n) for owner, n in module._inrun.forward_mode if owner._parameters[n].requires_grad]
         with self._as_it_was(kept, device), forward_mode.buffers_kept(module), torch.enable_grad():
-            places = module._inrun.forward_mode
             params = [owner._parameters[local].requires_grad_() for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
         names = [id(owner._parameters[local + SUFFIX]) for owner, local in places]

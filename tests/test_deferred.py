@@ -408,6 +408,37 @@ def test_coefficients_are_written_block_by_block_for_every_target(monkeypatch):
     close(values(["code", "same"]), torch.stack([whole, whole], 1).double())
 
 
+@pytest.mark.parametrize("method", ["first", "second", "path", "path_secant", "monte_carlo"])
+def test_a_parameter_that_is_frozen_for_a_step_earns_nothing_in_it_and_has_its_part_after_it(method):
+    """Its gradient is left over, of zeros, with which its optimizer may move it."""
+    model, (x, y), (vx, vy) = make("mlp").double(), data("mlp"), data("mlp", 4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    every = 3 if method in ("first", "path") else 1
+    tracker = inrun.track(
+        model, optimizer, method, validation=lambda: loss_of(model, vx.double(), vy), validate_every=every
+    )
+    val: dict[str, torch.Tensor] = {}
+    for free in (True, False, True):
+        model.net[0].weight.requires_grad_(free)
+        model.head.bias.requires_grad_(free)
+        plain = make("mlp")
+        plain.load_state_dict(model.state_dict())
+        val = val or gradient(plain, vx, vy)
+        plain.net[0].weight.requires_grad_(free)
+        plain.head.bias.requires_grad_(free)
+        rows = sample_gradients(plain, x, y)
+        before = loss_of(model, vx.double(), vy)
+        with tracker.step(range(B)) as step:
+            loss_of(model, x.double(), y).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        if every > 1:
+            close(step.values, torch.stack([sum((0.02 * val[n] * row[n]).sum() for n in row) for row in rows]))
+        else:
+            drop = (before - loss_of(model, vx.double(), vy)).detach()
+            torch.testing.assert_close(step.values.double().sum(), drop, rtol=2e-2, atol=0.0)
+
+
 def test_clipping_is_part_of_the_path():
     """A clipped update pays for direction alone: what lies along the batch's own gradient earns nothing more."""
     model = make("mlp").double()

@@ -123,7 +123,7 @@ def write_adam_directions(parts: Sequence[AdamPart]) -> None:
                 part.out.data_ptr(),
                 part.val_grad.data_ptr(),
                 0 if part.moment is None else part.moment.data_ptr(),
-                part.step.data_ptr() if on_device else 0,
+                part.step.data_ptr() if isinstance(part.step, Tensor) else 0,
                 part.out.numel(),
                 firsts[i],
             )
