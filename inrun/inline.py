@@ -121,7 +121,9 @@ def write_direction(slot: Any, val_grads: list[Tensor | None]) -> None:
 
 
 def learning_rates(optimizers: Iterable[Optimizer]) -> list[Any]:
-    return [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    """Of each group; a tensor's as it is now, where asking costs no synchronisation."""
+    found = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    return [lr.item() if isinstance(lr, Tensor) and not lr.is_cuda else lr for lr in found]
 
 
 def lr_change(before: list[Any], now: list[Any]) -> float:
@@ -132,11 +134,12 @@ def lr_change(before: list[Any], now: list[Any]) -> float:
     """
     ratios = set()
     for old, lr in zip(before, now, strict=False):
-        unchanged = isinstance(lr, Tensor) or lr == old
-        ratios.add(1.0 if unchanged else lr / old if old else float("inf"))
+        if isinstance(lr, Tensor) or old or lr:  # a group that stands still fits any factor
+            unchanged = isinstance(lr, Tensor) or lr == old
+            ratios.add(1.0 if unchanged else lr / old if old else float("inf"))
     if len(ratios) > 1 or float("inf") in ratios:
         raise InRunError(
             f"lr: expected the learning rates the step began with, {before}, or all of them changed by one factor; "
             f"got {now}. Set them before the step block"
         )
-    return ratios.pop()
+    return ratios.pop() if ratios else 1.0

@@ -420,6 +420,7 @@ class Tracker:
     def begin(self, step: Step) -> None:
         if self._step is not None:
             raise InRunError("step: expected outside of a step block, got inside one")
+        self._require_no_others()
         self.ranks.require_all()
         if self.in_batch and self.ranks.size > 1:
             raise InRunError(f"validation='batch': expected one process, got {self.ranks.size}; use validation blocks")
@@ -432,6 +433,18 @@ class Tracker:
             self._method.begin()
         self._watch.begin()
         self._step = step
+
+    def _require_no_others(self) -> None:
+        """Raise `InRunError` where a parameter trains that did not when they were tracked: it would have no score."""
+        known = {id(p) for slot in self.slots for p in (slot.param, slot.sibling)}
+        excluded = self.coverage["excluded"]
+        if sum(p.requires_grad and id(p) not in known for p in self.model.parameters()) > len(excluded):
+            others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+            others = [n for n in others if n not in excluded]
+            raise InRunError(
+                f"model: expected the parameters that were trainable when they were tracked, got {len(others)} more, "
+                f"which would have no score: {', '.join(others[:5])}. Close the tracker and track again, or freeze them"
+            )
 
     def batch(self, step: Step, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if self._step is not step:

@@ -511,15 +511,20 @@ def test_a_callable_runs_every_k_steps_and_leaves_random_numbers_alone():
     assert torch.equal(drawn, torch.rand(1))
 
 
-def test_a_learning_rate_set_inside_the_block_counts():
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_learning_rate_set_inside_the_block_counts(tensor):
     model = make("gpt_tied")
     train, validation = data("gpt"), data("gpt", 4, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    expected = oracle_values(model, lambda n, g: 0.4 * g, train, validation)
+    still = list(model.parameters())[-1]
+    moving = {n: p for n, p in model.named_parameters() if p is not still}
+    optimizer = torch.optim.SGD(moving.values(), lr=torch.tensor(0.1) if tensor else 0.1)
+    optimizer.add_param_group({"params": [still], "lr": 0.0})  # which any factor leaves as it is
+    expected = oracle_values(model, lambda n, g: 0.4 * g * (n in moving), train, validation)
     tracker = inrun.track(model, optimizer)
 
     def warm():
-        optimizer.param_groups[0]["lr"] = 0.4
+        lr = optimizer.param_groups[0]["lr"]
+        optimizer.param_groups[0]["lr"] = lr.fill_(0.4) if isinstance(lr, torch.Tensor) else 0.4
 
     close(run_step(tracker, model, optimizer, train, validation, before_update=warm), expected)
     optimizer.param_groups[0]["lr"] = 0.0
@@ -541,6 +546,20 @@ def test_excluded_and_frozen_parameters():
     assert tracker.coverage["frozen"] == [names[-1]]
     assert set(tracker.coverage["excluded"]) == set(biases)
     assert 0 < tracker.ledger.metadata["excluded_share"] < 1
+
+
+def test_a_parameter_that_trains_since_it_was_tracked_is_an_error():
+    model, validation = make("mlp"), data("mlp", 4, 2)
+    model.head.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tracker = inrun.track(model, optimizer, exclude=["net.0.bias"], validation=lambda: loss_of(model, *validation))
+    model.requires_grad_(True)
+    with pytest.raises(inrun.InRunError, match=r"got 2 more.*: head\.weight, head\.bias"), tracker.step(range(B)):
+        pass
+    model.head.requires_grad_(False)
+    with tracker.step(range(B)):
+        loss_of(model, *data("mlp")).backward()
+        optimizer.step()
 
 
 def test_late_binding_strips_directions_from_the_optimizer():
