@@ -2,13 +2,15 @@
 
 The dots are taken in the backward; the optimizer sees `c * gradient` for one common factor c. It is found by
 remembering the beginnings of a few gradients, small ones and large ones, as the backward left them, and comparing
-when the update begins, so the user's loop needs no change and nothing need be declared. Gradients changed element by
+when the update begins, so the user's loop needs no change and nothing need be declared. Where all of these parameters
+are large, as in a model of embeddings alone, beginnings may be zeros, and sums over parts of the gradients are
+remembered instead. Gradients changed element by
 element have no such factor. Of several processes' gradients, the optimizer sees c times their sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,14 +38,26 @@ class Watch:
             members.sort(key=lambda s: s.param.numel())
             every = max(1, (len(members) - 1) / (WATCHED_PER_GROUP - 1))
             self._slots += [members[round(k * every)] for k in range(min(len(members), WATCHED_PER_GROUP))]
+        self._summed = all(s.param.numel() > WATCHED_ELEMENTS for s in self._slots)
         self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s.name)) for s in self._slots]
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def remember(param: Tensor) -> None:
             if self.active and param.grad is not None:
-                self._raw[name] = _beginning(local(param.grad)).clone()
+                self._raw[name] = self._seen(local(param.grad)).clone()
 
         return remember
+
+    def _seen(self, grad: Tensor) -> Tensor:
+        """At most `WATCHED_ELEMENTS` numbers, linear in the gradient: its beginning, or sums over all of it."""
+        flat = grad.detach().flatten()
+        count = len(flat) // WATCHED_ELEMENTS
+        if not self._summed or not count:
+            return flat[:WATCHED_ELEMENTS]
+        sums = flat[: WATCHED_ELEMENTS * count].view(WATCHED_ELEMENTS, count).sum(1, dtype=torch.float32)
+        rest = flat[WATCHED_ELEMENTS * count :]
+        sums[: len(rest)] += rest
+        return sums
 
     def begin(self) -> None:
         self._raw.clear()
@@ -69,8 +83,10 @@ class Watch:
         if not slots:
             raise InRunError("optimizer.step(): expected a backward pass in the step block, there was none")
         device = slots[0].param.device
-        now = _together([s.grad for s in slots], slots, device)
-        raw = ranks.added(_together([self._raw.get(s.name) for s in slots], slots, device))
+        parts = {s.name: self._seen(s.grad) for s in slots}
+        now = _together(parts.values(), device)
+        raw = [torch.zeros_like(part) if (r := self._raw.get(n)) is None else r for n, part in parts.items()]
+        raw = ranks.added(_together(raw, device))
         largest = raw.abs().max()
         largest = torch.where(largest > 0, largest, torch.ones_like(largest))
         now, raw = now / largest, raw / largest  # no overflow under a loss scale
@@ -90,14 +106,5 @@ def skipped(optimizer: Optimizer, factor: Tensor) -> Tensor:
     return torch.where(overflow.to(factor.device).squeeze() > 0, torch.zeros_like(factor), factor)
 
 
-def _together(grads: Sequence[Tensor | None], slots: Sequence[Any], device: torch.device) -> Tensor:
-    """The beginnings of the slots' gradients (0 for None), float32."""
-    begun = [
-        torch.zeros_like(_beginning(local(s.param))) if g is None else _beginning(g)
-        for g, s in zip(grads, slots, strict=True)
-    ]
-    return torch.cat([torch.zeros(1, device=device), *(g.to(device, torch.float32) for g in begun)])  # never empty
-
-
-def _beginning(grad: Tensor) -> Tensor:
-    return grad.detach().flatten()[:WATCHED_ELEMENTS]
+def _together(parts: Iterable[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([torch.zeros(1, device=device), *(g.to(device, torch.float32) for g in parts)])  # never empty

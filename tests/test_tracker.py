@@ -365,6 +365,26 @@ def test_a_closure_is_run_before_the_update_begins():
     close(step.values, expected)
 
 
+def test_clipping_is_seen_where_the_beginnings_of_all_gradients_are_zeros():
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Embedding(1001, 8), nn.Embedding(1001, 8)
+
+        def forward(self, x):
+            return torch.stack([self.left(x[:, 0]), self.right(x[:, 1])], 2).prod(2)
+
+    model = Pairs()
+    x, y = torch.arange(1000, 1000 - 2 * B, -1).view(B, 2), torch.arange(B)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norm = torch.stack([g.norm() for g in gradient(model, x, y).values()]).norm()
+    expected = oracle_values(model, lambda n, g: 0.1 * g * (0.01 / norm), (x, y), (x[:2], y[:2]))
+    clip = lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.01)  # noqa: E731
+    close(
+        run_step(inrun.track(model, optimizer), model, optimizer, (x, y), (x[:2], y[:2]), before_update=clip), expected
+    )
+
+
 def test_clipping_by_value_is_refused():
     model = make("gpt_tied")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
