@@ -380,7 +380,18 @@ class Deferred:
             return None
         norm = hessian.norm(self.tracker, (s.grad.double() * unscale for s in slots))
         shrink = float(factor) * float(self.scale) * self.tracker.ranks.size  # of the mean over the processes
-        return (math.log(1 / shrink), norm) if norm > self.clip * (1 - 1e-3) and shrink < 1 - 1e-6 else None
+        if shrink >= 1 - 1e-6:
+            return None
+        if norm <= self.clip * (1 - 1e-3):
+            grads = [local(p.grad) for p in self.tracker.model.parameters() if p.grad is not None]
+            every = hessian.norm(self.tracker, (g.double() * unscale for g in grads))
+            if every > self.clip * (1 - 1e-3):
+                raise InRunError(
+                    f"clip: expected gradients clipped to the norm {self.clip} over the tracked parameters together, "
+                    f"got their norm {norm:.4g}, and {every:.4g} with the excluded ones"
+                )
+            return None  # it was something else that made them smaller
+        return math.log(1 / shrink), norm
 
     def _total(self, part: float) -> float:
         return self.tracker.ranks.total(part, self.tracker.slots[0].param.device)

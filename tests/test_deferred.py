@@ -464,6 +464,16 @@ def test_clipping_is_part_of_the_path():
         optimizer.step()
     close(step.values, expected, 1e-4)
     torch.testing.assert_close(step.values.sum().double(), (grown @ whole), rtol=1e-4, atol=1e-9)
+    tracker.close()
+
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *validation), clip=clip,
+                          exclude=["net.*"])  # fmt: skip
+    refused = pytest.raises(inrun.InRunError, match=r"over the tracked parameters together, got .* 0\.05 with the excl")
+    with refused, tracker.step(range(B)):
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
 
 
 def test_a_users_update_rule_stands_for_its_optimizer():
