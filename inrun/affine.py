@@ -122,9 +122,14 @@ def run_with(module: Any, x: Tensor, values: dict[str, Tensor]) -> Tensor:
     """The module's own forward with other values for its parameters, past its hooks."""
     # Run by a stand-in: within a checkpoint, a graph lets no module's parameters change, not even for a while.
     stand_in = object.__new__(getattr(module, "_inrun_class", type(module)))
-    stand_in.__dict__ = {**module.__dict__, "_parameters": module._parameters | values}  # torch 2.15 traces no `|` here
+    # No torch traces all that a dictionary of attributes can do: their names are taken outside of the graph.
+    compiling = torch.compiler.is_compiling()
+    for name in module._inrun.names if compiling else module.__dict__:
+        object.__setattr__(stand_in, name, getattr(module, name))
+    object.__setattr__(stand_in, "_parameters", module._parameters | values)
     y = type(stand_in).forward(stand_in, x)
-    for name, value in stand_in.__dict__.items():  # what the forward left on its module
-        if name != "_parameters" and value is not module.__dict__.get(name):
+    for name in module._inrun.names if compiling else stand_in.__dict__:  # what the forward left on its module
+        value = getattr(stand_in, name)
+        if name != "_parameters" and value is not getattr(module, name, None):
             object.__setattr__(module, name, value)
     return y

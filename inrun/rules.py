@@ -163,6 +163,7 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     if issubclass(site.rule, ForwardModeRule):
         tap.forward_mode = tap.owned
         tap.norms = any(isinstance(m, _NORMS) for m in site.module.modules())
+    tap.names = tuple(site.module.__dict__)
     return tap
 
 

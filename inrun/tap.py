@@ -26,6 +26,7 @@ class Tap:
         self.forward_mode: list[tuple[nn.Module, str]] = []
         self.norms = False  # whether any of torch's norms is inside
         self.form: Any = None  # of a module known by running it, what it computes
+        self.names: tuple[str, ...] = ()  # of the module's attributes
         self.flat = False  # whether the module's rows are the tokens of [B, T], flattened
 
 
