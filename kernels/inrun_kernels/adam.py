@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096
+_BLOCK = 2048
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _POINTERS, _NUMBERS = 6, 7  # columns of the table's halves
 
@@ -57,12 +57,23 @@ class AdamPart:
 
 
 def fits(part: AdamPart) -> bool:
-    """Whether the kernel can read and write the part's tensors: dense, of one size, in float32 or half of it."""
+    """Whether the kernel can read and write the part's tensors: dense, aligned, of one size, float32 or half of it."""
     tensors = [x for x in (part.out, part.val_grad, part.moment) if x is not None]
     step = part.step
-    return all(x.is_contiguous() and x.dtype in _TYPES and x.shape == part.out.shape for x in tensors) and (
-        not isinstance(step, Tensor) or (step.dtype == torch.float32 and step.device == part.out.device)
-    )
+    return all(
+        x.is_contiguous() and x.dtype in _TYPES and x.shape == part.out.shape and x.data_ptr() % 16 == 0
+        for x in tensors
+    ) and (not isinstance(step, Tensor) or (step.dtype == torch.float32 and step.device == part.out.device))
+
+
+@triton.jit
+def _write(out_ptr, grad_ptr, moment_ptr, offs, mask, has_moment, keep, add, share, eps):
+    g = tl.load(grad_ptr + offs, mask=mask).to(tl.float32)
+    v = tl.zeros_like(g)
+    if has_moment:
+        v = tl.load(moment_ptr + offs, mask=mask).to(tl.float32)
+    root = tl.sqrt_rn(keep * v + add * g * g) + eps
+    tl.store(out_ptr + offs, tl.div_rn(share * g, root).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -84,10 +95,11 @@ def _adam_direction_kernel(
         later = tl.load(pointers_ptr + middle * POINTERS + 5) > pid
         part, beyond = tl.where(later, part, middle), tl.where(later, middle, beyond)
     row, numbers = pointers_ptr + part * POINTERS, numbers_ptr + part * NUMBERS
-    out_ptr = tl.load(row).to(tl.pointer_type(OUT))
-    grad_ptr = tl.load(row + 1).to(tl.pointer_type(GRAD))
     moment, step = tl.load(row + 2), tl.load(row + 3)
-    moment_ptr, step_ptr = moment.to(tl.pointer_type(MOMENT)), step.to(tl.pointer_type(tl.float32))
+    out_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(OUT)), 16)
+    grad_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(GRAD)), 16)
+    moment_ptr = tl.multiple_of(moment.to(tl.pointer_type(MOMENT)), 16)
+    step_ptr = step.to(tl.pointer_type(tl.float32))
     count, first = tl.load(row + 4), tl.load(row + 5)
 
     made = tl.load(numbers) + tl.load(step_ptr, mask=step != 0, other=0.0).to(tl.float64)
@@ -98,11 +110,10 @@ def _adam_direction_kernel(
     eps = tl.load(numbers + 6).to(tl.float32)
 
     offs = (pid - first) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < count
-    g = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(moment_ptr + offs, mask=mask & (offs < tl.where(moment != 0, count, 0)), other=0.0).to(tl.float32)
-    root = tl.sqrt_rn(keep * v + add * g * g) + eps
-    tl.store(out_ptr + offs, tl.div_rn(share * g, root).to(OUT), mask=mask)
+    if (pid - first + 1) * BLOCK <= count:  # without a mask loads are vectors
+        _write(out_ptr, grad_ptr, moment_ptr, offs, None, moment != 0, keep, add, share, eps)
+    else:
+        _write(out_ptr, grad_ptr, moment_ptr, offs, offs < count, moment != 0, keep, add, share, eps)
 
 
 def write_adam_directions(parts: Sequence[AdamPart]) -> None:
