@@ -149,13 +149,8 @@ class Step:
         if self.factor is None:
             warnings.warn("optimizer.step() did not run in the step block; its values are zero", stacklevel=5)
             return torch.zeros_like(together)
-        if self.uneven is not None and bool(self.uneven):
-            others = " of all processes together (as DDP adds them)" if self._tracker.ranks.size > 1 else ""
-            raise InRunError(
-                f"optimizer.step(): expected the gradients of the backward{others} up to one common factor (clipping "
-                "by norm, unscaling); got gradients changed element by element"
-            )
-        return torch.where(self.factor == 0, torch.zeros_like(together), together * self.factor)
+        values = torch.where(self.factor == 0, torch.zeros_like(together), together * self.factor)
+        return values if self.uneven is None else values.masked_fill(self.uneven.to(values.device), torch.nan)
 
 
 def _layout(count: int, segments: Any, tokens: int | None) -> Layout:

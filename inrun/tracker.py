@@ -403,7 +403,11 @@ class Tracker:
         self._method.release()
         self.validations.gradients.clear()
         self.slots.clear()
-        self.ledger.flush()
+        try:
+            if self.optimizers:
+                self._watch.answer(wait=True)
+        finally:
+            self.ledger.flush()
 
     def __enter__(self) -> Tracker:
         return self
@@ -511,6 +515,8 @@ class Tracker:
         with self._timed("harvest"):
             self.ranks.settle()
             values = step.scaled(self._method.finish())
+            if step.uneven is not None:
+                self._watch.require_even(step.number, step.uneven)
             if self.validations.excluded_share is not None:
                 self.ledger.metadata["excluded_share"] = self.validations.excluded_share
             self.ledger.append(step.number, step.ids, values, self.columns, per_token=step.per_token)

@@ -394,6 +394,38 @@ def test_clipping_by_value_is_refused():
         run_step(tracker, model, optimizer, data("gpt"), data("gpt", 4, 2), before_update=clip)
 
 
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_gpus_answer_about_a_step_is_not_waited_for(wait):
+    """Until it is there, or the tracker is closed; what was recorded meanwhile is no number."""
+
+    class Event:
+        there = False
+
+        def query(self):
+            return self.there
+
+        def synchronize(self):
+            self.there = True
+
+    model = make("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, *data("mlp", 4, 2)), check=False)
+    event = Event()
+    tracker._watch.require_even = lambda number, uneven: tracker._watch._asked.append((number, uneven, event))
+    tracker.ledger.append = lambda *args, **kwargs: None
+    for clip in (True, False):
+        with tracker.step(range(B)) as step:
+            loss_of(model, *data("mlp")).backward()
+            if clip:
+                nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert step.values.isnan().all() == clip
+    event.there = not wait
+    with pytest.raises(inrun.InRunError, match="in step 0 got gradients changed element by element"):
+        tracker.close() if wait else tracker.step(range(B)).__enter__()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_loss_scale_divides_out_and_a_skipped_update_is_worth_nothing(fused):
     train, validation = data("gpt"), data("gpt", 4, 2)
