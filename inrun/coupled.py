@@ -27,16 +27,16 @@ NODES = 4  # of the integral
 
 
 def muon(grad: Tensor, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """`torch.optim.Muon`'s update, in the gradient's precision.
+    """`torch.optim.Muon`'s update, in the gradient's precision; of a matrix, or of each in a stack of them.
 
     Source: Jordan et al., Muon (2024), and torch.optim.Muon.
     """
     momentum, lr = group["momentum"], group["lr"]
     average = torch.lerp(state.get("momentum_buffer", torch.zeros_like(grad)), grad, 1 - momentum)
     x = torch.lerp(grad, average, momentum) if group["nesterov"] else average
-    rows, columns = x.shape
+    rows, columns = x.shape[-2:]
     x = x.mT if rows > columns else x
-    x = x / x.norm().clamp(min=group["eps"])
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
     a, b, c = group["ns_coefficients"]
     for _ in range(group["ns_steps"]):
         gram = x @ x.mT

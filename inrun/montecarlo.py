@@ -8,14 +8,18 @@ u being the optimizer's own update with its state before the step, c what the lo
 `clip`, g_S is clipped by its own norm, as the loop would clip it. So u may be elementwise or not, and turn at once (a
 sign) or not; the other methods' values can be held to these, on one's own model. Excluded parameters stand still.
 
-Where all 2^B coalitions are no more than sampling would visit, `permutations * (B - 1) + 2`, they are gone through one
-sample more or less at a time, and values are exact. Else they are means over random orders (`shapley.orders`) of what a
-sample adds to those before it: unbiased, with a standard error. Both add up to U(all), the measured drop. The orders
-are a function of the step's number, so that a resumed run draws the same.
+Where all 2^B coalitions are no more than random orders could meet, `permutations * (B - 1) + 2`, they are gone through
+one sample more or less at a time, and values are exact. Else they are means over random orders (`shapley.orders`) of
+what a sample adds to those before it: unbiased, with a standard error. Both add up to U(all), the measured drop. The
+orders are a function of the step's number, so that a resumed run draws the same. No coalition is evaluated twice.
 
-Each coalition costs one sample's weight gradients (again, from what was kept, as storing them would take B times the
-weights), one update and one forward of every validation loss. An elementwise update is had in float64 and a few
-parameters at a time; any other is that of all parameters together, in their dtypes.
+In small batches the orders need only find what a linear loss leaves, whose values are known exactly (`linear.py`; it
+takes the gradient of every validation loss at both ends of the step, where a loss has one, and 2^B updates). The
+standard error is then that of what is left.
+
+Each coalition costs one sample's weight gradients (`coalitions.py`), one update and one forward of every validation
+loss. An elementwise update is had in float64 and a few parameters at a time; any other is that of all parameters
+together, in their dtypes.
 
 Noise: a value is a mean of differences of losses, each known to the rounding of the loss itself: about 1e-7 of it in
 float32, 4e-3 where it is a bfloat16, and between them under autocast. Most samples do less than the latter two: let the
@@ -24,7 +28,9 @@ validation loss be computed in float32.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -34,9 +40,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import check, shapley
+from . import check, linear, shapley
+from .coalitions import Coalitions, gray
 from .errors import InRunError
-from .keep import Budget, Keeper, Kept
+from .keep import Budget, Keeper
 from .tap import Layout, size_of
 from .updates import ELEMENTWISE, UpdateRule, chunks, is_known, joint_updates, updates, weights_moved
 
@@ -72,8 +79,8 @@ class MonteCarlo:
             got = "pairwise" if tracker.samples else "validation='batch'" if tracker.in_batch else "validation blocks"
             raise InRunError(f"method 'monte_carlo': expected validation=<callable> and no pairwise, got {got}")
         if tracker.validations.every != 1:
-            raise ValueError(f"validate_every: expected 1 with method 'monte_carlo', which needs no gradient of the "
-                             f"validation loss, got {tracker.validations.every}")  # fmt: skip
+            raise ValueError(f"validate_every: expected 1 with method 'monte_carlo', which takes the validation loss "
+                             f"anew for every coalition, got {tracker.validations.every}")  # fmt: skip
         self.tracker, self.update, self.clip, self.permutations = tracker, update, clip, permutations
         self.budget = Budget(keep, keep_bytes)
         self.keeper = Keeper(tracker.taps, self.budget, weights_move=False)  # back in place whenever a layer is scored
@@ -106,7 +113,11 @@ class MonteCarlo:
 
     def memory(self) -> dict[str, int]:
         """Bytes kept now and at most; while coalitions are gone through, also of the weights' copies and of g_S."""
-        held = {"weights": self._weights.values(), "coalition": self._gradient.values()}
+        held = {
+            "weights": self._weights.values(),
+            "coalition": [] if self._coalitions is None else self._coalitions.tensors(),
+            "validation": self._slopes.values(),
+        }
         return {"kept": self.budget.bytes, "kept_peak": self.budget.peak, **{k: size_of(v) for k, v in held.items()}}
 
     def release(self) -> None:
@@ -116,10 +127,10 @@ class MonteCarlo:
         self.drop: dict[str, Tensor] = {}
         self.standard_error: Tensor | None = None
         self._values: list[Tensor | None] | None = None
-        self._runs: list[list[Kept]] = []  # of each batch
+        self._coalitions: Any = None  # `Coalitions`
         self._moving: list[tuple[int, Any]] = []  # numbered slots that the update moves
         self._weights: dict[int, Tensor] = {}  # slot -> the weight before the step
-        self._gradient: dict[int, Tensor] = {}  # id of a slot's sibling -> of g_S, float64
+        self._slopes: dict[int, Tensor] = {}  # slot -> `[M, numel]`: the mean of the losses' gradients at both ends
 
     @torch.no_grad()
     def before_update(self, factor: Tensor, unscale: Any) -> Tensor:
@@ -128,7 +139,7 @@ class MonteCarlo:
             return factor
         tracker, c = self.tracker, float(factor)
         self._moving = [(i, s) for i, s in enumerate(tracker.slots) if s.grad is not None]
-        self._runs = [[kept for kept in self.keeper.kept if kept.batch == b] for b in range(len(self.rows))]
+        self._coalitions = Coalitions(self.keeper, self.rows, [s for _, s in self._moving])
         if tracker.check_due:
             self._check(factor, unscale)
         if self.clip is not None:
@@ -138,25 +149,27 @@ class MonteCarlo:
                     f"clip: expected gradients clipped to the norm {self.clip} over the tracked parameters together, "
                     f"so multiplied by {expected:.4g} (of a loss scaled by {float(self.scale):g}); got {c:.4g}"
                 )
-        self._gradient = {id(s.sibling): torch.zeros_like(s.shard, dtype=torch.float64) for _, s in self._moving}
-
-        def losses() -> Tensor:
-            by = c if self.clip is None else self._clipped(self._gradient.values())
-            return self._losses(lambda s: self._gradient[id(s.sibling)] * by)
-
-        nobody, everybody = losses(), self._losses(lambda s: s.grad.double() * unscale)
-        self.drop = dict(zip(tracker.targets, nobody - everybody, strict=True))
-        tracker.validations.last_losses.update(zip(tracker.targets, everybody, strict=True))
-        players = [(b, row) for b, rows in enumerate(self.rows) for row in range(rows)]
-        sampling = self.permutations * (len(players) - 1) + 2
-        shapley_of = self._exact if 1 << len(players) <= sampling else self._sampled
-        found = shapley_of(players, losses, nobody, everybody)
-        values, errors = (torch.from_numpy(x).to(nobody.device, torch.float32) for x in found)
+        players = sum(self.rows)
+        nobody, everybody = 0, (1 << players) - 1
+        exact = everybody < self.permutations * (players - 1) + 2
+        slopes = None if exact or players > linear.most_players(self._moving, self.update) else self._slopes
+        found = {
+            nobody: self._losses(self._gradient_of(nobody, c), slopes),
+            everybody: self._losses(lambda s: s.grad.double() * unscale, slopes),
+        }
+        self.drop = dict(zip(tracker.targets, found[nobody] - found[everybody], strict=True))
+        tracker.validations.last_losses.update(zip(tracker.targets, found[everybody], strict=True))
+        if exact:
+            values, errors = self._exact(players, found, c)
+        else:
+            values, errors = self._sampled(players, found, c)
+        device = found[nobody].device
+        values, errors = (torch.from_numpy(x).to(device, torch.float32) for x in (values, errors))
         single = len(tracker.targets) == 1
         self.standard_error = errors[:, 0] if single else errors
         parts = (values[:, 0] if single else values).split(self.rows)
-        self._values = [part if runs else None for part, runs in zip(parts, self._runs, strict=True)]
-        self._runs, self._weights, self._gradient = [], {}, {}
+        self._values = [part if runs else None for part, runs in zip(parts, self._coalitions.runs, strict=True)]
+        self._coalitions, self._weights, self._slopes = None, {}, {}
         return torch.ones_like(factor)
 
     def finish(self) -> list[Tensor | None]:
@@ -171,46 +184,57 @@ class MonteCarlo:
 
     # ------------------------------------------------------------------ coalitions
 
-    def _exact(self, players: list, losses: Callable, nobody: Tensor, everybody: Tensor) -> tuple[Any, Any]:
-        """By a Gray code: each coalition differs by one sample from the one before."""
-        every = (1 << len(players)) - 1
-        found = {0: nobody, every: everybody}
-        for k in range(1, every + 1):
-            z, members = (k & -k).bit_length() - 1, k ^ k >> 1
-            self._add(players[z], 1 if members >> z & 1 else -1)
-            if members not in found:
-                found[members] = losses()
-        values = shapley.from_coalitions(-_stacked([found[members] for members in range(every + 1)]))
+    def _exact(self, players: int, found: dict[int, Tensor], c: float) -> tuple[np.ndarray, np.ndarray]:
+        self._visit(gray(players), found, c)
+        values = shapley.from_coalitions(-_stacked([found[members] for members in range(1 << players)]))
         return values, np.zeros_like(values)
 
-    def _sampled(self, players: list, losses: Callable, nobody: Tensor, everybody: Tensor) -> tuple[Any, Any]:
-        orders = shapley.orders(len(players), self.permutations, (SEED, self.tracker.steps))
-        found = []
-        for order in orders:
-            for gradient in self._gradient.values():
-                gradient.zero_()
-            found.append(nobody)
-            for z in order[:-1]:
-                self._add(players[z], 1)
-                found.append(losses())
-            found.append(everybody)
-        return shapley.from_orders(orders, -_stacked(found).reshape(len(orders), len(players) + 1, -1))
+    def _sampled(self, players: int, found: dict[int, Tensor], c: float) -> tuple[np.ndarray, np.ndarray]:
+        orders = shapley.orders(players, self.permutations, (SEED, self.tracker.steps))
+        along = [[0, *itertools.accumulate(1 << z for z in order)] for order in orders.tolist()]
+        self._visit(itertools.chain(*along), found, c)
+        place = {members: k for k, members in enumerate(found)}
+        worth, known = -_stacked(list(found.values())), np.zeros(1)
+        if self._slopes and self._moving:
+            here = functools.partial(self._gradient_of, c=c)
+            game = linear.worth(players, self._moving, self._slopes, here, self._moves, self.update)
+            worth, known = worth - game[list(found)], shapley.from_coalitions(game)
+        values, errors = shapley.from_orders(orders, worth[[[place[members] for members in row] for row in along]])
+        return known + values, errors
 
-    def _add(self, player: tuple[int, int], sign: int) -> None:
-        """A sample joins the coalition, or leaves it."""
-        batch, row = player
-        for kept in self._runs[batch]:
-            for one in self.keeper.sample_gradients(kept, [row]):
-                for name, gradient in one.items():
-                    if name in self._gradient:
-                        self._gradient[name].add_(gradient, alpha=sign)
+    def _visit(self, coalitions: Iterable[int], found: dict[int, Tensor], c: float) -> None:
+        """Add to `found`, coalition -> losses, those that it has none of."""
+        for members in coalitions:
+            if members not in found:
+                found[members] = self._losses(self._gradient_of(members, c))
 
-    def _losses(self, gradient_of: Callable[[Any], Tensor]) -> Tensor:
-        """`[M]`, float64: the validation losses after the step with these gradients."""
-        tracker = self.tracker
+    def _gradient_of(self, members: int, c: float) -> Callable[[Any], Tensor]:
+        """A coalition's gradient of a slot, as its update would find it; until the next one's is asked for."""
+        coalitions = self._coalitions
+        coalitions.gather(members)
+        by = c if self.clip is None else self._clipped(coalitions.gradient.values())
+        return lambda s: coalitions.gradient[id(s.sibling)] * by
+
+    def _losses(self, gradient_of: Callable[[Any], Tensor], slopes: dict[int, Tensor] | None = None) -> Tensor:
+        """`[M]`, float64: the validation losses after the step with these gradients.
+
+        With `slopes`, slot -> `[M, numel]`, half of the losses' gradients there are added to those.
+        """
+        tracker, validations = self.tracker, self.tracker.validations
         with weights_moved(tracker.slots, tracker.ranks, self._moves(gradient_of), self._weights):
-            found = [tracker.validations.loss(name).double().reshape(()) for name in tracker.targets]
-        return torch.stack([loss.to(found[0].device) for loss in found])
+            if slopes is None:
+                found = [validations.loss(name) for name in tracker.targets]
+            else:
+                found = []
+                for m, name in enumerate(tracker.targets):
+                    with torch.enable_grad():
+                        loss, gradients = validations.loss_and_gradient(name)
+                    found.append(loss)
+                    for i, g in enumerate(gradients):
+                        if g is not None:
+                            like = torch.zeros(len(tracker.targets), g.numel(), dtype=g.dtype, device=g.device)
+                            slopes.setdefault(i, like)[m].add_(g.flatten(), alpha=0.5)
+        return torch.stack([loss.double().reshape(()).to(found[0].device) for loss in found])
 
     def _moves(self, gradient_of: Callable[[Any], Tensor]) -> Iterator[tuple[int, Tensor]]:
         for optimizer in self.tracker.optimizers:
@@ -234,7 +258,7 @@ class MonteCarlo:
         tracker = self.tracker
         whole = {id(s.sibling): s.grad for _, s in self._moving}
         dots: list[dict[Any, Tensor | None]] = [dict.fromkeys(tracker.taps) for _ in self.rows]
-        for batch, runs in enumerate(self._runs):
+        for batch, runs in enumerate(self._coalitions.runs):
             for kept in runs:
                 samples = self.keeper.sample_gradients(kept, range(self.rows[batch]))
                 found = torch.stack([_dot(one, whole, factor) for one in samples])

@@ -145,8 +145,8 @@ def track(
             them, in place of one for their loss, as a target of its own in the ledger. Every forward of a validation
             loss must then see all of its samples, in this order. What both sides' layers do is kept until the update.
         permutations: for "monte_carlo": random orders of the samples, an even number; a step of B samples then takes
-            `permutations * (B - 1) + 2` validation losses, or fewer where all 2^B coalitions are. Errors fall with
-            the root of it.
+            at most `permutations * (B - 1) + 2` validation losses, and all 2^B where those are no more. Errors fall
+            with the root of it. Up to ten samples (`inrun.linear`) two of the losses are differentiated.
 
     Returns:
         The `Tracker`.
@@ -270,7 +270,7 @@ class Tracker:
         "directions" and "validation" (gradients of the validation losses); and of deferred methods "kept", the
         activations and output gradients that wait (in host memory with `keep="host"`, bounded by `keep_bytes`),
         "kept_peak", the most there ever were, and "weights", copies for a batch that is computed again, or while
-        "monte_carlo" goes through coalitions, beside the gradient of a "coalition".
+        "monte_carlo" goes through coalitions, beside the gradients of a "coalition" and of samples.
         """
         gradients = [g for each in self.validations.gradients.values() for g in each]
         return {

@@ -14,6 +14,7 @@ import contextlib
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -110,6 +111,17 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
                 if s.optimizer is optimizer]  # fmt: skip
         _step_twin(optimizer, held)
     return [p - b for p, b in zip(params, before, strict=True)]
+
+
+def repeated(slot: Any, count: int) -> Any:
+    """`count` times a parameter, along a new first dimension, for the `updates` of an elementwise optimizer."""
+    like = local(slot.param).detach()
+    shaped = {key: value.expand(count, *like.shape) for key, value in slot.state.items()
+              if isinstance(value, Tensor) and value.shape == like.shape and key not in _SCALARS}  # fmt: skip
+    return SimpleNamespace(
+        param=like.expand(count, *like.shape), optimizer=slot.optimizer, group=slot.group, options=slot.options,
+        state={**slot.state, **shaped},
+    )  # fmt: skip
 
 
 def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any], int]]) -> None:

@@ -64,6 +64,14 @@ class Validation:
             self._backward(name)
         return self._checked(name, found, 1.0)
 
+    def loss_and_gradient(self, name: str) -> tuple[Tensor, Gradients]:
+        """A target's loss at the weights as they are, and its gradient, whatever it is; without a graph none."""
+        with self._gradients() as found:
+            loss = self.loss(name)
+            if loss.requires_grad:
+                loss.backward()
+        return loss.detach(), found[: len(self.slots)]
+
     def run_due(self) -> None:
         """Run every callable whose gradient has served its steps."""
         for name in self.losses:

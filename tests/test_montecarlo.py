@@ -11,7 +11,8 @@ from models import Bypass, data, loss_of, make, sample_gradients
 from torch import nn
 
 import inrun
-from inrun import shapley
+from inrun import linear, montecarlo, shapley
+from inrun.coupled import muon
 from inrun.tasks import Lion
 
 N, T, VOCAB = 5, 3, 7
@@ -197,9 +198,17 @@ def test_a_fused_optimizer_that_divides_the_loss_scale_out_itself(overflow):
         close(found[1], found[0], 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "lion"])
-def test_sampled_values_add_up_and_lie_within_their_errors_of_the_exact_ones(kind):
-    n = 10
+def visited(n, permutations, number=0):
+    """The coalitions that random orders meet, nobody and all of them included."""
+    orders = shapley.orders(n, permutations, (montecarlo.SEED, number))
+    return {frozenset(order[:k].tolist()) for order in orders for k in range(n + 1)}
+
+
+@pytest.mark.parametrize(("kind", "players"), [("adamw", 10), ("lion", 10), ("lion", 0)])
+def test_sampled_values_add_up_and_lie_within_their_errors_of_the_exact_ones(kind, players, monkeypatch):
+    """With a linear loss's values taken off, and without (of more samples than that is done for)."""
+    monkeypatch.setattr(linear, "PLAYERS", players)
+    n = 8
     x, y = tokens(n)
     model, optimizer = tied(kind)
     warmed(model, optimizer)
@@ -215,19 +224,21 @@ def test_sampled_values_add_up_and_lie_within_their_errors_of_the_exact_ones(kin
         model.load_state_dict(before[0])
         optimizer.load_state_dict(copy.deepcopy(before[1]))
         losses = {name: lambda name=name: counted(name) for name in LOSSES}
-        with inrun.track(model, optimizer, "monte_carlo", validation=losses, permutations=permutations) as tracker:
+        update = "elementwise" if kind == "lion" else None
+        options = {"validation": losses, "permutations": permutations, "update": update}
+        with inrun.track(model, optimizer, "monte_carlo", **options) as tracker:
             tracker.steps = number
             calls.clear()
             with tracker.step(range(n)) as step:
                 loss_of(model, x, y).backward()
                 optimizer.step()
                 optimizer.zero_grad()
+        assert len(calls) == 2 * len(visited(n, permutations, number)) <= 2 * (permutations * (n - 1) + 2)
         close(step.values.sum(0), drop)
         assert step.values.shape == step.standard_error.shape == (n, 2)
         return step.values.double(), step.standard_error.double()
 
     values, errors = step_of(7)
-    assert len(calls) == 2 * (8 * (n - 1) + 2)
     again, other = step_of(7), step_of(8)
     assert torch.equal(values, again[0]) and torch.equal(errors, again[1])
     assert not torch.equal(values, other[0])
@@ -240,17 +251,93 @@ def test_sampled_values_add_up_and_lie_within_their_errors_of_the_exact_ones(kin
     assert one[1].isnan().all() and one[0].isfinite().all()
 
 
-@pytest.mark.parametrize(("n", "permutations", "looks"), [(4, 4, 14), (4, 6, 16), (2, 2, 4), (1, 2, 2)])
-def test_coalitions_are_enumerated_where_those_are_no_more_than_sampling_visits(n, permutations, looks):
-    model, optimizer = tied("adamw")
-    x, y = tokens(n)
-    calls = []
-    loss = lambda: calls.append(1) or loss_of(model, *LOSSES["code"])  # noqa: E731
-    tracker = inrun.track(model, optimizer, "monte_carlo", validation=loss, permutations=permutations)
+def values_of(kind, n, loss, clip=None, **options):
+    model, optimizer = tied(kind)
+    warmed(model, optimizer)
+    tracker = inrun.track(model, optimizer, "monte_carlo", validation=lambda: loss(model), clip=clip, **options)
     with tracker.step(range(n)) as step:
-        loss_of(model, x, y).backward()
+        loss_of(model, *tokens(n)).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-    assert len(calls) == looks and bool(step.standard_error.any()) == (looks == 14)
+    return step
+
+
+@pytest.mark.parametrize(
+    ("kind", "clip", "stack"),
+    [
+        ("lion", None, linear.STACK),
+        ("lion", 0.2, 1),
+        ("adamw", 0.2, linear.STACK),
+        ("muon", None, 1),
+        ("coupled", None, 1),
+    ],
+)
+def test_of_a_loss_linear_in_the_weights_one_order_and_its_reverse_find_the_exact_values(
+    kind, clip, stack, monkeypatch
+):
+    """Whether updates are found together or one at a time."""
+    monkeypatch.setattr(linear, "STACK", stack)
+    along = torch.randn(VOCAB, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def loss(model):
+        return (model.head.weight * along).sum() + (model.inner.weight * along[1:]).sum()
+
+    update = "elementwise" if kind == "lion" else None
+    exact, few, more = (values_of(kind, 6, loss, clip, permutations=p, update=update) for p in (14, 2, 4))
+    assert torch.equal(exact.standard_error, torch.zeros(6))
+    close(few.values, exact.values.double())
+    assert more.standard_error.norm() < 1e-5 * exact.values.norm()
+
+
+def test_muons_formula_takes_a_stack_of_matrices():
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(5, 3))
+    optimizer = torch.optim.Muon([param], lr=0.1)
+    grads, buffer = torch.randn(4, 5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    for stack, weight in ((grads, param.double()), (grads.mT, param.double().mT)):
+        state = {"momentum_buffer": buffer if stack is grads else buffer.mT}
+        together = muon(stack, weight, state, optimizer.param_groups[0])
+        for one, grad in zip(together, stack, strict=True):
+            torch.testing.assert_close(one, muon(grad, weight, state, optimizer.param_groups[0]))
+
+
+def test_a_linear_losss_values_leave_lion_less_than_half_of_its_error(monkeypatch):
+    n, options = 8, {"update": "elementwise"}
+
+    def loss(model):
+        return loss_of(model, *LOSSES["code"])
+
+    exact = values_of("lion", n, loss, permutations=38, **options).values
+    with_it = [(values_of("lion", n, loss, permutations=p, **options).values - exact).norm() for p in (2, 4, 8)]
+    monkeypatch.setattr(linear, "PLAYERS", 0)
+    without = [(values_of("lion", n, loss, permutations=p, **options).values - exact).norm() for p in (2, 4, 8)]
+    assert all(a < 0.5 * b for a, b in zip(with_it, without, strict=True))
+
+
+def test_a_loss_without_a_finite_gradient_has_the_values_that_orders_find(monkeypatch):
+    def plain(model):
+        return loss_of(model, *LOSSES["code"]).detach()
+
+    def infinite(model):
+        root = (model.inner.weight.sum() * 0).sqrt()  # 0, and its slope 0 / 0
+        return loss_of(model, *LOSSES["code"]) + root
+
+    found = [values_of("adamw", 6, loss).values for loss in (plain, infinite)]
+    assert found[0].isfinite().all() and torch.equal(*found)
+    monkeypatch.setattr(linear, "PLAYERS", 0)
+    assert torch.equal(values_of("adamw", 6, plain).values, found[0])
+
+
+@pytest.mark.parametrize(("n", "permutations"), [(4, 4), (4, 6), (2, 2), (1, 2)])
+def test_coalitions_are_enumerated_where_those_are_no_more_than_sampling_visits(n, permutations):
+    looks = []
+    step = values_of(
+        "adamw", n, lambda model: looks.append(1) or loss_of(model, *LOSSES["code"]), permutations=permutations
+    )
+    sampled = (n, permutations) == (4, 4)
+    assert len(looks) == (len(visited(n, permutations)) if sampled else 2**n)
+    assert bool(step.standard_error.any()) == sampled
 
 
 def test_orders_come_in_pairs_of_which_every_second_is_half_a_turn_of_the_one_before():
@@ -329,7 +416,11 @@ def test_memory_is_reported_while_coalitions_are_gone_through_and_bounded():
     numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = seen[0]["kept"]
     expected = {"kept": kept, "kept_peak": kept, "weights": 4 * numel, "coalition": 8 * numel}
-    assert all({k: m[k] for k in expected} == expected for m in seen) and len(seen) == 2 * 2**N
+    twice = sum(p.numel() for p in (*model.parameters(), model.head.weight) if p.requires_grad)  # the head is tied
+    stored = [(m["coalition"] - 8 * numel) / (4 * twice) for m in seen]
+    assert stored == sorted(stored) and stored[0] == 0 and stored[-1] == N
+    expected["coalition"] = seen[-1]["coalition"]
+    assert {k: seen[-1][k] for k in expected} == expected and len(seen) == 2 * 2**N
     assert tracker.memory == dict.fromkeys(expected, 0) | {"kept_peak": kept, "directions": 4 * numel, "validation": 0}
     tracker.close()
     tracker = inrun.track(model, optimizer, "monte_carlo", validation=loss, keep_bytes=kept - 1)
