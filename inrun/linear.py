@@ -32,7 +32,7 @@ GradientOf = Callable[[Any], Tensor]  # of a slot
 
 def most_players(moving: Sequence[tuple[int, Any]], update: UpdateRule | str | None) -> int:
     """Samples of a step up to which this game is worth its updates."""
-    return PLAYERS if _stackable(moving, update) else PLAYERS - 2
+    return PLAYERS if _together(moving, update) > 1 else PLAYERS - 2
 
 
 def worth(
@@ -57,8 +57,7 @@ def worth(
         float64 `[2^B, M]`, nats; zero throughout for a loss whose gradient is not finite.
     """
     many = next(iter(slopes.values())).shape[0]
-    size = sum(slot.shard.numel() for _, slot in moving)
-    together = max(1, STACK // size) if _stackable(moving, update) else 1
+    together = _together(moving, update)
     every, found = gray(players), []
     for start in range(0, len(every), together):
         part = every[start : start + together]
@@ -82,9 +81,11 @@ def worth(
     return table
 
 
-def _stackable(moving: Sequence[tuple[int, Any]], update: UpdateRule | str | None) -> bool:
-    """Whether several updates of a parameter can be found at once: coordinate by coordinate, or by a known formula."""
-    return not callable(update) and all(is_known(s.optimizer, update, (*ELEMENTWISE, *KNOWN)) for _, s in moving)
+def _together(moving: Sequence[tuple[int, Any]], update: UpdateRule | str | None) -> int:
+    """How many updates are found at once: several, of small models, coordinate by coordinate or by a known formula."""
+    if callable(update) or not all(is_known(s.optimizer, update, (*ELEMENTWISE, *KNOWN)) for _, s in moving):
+        return 1
+    return max(1, STACK // max(1, sum(slot.shard.numel() for _, slot in moving)))
 
 
 def _stacked_moves(
