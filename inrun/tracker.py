@@ -146,7 +146,8 @@ def track(
             loss must then see all of its samples, in this order. What both sides' layers do is kept until the update.
         permutations: for "monte_carlo": random orders of the samples, an even number; a step of B samples then takes
             at most `permutations * (B - 1) + 2` validation losses, and all 2^B where those are no more. Errors fall
-            with the root of it. Up to ten samples, or eight (`inrun.linear`), two of the losses are differentiated.
+            with the root of it. In batches of up to ten samples two of the losses may be differentiated
+            (`inrun.linear`).
 
     Returns:
         The `Tracker`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -313,6 +314,19 @@ def test_a_linear_losss_values_leave_lion_less_than_half_of_its_error(monkeypatc
     monkeypatch.setattr(linear, "PLAYERS", 0)
     without = [(values_of("lion", n, loss, permutations=p, **options).values - exact).norm() for p in (2, 4, 8)]
     assert all(a < 0.5 * b for a, b in zip(with_it, without, strict=True))
+
+
+def test_large_models_have_it_where_updates_jump():
+    """As their updates are had one at a time, and the other ones' values are known well enough without."""
+
+    def most(kind, width, update=None):
+        layer = torch.nn.Linear(width, width, bias=False)
+        slot = SimpleNamespace(optimizer=kind(layer.parameters(), lr=0.1), shard=layer.weight.detach())
+        return linear.most_players([(0, slot)], update)
+
+    adamw, rprop, muon = torch.optim.AdamW, torch.optim.Rprop, torch.optim.Muon
+    assert most(adamw, 8) == most(muon, 8) == linear.PLAYERS
+    assert (most(adamw, 1024), most(rprop, 1024), most(muon, 1024), most(adamw, 8, lambda *a: a[0])) == (0, 8, 8, 8)
 
 
 def test_a_loss_without_a_finite_gradient_has_the_values_that_orders_find(monkeypatch):
