@@ -67,3 +67,27 @@ def test_same_bits_no_synchronisation_and_no_stored_gradient(layer, dtype):
     assert torch.equal(
         run(rows.x[order], rows.grads[order], rows.val_grad)[1], run(rows.x, rows.grads, rows.val_grad)[1][order]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adams_directions_are_one_launch_without_synchronisation(dtype):
+    from inrun_kernels import adam
+
+    made = torch.Generator("cuda").manual_seed(0)
+    parts = []
+    for size, step in ((1, 0.0), (5000, 3.0), (1 << 20, torch.tensor(7.0, device="cuda")), (2048, 2.0)):
+        grad, moment = (torch.randn(size, device="cuda", generator=made) for _ in range(2))
+        moment = None if step == 0.0 else moment.square().to(dtype)
+        out = torch.full_like(grad, torch.nan, dtype=dtype)
+        parts.append(adam.AdamPart(out, grad.to(dtype), moment, step, 1e-4, (0.9, 0.999), 1e-8))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        adam.write_adam_directions(parts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for part in parts:
+        t, g = float(part.step) + 1, part.val_grad.double()
+        second = (0.999 * (0 if part.moment is None else part.moment.double()) + 0.001 * g * g) / (1 - 0.999**t)
+        expected = part.gain / (1 - 0.9**t) * g / (second.sqrt() + part.eps)
+        torch.testing.assert_close(part.out.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-12)
