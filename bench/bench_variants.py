@@ -180,7 +180,7 @@ def as_markdown(rows: list[Row]) -> str:
         f"Ratios to plain training ({plain['ms']:.0f} ms, and {plain['peak_bytes'] / 1e6:.0f} MB, weights and AdamW's "
         f"state included); {plain['case']}, {plain['device']}, {plain['threads']} threads, {plain['dtype']}. A "
         f"validation pass over as many samples takes {one['ratio']:.2f}. monte_carlo's "
-        "own, one for each coalition that its orders meet, are left in; all but two have no backward."
+        "own, one for each coalition that its orders meet, have no backward and are left in."
     )
     return "\n".join([*lines, "", note])
 

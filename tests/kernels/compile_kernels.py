@@ -2,8 +2,8 @@
 
     python compile_kernels.py                 a table for every chip
     python compile_kernels.py sm_90 wgrad     one chip, the launches whose name holds a word
-    python compile_kernels.py --json --few    as JSON lines; one launch or two of each kernel, in bfloat16 alone
-                                              where a chip's other dtypes compile as an older one's
+    python compile_kernels.py --json --few    as JSON lines; one launch or two of each kernel (in float16 one), and in
+                                              bfloat16 alone where a chip's other dtypes compile as an older one's
 
 TRITON_INTERPRET must not be set, and the package must be importable (PYTHONPATH=.:kernels without an install).
 
@@ -45,6 +45,7 @@ FEW = (
     "norm wgrad",
     "adam",
 )
+VARIANTS = FEW[1:4]  # of a kernel that is among the few already
 EVERY_DTYPE = {"sm_80", "sm_90", "sm_100"}  # with --few
 COLUMNS = ("call", "dtype", "kernel", "tile", "registers", "spills", "shared", "mma", "programs")
 
@@ -133,7 +134,7 @@ def contents(kernel, chip: str) -> dict:
     return {"registers": registers, "spills": spills, "shared": shared, "mma": mma, "programs": programs}
 
 
-def compiled(chip: str, dtypes: Sequence[torch.dtype], wanted: Callable[[str], bool]) -> Iterator[dict]:
+def compiled(chip: str, dtypes: Sequence[torch.dtype], wanted: Callable[[str, torch.dtype], bool]) -> Iterator[dict]:
     """A report on each kernel that each launch of a wanted name compiles, for one chip."""
     kernels = []
     driver.set_active(CompileOnly(chip))  # type: ignore[arg-type]
@@ -151,7 +152,7 @@ def compiled(chip: str, dtypes: Sequence[torch.dtype], wanted: Callable[[str], b
     JITFunction.__getitem__ = compile_only
     for dtype in dtypes:
         for name, launch in launches(dtype).items():
-            if not wanted(name):
+            if not wanted(name, dtype):
                 continue
             kernels.clear()
             launch()
@@ -160,13 +161,17 @@ def compiled(chip: str, dtypes: Sequence[torch.dtype], wanted: Callable[[str], b
                 yield {"chip": chip, **of_launch, "tile": "x".join(map(str, tile)), **contents(kernel, chip)}
 
 
+def _is_one_of_few(name: str, dtype: torch.dtype) -> bool:
+    return name in FEW and not (dtype == torch.float16 and name in VARIANTS)
+
+
 def main(arguments: list[str]) -> None:
     options, words = ({x for x in arguments if x.startswith("--") == b} for b in (True, False))
     word = " ".join(words - set(CHIPS))
     few = "--few" in options
     for chip in [x for x in CHIPS if x in words] or CHIPS:
         dtypes = [torch.bfloat16, torch.float16, torch.float32][: 1 if few and chip not in EVERY_DTYPE else 3]
-        for report in compiled(chip, dtypes, lambda name: name in FEW if few else word in name):
+        for report in compiled(chip, dtypes, _is_one_of_few if few else lambda name, dtype: word in name):
             if "--json" in options:
                 print(json.dumps(report), flush=True)
             else:
