@@ -14,13 +14,14 @@ Source: SGD, arXiv 2406.11011 (equation 7); Adam with frozen state, arXiv 2602.0
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from inrun_kernels.ops import use_triton
 
 from .distributed import local
 from .errors import InRunError
@@ -109,28 +110,23 @@ def adam_part(slot: Any, val_grads: Sequence[Tensor | None]) -> Any:
         or isinstance(slot.optimizer, SGD)
         or group["amsgrad"]
         or any(isinstance(x, Tensor) and x.is_cuda for x in numbers)
-        or not _launches(grad)
+        or not use_triton(None, grad)
     ):
         return None
     from inrun_kernels import adam
 
-    state = {name: local(value) for name, value in slot.state.items()}
     lr, beta1, beta2 = map(float, numbers)
-    step = state.get("step", 0.0)
+    step = slot.state.get("step", 0.0)
     part = adam.AdamPart(
         out=slot.direction,
         val_grad=grad,
-        moment=state.get("exp_avg_sq"),
+        moment=local(slot.state.get("exp_avg_sq")),
         step=step if isinstance(step, Tensor) and step.is_cuda else float(step),
         gain=(-lr if group["maximize"] else lr) * (1 - beta1),
         betas=(beta1, beta2),
         eps=group["eps"],
     )
     return part if adam.fits(part) else None
-
-
-def _launches(x: Tensor) -> bool:
-    return x.is_cuda and importlib.util.find_spec("triton") is not None
 
 
 def sgd_coefficient(group: dict[str, Any], state: dict[str, Any]) -> Any:

@@ -65,7 +65,7 @@ class _Product(Rule):
     def scored(self, x):
         tap, like = self._inrun, self.weight[:0]
         if self.module.config._experts_implementation == "eager":  # the one that autocast reaches
-            _, like, _ = functional._autocast(x, like, None)
+            _, like = functional._autocast(x, like)
         x = x.to(like.dtype)
         if self.direction is None:
             return self.plain(x)

@@ -4,8 +4,8 @@ The dots are taken in the backward; the optimizer sees `c * gradient` for one co
 remembering the beginnings of a few gradients, small ones and large ones, as the backward left them, and comparing
 when the update begins, so the user's loop needs no change and nothing need be declared. Where all of these parameters
 are large, as in a model of embeddings alone, beginnings may be zeros, and sums over parts of the gradients are
-remembered instead. Gradients changed element by
-element have no such factor. Of several processes' gradients, the optimizer sees c times their sum.
+remembered instead. Gradients changed element by element have no such factor. Of several processes' gradients, the
+optimizer sees c times their sum.
 """
 
 from __future__ import annotations

@@ -78,9 +78,7 @@ def linear(
     """
     if probe is None or directions is None:
         return F.linear(x, weight, bias)
-    x = _placed(x, probe, segments)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    (x,) = _autocast(_placed(x, probe, segments))
     return _apply(_Linear, x, weight, bias, *directions, probe, segments)
 
 
@@ -230,7 +228,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, direction, bias_direction, probe, segments):
-        cast = weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else weight
+        _, cast = _autocast(x, weight)
         ctx.save_for_backward(x, weight, bias, direction, bias_direction, probe, segments, cast)
         return F.linear(x, cast, bias)
 
@@ -497,13 +495,13 @@ def by_sample(x: Tensor, batch: int) -> Tensor:
     )
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The casts autocast makes before a matrix product, made where autograd sees them."""
+def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """The casts autocast makes of tensors (or None) before a matrix product of `x`, made where autograd sees them."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return x, weight, bias
+        return tuple(None if y is None else y.to(dtype) for y in (x, *others))
+    return x, *others
 
 
 def _norm_dtype(x: Tensor, normed: Tensor) -> torch.dtype:

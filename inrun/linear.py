@@ -21,9 +21,8 @@ from .coalitions import gray
 from .coupled import KNOWN
 from .updates import ELEMENTWISE, UpdateRule, is_known, repeated, updates
 
-# Measured on the suite's GPT (`inrun fidelity`, eight orders, one CPU thread; Lion, Adam and Muon): with all 2^B
-# updates a step takes 1.5 to 2 times as long at 8 samples, 2 to 4 at 10, and 5 to 8 at 12. Those that are had one at a
-# time cost more: a signed or coupled update's have two samples less, and the others' error, a thousandth, is let stand.
+# Beyond so many samples the 2^B updates take longer than all the losses of a few orders. Those that are had one at a
+# time cost more: a signed or coupled update's have two samples less, and the others' small error is let stand.
 PLAYERS = 10
 SMOOTH = tuple(kind for kind in ELEMENTWISE if kind is not optim.Rprop)
 STACK = 1 << 18  # elements of the gradients whose updates are found together: what a core's cache holds

@@ -441,9 +441,11 @@ class Tracker:
 
     def _require_no_others(self) -> None:
         """Raise `InRunError` where a parameter trains that did not when they were tracked: it would have no score."""
-        known = {id(p) for slot in self.slots for p in (slot.param, slot.sibling)}
         excluded = self.coverage["excluded"]
-        if sum(p.requires_grad and id(p) not in known for p in self.model.parameters()) > len(excluded):
+        ours = [p for slot in self.slots for p in (slot.param, slot.sibling)]
+        most = sum(p.requires_grad for p in ours) + len(excluded)
+        if sum(p.requires_grad for p in self.model.parameters()) > most:
+            known = {id(p) for p in ours}
             others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
             others = [n for n in others if n not in excluded]
             raise InRunError(

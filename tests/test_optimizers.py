@@ -378,7 +378,7 @@ def test_one_launch_writes_what_torch_writes_parameter_by_parameter(device_steps
 
     def directions_of(launches):
         launched = []
-        monkeypatch.setattr(directions, "_launches", lambda x: launches)
+        monkeypatch.setattr(directions, "use_triton", lambda backend, x: launches)
         monkeypatch.setattr(adam, "write_adam_directions", lambda parts: launched.extend(parts) or write(parts))
         model, batch, validation = make("gpt_tied"), data("gpt_tied"), data("gpt_tied", 4, 2)
         first, *rest = model.parameters()

@@ -5,7 +5,7 @@
 with g the validation gradient, v the second moment as the last step left it and t the number of this step. Source:
 arXiv 2602.00329; g^2 stands in for the batch's own.
 
-FLOPs: some 10 an element.  Bytes: v and g read once, d written once; a table of pointers and numbers goes with the
+FLOPs: some 10 an element.  Bytes: v and g read once, d written once; tables of pointers and numbers go with the
 launch, as torch's own multi-tensor optimizers have it.
 """
 
@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from inrun_kernels.config import ceil_div
+
 _BLOCK = 2048
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-_POINTERS, _NUMBERS = 6, 7  # columns of the table's halves
 
 
 @dataclass(frozen=True)
@@ -124,32 +124,26 @@ def write_adam_directions(parts: Sequence[AdamPart]) -> None:
             groups.setdefault(part.kind, []).append(part)
     torch.autograd.graph.increment_version([part.out for part in parts])
     for (device, out, grad, moment), members in groups.items():
-        blocks = [-(-part.out.numel() // _BLOCK) for part in members]
-        firsts = np.cumsum([0, *blocks])
-        table = np.zeros((len(members), _POINTERS + _NUMBERS), dtype=np.int64)
-        numbers = table[:, _POINTERS:].view(np.float64)
-        for i, part in enumerate(members):
-            on_device = isinstance(part.step, Tensor)
-            table[i, :_POINTERS] = (
-                part.out.data_ptr(),
-                part.val_grad.data_ptr(),
-                0 if part.moment is None else part.moment.data_ptr(),
-                part.step.data_ptr() if isinstance(part.step, Tensor) else 0,
-                part.out.numel(),
-                firsts[i],
-            )
-            logs = (math.log(beta) if beta else -math.inf for beta in part.betas)
-            beta2 = part.betas[1]
-            numbers[i] = (0.0 if on_device else part.step, *logs, beta2, 1 - beta2, part.gain, part.eps)
-        halves = [torch.from_numpy(np.ascontiguousarray(half)) for half in (table[:, :_POINTERS], numbers)]
+        pointers, numbers, first = [], [], 0
+        for part in members:
+            step, (beta1, beta2) = part.step, part.betas
+            at = step.data_ptr() if isinstance(step, Tensor) else 0
+            moment_at = 0 if part.moment is None else part.moment.data_ptr()
+            places = part.out.data_ptr(), part.val_grad.data_ptr(), moment_at, at
+            pointers.append((*places, part.out.numel(), first))
+            logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
+            made = 0.0 if isinstance(step, Tensor) else step
+            numbers.append((made, *logs, beta2, 1 - beta2, part.gain, part.eps))
+            first += ceil_div(part.out.numel(), _BLOCK)
+        tables = [torch.tensor(pointers, dtype=torch.int64), torch.tensor(numbers, dtype=torch.float64)]
         if device.type == "cuda":
-            halves = [half.pin_memory().to(device, non_blocking=True) for half in halves]
+            tables = [table.pin_memory().to(device, non_blocking=True) for table in tables]
         with torch.cuda.device_of(members[0].out):
-            _adam_direction_kernel[(int(firsts[-1]),)](
-                *halves,
+            _adam_direction_kernel[(first,)](
+                *tables,
                 len(members),
-                POINTERS=_POINTERS,
-                NUMBERS=_NUMBERS,
+                POINTERS=len(pointers[0]),
+                NUMBERS=len(numbers[0]),
                 OUT=_TYPES[out],
                 GRAD=_TYPES[grad],
                 MOMENT=_TYPES[moment],

@@ -215,9 +215,7 @@ row_wgrad_dot.register_autograd(derivatives.row_wgrad_dot, setup_context=derivat
 def _launch_context(x: Tensor) -> Iterator[None]:
     """x's GPU current, and no autocast: active inside an op too, it would round float32 products to half."""
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    if not elsewhere and not torch.is_autocast_enabled(
-        x.device.type
-    ):  # most often: setting both costs as much as a launch
+    if not (elsewhere or torch.is_autocast_enabled(x.device.type)):  # to set both costs as much as a launch
         yield
         return
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from inrun_kernels.torch_path import accumulate_dtype
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTS = (torch.int32, torch.int64)
 _last: tuple[Callable[[], Tensor | None], int, int] = (lambda: None, 0, 0)  # offsets, their version, tokens
@@ -111,7 +113,7 @@ def check_form(form: str | None) -> None:
 
 def check_grad_dtype(grad_dtype: torch.dtype | None, acts: Tensor) -> None:
     """Require a dtype that a gradient of `acts` can be rounded to, or None."""
-    wide = torch.float64 if acts.dtype == torch.float64 else torch.float32
+    wide = accumulate_dtype(acts)
     if grad_dtype not in (None, acts.dtype, wide):
         allowed = " or ".join(map(str, dict.fromkeys((wide, acts.dtype))))
         raise TypeError(f"grad_dtype: expected None, {allowed}, received {grad_dtype}")
