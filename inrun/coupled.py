@@ -26,8 +26,13 @@ from .updates import ELEMENTWISE, UpdateRule, chunks, copied, updates
 NODES = 4  # of the integral
 
 
-def muon(grad: Tensor, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """`torch.optim.Muon`'s update, in the gradient's precision; of a matrix, or of each in a stack of them.
+def muon(
+    grad: Tensor, param: Tensor, state: dict[str, Any], group: dict[str, Any], dtype: torch.dtype | None = None
+) -> Tensor:
+    """`torch.optim.Muon`'s update of a matrix, or of each in a stack of them.
+
+    Args:
+        dtype: of the iteration, which torch has in bfloat16; None for the gradient's.
 
     Source: Jordan et al., Muon (2024), and torch.optim.Muon.
     """
@@ -36,16 +41,18 @@ def muon(grad: Tensor, param: Tensor, state: dict[str, Any], group: dict[str, An
     x = torch.lerp(grad, average, momentum) if group["nesterov"] else average
     rows, columns = x.shape[-2:]
     x = x.mT if rows > columns else x
+    x = x.reshape(-1, *x.shape[-2:]).to(dtype or x.dtype)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
     a, b, c = group["ns_coefficients"]
     for _ in range(group["ns_steps"]):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.mT if rows > columns else x
     if group["adjust_lr_fn"] in (None, "original"):
         ratio = math.sqrt(max(1, rows / columns))
     else:
         ratio = 0.2 * math.sqrt(max(rows, columns)) if group["adjust_lr_fn"] == "match_rms_adamw" else 1.0
-    return -lr * ratio * (x.mT if rows > columns else x) - lr * group["weight_decay"] * param
+    return -lr * ratio * x.reshape(grad.shape).to(grad.dtype) - lr * group["weight_decay"] * param
 
 
 KNOWN: dict[type, UpdateRule] = {optim.Muon: muon}

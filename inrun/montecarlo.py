@@ -13,9 +13,10 @@ one sample more or less at a time, and values are exact. Else they are means ove
 what a sample adds to those before it: unbiased, with a standard error. Both add up to U(all), the measured drop. The
 orders are a function of the step's number, so that a resumed run draws the same. No coalition is evaluated twice.
 
-In small batches the orders need only find what a linear loss leaves, whose values are known exactly (`linear.py`; it
-takes the gradient of every validation loss at both ends of the step, where a loss has one, and 2^B updates). The
-standard error is then that of what is left.
+In small batches the orders need only find what a quadratic loss leaves, whose values are known exactly
+(`quadratic.py`; it takes the gradient of every validation loss at both ends of the step and, of models that are not
+large, after each sample's own step, where a loss has one, and 2^B updates). The standard error is then that of what is
+left.
 
 Each coalition costs one sample's weight gradients (`coalitions.py`), one update and one forward of every validation
 loss. An elementwise update is had in float64 and a few parameters at a time; any other is that of all parameters
@@ -40,7 +41,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import check, linear, shapley
+from . import check, quadratic, shapley
 from .coalitions import Coalitions, gray
 from .errors import InRunError
 from .keep import Budget, Keeper
@@ -116,7 +117,7 @@ class MonteCarlo:
         held = {
             "weights": self._weights.values(),
             "coalition": [] if self._coalitions is None else self._coalitions.tensors(),
-            "validation": self._slopes.values(),
+            "validation": [g for gradients in self._slopes.values() for g in gradients.values()],
         }
         return {"kept": self.budget.bytes, "kept_peak": self.budget.peak, **{k: size_of(v) for k, v in held.items()}}
 
@@ -130,7 +131,7 @@ class MonteCarlo:
         self._coalitions: Any = None  # `Coalitions`
         self._moving: list[tuple[int, Any]] = []  # numbered slots that the update moves
         self._weights: dict[int, Tensor] = {}  # slot -> the weight before the step
-        self._slopes: dict[int, Tensor] = {}  # slot -> `[M, numel]`: the mean of the losses' gradients at both ends
+        self._slopes: dict[int, dict[int, Tensor]] = {}  # coalition -> slot -> the losses' gradients, `[M, numel]`
 
     @torch.no_grad()
     def before_update(self, factor: Tensor, unscale: Any) -> Tensor:
@@ -152,11 +153,15 @@ class MonteCarlo:
         players = sum(self.rows)
         nobody, everybody = 0, (1 << players) - 1
         exact = everybody < self.permutations * (players - 1) + 2
-        slopes = None if exact or players > linear.most_players(self._moving, self.update) else self._slopes
-        found = {
-            nobody: self._losses(self._gradient_of(nobody, c), slopes),
-            everybody: self._losses(lambda s: s.grad.double() * unscale, slopes),
-        }
+        if self._moving and not exact and players <= quadratic.most_players(self._moving, self.update, self.clip):
+            points = quadratic.points(players, self._moving, len(tracker.targets))
+            self._slopes = {members: {} for members in points}
+        found: dict[int, Tensor] = {}
+        for members in (nobody, everybody, *self._slopes):
+            if members not in found:
+                whole = members == everybody
+                gradient_of = (lambda s: s.grad.double() * unscale) if whole else self._gradient_of(members, c)
+                found[members] = self._losses(gradient_of, self._slopes.get(members))
         self.drop = dict(zip(tracker.targets, found[nobody] - found[everybody], strict=True))
         tracker.validations.last_losses.update(zip(tracker.targets, found[everybody], strict=True))
         if exact:
@@ -195,9 +200,9 @@ class MonteCarlo:
         self._visit(itertools.chain(*along), found, c)
         place = {members: k for k, members in enumerate(found)}
         worth, known = -_stacked(list(found.values())), np.zeros(1)
-        if self._slopes and self._moving:
+        if self._slopes:
             here = functools.partial(self._gradient_of, c=c)
-            game = linear.worth(players, self._moving, self._slopes, here, self._moves, self.update)
+            game = quadratic.worth(players, self._moving, self._slopes, here, self._moves, self.update)
             worth, known = worth - game[list(found)], shapley.from_coalitions(game)
         values, errors = shapley.from_orders(orders, worth[[[place[members] for members in row] for row in along]])
         return known + values, errors
@@ -218,7 +223,7 @@ class MonteCarlo:
     def _losses(self, gradient_of: Callable[[Any], Tensor], slopes: dict[int, Tensor] | None = None) -> Tensor:
         """`[M]`, float64: the validation losses after the step with these gradients.
 
-        With `slopes`, slot -> `[M, numel]`, half of the losses' gradients there are added to those.
+        An empty `slopes` takes up the losses' gradients there, slot -> `[M, numel]`; zero where a loss has none.
         """
         tracker, validations = self.tracker, self.tracker.validations
         with weights_moved(tracker.slots, tracker.ranks, self._moves(gradient_of), self._weights):
@@ -226,14 +231,18 @@ class MonteCarlo:
                 found = [validations.loss(name) for name in tracker.targets]
             else:
                 found = []
+                for i, slot in self._moving:
+                    dtype = torch.promote_types(slot.shard.dtype, torch.float32)
+                    slopes[i] = torch.zeros(
+                        len(tracker.targets), slot.shard.numel(), dtype=dtype, device=slot.shard.device
+                    )
                 for m, name in enumerate(tracker.targets):
                     with torch.enable_grad():
                         loss, gradients = validations.loss_and_gradient(name)
                     found.append(loss)
-                    for i, g in enumerate(gradients):
-                        if g is not None:
-                            like = torch.zeros(len(tracker.targets), g.numel(), dtype=g.dtype, device=g.device)
-                            slopes.setdefault(i, like)[m].add_(g.flatten(), alpha=0.5)
+                    for i, slope in slopes.items():
+                        if (g := gradients[i]) is not None:
+                            slope[m] = g.flatten()
         return torch.stack([loss.double().reshape(()).to(found[0].device) for loss in found])
 
     def _moves(self, gradient_of: Callable[[Any], Tensor]) -> Iterator[tuple[int, Tensor]]:

@@ -146,8 +146,8 @@ def track(
             loss must then see all of its samples, in this order. What both sides' layers do is kept until the update.
         permutations: for "monte_carlo": random orders of the samples, an even number; a step of B samples then takes
             at most `permutations * (B - 1) + 2` validation losses, and all 2^B where those are no more. Errors fall
-            with the root of it. In batches of up to ten samples two of the losses may be differentiated
-            (`inrun.linear`).
+            with the root of it. In batches of up to ten samples those after a single sample's step may be taken
+            as well, and with both ends' be differentiated (`inrun.quadratic`).
 
     Returns:
         The `Tracker`.
