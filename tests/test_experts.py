@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from inrun import functional
 from inrun.experts import _Grouped
+from inrun_kernels import grouped
 from inrun_kernels.grouped import grouped_mm, grouped_wgrad
 
 ENDS = [0, 3, 3, 7, 10]  # the first and the third group are empty
@@ -29,6 +30,22 @@ def test_grouped_products(dtype, inputs, outputs):
     assert_close(grouped_wgrad(x, grads, offsets).double(), expected, **bound)
     torch.library.opcheck(torch.ops.inrun.grouped_mm, (x, weight.mT, offsets))
     torch.library.opcheck(torch.ops.inrun.grouped_wgrad, (x, grads, offsets))
+
+
+def test_groups_without_rows_have_no_gradient_where_torch_leaves_one(monkeypatch):
+    product = grouped.F.grouped_mm
+
+    def leaves_one(x, other, offs):
+        out = product(x, other, offs=offs)
+        out[[0, 2]] = torch.nan
+        return out
+
+    monkeypatch.setattr(grouped.F, "grouped_mm", leaves_one)
+    monkeypatch.setattr(grouped, "_zeroes_empty_groups", lambda device: False)
+    x, grads = torch.randn(10, 16), torch.randn(10, 24)
+    found = grouped_wgrad(x, grads, torch.tensor(ENDS, dtype=torch.int32))
+    assert not found[[0, 2]].any()
+    assert_close(found.sum(0), grads.T @ x)
 
 
 @pytest.mark.parametrize("many", [None, 2])

@@ -59,7 +59,11 @@ def grouped_wgrad(x: Tensor, grads: Tensor, offsets: Tensor) -> Tensor:
         >>> grouped_wgrad(x, grads, offsets)
     """
     if _has_kernel(x, grads):
-        return F.grouped_mm(grads.contiguous().t(), x.contiguous(), offs=offsets)
+        product = F.grouped_mm(grads.contiguous().t(), x.contiguous(), offs=offsets)
+        if _zeroes_empty_groups(x.device):
+            return product
+        empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
+        return product.masked_fill_(empty[:, None, None], 0)
     return torch.stack([grads[start:end].t() @ x[start:end] for start, end in _groups(offsets)])
 
 
@@ -77,6 +81,14 @@ def _groups(offsets: Tensor) -> list[tuple[int, int]]:
     """Where each group of rows starts and ends, on the host."""
     ends = offsets.tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _zeroes_empty_groups(device: torch.device) -> bool:
+    """Whether torch's kernel does. On Blackwell it stores an accumulator that nothing was written to
+    (NVIDIA/cutlass issue 2674), on AMD nothing."""
+    if device.type != "cuda":
+        return True
+    return not torch.version.hip and torch.cuda.get_device_capability(device) < (10, 0)
 
 
 def _has_kernel(x: Tensor, other: Tensor) -> bool:
