@@ -13,9 +13,11 @@ help: ## list the targets
 demo: .venv/.installed-demo ## train a small GPT on text that every install holds, and print what was found
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/inrun train
 
-test: lint ## lint, types and tests (those marked gpu run where there is a GPU)
+test: lint ## lint, types and tests (then those marked gpu, where there is a GPU)
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 \
 	  $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python -m pytest -m gpu; fi
 
 lint: .venv/.installed-dev ## ruff and pyright
 	$(BIN)/ruff check .

@@ -1,12 +1,9 @@
-"""Shared pytest settings: interpret Triton kernels where there is no GPU, keep hypothesis and inductor honest."""
+"""Shared pytest settings: interpreted kernels or, with `-m gpu`, real ones; keep hypothesis and inductor honest."""
 
 import os
 
 import torch
 
-# Before anything imports triton: kernels are decorated as interpreted or compiled for good.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Inductor's disk cache would go on serving a graph made with an older fake kernel.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
@@ -17,8 +14,16 @@ hypothesis.settings.register_profile("inrun", deadline=None, derandomize=True, p
 hypothesis.settings.load_profile("inrun")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Before anything imports triton: kernels are decorated as interpreted or compiled for good. So the tests marked gpu
+    # run by themselves, and the others as on a machine without one.
+    if config.option.markexpr != "gpu" or not torch.cuda.is_available():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords also hold the names of folders
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and -m gpu"))
