@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import functional
 from .forward_mode import buffers_kept
 from .layers import Rule, affine_dots, require_whole_rows
-from .tap import Layout, along
+from .tap import Layout, along, random_kept
 
 _CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
 
@@ -98,7 +98,7 @@ def recognise(module: nn.Module) -> Affine | None:
         return None
     if len(params) > 2 or any(module.children()) or any(True for _ in module.buffers()):
         return None
-    with torch.random.fork_rng(), torch.autocast(like.device.type, enabled=False):
+    with random_kept(), torch.autocast(like.device.type, enabled=False):
         for weight in params:
             bias = next((name for name in params if name != weight), None)
             for offset in (0.0, 1.0):

@@ -43,7 +43,7 @@ from .inline import Inline
 from .keep import Budget, Keeper, in_modes, modes_of
 from .layers import ForwardModeRule
 from .pairwise import Pairs
-from .tap import Layout, random_state, set_random_state, size_of, together
+from .tap import Layout, random_kept, random_state, set_random_state, size_of, together
 from .updates import ELEMENTWISE, UpdateRule, chunks, require_known, updates, weights_moved
 from .validation import Gradients
 
@@ -268,7 +268,7 @@ class Deferred:
         params = [p for p in tracker.model.parameters() if p.requires_grad]
         random, modes = self._random[i]
         try:
-            with tracker.ranks.aside(params), torch.enable_grad(), torch.random.fork_rng(), in_modes(modes):
+            with tracker.ranks.aside(params), torch.enable_grad(), random_kept(), in_modes(modes):
                 set_random_state(random)
                 inline.batch(self.keeper.layouts[i])
                 run().backward()

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from . import functional
 from .errors import InRunError
-from .tap import Layout, Tap, along
+from .tap import Layout, Tap, along, random_kept
 
 
 def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, uncaptured: bool = False) -> Any:
@@ -112,7 +112,7 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
     captured = torch.compiler.is_compiling()
     inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not captured]
     versions = [x._version for x in inputs if not x.is_inference()]
-    with torch.no_grad(), torch.random.fork_rng(), buffers_kept(module), dual(tap, m) as scale:
+    with torch.no_grad(), random_kept(), buffers_kept(module), dual(tap, m) as scale:
         leaves = pytree.tree_leaves(_run(tap, forward, args, kwargs))
         pairs = [_unpacked(x, scale) for x in leaves]
     if [x._version for x in inputs if not x.is_inference()] != versions:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from . import forward_mode, functional
 from .distributed import gathered
 from .errors import InRunError
-from .tap import SUFFIX, Layout, Tap, random_state, set_random_state, size_of
+from .tap import SUFFIX, Layout, Tap, random_kept, random_state, set_random_state, size_of
 
 
 @dataclass
@@ -266,7 +266,7 @@ class Keeper:
         """Run a module with the random numbers, autocast state, weights and training mode of its step."""
         kind, dtype, enabled = kept.autocast or (device.type, torch.float32, False)
         with (
-            torch.random.fork_rng(),
+            random_kept(),
             torch.autocast(kind, dtype, enabled),
             self._weights_of(kept.module),
             in_modes(kept.modes),

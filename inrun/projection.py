@@ -21,7 +21,7 @@ from . import functional
 from .affine import run_with
 from .forward_mode import buffers_kept
 from .layers import LinearRule
-from .tap import along
+from .tap import along, random_kept
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def recognise(module: nn.Module) -> Projection | None:
         return None
     training = module.training
     try:
-        with torch.random.fork_rng(), torch.autocast(weight.device.type, enabled=False), buffers_kept(module):
+        with random_kept(), torch.autocast(weight.device.type, enabled=False), buffers_kept(module):
             values = {name: torch.randn_like(p, dtype=torch.float32) for name, p in params.items()}
             x = torch.randn(2, 3, weight.shape[1], device=weight.device)
             for mode in (True, False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,13 +95,21 @@ def together(dots: Iterable[Tensor | None]) -> Tensor | None:
 
 def random_state() -> tuple[Tensor, list[Tensor]]:
     """What a later forward needs to draw the same random numbers."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])
+
+
+def random_kept() -> AbstractContextManager:
+    """The block's random numbers are drawn once more after it. Torch warns where several GPUs are not named, and to ask
+    one that nothing uses would start it."""
+    if not torch.cuda.is_available():
+        return torch.random.fork_rng()
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
 
 
 def eagerly(function: Callable, *args: Any, **kwargs: Any) -> Any:

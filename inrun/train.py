@@ -24,6 +24,7 @@ from inrun.clock import Clock, now
 from inrun.config import TrainConfig
 from inrun.gpt import GPT
 from inrun.ledger import Ledger
+from inrun.tap import random_kept
 from inrun.tracker import track
 from inrun.updates import updates
 
@@ -235,7 +236,7 @@ class _Run:
 
     def plain_seconds(self, parts: list, count: int) -> float:
         """Seconds the same forward and backward take untracked; leaves gradients and random state alone."""
-        with self.tracker.paused(), torch.random.fork_rng():
+        with self.tracker.paused(), random_kept():
             start = now(self.device)
             for _, x, y in parts:
                 torch.autograd.grad(self.loss(x, y, count), self.params)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .distributed import Ranks
 from .errors import InRunError
+from .tap import random_kept
 
 Gradients = list[Tensor | None]
 
@@ -100,7 +101,7 @@ class Validation:
 
     def loss(self, name: str) -> Tensor:
         """The scalar loss of a target's callable, with its graph; random numbers are left as they were."""
-        with torch.random.fork_rng():
+        with random_kept():
             loss = self.losses[name]()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 import shutil
+import warnings
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
@@ -383,6 +384,23 @@ def test_clipping_is_seen_where_the_beginnings_of_all_gradients_are_zeros():
     close(
         run_step(inrun.track(model, optimizer), model, optimizer, (x, y), (x[:2], y[:2]), before_update=clip), expected
     )
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_model_on_the_cpu_leaves_the_gpus_of_its_machine_alone(method, monkeypatch):
+    """They are not started, and torch does not warn of several."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("a GPU was started"))
+    model, x, y = make("unknown"), *data("unknown")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x, y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with tracker.step(range(B)) as step:
+            loss_of(model, x, y).backward()
+            optimizer.step()
+    assert step.values.isfinite().all()
 
 
 def test_clipping_by_value_is_refused():

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from ..errors import InRunError
 from ..ledger import Ledger
+from ..tap import random_kept
 from ..tracker import as_ledger
 from .loop import Loop
 
@@ -100,7 +100,7 @@ class SetLoss:
 
         self.trainer: Any = trainer
         loader: Any = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=collate)
-        with torch.random.fork_rng():  # of which a loader, and perhaps the collator, draws
+        with random_kept():  # of which a loader, and perhaps the collator, draws
             self.batches = list(loader)
         if not self.batches:
             raise ValueError(f"validation[{name!r}]: expected a dataset of at least one sample, got none")
