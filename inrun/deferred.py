@@ -400,7 +400,7 @@ class Deferred:
         """Validation gradients at w + u(0) and, for Simpson, in the middle; the weights are restored to the bit."""
         validations = self.tracker.validations
         simpson = self.name == "path_simpson"
-        moved = self._total(sum(bool(u0.any()) for u0, _ in moves.values()))
+        moved = self._total(hessian.added(u0.any() for u0, _ in moves.values()))
         for at, weight in ((0.0, 1 / 6 if simpson else 0.5), *(((0.5, 4 / 6),) if simpson else ())):
             still = at == 0.0 and not moved
             if still and all(age == 0 for age in validations.age.values()):
@@ -425,7 +425,7 @@ class Deferred:
             parts = [(w[name] if isinstance(w, dict) else w, gradients[name]) for w, gradients in self._parts]
             mean = [_mean([(w, gradients[i]) for w, gradients in parts]) for i in range(len(tracker.slots))]
             log, slopes, units = self._clipped or (0.0, {}, {})
-            along = 0.0
+            along: list[Tensor] = []
             for i, (slot, g) in enumerate(zip(tracker.slots, mean, strict=True)):
                 slice_ = self._slices(slot)[m]
                 if g is None:
@@ -440,12 +440,12 @@ class Deferred:
                 else:
                     slice_.mul_(g)
                 if slope is not None:
-                    along += log * float((slope * units[i]).sum())
-            if self._clipped is not None:  # a sum over the processes, to which all of them come
-                along = self._total(along)
+                    along.append((slope * units[i]).sum())
+            # A sum over the processes, to which all of them come.
+            taken_off = 0.0 if self._clipped is None else self._total(log * hessian.added(along))
             for i, unit in units.items():
                 if mean[i] is not None:
-                    self._slices(tracker.slots[i])[m].sub_(unit, alpha=along)
+                    self._slices(tracker.slots[i])[m].sub_(unit, alpha=taken_off)
 
     def _mean_value(self, name: str, start: Gradients, end: Gradients) -> Tensor:
         """How far from the first end's gradient to the second's lies the one that gives the measured drop.
@@ -486,7 +486,7 @@ class Deferred:
 
 
 def _mean(parts: list[tuple[float | Tensor, Tensor | None]]) -> Tensor | None:
-    known = [(torch.as_tensor(w, dtype=g.dtype, device=g.device), g) for w, g in parts if g is not None]
+    known = [(w.to(g) if isinstance(w, Tensor) else g.new_full((), w), g) for w, g in parts if g is not None]
     if not known:
         return None
     total = known[0][1] * known[0][0]

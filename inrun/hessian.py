@@ -88,5 +88,11 @@ def _by_differences(tracker: Tracker, name: str, vector: list[Tensor], times: fl
 
 def norm(tracker: Tracker, tensors: Iterable[Tensor]) -> float:
     """Of all of them, and all their shards, together."""
-    squared = sum(float(x.square().sum()) for x in tensors)
+    squared = added(x.square().sum() for x in tensors)
     return math.sqrt(tracker.ranks.total(squared, tracker.slots[0].param.device))
+
+
+def added(numbers: Iterable[Tensor]) -> float:
+    """The sum of scalar tensors, for which a GPU is waited for once."""
+    found = [x.double() for x in numbers]
+    return float(torch.stack([x.to(found[0].device) for x in found]).sum()) if found else 0.0

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from models import B, Bypass, data, gradient, loss_of, make, oracle_values, sample_gradients
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import inrun
 from inrun import hessian, shapley
@@ -331,6 +332,34 @@ def test_a_parameters_gradient_takes_no_memory_of_what_is_kept():
         nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         optimizer.step()
     close(step.values, expected)
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_a_device_is_asked_for_numbers_no_oftener_in_deeper_models(clip):
+    class Asked(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    def asked(depth):
+        torch.manual_seed(0)
+        model = nn.Sequential(*[layer for _ in range(depth) for layer in (nn.Linear(6, 6), nn.Tanh())])
+        x, y = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        validation = {"validation": lambda: loss_of(model, x, y)}
+        tracker = inrun.track(model, optimizer, "path_secant", **validation, clip=clip, check=False)
+        for _ in range(2):
+            with Asked() as mode, tracker.step(range(4)):
+                loss_of(model, x, y).backward()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+        return mode.count
+
+    assert asked(5) == asked(2)
 
 
 class Dropped(nn.Module):
