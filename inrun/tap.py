@@ -53,7 +53,13 @@ class Layout:
         return self.rows if self.segments is None else len(self.segments) - 1
 
     def on(self, device: torch.device) -> Layout:
-        return self if self.segments is None else replace(self, segments=self.segments.to(device))
+        """The layout with its offsets on the device; a GPU takes them in its turn, unwaited for."""
+        segments = self.segments
+        if segments is None or segments.device == device:
+            return self
+        if device.type == "cuda" and segments.device.type == "cpu":
+            segments = segments.pin_memory()
+        return replace(self, segments=segments.to(device, non_blocking=device.type == "cuda"))
 
     def require(self, tap: Tap, x: Tensor, feature_dims: int = 0) -> None:
         """Raise `InRunError` unless `x`, of a layer whose values belong to tokens or documents, is `[B, T, ...]`."""

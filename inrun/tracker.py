@@ -456,7 +456,7 @@ class Tracker:
     def batch(self, step: Step, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if self._step is not step:
             raise InRunError("batch: expected inside the step block, got outside of it")
-        self._method.batch(layout, recompute)
+        self._method.batch(layout.on(self.slots[0].param.device), recompute)  # once for all layers
 
     def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """The optimizer's step begins; with a closure, its update only after that."""
