@@ -221,8 +221,8 @@ class Keeper:
         if not module._inrun.forward_mode:
             segments = self.layouts[kept.batch].on(device).segments
             with in_modes(kept.modes):
-                return module.dots(kept.x.to(device), kept.grads[0].to(device), segments)
-        args, kwargs = _moved(kept.x, device)
+                return module.dots(moved(kept.x, device), moved(kept.grads[0], device), segments)
+        args, kwargs = moved(kept.x, device)
         columns = []
         for m in [None] if many is None else range(many):
             with self._as_it_was(kept, device):
@@ -234,12 +234,13 @@ class Keeper:
         """Of each sample, by `id` of a parameter's direction: the gradient that one run of a layer gave it."""
         kept.require_unchanged()
         module, device = kept.module, next(kept.module.parameters()).device
-        grads = {leaf: grad.to(device) for leaf, grad in kept.grads.items()}
+        grads = moved(kept.grads, device)
         if not module._inrun.forward_mode:
             found = {id(d): p for n, p in module._parameters.items()
                      if p is not None and p.requires_grad and (d := module._parameters.get(n + SUFFIX)) is not None
                      }  # fmt: skip
-            x = kept.x.to(device, next(iter(found.values())).dtype) if kept.x.is_floating_point() else kept.x.to(device)
+            x = moved(kept.x, device)
+            x = x.to(next(iter(found.values())).dtype) if x.is_floating_point() else x
             for v in samples:
                 with torch.enable_grad():
                     y = module.plain(x[v : v + 1])
@@ -248,14 +249,14 @@ class Keeper:
                     )
                 yield dict(zip(found, one, strict=True))
             return
-        args, kwargs = _moved(kept.x, device)
+        args, kwargs = moved(kept.x, device)
         places = [(owner, n) for owner, n in module._inrun.forward_mode if owner._parameters[n].requires_grad]
         with self._as_it_was(kept, device), forward_mode.buffers_kept(module), torch.enable_grad():
             params = [owner._parameters[local].requires_grad_() for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
         names = [id(owner._parameters[local + SUFFIX]) for owner, local in places]
         for v in samples:
-            only = [torch.zeros_like(grad).index_copy(0, torch.tensor([v], device=device), grad[v : v + 1])
+            only = [torch.zeros_like(grad).index_copy(0, torch.full((1,), v, device=device), grad[v : v + 1])
                     for grad in grads.values()]  # fmt: skip
             outputs = [leaves[leaf] for leaf in grads]
             one = torch.autograd.grad(outputs, params, only, retain_graph=True, allow_unused=True)
@@ -281,7 +282,8 @@ class Keeper:
             tangent = tangents[leaf]
             if tangent is not None and bool(tangent.any()):
                 here, along = (
-                    forward_mode.by_sample(module, module._inrun, leaf, x, layout) for x in (grad.to(device), tangent)
+                    forward_mode.by_sample(module, module._inrun, leaf, x, layout)
+                    for x in (moved(grad, device), tangent)
                 )
                 total = total + functional.output_dots(here, along, layout.segments)
         return total
@@ -340,8 +342,10 @@ def in_modes(modes: Iterable[tuple[Any, bool]]) -> Iterator[None]:
             module.training = training
 
 
-def _moved(x: Any, device: torch.device) -> Any:
-    return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, x)
+def moved(x: Any, device: torch.device) -> Any:
+    """Tensors, of any structure, on the device; a GPU takes them from pinned memory in its turn, unwaited for."""
+    queued = device.type == "cuda"
+    return pytree.tree_map(lambda v: v.to(device, non_blocking=queued) if isinstance(v, Tensor) else v, x)
 
 
 def _without_gradients(module: Any, plain: Callable, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from inrun_kernels import bias_dot, ghost_dot_pairwise
 
 from . import check, functional, rules
 from .errors import InRunError
-from .keep import Budget, Keeper, Kept
+from .keep import Budget, Keeper, Kept, moved
 from .tap import Layout, targets_second, together
 
 if TYPE_CHECKING:
@@ -165,8 +165,8 @@ def _as_pairs(train: Keeper, members: Sequence[Any], ours: list[Kept], theirs: l
 def _pairs(kept: Kept, other: Kept, members: Sequence[Any], scalars: Mapping[int, Any]) -> Tensor:
     """`[B, V]` of one run of a linear layer with another."""
     device = kept.module.weight.device
-    grads, val_grads = (functional.rows(k.grads[0].to(device), 1) for k in (kept, other))
-    acts, val_acts = (functional.rows(k.x.to(device, grads.dtype), 1) for k in (kept, other))
+    grads, val_grads = (functional.rows(moved(k.grads[0], device), 1) for k in (kept, other))
+    acts, val_acts = (functional.rows(moved(k.x, device).to(grads.dtype), 1) for k in (kept, other))
     val_grads = val_grads.to(grads.dtype)
     total = torch.zeros((), device=device)
     for slot in members:
