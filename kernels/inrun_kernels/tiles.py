@@ -50,7 +50,7 @@ def tile_order(pid, tiles_m, tiles_n, GROUP: tl.constexpr = 8):
     return group * GROUP + within % rows, within // rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_samples"])
 def _segment_sum_kernel(x_ptr, offsets_ptr, out_ptr, n_tokens, n_samples, BLOCK_N: tl.constexpr):
     sample, m = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = tl.load(offsets_ptr + sample).to(tl.int64)

@@ -68,7 +68,8 @@ def _count_blocks(offsets_ptr, first, last, BLOCK_T: tl.constexpr, BLOCK_S: tl.c
     return tl.sum(blocks, 0)
 
 
-@triton.jit
+# How many documents a batch holds changes from step to step, and nothing is gained by a kernel for each kind of number.
+@triton.jit(do_not_specialize=["n_samples", "samples_per_split"])
 def _wgrad_dot_kernel(
     acts,  # pointer or descriptor, [B, T, I]
     grads,  # pointer or descriptor, [B, T, O]
