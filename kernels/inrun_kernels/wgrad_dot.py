@@ -239,7 +239,7 @@ def launch_wgrad_dot(
     def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
         tiles = ceil_div(outputs, tile.block_m) * ceil_div(inputs, tile.block_n)
         splits = sample_splits(tiles, n_samples, multiprocessors(acts.device) * resident_programs(tile, accumulators))
-        samples_per_split = ceil_div(n_samples, splits)
+        samples_per_split = max(1, ceil_div(n_samples, splits))
         splits = ceil_div(n_samples, samples_per_split)  # none without a sample
         dtype = torch.float32 if grad_dtype is None or splits > 1 else grad_dtype
         weight = torch.empty(splits, outputs, inputs, dtype=dtype, device=acts.device)

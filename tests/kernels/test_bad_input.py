@@ -194,3 +194,10 @@ def test_offsets_are_checked_again_when_they_change():
     with torch.inference_mode():
         inside = offsets(0, 6)
         assert not validation._as_before(inside, 6) and not validation._as_before(inside, 6)
+
+
+def test_launches_come_through_offsets_that_the_device_has_yet_to_refuse():
+    """A GPU checks offsets without being waited for: none at all must not end in an error of another kind here."""
+    wgrad_dot = pytest.importorskip("inrun_kernels.wgrad_dot")
+    weight_grad, _, dots = wgrad_dot.launch_wgrad_dot(ACTS, GRADS, MATRIX[None], None, offsets(0), "two")
+    assert weight_grad.shape == MATRIX.shape and not weight_grad.any() and dots.shape == (0, 1)
