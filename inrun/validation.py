@@ -111,7 +111,8 @@ class Validation:
     def _backward(self, name: str) -> None:
         loss = self.loss(name)
         loss.backward()
-        self.last_losses[name] = self.ranks.mean(loss.detach())
+        # A copy: what a captured CUDA graph returned is overwritten by its next run.
+        self.last_losses[name] = self.ranks.mean(loss.detach().clone())
 
     @contextmanager
     def _gradients(self) -> Iterator[Gradients]:

@@ -403,6 +403,24 @@ def test_a_model_on_the_cpu_leaves_the_gpus_of_its_machine_alone(method, monkeyp
     assert step.values.isfinite().all()
 
 
+def test_the_last_validation_loss_is_a_copy():
+    """A captured CUDA graph writes its next loss where the last one stands."""
+    model, losses = make("mlp"), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def validation():
+        losses.append(loss_of(model, *data("mlp", 4, 2)))
+        return losses[-1]
+
+    tracker = inrun.track(model, optimizer, validation=validation, check=False)
+    with tracker.step(range(B)):
+        loss_of(model, *data("mlp")).backward()
+        optimizer.step()
+    loss = losses[-1].item()
+    losses[-1].data.zero_()
+    assert tracker.last_validation["validation"].item() == loss > 0
+
+
 def test_clipping_by_value_is_refused():
     model = make("gpt_tied")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
