@@ -58,6 +58,7 @@ def _dot_kernel(
     stride_dk,
     stride_dy,
     COPIES: tl.constexpr,
+    COPY_Y: tl.constexpr,
     D_TRANSPOSED: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -71,6 +72,8 @@ def _dot_kernel(
     mask_n = offs_n < n_tokens
     tl.assume(width_k > 0)  # else ptxas waits for each matrix instruction
     product = tl.zeros([BLOCK_N, BLOCK_Y], tl.float32)
+    offs_y = first_y.to(tl.int64) + tl.arange(0, BLOCK_Y)
+    mask_y = offs_y < width_y
     if COPIES:
         for low in range(0, width_k, BLOCK_K):
             if D_TRANSPOSED:
@@ -78,10 +81,7 @@ def _dot_kernel(
             else:
                 d = direction.load([pid_m, low, first_y]).reshape(BLOCK_K, BLOCK_Y)
             product = contract(x.load([first_n, low]), d, product, WIDEN)  # [N, K] x [K, Y]
-        of_epilogue = y.load([first_n, first_y])  # [N, Y]
     else:
-        offs_y = first_y.to(tl.int64) + tl.arange(0, BLOCK_Y)
-        mask_y = offs_y < width_y
         d_ptrs = direction + pid_m.to(tl.int64) * stride_dm + offs_y[None, :] * stride_dy
         x_rows = token_starts(x, offs_n, tokens, stride_xb, stride_xt)
         for low in range(0, width_k, BLOCK_K):
@@ -91,6 +91,9 @@ def _dot_kernel(
             mask_d = mask_k[:, None] & mask_y[None, :]
             d = tl.load(d_ptrs + offs_k.to(tl.int64)[:, None] * stride_dk, mask=mask_d, other=0.0)  # [K, Y]
             product = contract(x_tile, d, product, WIDEN)
+    if COPY_Y:
+        of_epilogue = y.load([first_n, first_y])  # [N, Y]
+    else:
         y_rows = token_starts(y, offs_n, tokens, stride_yb, stride_yt)
         of_epilogue = load_columns(y_rows, mask_n, offs_y, mask_y, stride_yy)  # [N, Y]
     out_ptr = partial_ptr + (pid_y.to(tl.int64) * tl.num_programs(1) + pid_m) * n_tokens
@@ -102,13 +105,26 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
     batch, tokens, _ = acts.shape
     n_tokens, n_directions, where = batch * tokens, val_grad.shape[0], chip(acts.device)
     direction, scale = _cast(val_grad, acts.dtype)
-    x, y, direction = (acts, grads, direction.mT) if acts.shape[2] > grads.shape[2] else (grads, acts, direction)
-    width_k, width_y = x.shape[2], y.shape[2]
     transposed = direction.stride(2) != 1
     rows_d = direction.mT if transposed else direction
-    copies = where.copies and acts.dtype != torch.float32 and flattens(x, y) and copyable(x, y, rows_d)
+    copies = where.copies and acts.dtype != torch.float32 and copyable(rows_d)
+    copied = [copies and flattens(operand) and copyable(operand) for operand in (acts, grads)]
+    x_is_acts = acts.shape[2] > grads.shape[2] if copied[0] == copied[1] else copied[0]
+    x, y, direction = (acts, grads, direction.mT) if x_is_acts else (grads, acts, direction)
+    copies, copy_y = any(copied), all(copied)
+    transposed = transposed != x_is_acts
+    width_k, width_y = x.shape[2], y.shape[2]
     vectors = copies or aligned(x, y, direction)
-    tiles_that_fit = matrix_tiles(where, acts.dtype, n_tokens, width_y, width_k, copies=copies, aligned=vectors)
+    tiles_that_fit = matrix_tiles(
+        where,
+        acts.dtype,
+        n_tokens,
+        width_y,
+        width_k,
+        accumulators=2 if copies and not copy_y else 1,  # addresses take registers
+        copies=copies,
+        aligned=vectors,
+    )
 
     def run(tile: Tile) -> Tensor:
         tiles_y = ceil_div(width_y, tile.block_n)
@@ -116,11 +132,10 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
         operands = [x, y, direction]
         if copies:
             block_d = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
-            operands = [
-                descriptor(x.flatten(0, 1), [tile.block_m, tile.block_k]),
-                descriptor(y.flatten(0, 1), [tile.block_m, tile.block_n]),
-                descriptor(rows_d, [1, *block_d]),
-            ]
+            operands[0] = descriptor(x.flatten(0, 1), [tile.block_m, tile.block_k])
+            operands[2] = descriptor(rows_d, [1, *block_d])
+        if copy_y:
+            operands[1] = descriptor(y.flatten(0, 1), [tile.block_m, tile.block_n])
         _dot_kernel[(ceil_div(n_tokens, tile.block_m) * tiles_y, n_directions)](
             *operands,
             partial,
@@ -132,6 +147,7 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
             *y.stride(),
             *direction.stride(),
             COPIES=copies,
+            COPY_Y=copy_y,
             D_TRANSPOSED=transposed,
             WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
             BLOCK_N=tile.block_m,
@@ -145,7 +161,7 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
     tile = tiles_that_fit[0]
     if tuning.is_on():
         sizes = Sizes(batch, tokens, acts.shape[2], grads.shape[2], n_directions)
-        tile = tuning.choose("dot", tiles_that_fit, sizes, f"{copies} {transposed} {vectors}", acts, run)
+        tile = tuning.choose("dot", tiles_that_fit, sizes, f"{copies} {copy_y} {transposed} {vectors}", acts, run)
     dots = run(tile)
     return sum_tokens(dots if scale is None else dots / scale[:, None], batch, tokens, segments, per_token)
 

@@ -53,6 +53,9 @@ from inrun_kernels.tiles import (
     tile_order,
 )
 
+_COPIED = 1 << 26  # elements of the output gradients that are copied to aligned rows at a time: 128 MB
+_COLUMNS = 128  # of them at least, and fewer are read as they are
+
 
 @triton.jit
 def _count_blocks(offsets_ptr, first, last, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
@@ -214,8 +217,36 @@ def launch_wgrad_dot(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`acts [B,T,I]`, `grads [B,T,O]`, `val_grad [M,O,I]`, `bias_val_grad [M,O]` or None -> `(weight_grad [O,I],
     bias_grad [O or 0], dots [S,M])`: gradients in `grad_dtype` or float32; float32 dots of weight and bias together."""
-    n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
     acts, grads = one_row(acts, segments), one_row(grads, segments)
+    weight_grad = torch.empty(val_grad.shape[1:], dtype=grad_dtype or torch.float32, device=acts.device)
+    copies = chip(acts.device).copies and acts.dtype != torch.float32
+    if not copies or copyable(grads) or not copyable(acts) or len(weight_grad) < _COLUMNS:
+        bias_grad, dots = _launch(acts, grads, val_grad, bias_val_grad, segments, form, weight_grad)
+        return weight_grad, bias_grad, dots
+    # As of a head with an odd vocabulary: read an element at a time they would take several times the product. Copied,
+    # some columns at a time, to where rows are aligned, they take by count a part of it (4 bytes for 2*I FLOPs).
+    width = max(1, _COPIED // (_COLUMNS * max(1, grads[..., 0].numel()))) * _COLUMNS
+    rows = grads.new_empty(*grads.shape[:2], min(width, ceil_div(len(weight_grad), _COLUMNS) * _COLUMNS))
+    found = []
+    for part in (slice(low, low + width) for low in range(0, len(weight_grad), width)):
+        here = rows[..., : len(weight_grad[part])].copy_(grads[..., part])
+        of_bias = None if bias_val_grad is None else bias_val_grad[:, part]
+        found.append(_launch(acts, here, val_grad[:, part], of_bias, segments, form, weight_grad[part]))
+    bias_grads, dots = zip(*found, strict=True)
+    return weight_grad, torch.cat(bias_grads), torch.stack(dots).sum(0)
+
+
+def _launch(
+    acts: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    bias_val_grad: Tensor | None,
+    segments: Tensor | None,
+    form: str,
+    weight_grad: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Writes `weight_grad`, `[O,I]` of adjacent elements; returns `(bias_grad, dots)`."""
+    n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
     batch, tokens, inputs = acts.shape
     n_directions, outputs, _ = val_grad.shape
     where, prefix = chip(acts.device), form == "prefix"
@@ -236,13 +267,14 @@ def launch_wgrad_dot(
         kept=kept if copy_d or not prefix else min(kept, 2),
     )
 
-    def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    def run(tile: Tile) -> tuple[Tensor, Tensor]:
         tiles = ceil_div(outputs, tile.block_m) * ceil_div(inputs, tile.block_n)
         splits = sample_splits(tiles, n_samples, multiprocessors(acts.device) * resident_programs(tile, accumulators))
         samples_per_split = max(1, ceil_div(n_samples, splits))
         splits = ceil_div(n_samples, samples_per_split)  # none without a sample
-        dtype = torch.float32 if grad_dtype is None or splits > 1 else grad_dtype
-        weight = torch.empty(splits, outputs, inputs, dtype=dtype, device=acts.device)
+        weight = weight_grad[None]
+        if splits != 1:
+            weight = torch.empty(splits, outputs, inputs, dtype=torch.float32, device=acts.device)
         bias = torch.empty((splits, outputs) if rides else 0, dtype=torch.float32, device=acts.device)
         partial = torch.empty(n_samples, n_directions, tiles, dtype=torch.float32, device=acts.device)
         operands = [acts, grads, val_grad]
@@ -283,17 +315,18 @@ def launch_wgrad_dot(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        weight_grad = weight[0] if splits == 1 else weight.sum(0).to(grad_dtype or dtype)
+        if splits != 1:
+            weight_grad.copy_(weight.sum(0))
         bias_grad = (bias.sum(0) if rides else bias).to(weight_grad.dtype)
-        return weight_grad, bias_grad, sum_tiles(partial, samples_per_split if prefix else 1)
+        return bias_grad, sum_tiles(partial, samples_per_split if prefix else 1)
 
     tile = tiles_that_fit[0]
     if tuning.is_on():
         sizes = Sizes(n_samples, batch * tokens // max(1, n_samples), inputs, outputs, n_directions)
         facts = f"{copy_tokens} {copy_d} {segments is not None} {rides} {val_grad.dtype}"
         tile = tuning.choose("wgrad_dot", tiles_that_fit, sizes, facts, acts, run, form)
-    weight_grad, bias_grad, dots = run(tile)
+    bias_grad, dots = run(tile)
     if bias_val_grad is None or rides:
-        return weight_grad, bias_grad, dots
+        return bias_grad, dots
     bias_grad, of_bias = launch_row_wgrad_dot(None, grads, bias_val_grad, segments)
-    return weight_grad, bias_grad.to(weight_grad.dtype), dots + of_bias
+    return bias_grad.to(weight_grad.dtype), dots + of_bias

@@ -76,6 +76,7 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     row, table = torch.empty(DIRECTIONS, INPUTS), torch.empty(1, VOCABULARY, INPUTS)
     vector = torch.empty(1, OUTPUTS)
     ids, segments = torch.zeros(BATCH, TOKENS, dtype=torch.int64), torch.zeros(9, dtype=torch.int32)
+    odd = torch.empty(BATCH, TOKENS, OUTPUTS - 1, dtype=dtype)
     ragged = torch.empty(BATCH, TOKENS, INPUTS - 1, dtype=dtype), grads, matrix[..., 1:].contiguous()
     return {
         "wgrad two": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, None, None, "two", dtype),
@@ -93,6 +94,8 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "wgrad prefix, ragged": lambda: wgrad_dot.launch_wgrad_dot(*ragged, None, None, "prefix"),
         "dot": lambda: dot.launch_dot(acts, grads, wide, segments, False),
         "dot, O > I": lambda: dot.launch_dot(grads, acts, matrices.mT.contiguous(), None, True),
+        "wgrad two, odd O": lambda: wgrad_dot.launch_wgrad_dot(acts, odd, matrix[:, 1:], vector[:, 1:], None, "two"),
+        "dot, odd O": lambda: dot.launch_dot(acts, odd, matrix[:, 1:], None, False),
         "pairwise": lambda: pairwise.launch_pairwise(acts, grads, acts, grads),
         "embedding": lambda: rows.launch_embedding_dot(ids, acts, table, None, True, None),
         "norm": lambda: rows.launch_row_dot(acts, acts, row, None, True),

@@ -231,10 +231,13 @@ def test_forms_on_every_kind_of_chip(form, chip, segments, monkeypatch):
     for directions, inputs in ((None, 24), (2, 136), (2, 17)):
         check_form(form, case(inputs=inputs, directions=directions, dtype=torch.bfloat16))
     check_form(form, case(inputs=24, directions=2))
+    monkeypatch.setattr(wgrad_dot, "_COLUMNS", 16)
+    monkeypatch.setattr(wgrad_dot, "_COPIED", 32 * 140)
+    check_form(form, case(inputs=24, outputs=75, directions=2, dtype=torch.bfloat16))  # 32 copied columns, 32 and 11
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("inputs, outputs", [(136, 72), (72, 136), (72, 17)])
+@pytest.mark.parametrize("inputs, outputs", [(136, 72), (72, 136), (72, 17), (72, 137), (137, 72)])
 def test_dots_on_every_kind_of_chip(chip, inputs, outputs, monkeypatch):
     """Descriptors of either orientation of the direction, and pointer loads; several tiles and their tails."""
     from inrun_kernels import tiles
