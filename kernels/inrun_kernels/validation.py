@@ -163,6 +163,10 @@ def _require(good: Tensor, values: Tensor, message: str) -> None:
 def _check_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, received {type(x).__name__}")
+    # A backward that is being captured may not ask for the layout; what is no dense tensor is not captured.
+    if not torch.compiler.is_compiling() and (x.layout is not torch.strided or x.is_nested):
+        kind = "a nested one" if x.is_nested else f"one of layout {x.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, received {kind}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: expected one of {', '.join(map(str, dtypes))}, received {x.dtype}")
 

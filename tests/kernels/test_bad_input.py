@@ -21,6 +21,21 @@ BAD = {
         "acts: expected a torch.Tensor, received list",
     ),
     "integers": (lambda: k.ghost_dot(ACTS.int(), GRADS, MATRIX), TypeError, "acts: expected .* received torch.int32"),
+    "sparse": (
+        lambda: k.ghost_dot(ACTS.to_sparse(), GRADS, MATRIX),
+        TypeError,
+        "acts: expected a dense tensor, received one of layout torch.sparse_coo",
+    ),
+    "sparse direction": (
+        lambda: k.ghost_wgrad_dot(ACTS, GRADS, MATRIX.to_sparse()),
+        TypeError,
+        "val_grad: expected a dense tensor, received one of layout torch.sparse_coo",
+    ),
+    "nested": (
+        lambda: k.ghost_dot_pairwise(ACTS, torch.nested.as_nested_tensor([*GRADS]), ACTS, GRADS),
+        TypeError,
+        "grads: expected a dense tensor, received a nested one",
+    ),
     "no token axis": (lambda: k.ghost_dot(ACTS[0], GRADS, MATRIX), ValueError, r"acts: expected 3 dim.* \[3, 4\]"),
     "tokens differ": (
         lambda: k.ghost_dot(ACTS, GRADS[:, :2], MATRIX),
