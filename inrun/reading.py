@@ -31,7 +31,7 @@ class Reader:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path).absolute()  # also where the process changes its folder
         self._id_type: pa.DataType | None = None
 
     def dataset(self) -> Dataset:

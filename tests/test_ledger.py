@@ -463,6 +463,18 @@ def test_a_failed_write_loses_nothing(tmp_path, monkeypatch):
     assert len(Ledger(tmp_path)) == 12
 
 
+def test_the_folder_stays_where_the_process_changes_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ledger = Ledger("values")
+    fill(ledger, range(2))
+    ledger.flush()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    fill(ledger, range(2, 4))
+    ledger.close()
+    assert len(ledger) == len(Ledger(tmp_path / "values")) == 16 and not list(Path().iterdir())
+
+
 def test_a_second_writer_of_one_rank_is_noticed(tmp_path):
     first, second = Ledger(tmp_path), Ledger(tmp_path)
     fill(first, range(2))
