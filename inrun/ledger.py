@@ -173,7 +173,12 @@ class Ledger(Reader):
             shard = self.path / f"{self._prefix}{table['step'][0].as_py():012d}.parquet"
             if shard.exists():
                 raise InRunError(f"{shard} exists already: another process writes with rank {self.rank}")
-            shards.write(shards.describe(table, self.rank, self.metadata), shard)
+            try:
+                shards.write(shards.describe(table, self.rank, self.metadata), shard)
+            except BaseException:
+                if shard.exists():  # stopped after the rename: the rows are there
+                    self._buffer, self._buffered_rows = [], 0
+                raise
         self._buffer, self._buffered_rows = [], 0
 
     def close(self) -> None:

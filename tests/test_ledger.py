@@ -463,6 +463,26 @@ def test_a_failed_write_loses_nothing(tmp_path, monkeypatch):
     assert len(Ledger(tmp_path)) == 12
 
 
+def test_a_write_stopped_after_its_rename_is_not_written_twice(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def stopped(*paths):
+        replace(*paths)
+        raise KeyboardInterrupt
+
+    for at, left in ((None, range(5)), (3, range(5)), (2, [0, 1, 3, 4])):
+        ledger = Ledger(tmp_path / str(at))
+        fill(ledger, range(3))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", stopped)
+            ledger.flush()
+        if at is not None:
+            ledger.resume(at)
+        fill(ledger, range(3, 5))
+        ledger.close()
+        assert steps_of(ledger) == steps_of(Ledger(ledger.path)) == [step for step in left for _ in range(4)]
+
+
 def test_the_folder_stays_where_the_process_changes_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ledger = Ledger("values")
