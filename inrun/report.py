@@ -46,24 +46,29 @@ def figures(folder: Path) -> dict[str, Any]:
     """Everything the report shows, as plain numbers and strings.
 
     Values are in nats and > 0 where a sample lowered the validation loss. Planted samples are groups of their
-    own ("python, shuffled"), beside the sources.
+    own ("python, shuffled"), beside the sources, and so are those that samples.parquet lacks ("(unknown)").
 
     Raises:
         InRunError: see `write`.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if missing := [name for name in ("config.json", "samples.parquet") if not (folder / name).exists()]:
         raise InRunError(f"run: expected the folder of a run, got {folder}, which {_instead(folder, missing)}")
-    table = pq.read_table(folder / "samples.parquet")
-    planted = table["planted"].to_pylist()
-    group = [f"{s}, {p}" if p else s for s, p in zip(table["source"].to_pylist(), planted, strict=True)]
-    groups = table.select(["sample_id"]).append_column("source", [group])
     metrics = read_metrics(folder)
     if not metrics:
         raise InRunError(f"run: expected at least one checkpointed step in {folder}, found none")
     ledger = Ledger(folder / "ledger")
     totals = ledger.totals()
+    table = pq.read_table(folder / "samples.parquet")
+    known = set(table["sample_id"].to_pylist())
+    unknown = [{"sample_id": i} for i in totals["sample_id"].to_pylist() if i not in known]
+    rest = {"source": "(unknown)", "planted": "", "text": ""}
+    table = pa.concat_tables([table, pa.Table.from_pylist([row | rest for row in unknown], table.schema)])
+    planted = table["planted"].to_pylist()
+    group = [f"{s}, {p}" if p else s for s, p in zip(table["source"].to_pylist(), planted, strict=True)]
+    groups = table.select(["sample_id"]).append_column("source", [group])
 
     where = {name: i for i, name in enumerate(table["sample_id"].to_pylist())}
     seen = np.array([where[name] for name in totals["sample_id"].to_pylist()])

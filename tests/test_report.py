@@ -145,6 +145,18 @@ def test_a_run_of_one_planted_sample_and_a_line_of_metrics_cut_short(run):
     assert ">$x^{$, shuffled</text>" in (run / "report.html").read_text(encoding="utf-8")
 
 
+def test_samples_that_are_described_nowhere_are_a_group_without_text(run):
+    with inrun.Ledger(run / "ledger") as ledger:
+        ledger.append(2, ["x", "y"], [2.0, 1.0])
+    found = report.write(run)
+    first = found["sources"][0]
+    assert (first["source"], first["samples"], first["mean_per_sample"]) == ("(unknown)", 2, 1.5)
+    assert found["best"][0] == {
+        "sample_id": "x", "source": "(unknown)", "planted": "", "text": "", "value": 2.0, "count": 1,
+    }  # fmt: skip
+    assert found["samples_seen"] == 7 and ">(unknown)</text>" in (run / "report.html").read_text(encoding="utf-8")
+
+
 def test_many_sources_are_drawn_and_only_the_extremes_named(run):
     from inrun import pictures
 
