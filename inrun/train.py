@@ -52,12 +52,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
         Stopped: SIGINT or SIGTERM; the run can be resumed.
     """
     config.require_valid()
-    find_device(config.device)
+    device = find_device(config.device)
     folder = runfolder.choose(config)
     training, validation = load_samples(config)
     runfolder.begin(folder, config, training, validation)
     with _stop_signals() as stop:
-        run = _Run(config, folder, training, validation)
+        run = _Run(config, folder, device, training, validation)
         run.loop(stop)
     figures = report.write(folder)
     return {"run": str(folder), **figures}
@@ -125,16 +125,17 @@ def lr_at(step: int, config: TrainConfig) -> float:
 class _Run:
     """Everything one run holds: model, optimizer, tracker, samples, and the step it is at."""
 
-    def __init__(self, config: TrainConfig, folder: Path, training: data.Samples, validation: data.Samples) -> None:
-        self.config, self.folder, self.samples = config, folder, training
-        self.device = find_device(config.device)
-        self.bf16 = self.device.type == "cuda" if config.bf16 is None else config.bf16
+    def __init__(
+        self, config: TrainConfig, folder: Path, device: torch.device, training: data.Samples, validation: data.Samples
+    ) -> None:
+        self.config, self.folder, self.device, self.samples = config, folder, device, training
+        self.bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
         torch.manual_seed(config.seed)
-        self.model = GPT(config.model, training.codec.vocab_size).to(self.device)
+        self.model = GPT(config.model, training.codec.vocab_size).to(device)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.model, config)
         self.forward = torch.compile(self.model) if config.compile else self.model
-        self.target = validation.batch(range(len(validation)), self.device)
+        self.target = validation.batch(range(len(validation)), device)
         self.target_tokens = int((validation.lengths - 1).sum())
         self.ledger = Ledger(folder / "ledger")
         self.tracker = track(
