@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import os
 import shutil
 import warnings
@@ -280,17 +281,34 @@ def test_a_reentrant_checkpoint_that_would_score_the_wrong_batch_is_refused():
             step()
 
 
-def test_a_copy_of_a_tracked_model_is_a_plain_model():
-    model = make("loose")
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+@pytest.mark.parametrize("name", ["loose", "gpt_tied"])
+def test_a_copy_of_a_tracked_model_is_a_plain_model(name, copied, method):
+    model = make(name)
+    classes, names = [type(m) for m in model.modules()], [n for n, _ in model.named_parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x, y = data("loose")
-    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y))
-    averaged = copy.deepcopy(model)
-    with tracker.step(range(B)):
-        loss_of(averaged, *data("loose", 3)).backward()
-        loss_of(model, x, y).backward()
+    train = data(name)
+    tracker = inrun.track(model, optimizer, method, exclude=names[:1], validation=lambda: loss_of(model, *train))
+    with tracker.step(range(B)) as step:
+        loss_of(model, *train).backward()
+        twin = copied(model)
+        loss_of(twin, *data(name, 3)).backward()
         optimizer.step()
-    assert all(p.grad is not None for p in averaged.parameters() if p.requires_grad)
+    assert [type(m) for m in twin.modules()] == classes and [n for n, _ in twin.named_parameters()] == names
+    expected = oracle_values(twin, lambda n, g: 0.1 * g, train, train, set(names[1:]))
+    close(step.values, expected)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    optimizer.zero_grad()
+    again = inrun.track(twin, optimizer, exclude=names[:1])
+    close(run_step(again, twin, optimizer, train, train), expected)
 
 
 def test_compiled_whole_with_a_changing_batch():
