@@ -113,7 +113,10 @@ class Watch:
         # Another process may have had a backward through a parameter that had none here.
         slots = [s for s in self._slots if s.grad is not None and (s.name in self._raw or ranks.size > 1)]
         if not slots:
-            raise InRunError("optimizer.step(): expected a backward pass in the step block, there was none")
+            raise InRunError(
+                "optimizer.step(): expected a backward pass in the step block, there was none (torch.autograd.grad is "
+                "none, and makes no scores; use backward())"
+            )
         device = slots[0].param.device
         parts = {s.name: self._seen(s.grad) for s in slots}
         now = _together(parts.values(), device)

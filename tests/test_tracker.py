@@ -767,9 +767,14 @@ def test_bad_input_is_one_clear_error_before_anything_changes():
     with pytest.raises(inrun.InRunError, match="asked for too early"):
         _ = step.values
     validated()
-    with pytest.raises(inrun.InRunError, match="there was none"), tracker.step(range(B)):
-        optimizer.step()
-    validated()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for given in ([], trained):
+        with pytest.raises(inrun.InRunError, match=r"there was none.*use backward"), tracker.step(range(B)):
+            for p, grad in zip(given, torch.autograd.grad(loss_of(model, *data("gpt")), trained), strict=False):
+                p.grad = grad
+            optimizer.step()
+        optimizer.zero_grad()
+        validated()
     with tracker.step(range(B)):
         loss_of(model, *data("gpt")).backward()
         optimizer.step()
