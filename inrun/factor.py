@@ -10,6 +10,7 @@ optimizer sees c times their sum.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class Watch:
             self._slots += [members[round(k * every)] for k in range(min(len(members), WATCHED_PER_GROUP))]
         self._summed = all(s.param.numel() > WATCHED_ELEMENTS for s in self._slots)
         self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s.name)) for s in self._slots]
+        self._handles += [s.param.register_hook(functools.partial(self._require_kept, s)) for s in self._slots]
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def remember(param: Tensor) -> None:
@@ -48,6 +50,14 @@ class Watch:
                 self._raw[name] = self._seen(local(param.grad)).clone()
 
         return remember
+
+    def _require_kept(self, slot: Any, _: Tensor) -> None:
+        """Raise `InRunError` where a gradient that comes finds that of the step's last backward gone."""
+        if self.active and slot.name in self._raw and slot.grad is None:
+            raise InRunError(
+                f"{slot.name}: expected the gradient of the step's last backward when the next one adds to it, got "
+                "none; call optimizer.zero_grad() before the step's first backward or after optimizer.step()"
+            )
 
     def _seen(self, grad: Tensor) -> Tensor:
         """At most `WATCHED_ELEMENTS` numbers, linear in the gradient: its beginning, or sums over all of it."""

@@ -483,6 +483,7 @@ class Tracker:
             return
         self.ranks.settle()
         factor, step.uneven = self._watch.factor(optimizer)
+        self._watch.active = False  # what the method runs from here on is no batch
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
         with self.paused():
             step.factor = self._method.before_update(factor, 1.0 if scale is None else 1.0 / scale)

@@ -232,6 +232,23 @@ def test_accumulation_equals_one_batch(together):
     close(step.values, expected.double())
 
 
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_gradients_emptied_between_the_batches_of_a_step_are_an_error(method):
+    model, (x, y), validation = make("gpt_tied"), data("gpt"), data("gpt", 4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method, check=False, validation=lambda: loss_of(model, *validation))
+    for emptied in ([0], [0, 1]):
+        error = pytest.raises(inrun.InRunError, match=r"the step's last backward .* got none; call .*zero_grad\(\)")
+        with error if 1 in emptied else contextlib.nullcontext(), tracker.step() as step:
+            for i, part in enumerate((slice(0, 2), slice(2, 5))):
+                step.batch(range(B)[part])
+                if i in emptied:
+                    optimizer.zero_grad()
+                loss_of(model, x[part], y[part]).backward()
+            optimizer.step()
+    assert len(tracker.ledger) == B
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant):
         super().__init__()
