@@ -1,8 +1,13 @@
 """Shared pytest settings: interpreted kernels or, with `-m gpu`, real ones; keep hypothesis and inductor honest."""
 
+import contextlib
 import os
 
 import torch
+
+# Inductor imports it, which fails in Python 3.11 once something has looked for pip, as huggingface_hub does.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 
 # Inductor's disk cache would go on serving a graph made with an older fake kernel.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")

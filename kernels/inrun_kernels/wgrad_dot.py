@@ -31,6 +31,8 @@ order.
 # Launches go through triton's JIT, whose signature pyright cannot see.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
+from itertools import pairwise
+
 import torch
 import triton
 import triton.language as tl
@@ -219,16 +221,18 @@ def launch_wgrad_dot(
     bias_grad [O or 0], dots [S,M])`: gradients in `grad_dtype` or float32; float32 dots of weight and bias together."""
     acts, grads = one_row(acts, segments), one_row(grads, segments)
     weight_grad = torch.empty(val_grad.shape[1:], dtype=grad_dtype or torch.float32, device=acts.device)
-    copies = chip(acts.device).copies and acts.dtype != torch.float32
-    if not copies or copyable(grads) or not copyable(acts) or len(weight_grad) < _COLUMNS:
+    copies = chip(acts.device).copies and segments is None
+    readable = copyable if copies else aligned
+    if acts.dtype == torch.float32 or readable(grads) or not readable(acts) or len(weight_grad) < _COLUMNS:
         bias_grad, dots = _launch(acts, grads, val_grad, bias_val_grad, segments, form, weight_grad)
         return weight_grad, bias_grad, dots
     # As of a head with an odd vocabulary: read an element at a time they would take several times the product. Copied,
     # some columns at a time, to where rows are aligned, they take by count a part of it (4 bytes for 2*I FLOPs).
     width = max(1, _COPIED // (_COLUMNS * max(1, grads[..., 0].numel()))) * _COLUMNS
     rows = grads.new_empty(*grads.shape[:2], min(width, ceil_div(len(weight_grad), _COLUMNS) * _COLUMNS))
+    rest = len(weight_grad) if copies else len(weight_grad) // _COLUMNS * _COLUMNS  # what is left then is read as it is
     found = []
-    for part in (slice(low, low + width) for low in range(0, len(weight_grad), width)):
+    for part in (slice(*ends) for ends in pairwise(sorted({*range(0, rest, width), rest, len(weight_grad)}))):
         here = rows[..., : len(weight_grad[part])].copy_(grads[..., part])
         of_bias = None if bias_val_grad is None else bias_val_grad[:, part]
         found.append(_launch(acts, here, val_grad[:, part], of_bias, segments, form, weight_grad[part]))

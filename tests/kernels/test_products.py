@@ -233,7 +233,7 @@ def test_forms_on_every_kind_of_chip(form, chip, segments, monkeypatch):
     check_form(form, case(inputs=24, directions=2))
     monkeypatch.setattr(wgrad_dot, "_COLUMNS", 16)
     monkeypatch.setattr(wgrad_dot, "_COPIED", 32 * 140)
-    check_form(form, case(inputs=24, outputs=75, directions=2, dtype=torch.bfloat16))  # 32 copied columns, 32 and 11
+    check_form(form, case(inputs=32, outputs=75, directions=2, dtype=torch.bfloat16))  # copied columns: 32, 32 and 11
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
