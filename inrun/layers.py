@@ -8,6 +8,7 @@ runs its original forward.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -23,19 +24,28 @@ from .tap import SUFFIX, Layout, Tap, along, eagerly, targets_first
 
 
 class Holder:
-    """Mixin of every module that holds directions: they appear in no checkpoint, and a copy is not tracked."""
+    """Mixin of every module that holds directions: they appear in no checkpoint, pickle or deep copy."""
 
     _inrun: Tap
     _inrun_class: type[nn.Module]  # the module's own
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """What a copy or a pickle is made of: the module as it is without its tracker."""
+        """What a copy or a pickle is made of."""
+        return self._untracked().__reduce_ex__(1)  # from 2 on, pickle requires the class of what it was given
+
+    def deep_copied(self, memo: dict[int, Any]) -> Any:
+        """The `__deepcopy__` of a module whose class has its own, as a parametrized one's has."""
+        memo[id(self)] = copied = copy.deepcopy(self._untracked(), memo)
+        return copied
+
+    def _untracked(self) -> Any:
+        """The module as it is without its tracker."""
         plain: Any = object.__new__(self._inrun_class)
         plain.__dict__.update(self.__dict__)
         del plain.__dict__["_inrun"]
         without = direction_names(self)
         plain.__dict__["_parameters"] = {n: p for n, p in plain._parameters.items() if n not in without}
-        return plain.__reduce_ex__(1)  # from 2 on, pickle requires the class of what it was given
+        return plain
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)  # pyright: ignore[reportAttributeAccessIssue]

@@ -24,7 +24,7 @@ together, in their dtypes.
 
 Noise: a value is a mean of differences of losses, each known to the rounding of the loss itself: about 1e-7 of it in
 float32, 4e-3 where it is a bfloat16, and between them under autocast. Most samples do less than the latter two: let the
-validation loss be computed in float32.
+validation loss be computed in float32. Weights of 16 bits round the step of every coalition, as they do the real one.
 """
 
 from __future__ import annotations

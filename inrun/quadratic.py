@@ -40,6 +40,8 @@ def most_players(moving: Sequence[tuple[int, Any]], update: UpdateRule | str | N
     kinds = {type(slot.optimizer) for _, slot in moving} if update is None and clip is None else set()
     if kinds == {optim.SGD}:  # an order and its reverse find as much, as the update is linear
         return 0
+    if any(slot.shard.element_size() == 2 for _, slot in moving):  # the weights' own rounding is most of the noise
+        return 0
     if _together(moving, update) > 1:
         return PLAYERS
     return 0 if kinds and kinds <= set(SMOOTH) else PLAYERS - 2
@@ -110,7 +112,8 @@ def worth(
 def _bend(with_steps: np.ndarray, with_bends: np.ndarray, known: list[int]) -> np.ndarray:
     """<d_S, H d_S>, `[2^B]`, from the products of every d_S with each d_J and with each H d_J, `[2^B, J]`."""
     gram, bends = ((x[known] + x[known].T) / 2 for x in (with_steps, with_bends))
-    share = with_steps @ np.linalg.pinv(gram, rcond=1e-9, hermitian=True)  # of d_J in d_S, by least squares
+    # Of d_J in d_S, by least squares; what is smaller is the rounding of float32 products.
+    share = with_steps @ np.linalg.pinv(gram, rcond=1e-6, hermitian=True)
     return (share * (2 * with_bends - share @ bends)).sum(1)
 
 

@@ -188,6 +188,8 @@ def _tracked_class(mixin: type[Holder], cls: type[nn.Module], under: type[nn.Mod
     # Beneath a subclass, the rule stands between it and the layer that its super().forward() means.
     bases = (mixin, cls) if under is None else (cls, type(f"Tracked{under.__name__}", (mixin, under), {}))
     namespace = {"__module__": __name__, "__doc__": cls.__doc__, "_inrun_class": cls}
+    if hasattr(cls, "__deepcopy__"):
+        namespace["__deepcopy__"] = mixin.deep_copied
     return type(f"Tracked{cls.__name__}", bases, namespace)
 
 

@@ -328,6 +328,27 @@ def test_a_copy_of_a_tracked_model_is_a_plain_model(name, copied, method):
     close(run_step(again, twin, optimizer, train, train), expected)
 
 
+def test_a_deep_copy_of_a_parametrized_module_is_plain():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, weight):
+            return weight * self.scale
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Scaled())
+    classes, names = [type(m) for m in model.modules()], [n for n, _ in model.named_parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inrun.track(model, optimizer, through={"0.parametrizations.*": "0"})
+    twin = copy.deepcopy(model)
+    assert [type(m) for m in twin.modules()] == classes and [n for n, _ in twin.named_parameters()] == names
+    x = torch.randn(2, 4)
+    assert torch.equal(twin(x), model(x))
+    inrun.track(twin, torch.optim.SGD(twin.parameters(), lr=0.1), through={"0.parametrizations.*": "0"})
+
+
 def test_compiled_whole_with_a_changing_batch():
     model = make("gpt_tied")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -4,7 +4,8 @@
 
 Source: arXiv 2406.11011, appendix D. A GEMM whose product never leaves its tile: the epilogue multiplies it by
 the tile of the other operand and sums along the row. By symmetry the roles of (acts, I) and (grads, O) may be
-exchanged; the larger of I and O becomes the reduction of the GEMM.
+exchanged; the larger of I and O becomes the reduction of the GEMM, unless tensor descriptors can read the other operand
+alone: its width then is.
 
 FLOPs: 2*B*T*I*O per direction.  Bytes: operands and directions as in a GEMM, B*T*M*tiles*4 partial dots, summed
 over tiles and then over each sample's tokens in a fixed order. The direction is first cast to the dtype of

@@ -230,10 +230,12 @@ def launch_wgrad_dot(
     # some columns at a time, to where rows are aligned, they take by count a part of it (4 bytes for 2*I FLOPs).
     width = max(1, _COPIED // (_COLUMNS * max(1, grads[..., 0].numel()))) * _COLUMNS
     rows = grads.new_empty(*grads.shape[:2], min(width, ceil_div(len(weight_grad), _COLUMNS) * _COLUMNS))
-    rest = len(weight_grad) if copies else len(weight_grad) // _COLUMNS * _COLUMNS  # what is left then is read as it is
+    # Without descriptors the width has to be a multiple as well: the last columns are then read as they are.
+    rest = len(weight_grad) if copies else len(weight_grad) // _COLUMNS * _COLUMNS
     found = []
     for part in (slice(*ends) for ends in pairwise(sorted({*range(0, rest, width), rest, len(weight_grad)}))):
-        here = rows[..., : len(weight_grad[part])].copy_(grads[..., part])
+        here = grads[..., part]
+        here = rows[..., : here.shape[2]].copy_(here) if part.start < rest else here
         of_bias = None if bias_val_grad is None else bias_val_grad[:, part]
         found.append(_launch(acts, here, val_grad[:, part], of_bias, segments, form, weight_grad[part]))
     bias_grads, dots = zip(*found, strict=True)

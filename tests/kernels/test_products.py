@@ -233,7 +233,13 @@ def test_forms_on_every_kind_of_chip(form, chip, segments, monkeypatch):
     check_form(form, case(inputs=24, directions=2))
     monkeypatch.setattr(wgrad_dot, "_COLUMNS", 16)
     monkeypatch.setattr(wgrad_dot, "_COPIED", 32 * 140)
-    check_form(form, case(inputs=32, outputs=75, directions=2, dtype=torch.bfloat16))  # copied columns: 32, 32 and 11
+    launched = []
+    launch = wgrad_dot._launch
+    monkeypatch.setattr(
+        wgrad_dot, "_launch", lambda x, grads, *rest: launched.append(grads.shape[2]) or launch(x, grads, *rest)
+    )
+    check_form(form, case(inputs=32, outputs=75, directions=2, dtype=torch.bfloat16))
+    assert launched[:3] == [32, 32, 11]
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
