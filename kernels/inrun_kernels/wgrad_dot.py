@@ -321,7 +321,9 @@ def _launch(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        if splits != 1:
+        if splits != 1 and weight_grad.dtype == weight.dtype:
+            torch.sum(weight, 0, out=weight_grad)
+        elif splits != 1:  # a sum into fewer bits would round what it adds
             weight_grad.copy_(weight.sum(0))
         bias_grad = (bias.sum(0) if rides else bias).to(weight_grad.dtype)
         return bias_grad, sum_tiles(partial, samples_per_split if prefix else 1)
