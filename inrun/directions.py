@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from inrun_kernels.ops import use_triton
+from inrun_kernels import adam
 
 from .distributed import local
 from .errors import InRunError
@@ -97,9 +97,9 @@ def coefficient(
 
 
 def adam_part(slot: Any, val_grads: Sequence[Tensor | None]) -> Any:
-    """The parameter's part in the one launch that writes the directions of Adam on a GPU (`inrun_kernels.adam`).
+    """The parameter's part in the one call that writes the directions of Adam (`inrun_kernels.adam`).
 
-    None where there is no Triton for it, and where `coefficient` has more to say: several targets, amsgrad, learning
+    None where there is no kernel for it, and where `coefficient` has more to say: several targets, amsgrad, learning
     rates or betas on the device.
     """
     group, (grad, *others) = slot.options, val_grads
@@ -110,11 +110,8 @@ def adam_part(slot: Any, val_grads: Sequence[Tensor | None]) -> Any:
         or isinstance(slot.optimizer, SGD)
         or group["amsgrad"]
         or any(isinstance(x, Tensor) and x.is_cuda for x in numbers)
-        or not use_triton(None, grad)
     ):
         return None
-    from inrun_kernels import adam
-
     lr, beta1, beta2 = map(float, numbers)
     step = slot.state.get("step", 0.0)
     part = adam.AdamPart(

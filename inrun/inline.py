@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from inrun_kernels.adam import write_adam_directions
+
 from . import check, directions
 from .errors import InRunError
 from .tap import Layout, Tap, together
@@ -54,8 +56,6 @@ class Inline:
                 for name in tracker.targets:
                     gradients[name][i] = None  # the direction takes its place in memory
         if launched:
-            from inrun_kernels.adam import write_adam_directions
-
             write_adam_directions(launched)
 
     def batch(self, layout: Layout, recompute: Any = None) -> None:

@@ -1,36 +1,29 @@
-"""The first-order directions of Adam for all parameters in one launch and one pass over memory.
+"""The first-order directions of Adam for all parameters in one call and one pass over memory.
 
     d = gain / (1 - beta1^t) * g / (sqrt((beta2 * v + (1 - beta2) * g^2) / (1 - beta2^t)) + eps)
 
 with g the validation gradient, v the second moment as the last step left it and t the number of this step. Source:
 arXiv 2602.00329; g^2 stands in for the batch's own.
 
-FLOPs: some 10 an element.  Bytes: v and g read once, d written once; tables of pointers and numbers go with the
-launch, as torch's own multi-tensor optimizers have it.
+FLOPs: some 10 an element.  Bytes: v and g read once, d written once.
 """
 
-# Launches go through triton's JIT, whose signature pyright cannot see.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from inrun_kernels.config import ceil_div
+from inrun_kernels import native
+from inrun_kernels.ops import use_triton
 
-_BLOCK = 2048
-_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class AdamPart:
-    """One parameter's part of the launch.
+    """One parameter's part of the call.
 
     Attributes:
         out: where its direction goes.
@@ -57,96 +50,26 @@ class AdamPart:
 
 
 def fits(part: AdamPart) -> bool:
-    """Whether the kernel can read and write the part's tensors: dense, aligned, of one size, float32 or half of it."""
+    """Whether a kernel can read and write the part's tensors: dense and of one size; on a GPU aligned, and float32 or
+    half of it; on a CPU float32."""
     tensors = [x for x in (part.out, part.val_grad, part.moment) if x is not None]
+    if not all(x.is_contiguous() and x.shape == part.out.shape for x in tensors):
+        return False
+    if not use_triton(None, part.out):
+        return all(x.dtype == torch.float32 for x in tensors) and native.runs(*tensors)
     step = part.step
-    return all(
-        x.is_contiguous() and x.dtype in _TYPES and x.shape == part.out.shape and x.data_ptr() % 16 == 0
-        for x in tensors
-    ) and (not isinstance(step, Tensor) or (step.dtype == torch.float32 and step.device == part.out.device))
-
-
-@triton.jit
-def _write(out_ptr, grad_ptr, moment_ptr, offs, mask, has_moment, keep, add, share, eps):
-    g = tl.load(grad_ptr + offs, mask=mask).to(tl.float32)
-    v = tl.zeros_like(g)
-    if has_moment:
-        v = tl.load(moment_ptr + offs, mask=mask).to(tl.float32)
-    root = tl.sqrt_rn(keep * v + add * g * g) + eps
-    tl.store(out_ptr + offs, tl.div_rn(share * g, root).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _adam_direction_kernel(
-    pointers_ptr,  # int64 [N, 6]: direction, gradient, moment or 0, step or 0, elements, first block
-    numbers_ptr,  # float64 [N, 7]: steps made, log beta1, log beta2, beta2, 1 - beta2, gain, eps
-    n_parts,
-    POINTERS: tl.constexpr,
-    NUMBERS: tl.constexpr,
-    OUT: tl.constexpr,
-    GRAD: tl.constexpr,
-    MOMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    part, beyond = tl.cast(0, tl.int32), n_parts  # the last part whose first block is no later than this one
-    while beyond - part > 1:
-        middle = (part + beyond) // 2
-        later = tl.load(pointers_ptr + middle * POINTERS + 5) > pid
-        part, beyond = tl.where(later, part, middle), tl.where(later, middle, beyond)
-    row, numbers = pointers_ptr + part * POINTERS, numbers_ptr + part * NUMBERS
-    moment, step = tl.load(row + 2), tl.load(row + 3)
-    out_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(OUT)), 16)
-    grad_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(GRAD)), 16)
-    moment_ptr = tl.multiple_of(moment.to(tl.pointer_type(MOMENT)), 16)
-    step_ptr = step.to(tl.pointer_type(tl.float32))
-    count, first = tl.load(row + 4), tl.load(row + 5)
-
-    made = tl.load(numbers) + tl.load(step_ptr, mask=step != 0, other=0.0).to(tl.float64)
-    now = made + 1.0  # this step's number
-    share = (tl.load(numbers + 5) / (1.0 - tl.exp(now * tl.load(numbers + 1)))).to(tl.float32)
-    unbias = 1.0 / (1.0 - tl.exp(now * tl.load(numbers + 2)))
-    keep, add = (tl.load(numbers + 3) * unbias).to(tl.float32), (tl.load(numbers + 4) * unbias).to(tl.float32)
-    eps = tl.load(numbers + 6).to(tl.float32)
-
-    offs = (pid - first) * BLOCK + tl.arange(0, BLOCK)
-    if (pid - first + 1) * BLOCK <= count:  # without a mask loads are vectors
-        _write(out_ptr, grad_ptr, moment_ptr, offs, None, moment != 0, keep, add, share, eps)
-    else:
-        _write(out_ptr, grad_ptr, moment_ptr, offs, offs < count, moment != 0, keep, add, share, eps)
+    return all(x.dtype in _GPU_DTYPES and x.data_ptr() % 16 == 0 for x in tensors) and (
+        not isinstance(step, Tensor) or (step.dtype == torch.float32 and step.device == part.out.device)
+    )
 
 
 def write_adam_directions(parts: Sequence[AdamPart]) -> None:
     """Write the direction of every part, each of which `fits`."""
-    groups: dict[tuple[Any, ...], list[AdamPart]] = {}
-    for part in parts:
-        if part.out.numel():
-            groups.setdefault(part.kind, []).append(part)
     torch.autograd.graph.increment_version([part.out for part in parts])
-    for (device, out, grad, moment), members in groups.items():
-        pointers, numbers, first = [], [], 0
-        for part in members:
-            step, (beta1, beta2) = part.step, part.betas
-            at = step.data_ptr() if isinstance(step, Tensor) else 0
-            moment_at = 0 if part.moment is None else part.moment.data_ptr()
-            places = part.out.data_ptr(), part.val_grad.data_ptr(), moment_at, at
-            pointers.append((*places, part.out.numel(), first))
-            logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
-            made = 0.0 if isinstance(step, Tensor) else step
-            numbers.append((made, *logs, beta2, 1 - beta2, part.gain, part.eps))
-            first += ceil_div(part.out.numel(), _BLOCK)
-        tables = [torch.tensor(pointers, dtype=torch.int64), torch.tensor(numbers, dtype=torch.float64)]
-        if device.type == "cuda":
-            tables = [table.pin_memory().to(device, non_blocking=True) for table in tables]
-        with torch.cuda.device_of(members[0].out):
-            _adam_direction_kernel[(first,)](
-                *tables,
-                len(members),
-                POINTERS=len(pointers[0]),
-                NUMBERS=len(numbers[0]),
-                OUT=_TYPES[out],
-                GRAD=_TYPES[grad],
-                MOMENT=_TYPES[moment],
-                BLOCK=_BLOCK,
-                num_warps=8,
-            )
+    launched = [part for part in parts if use_triton(None, part.out)]
+    if launched:
+        from inrun_kernels.adam_kernel import launch_adam_directions
+
+        launch_adam_directions(launched)
+    if len(launched) < len(parts):
+        native.adam_directions([part for part in parts if part.out.is_cpu])

@@ -194,13 +194,13 @@ def explain(
 
     Example:
         >>> explain(ghost_wgrad_dot, acts, grads, val_grad).reason
-        'prefix: predicted 4.48 ms, others two 5.3, direct 6.92'
+        'two: predicted 4.48 ms, others direct 6.92'
     """
     if product is ghost_wgrad_dot:
         acts, grads, val_grad = args
         _check_linear(acts, grads, val_grad, segments, False, backend)
-        triton = ops.use_triton(backend, acts, grads)
-        return forms.of_wgrad_dot(acts, grads, _with_m(val_grad, 3), segments, triton)
+        triton, built = ops.use_triton(backend, acts, grads), ops.use_native(backend, acts, grads, val_grad)
+        return forms.of_wgrad_dot(acts, grads, _with_m(val_grad, 3), segments, triton, built)
     if product is ghost_dot_pairwise:
         acts, grads, val_acts, val_grads = args
         _check_pairs(acts, grads, val_acts, val_grads, backend)

@@ -1,5 +1,7 @@
 """What each form of a product costs on a device, and which form is the quickest.
 
+"native" is the form "two" as `native.c` has it; where it runs, it takes the place of "two" and "prefix".
+
     seconds = call + sample * S + flop * FLOPs + weight * (elements of weights passed over) + row * (elements of rows)
 
 The coefficients are fitted to measured times (`python -m bench.regret --fit`). FLOPs and passes over memory are
@@ -8,6 +10,7 @@ shared among a CPU's threads, the calls themselves are not.
     product         form        FLOPs, N tokens in S samples   passes over a weight   rows
     wgrad_dot       two         2*N*I*O                        S*(3 + M) - 2          N*(I + O)
                     prefix      2*N*I*O                        S*(1 + M)              N*(I + O)
+                    native      2*N*I*O                        S*(1 + M)              N*(I + O)
                     direct      2*N*I*O*(1 + M)                1 + M                  N*(I + O)
     dot_pairwise    pairwise    2*N*V*S_v*(I + O)              0                      N*V*S_v
                     direct      2*(N + S_v)*V*I*O              2*V                    N*V*(I + O)
@@ -45,6 +48,7 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
             "two": Cost(161e-6, 10.4e-6, 11.3e-12, 0.152e-9, 0.462e-9),
             "prefix": Cost(184e-6, 8.43e-6, 10.0e-12, 0.189e-9, 0.561e-9),
             "direct": Cost(183e-6, 0.456e-6, 10.4e-12, 0.483e-9, 0.881e-9),
+            "native": Cost(60e-6, 1e-6, 10.2e-12, 0.05e-9, 0.8e-9),
         },
         "ghost_dot_pairwise": {
             "pairwise": Cost(160e-6, 0.454e-6, 12.6e-12, 0, 0.435e-9),
@@ -56,6 +60,7 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
             "two": Cost(644e-6, 11.4e-6, 11.3e-12, 0.421e-9, 1.31e-9),
             "prefix": Cost(705e-6, 7.37e-6, 10.8e-12, 0.447e-9, 1.38e-9),
             "direct": Cost(480e-6, 1.1e-6, 10.2e-12, 0.716e-9, 2.22e-9),
+            "native": Cost(60e-6, 1e-6, 10.2e-12, 0.05e-9, 0.8e-9),
         },
         "ghost_dot_pairwise": {
             "pairwise": Cost(519e-6, 0, 12.9e-12, 0, 1.82e-9),
@@ -67,6 +72,7 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
             "two": Cost(190e-6, 10.9e-6, 12.1e-12, 0.202e-9, 0.808e-9),
             "prefix": Cost(206e-6, 8.88e-6, 10.9e-12, 0.254e-9, 0.919e-9),
             "direct": Cost(206e-6, 0.132e-6, 10.3e-12, 0.642e-9, 1.52e-9),
+            "native": Cost(60e-6, 1e-6, 10.2e-12, 0.05e-9, 0.8e-9),
         },
         "ghost_dot_pairwise": {
             "pairwise": Cost(204e-6, 0.359e-6, 13.4e-12, 0, 0.668e-9),
@@ -94,8 +100,10 @@ class Choice:
     reason: str
 
 
-def of_wgrad_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, triton: bool) -> Choice:
-    """The form of `ghost_wgrad_dot` for these inputs, `val_grad` with its leading M."""
+def of_wgrad_dot(
+    acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, triton: bool, native: bool
+) -> Choice:
+    """The form of `ghost_wgrad_dot` for these inputs, `val_grad` with its leading M, and kernels in Triton or C."""
     tokens = acts.shape[0] * acts.shape[1]
     samples = acts.shape[0] if segments is None else segments.shape[0] - 1
     if triton:
@@ -105,7 +113,7 @@ def of_wgrad_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor
     if acts.is_cuda:
         return Choice("direct", {}, "direct: a launch for every sample would cost more")
     sizes = (tokens, samples, acts.shape[2], grads.shape[2], val_grad.shape[0])
-    return _wgrad_dot(cpu_vendor(), torch.get_num_threads(), *sizes)
+    return _wgrad_dot(cpu_vendor(), torch.get_num_threads(), native, *sizes)
 
 
 def of_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, triton: bool) -> Choice:
@@ -125,8 +133,8 @@ def cpu_vendor() -> str:
 
 
 @lru_cache(4096)
-def _wgrad_dot(cpu: str, threads: int, *sizes: int) -> Choice:
-    return quickest_wgrad(COSTS.get(cpu, COSTS["cpu"])["ghost_wgrad_dot"], threads, *sizes)
+def _wgrad_dot(cpu: str, threads: int, native: bool, *sizes: int) -> Choice:
+    return quickest_wgrad(COSTS.get(cpu, COSTS["cpu"])["ghost_wgrad_dot"], threads, native, *sizes)
 
 
 @lru_cache(4096)
@@ -134,12 +142,17 @@ def _pairwise(cpu: str, threads: int, *sizes: int) -> Choice:
     return quickest(COSTS.get(cpu, COSTS["cpu"])["ghost_dot_pairwise"], threads, pairwise_work(*sizes))
 
 
-def quickest_wgrad(costs: dict[str, Cost], threads: int, *sizes: int) -> Choice:
+def quickest_wgrad(costs: dict[str, Cost], threads: int, native: bool, *sizes: int) -> Choice:
     """The form of `ghost_wgrad_dot`; `sizes` as `wgrad_work` takes them."""
     tokens, samples, inputs, outputs, _ = sizes
     if tokens <= samples and inputs * outputs >= _LARGE:
         return Choice("direct", {}, "direct: a single token to a sample, and a large weight")
-    return quickest(costs, threads, wgrad_work(*sizes))
+    work = wgrad_work(*sizes)
+    if native:
+        costs, work = {**costs, "two": costs["native"]}, {"two": work["native"], "direct": work["direct"]}
+    else:
+        work.pop("native")
+    return quickest(costs, threads, work)
 
 
 def wgrad_work(tokens: int, samples: int, inputs: int, outputs: int, directions: int) -> dict[str, tuple[float, ...]]:
@@ -149,6 +162,7 @@ def wgrad_work(tokens: int, samples: int, inputs: int, outputs: int, directions:
     return {
         "two": (samples, flops, (1 + directions + others * (3 + directions)) * weight, rows),
         "prefix": (samples, flops, (1 + directions + others * (1 + directions)) * weight, rows),
+        "native": (samples, flops, (1 + directions + others * (1 + directions)) * weight, rows),
         "direct": (samples, flops * (1 + directions), (1 + directions) * weight, rows),
     }
 

@@ -14,7 +14,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from inrun_kernels import derivatives, forms, torch_path
+from inrun_kernels import derivatives, forms, native, torch_path
 from inrun_kernels.torch_path import accumulate_dtype
 from inrun_kernels.validation import check_id_values, check_segment_values
 
@@ -78,25 +78,25 @@ def ghost_wgrad_dot(
     """Weight gradient, bias gradient (empty without a direction for it), and the dots of both together."""
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
     with _launch_context(acts):
-        triton = use_triton(backend, acts, grads)
-        form = form or forms.of_wgrad_dot(acts, grads, val_grad, segments, triton).form
+        triton, built = use_triton(backend, acts, grads), use_native(backend, acts, grads, val_grad)
+        form = form or forms.of_wgrad_dot(acts, grads, val_grad, segments, triton, built).form
         if triton and form != "direct":
             from inrun_kernels.wgrad_dot import launch_wgrad_dot
 
             return launch_wgrad_dot(acts, grads, val_grad, bias_val_grad, segments, form, grad_dtype)
         if triton:
             from inrun_kernels.dot import launch_dot
-            from inrun_kernels.rows import launch_row_wgrad_dot as of_rows
 
             weight_grad = torch_path.weight_grad(acts, grads, grad_dtype or accumulate_dtype(acts))
             dots = launch_dot(acts, grads, val_grad, segments, False)
+        elif built and form == "two":
+            weight_grad, dots = native.ghost_wgrad_dot(acts, grads, val_grad, segments)
+            weight_grad = weight_grad.to(grad_dtype or weight_grad.dtype)
         else:
-            of_rows = torch_path.row_wgrad_dot
             weight_grad, dots = torch_path.ghost_wgrad_dot(acts, grads, val_grad, segments, form, grad_dtype)
         if bias_val_grad is None:
             return weight_grad, weight_grad.new_empty(0), dots
-        # Taken sample by sample from the loop of products, while grads are in cache, it was no faster on a CPU.
-        bias_grad, of_bias = of_rows(None, grads, bias_val_grad, segments)
+        bias_grad, of_bias = _row_wgrad_dot(None, grads, bias_val_grad, segments, backend)
         return weight_grad, bias_grad.to(weight_grad.dtype), dots + of_bias
 
 
@@ -155,11 +155,7 @@ def row_wgrad_dot(
 ) -> tuple[Tensor, Tensor]:
     check_segment_values(segments, grads.shape[0] * grads.shape[1])
     with _launch_context(grads):
-        if use_triton(backend, grads):
-            from inrun_kernels.rows import launch_row_wgrad_dot as run
-        else:
-            run = torch_path.row_wgrad_dot
-        return run(normed, grads, val_grad, segments)
+        return _row_wgrad_dot(normed, grads, val_grad, segments, backend)
 
 
 @ghost_dot.register_fake
@@ -239,3 +235,20 @@ def use_triton(backend: str | None, *tensors: Tensor) -> bool:
             "before triton is imported, to interpret the kernels), received 'triton'"
         )
     return all(tensor.numel() for tensor in tensors)
+
+
+def _row_wgrad_dot(
+    normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    if use_triton(backend, grads):
+        from inrun_kernels.rows import launch_row_wgrad_dot as run
+    elif use_native(backend, normed, grads, val_grad):
+        run = native.row_wgrad_dot
+    else:
+        run = torch_path.row_wgrad_dot
+    return run(normed, grads, val_grad, segments)
+
+
+def use_native(backend: str | None, *tensors: Tensor | None) -> bool:
+    """Whether to run the kernels in C: on a CPU, unless a backend was named."""
+    return backend is None and native.runs(*tensors)

@@ -37,9 +37,13 @@ def tune(on: bool = True, folder: str | os.PathLike | None = None) -> None:
         >>> inrun_kernels.tune()
     """
     global _folder
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    _folder = (Path(folder) if folder is not None else home / "inrun") if on else None
+    _folder = (Path(folder) if folder is not None else cache_folder()) if on else None
     _tables.clear()
+
+
+def cache_folder() -> Path:
+    """`inrun` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inrun"
 
 
 def is_on() -> bool:

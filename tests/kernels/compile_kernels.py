@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from inrun_kernels import adam, dot, pairwise, rows, tiles, wgrad_dot
+from inrun_kernels import adam, adam_kernel, dot, pairwise, rows, tiles, wgrad_dot
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BATCH, TOKENS, INPUTS, OUTPUTS, VOCABULARY, DIRECTIONS = 4, 256, 1024, 512, 64, 2
@@ -102,7 +102,7 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "bias": lambda: rows.launch_row_dot(None, acts, row, None, True),
         "norm wgrad": lambda: rows.launch_row_wgrad_dot(acts, acts, row, None),
         "bias wgrad": lambda: rows.launch_row_wgrad_dot(None, acts, row, segments),
-        "adam": lambda: adam.write_adam_directions([adam.AdamPart(*[matrix] * 3, 0.0, 1.0, (0.9, 0.99), 1e-8)] * 2),
+        "adam": lambda: adam_kernel.launch_adam_directions([adam.AdamPart(*[matrix] * 3, 0.0, 1.0, (0.9, 0.99), 1e-8)] * 2),
     }
 
 
