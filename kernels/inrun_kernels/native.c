@@ -123,6 +123,8 @@ static int64_t padded(int64_t size, int64_t count, int64_t to) { return ceil_div
 
 typedef struct {
     matrix acts, grads, dirs; /* [N, I], [N, O], [M * O, I]; of rows: normed or none, [N, I], [M, I] */
+    matrix bias_dirs;         /* [M, O]; data 0: no bias */
+    float *bias;              /* its gradient, [O] */
     const int64_t *ends;      /* [S + 1]: sample s has the rows from ends[s] to ends[s + 1] */
     int64_t samples, inputs, outputs, directions;
     int64_t threads, block_inputs, block_outputs, scratch; /* the plan; scratch: bytes of each thread */
@@ -154,6 +156,24 @@ static void add_up(const product *p, char *scratch, float *dots)
     }
 }
 
+/* The bias's share of one sample: column sums of strips of `grads`, rows `low` to `high` of `depth`. */
+static void bias(const product *p, const float *grads, int depth, int low, int high, int64_t first, int outputs,
+                 double *dots)
+{
+    for (int o = 0; o < outputs; o += ROWS) {
+        float sum[ROWS] = {0}, dir[ROWS];
+        const float *row = grads + (int64_t)o * depth;
+        for (int k = low; k < high; k++)
+            for (int r = 0; r < ROWS; r++) sum[r] += row[k * ROWS + r];
+        int count = least(ROWS, outputs - o);
+        for (int r = 0; r < count; r++) p->bias[first + o + r] += sum[r];
+        for (int64_t m = 0; m < p->directions; m++) {
+            widen(dir, p->bias_dirs, m * p->bias_dirs.stride + first + o, count, p->bias_dirs.bfloat16);
+            for (int r = 0; r < count; r++) dots[m] += (double)dir[r] * sum[r];
+        }
+    }
+}
+
 /* A block of the weight, for all samples. */
 static void block(const product *p, int64_t first_output, int64_t first_input, float *scratch, float *total,
                   double *dots)
@@ -166,6 +186,8 @@ static void block(const product *p, int64_t first_output, int64_t first_input, f
     vec *lanes = (vec *)(acts + DEPTH * p->block_inputs);
     memset(sum, 0, 4 * area);
     if (outputs % ROWS) memset(dirs, 0, 4 * n_dirs * area);
+    int has_bias = p->bias && !first_input; /* of the blocks beside each other, the first sees to it */
+    if (has_bias) memset(p->bias + first_output, 0, 4 * outputs);
     for (int64_t m = 0; m < n_dirs; m++)
         pack(p->dirs, m * p->outputs + first_output, first_input, outputs, inputs, WIDTH, strip, dirs + m * area);
 
@@ -179,6 +201,9 @@ static void block(const product *p, int64_t first_output, int64_t first_input, f
             int depth = least(rows, ends[count] - row);
             pack(p->grads, row, first_output, depth, outputs, ROWS, (int64_t)ROWS * depth, grads);
             pack(p->acts, row, first_input, depth, inputs, WIDTH, (int64_t)WIDTH * depth, acts);
+            for (int64_t j = 0; has_bias && j < count; j++)
+                bias(p, grads, depth, parts > 1 ? 0 : ends[j] - row, parts > 1 ? depth : ends[j + 1] - row, first_output,
+                     outputs, dots + (s + j) * n_dirs);
             for (int i = 0; i < inputs; i += WIDTH) {
                 memset(lanes, 0, count * n_dirs * sizeof(vec));
                 for (int o = 0; o < outputs; o += ROWS) {

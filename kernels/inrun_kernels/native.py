@@ -36,8 +36,8 @@ class _Matrix(ctypes.Structure):
 
 class _Product(ctypes.Structure):
     _fields_ = [
-        *((name, _Matrix) for name in ("acts", "grads", "dirs")),
-        ("ends", ctypes.c_void_p),
+        *((name, _Matrix) for name in ("acts", "grads", "dirs", "bias_dirs")),
+        *((name, ctypes.c_void_p) for name in ("bias", "ends")),
         *((name, ctypes.c_int64) for name in ("samples", "inputs", "outputs", "directions")),
         *((name, ctypes.c_int64) for name in ("threads", "block_inputs", "block_outputs", "scratch")),
     ]
@@ -56,13 +56,16 @@ def runs(*tensors: Tensor | None) -> bool:
     return all(x is None or (x.is_cpu and x.dtype in DTYPES and x.numel()) for x in tensors) and library() is not None
 
 
-def ghost_wgrad_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weight gradient `[O, I]` and dots `[S, M]`, both float32; each sample has accumulators of its own ("two").
+def ghost_wgrad_dot(
+    acts: Tensor, grads: Tensor, val_grad: Tensor, bias_val_grad: Tensor | None, segments: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight gradient `[O, I]`, the bias gradient (empty without a direction for it) and dots `[S, M]`, in float32.
 
-    Args: as `torch_path.ghost_wgrad_dot`, where `runs` says so.
+    Each sample has accumulators of its own, as in the form "two". Args: as the registered op has them.
     """
     total = torch.empty(val_grad.shape[1:], dtype=torch.float32)
-    return total, _dots("ghost_wgrad_dot", acts, grads, val_grad, segments, total)
+    bias = torch.empty(0 if bias_val_grad is None else len(total), dtype=torch.float32)
+    return total, bias, _dots("ghost_wgrad_dot", acts, grads, val_grad, segments, total, bias_val_grad, bias)
 
 
 def row_wgrad_dot(
@@ -92,24 +95,37 @@ def adam_directions(parts: Sequence[Any]) -> None:
 
 
 def _dots(
-    name: str, acts: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None, total: Tensor
+    name: str,
+    acts: Tensor | None,
+    grads: Tensor,
+    val_grad: Tensor,
+    segments: Tensor | None,
+    total: Tensor,
+    bias_val_grad: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Call a kernel: it writes the total and the dots, which are returned."""
+    """Call a kernel: it writes `total`, `bias` and the dots, which are returned."""
     kernels = library()
     assert kernels is not None, "`runs` was not asked"
     batch, tokens, outputs = grads.shape
-    if segments is None:
-        ends = torch.arange(0, batch * tokens + 1, tokens)
-    else:
-        ends = segments.to(torch.int64).contiguous()
-    rows = [None if x is None else _rows(x) for x in (acts, grads, val_grad.flatten(0, -2))]
+    ends = _even_ends(batch, tokens) if segments is None else segments.to(torch.int64).contiguous()
+    rows = [None if x is None else _rows(x) for x in (acts, grads, val_grad, bias_val_grad)]
     dots = torch.empty(len(ends) - 1, len(val_grad), dtype=torch.float32)
-    sizes = len(dots), total.shape[-1], outputs, len(val_grad)
-    product = _Product(*map(_matrix, rows), ends.data_ptr(), *sizes)
+    product = _Product(
+        *map(_matrix, rows),
+        None if bias_val_grad is None or bias is None else bias.data_ptr(),
+        ends.data_ptr(),
+        *(len(dots), total.shape[-1], outputs, len(val_grad)),
+    )
     scratch = _scratch(getattr(kernels, f"inrun_plan_{name}")(ctypes.byref(product), torch.get_num_threads()))
     addresses = (ctypes.c_void_p(x.data_ptr()) for x in (scratch, total, dots))
     getattr(kernels, f"inrun_{name}")(ctypes.byref(product), *addresses)
     return dots
+
+
+@lru_cache(64)
+def _even_ends(batch: int, tokens: int) -> Tensor:
+    return torch.arange(0, batch * tokens + 1, tokens)
 
 
 def _scratch(size: int) -> Tensor:
@@ -122,7 +138,7 @@ def _scratch(size: int) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """`[..., F]` as `[N, F]` with features beside each other, copied only where they are not."""
-    flat = x.flatten(0, -2)
+    flat = x if x.dim() == 2 else x.flatten(0, -2)
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 

@@ -78,7 +78,7 @@ def ghost_wgrad_dot(
     """Weight gradient, bias gradient (empty without a direction for it), and the dots of both together."""
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
     with _launch_context(acts):
-        triton, built = use_triton(backend, acts, grads), use_native(backend, acts, grads, val_grad)
+        triton, built = use_triton(backend, acts, grads), use_native(backend, acts, grads, val_grad, bias_val_grad)
         form = form or forms.of_wgrad_dot(acts, grads, val_grad, segments, triton, built).form
         if triton and form != "direct":
             from inrun_kernels.wgrad_dot import launch_wgrad_dot
@@ -90,8 +90,8 @@ def ghost_wgrad_dot(
             weight_grad = torch_path.weight_grad(acts, grads, grad_dtype or accumulate_dtype(acts))
             dots = launch_dot(acts, grads, val_grad, segments, False)
         elif built and form == "two":
-            weight_grad, dots = native.ghost_wgrad_dot(acts, grads, val_grad, segments)
-            weight_grad = weight_grad.to(grad_dtype or weight_grad.dtype)
+            *gradients, dots = native.ghost_wgrad_dot(acts, grads, val_grad, bias_val_grad, segments)
+            return *(x.to(grad_dtype or x.dtype) for x in gradients), dots
         else:
             weight_grad, dots = torch_path.ghost_wgrad_dot(acts, grads, val_grad, segments, form, grad_dtype)
         if bias_val_grad is None:
