@@ -39,6 +39,7 @@ from inrun_kernels import (
     ghost_dot,
     ghost_wgrad_dot,
     linear_wgrad_dot,
+    native,
     norm_dot,
     norm_wgrad_dot,
 )
@@ -321,6 +322,9 @@ class _LayerNorm(torch.autograd.Function):
         grads = torch.ops.aten.native_layer_norm_backward(grad, x, weight.shape, mean, rstd, weight, bias, needs[:3])
         dots = None
         if needs[5]:
+            built = _built_layer_norm_dots(x, grad, mean, rstd, weight.dim(), direction, bias_direction, segments)
+            if built is not None:
+                return *grads, None, None, built if probe.dim() == 2 else built.squeeze(1), None, None
             wide = x.to(probe.dtype)
             scales = torch.zeros_like(weight).expand_as(bias_direction) if direction is None else direction
             if probe.dim() == 1:
@@ -332,6 +336,18 @@ class _LayerNorm(torch.autograd.Function):
                 dots = torch.stack([output_dots(grad, one, segments) for one in along], 1)
             dots = dots.to(probe.dtype)
         return *grads, None, None, dots, None, None
+
+
+def _built_layer_norm_dots(x, grad, mean, rstd, last, direction, bias_direction, segments) -> Tensor | None:
+    """The dots in one pass, `[S, M]`; None where there is no kernel for these tensors."""
+    operands = (x, grad, mean, rstd, direction, bias_direction)
+    if torch.compiler.is_compiling() or not all(y is None or y.dtype == torch.float32 for y in operands):
+        return None
+    if not native.runs(*operands):
+        return None
+    acts = rows(x, last)
+    scale, shift = (None if d is None else d.reshape(-1, acts.shape[2]) for d in (direction, bias_direction))
+    return native.layer_norm_dot(acts, rows(grad, last), mean, rstd, scale, shift, by_row(segments, x, acts))
 
 
 def _layer_norm_along(x: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from inrun_kernels.adam import AdamPart
 from inrun_kernels.config import ceil_div
 
 _BLOCK = 2048
@@ -72,9 +72,9 @@ def _adam_direction_kernel(
         _write(out_ptr, grad_ptr, moment_ptr, offs, offs < count, moment != 0, keep, add, share, eps)
 
 
-def launch_adam_directions(parts: Sequence[AdamPart]) -> None:
-    """Write the direction of every part, each of which `fits`."""
-    groups: dict[tuple[Any, ...], list[AdamPart]] = {}
+def launch_adam_directions(parts: Sequence[Any]) -> None:
+    """Write the direction of every `AdamPart`, each of which `adam.fits`."""
+    groups: dict[tuple[Any, ...], list[Any]] = {}
     for part in parts:
         if part.out.numel():
             groups.setdefault(part.kind, []).append(part)

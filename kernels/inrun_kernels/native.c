@@ -17,6 +17,10 @@
 
        total[i] = sum_n grads[n, i] normed[n, i]         dots[s, m] = sum_i (s's share of total)[i] dirs[m, i]
 
+   layer_norm_dot, along directions of a layer norm's weight and bias, in one pass:
+
+       dots[s, m] = sum_{n of s, i} grads[n, i] ((acts[n, i] - mean[n]) rstd[n] dirs[m, i] + bias_dirs[m, i])
+
    adam_directions: out = share * grad / (sqrt(keep * moment + add * grad^2) + eps), in one pass (see `adam.py`). */
 #include <math.h>
 #include <stdint.h>
@@ -46,6 +50,7 @@ enum {
     AHEAD = 8,  /* rows copied together, and how far ahead the next are asked for */
 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef struct {
     const void *data;
     int64_t stride; /* elements from row to row */
@@ -228,8 +233,8 @@ static void block(const product *p, int64_t first_output, int64_t first_input, f
     }
 }
 
-/* Cut the weight, for at most so many threads. Returns the bytes of scratch. No size is 0. */
-int64_t inrun_plan_ghost_wgrad_dot(product *p, int threads)
+/* Cut the weight, for at most so many threads. Returns the bytes of scratch. */
+static int64_t plan(product *p, int threads)
 {
     int64_t outputs = OUTPUTS * 2 / (1 + p->directions), inputs = INPUTS;
     if (outputs < FEWEST) outputs = FEWEST;
@@ -242,9 +247,12 @@ int64_t inrun_plan_ghost_wgrad_dot(product *p, int threads)
                              + DEPTH * (p->block_outputs + p->block_inputs + p->directions * LANES));
 }
 
-/* total [O, I], dots [S, M]; scratch at a multiple of 64. */
-void inrun_ghost_wgrad_dot(const product *p, char *scratch, float *total, float *dots)
+/* total [O, I], dots [S, M]; scratch at a multiple of 64. No size is 0. Returns the bytes of scratch that it needs: with
+   less it has done nothing. */
+int64_t inrun_ghost_wgrad_dot(product *p, float *total, float *dots, char *scratch, int64_t bytes, int threads)
 {
+    int64_t needed = plan(p, threads);
+    if (needed > bytes) return needed;
     int64_t across = ceil_div(p->inputs, p->block_inputs), blocks = across * ceil_div(p->outputs, p->block_outputs);
     clear_dots(p, scratch);
 #pragma omp parallel for schedule(static) num_threads(p->threads)
@@ -254,6 +262,7 @@ void inrun_ghost_wgrad_dot(const product *p, char *scratch, float *total, float 
               total, dots_of(p, scratch, t));
     }
     add_up(p, scratch, dots);
+    return needed;
 }
 
 /* The columns from `low` to `high` of the rows' product, for all samples. */
@@ -286,16 +295,13 @@ static void columns(const product *p, int64_t low, int64_t high, float *scratch,
     }
 }
 
-int64_t inrun_plan_row_wgrad_dot(product *p, int threads)
+/* total [I], dots [S, M]; scratch and what is returned as above. */
+int64_t inrun_row_wgrad_dot(product *p, float *total, float *dots, char *scratch, int64_t bytes, int threads)
 {
     p->threads = least(threads, ceil_div(p->inputs, FEWEST));
     p->block_inputs = padded(p->inputs, p->threads, LANES);
-    return scratch_of(p, 4 * p->block_inputs);
-}
-
-/* total [I], dots [S, M]. */
-void inrun_row_wgrad_dot(const product *p, char *scratch, float *total, float *dots)
-{
+    int64_t needed = scratch_of(p, 4 * p->block_inputs);
+    if (needed > bytes) return needed;
     clear_dots(p, scratch);
 #pragma omp parallel for schedule(static) num_threads(p->threads)
     for (int t = 0; t < p->threads; t++) {
@@ -303,6 +309,41 @@ void inrun_row_wgrad_dot(const product *p, char *scratch, float *total, float *d
         if (low < high) columns(p, low, high, (float *)(scratch + t * p->scratch), total, dots_of(p, scratch, t));
     }
     add_up(p, scratch, dots);
+    return needed;
+}
+
+/* Lanes of sum_i g[i] dir[i] (x[i] - mean); without x, of sum_i g[i] dir[i]. */
+INLINE vec contracted(const float *g, const float *x, float mean, const float *dir, int64_t width)
+{
+    vec sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        vec term = *(const loose *)(g + i) * *(const loose *)(dir + i);
+        sum += x ? term * (*(const loose *)(x + i) - mean) : term;
+    }
+    for (; i < width; i++) sum[0] += g[i] * dir[i] * (x ? x[i] - mean : 1);
+    return sum;
+}
+
+/* mean, rstd [N]; all in float32; one of dirs and bias_dirs may be missing. */
+void inrun_layer_norm_dot(const product *p, const float *mean, const float *rstd, float *dots, int threads)
+{
+    const float *x = p->acts.data, *g = p->grads.data, *scale = p->dirs.data, *shift = p->bias_dirs.data;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t s = 0; s < p->samples; s++)
+        for (int64_t m = 0; m < p->directions; m++) {
+            double sum = 0;
+            for (int64_t row = p->ends[s]; row < p->ends[s + 1]; row++) {
+                const float *of_row = g + row * p->grads.stride;
+                vec lanes = {0};
+                if (scale)
+                    lanes = rstd[row] * contracted(of_row, x + row * p->acts.stride, mean[row],
+                                                   scale + m * p->dirs.stride, p->inputs);
+                if (shift) lanes += contracted(of_row, 0, 0, shift + m * p->bias_dirs.stride, p->inputs);
+                for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+            }
+            dots[s * p->directions + m] = sum;
+        }
 }
 
 typedef struct {

@@ -1,6 +1,7 @@
 """The kernels of `native.c`: built by the machine's C compiler at their first use, and kept in the user's cache.
 
-Where there is no compiler, the products run on plain torch (`torch_path`).
+Where there is no compiler, the products run on plain torch (`torch_path`). Compilers: $CC, else gcc, clang or cc.
+Sums are in float32, or wider; float16 and float64 stay with torch.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 import warnings
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,41 +21,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from inrun_kernels.tuning import cache_folder
 
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
-
-
+_ADDRESS, _SIZE, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_TAKE = {
+    "ghost_wgrad_dot": (*[_ADDRESS] * 4, _SIZE, _COUNT),
+    "row_wgrad_dot": (*[_ADDRESS] * 4, _SIZE, _COUNT),
+    "layer_norm_dot": (*[_ADDRESS] * 4, _COUNT),
+    "adam_directions": (_ADDRESS, _SIZE, _COUNT),
+}
 _kept = threading.local()
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("bfloat16", ctypes.c_int64)]
-
-
-class _Product(ctypes.Structure):
-    _fields_ = [
-        *((name, _Matrix) for name in ("acts", "grads", "dirs", "bias_dirs")),
-        *((name, ctypes.c_void_p) for name in ("bias", "ends")),
-        *((name, ctypes.c_int64) for name in ("samples", "inputs", "outputs", "directions")),
-        *((name, ctypes.c_int64) for name in ("threads", "block_inputs", "block_outputs", "scratch")),
-    ]
 
 
 class _AdamPart(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("out", "grad", "moment")),
-        ("count", ctypes.c_int64),
+        *((name, _ADDRESS) for name in ("out", "grad", "moment")),
+        ("count", _SIZE),
         *((name, ctypes.c_float) for name in ("share", "keep", "add", "eps")),
     ]
 
 
 def runs(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these tensors: on a CPU, of `DTYPES`, none empty, on a machine that can build them."""
-    return all(x is None or (x.is_cpu and x.dtype in DTYPES and x.numel()) for x in tensors) and library() is not None
+    """Whether the kernels take these tensors: plain ones on a CPU, of `DTYPES`, none empty, where they can be built."""
+    for x in tensors:
+        if x is not None and not (x.is_cpu and x.dtype in DTYPES and type(x) in (Tensor, Parameter) and x.numel()):
+            return False
+    return library() is not None
 
 
 def ghost_wgrad_dot(
@@ -64,25 +62,47 @@ def ghost_wgrad_dot(
     Each sample has accumulators of its own, as in the form "two". Args: as the registered op has them.
     """
     total = torch.empty(val_grad.shape[1:], dtype=torch.float32)
-    bias = torch.empty(0 if bias_val_grad is None else len(total), dtype=torch.float32)
-    return total, bias, _dots("ghost_wgrad_dot", acts, grads, val_grad, segments, total, bias_val_grad, bias)
+    bias = torch.empty(0 if bias_val_grad is None else total.shape[0], dtype=torch.float32)
+    product = _product(acts, grads, val_grad, bias_val_grad, segments, bias)
+    return total, bias, _call("ghost_wgrad_dot", product, total)
 
 
 def row_wgrad_dot(
     normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradient `[I]` of a norm's weight, or of a bias, and dots `[S, M]`, both float32.
+    """The gradient `[I]` of a norm's weight, or of a bias, and dots `[S, M]`, both in float32.
 
-    Args: as `torch_path.row_wgrad_dot`, where `runs` says so.
+    Args: as `torch_path.row_wgrad_dot`.
     """
     total = torch.empty(val_grad.shape[1:], dtype=torch.float32)
-    return total, _dots("row_wgrad_dot", normed, grads, val_grad, segments, total)
+    return total, _call("row_wgrad_dot", _product(normed, grads, val_grad, None, segments), total)
+
+
+def layer_norm_dot(
+    x: Tensor,
+    grads: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    val_grad: Tensor | None,
+    bias_val_grad: Tensor | None,
+    segments: Tensor | None,
+) -> Tensor:
+    """Dots `[S, M]` of a layer norm's weight and bias, along `[M, I]` of each (None: not of that one).
+
+    Args:
+        x, grads: `[B, T, I]`, the norm's input and its output's gradient. All operands float32.
+        mean, rstd: of each row, as torch's layer norm returns them.
+        segments: as in `ghost_wgrad_dot`.
+    """
+    product, dots, _held = _product(x, grads, val_grad, bias_val_grad, segments)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    addresses = product.buffer_info()[0], mean.data_ptr(), rstd.data_ptr(), dots.data_ptr()
+    _built().inrun_layer_norm_dot(*addresses, torch.get_num_threads())
+    return dots
 
 
 def adam_directions(parts: Sequence[Any]) -> None:
     """Write the direction of every `AdamPart`, each of which `adam.fits`."""
-    kernels = library()
-    assert kernels is not None, "`runs` was not asked"
     table = (_AdamPart * len(parts))()
     for row, part in zip(table, parts, strict=True):
         (beta1, beta2), steps = part.betas, part.step + 1
@@ -91,36 +111,50 @@ def adam_directions(parts: Sequence[Any]) -> None:
         row.moment, row.count = None if part.moment is None else part.moment.data_ptr(), part.out.numel()
         row.share, row.eps = part.gain / (1 - beta1**steps), part.eps
         row.keep, row.add = beta2 * unbias, (1 - beta2) * unbias
-    kernels.inrun_adam_directions(table, ctypes.c_int64(len(parts)), torch.get_num_threads())
+    _built().inrun_adam_directions(ctypes.addressof(table), len(parts), torch.get_num_threads())
 
 
-def _dots(
-    name: str,
+def _call(name: str, made: tuple[array, Tensor, list[Tensor]], total: Tensor) -> Tensor:
+    """Run a kernel, which writes `total` and the dots; returns the dots."""
+    product, dots, _held = made
+    kernel = getattr(_built(), f"inrun_{name}")
+    operands = product.buffer_info()[0], total.data_ptr(), dots.data_ptr()
+    # Scratch stays allocated: malloc would give it back to the system, and have its pages cleared each time.
+    scratch = getattr(_kept, "scratch", None)
+    while True:
+        size, place = (0, 0) if scratch is None else (scratch.numel(), scratch.data_ptr())
+        needed = kernel(*operands, place, size, torch.get_num_threads())
+        if needed <= size:
+            return dots
+        scratch = _kept.scratch = torch.empty(needed, dtype=torch.uint8)
+
+
+def _product(
     acts: Tensor | None,
     grads: Tensor,
-    val_grad: Tensor,
+    val_grad: Tensor | None,
+    bias_val_grad: Tensor | None,
     segments: Tensor | None,
-    total: Tensor,
-    bias_val_grad: Tensor | None = None,
     bias: Tensor | None = None,
-) -> Tensor:
-    """Call a kernel: it writes `total`, `bias` and the dots, which are returned."""
-    kernels = library()
-    assert kernels is not None, "`runs` was not asked"
+) -> tuple[array, Tensor, list[Tensor]]:
+    """`product` of `native.c`, memory for the dots, and the tensors whose addresses are in it."""
     batch, tokens, outputs = grads.shape
     ends = _even_ends(batch, tokens) if segments is None else segments.to(torch.int64).contiguous()
-    rows = [None if x is None else _rows(x) for x in (acts, grads, val_grad, bias_val_grad)]
-    dots = torch.empty(len(ends) - 1, len(val_grad), dtype=torch.float32)
-    product = _Product(
-        *map(_matrix, rows),
-        None if bias_val_grad is None or bias is None else bias.data_ptr(),
-        ends.data_ptr(),
-        *(len(dots), total.shape[-1], outputs, len(val_grad)),
-    )
-    scratch = _scratch(getattr(kernels, f"inrun_plan_{name}")(ctypes.byref(product), torch.get_num_threads()))
-    addresses = (ctypes.c_void_p(x.data_ptr()) for x in (scratch, total, dots))
-    getattr(kernels, f"inrun_{name}")(ctypes.byref(product), *addresses)
-    return dots
+    fields, held, directions = [], [ends], 0
+    for x in (acts, grads, val_grad, bias_val_grad):
+        if x is None:
+            fields += 0, 0, 0
+            continue
+        directions = x.shape[0]  # the last ones are directions
+        rows = x.flatten(0, -2) if x.dim() == 3 else x
+        if rows.stride(1) != 1 and rows.shape[1] != 1:
+            rows = rows.contiguous()
+        held.append(rows)
+        fields += rows.data_ptr(), rows.stride(0), rows.dtype == torch.bfloat16
+    samples, inputs = ends.shape[0] - 1, outputs if acts is None else acts.shape[2]
+    fields += 0 if bias is None or bias_val_grad is None else bias.data_ptr(), ends.data_ptr()
+    fields += samples, inputs, outputs, directions, 0, 0, 0, 0
+    return array("q", fields), torch.empty(samples, directions, dtype=torch.float32), held
 
 
 @lru_cache(64)
@@ -128,22 +162,10 @@ def _even_ends(batch: int, tokens: int) -> Tensor:
     return torch.arange(0, batch * tokens + 1, tokens)
 
 
-def _scratch(size: int) -> Tensor:
-    """Bytes that stay allocated: malloc would give them back to the system and have their pages cleared each time."""
-    kept = getattr(_kept, "scratch", None)
-    if kept is None or len(kept) < size:
-        kept = _kept.scratch = torch.empty(size, dtype=torch.uint8)
-    return kept
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`[..., F]` as `[N, F]` with features beside each other, copied only where they are not."""
-    flat = x if x.dim() == 2 else x.flatten(0, -2)
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
-
-
-def _matrix(rows: Tensor | None) -> _Matrix:
-    return _Matrix() if rows is None else _Matrix(rows.data_ptr(), rows.stride(0), rows.dtype == torch.bfloat16)
+def _built() -> Any:
+    kernels = library()
+    assert kernels is not None, "`runs` was not asked"
+    return kernels
 
 
 @lru_cache(1)
@@ -152,9 +174,8 @@ def library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if compiler is None:
         return None
-    source = SOURCE.read_bytes()
-    key = hashlib.sha256(b"\0".join((source, compiler.encode(), " ".join(_FLAGS).encode(), _processor().encode())))
-    path = cache_folder() / f"native-{key.hexdigest()[:16]}.so"
+    facts = SOURCE.read_text(), compiler, *_FLAGS, _processor()
+    path = cache_folder() / f"native-{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:16]}.so"
     try:
         if not path.exists():
             _build(compiler, path)
@@ -167,8 +188,9 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for plan in (kernels.inrun_plan_ghost_wgrad_dot, kernels.inrun_plan_row_wgrad_dot):
-        plan.restype = ctypes.c_int64
+    for name, arguments in _TAKE.items():
+        kernel = getattr(kernels, f"inrun_{name}")
+        kernel.argtypes, kernel.restype = arguments, ctypes.c_int64
     return kernels
 
 

@@ -7,7 +7,7 @@ tensors. `api.py` holds the public functions. Derivatives are plain torch ops, h
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -90,8 +90,9 @@ def ghost_wgrad_dot(
             weight_grad = torch_path.weight_grad(acts, grads, grad_dtype or accumulate_dtype(acts))
             dots = launch_dot(acts, grads, val_grad, segments, False)
         elif built and form == "two":
-            *gradients, dots = native.ghost_wgrad_dot(acts, grads, val_grad, bias_val_grad, segments)
-            return *(x.to(grad_dtype or x.dtype) for x in gradients), dots
+            weight_grad, bias_grad, dots = native.ghost_wgrad_dot(acts, grads, val_grad, bias_val_grad, segments)
+            dtype = grad_dtype or weight_grad.dtype
+            return weight_grad.to(dtype), bias_grad.to(dtype), dots
         else:
             weight_grad, dots = torch_path.ghost_wgrad_dot(acts, grads, val_grad, segments, form, grad_dtype)
         if bias_val_grad is None:
@@ -207,13 +208,15 @@ row_dot.register_autograd(derivatives.row_dot, setup_context=derivatives.save_ro
 row_wgrad_dot.register_autograd(derivatives.row_wgrad_dot, setup_context=derivatives.save_row_wgrad_dot)
 
 
-@contextmanager
-def _launch_context(x: Tensor) -> Iterator[None]:
+def _launch_context(x: Tensor) -> AbstractContextManager[None]:
     """x's GPU current, and no autocast: active inside an op too, it would round float32 products to half."""
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    if not (elsewhere or torch.is_autocast_enabled(x.device.type)):  # to set both costs as much as a launch
-        yield
-        return
+    needed = elsewhere or torch.is_autocast_enabled(x.device.type)  # to set both costs as much as a launch
+    return _on_its_device_without_autocast(x) if needed else nullcontext()
+
+
+@contextmanager
+def _on_its_device_without_autocast(x: Tensor) -> Iterator[None]:
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         yield
 

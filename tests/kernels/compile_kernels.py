@@ -102,7 +102,9 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "bias": lambda: rows.launch_row_dot(None, acts, row, None, True),
         "norm wgrad": lambda: rows.launch_row_wgrad_dot(acts, acts, row, None),
         "bias wgrad": lambda: rows.launch_row_wgrad_dot(None, acts, row, segments),
-        "adam": lambda: adam_kernel.launch_adam_directions([adam.AdamPart(*[matrix] * 3, 0.0, 1.0, (0.9, 0.99), 1e-8)] * 2),
+        "adam": lambda: adam_kernel.launch_adam_directions(
+            [adam.AdamPart(*[matrix] * 3, 0.0, 1.0, (0.9, 0.99), 1e-8)] * 2
+        ),
     }
 
 

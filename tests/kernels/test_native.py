@@ -1,0 +1,183 @@
+"""The kernels in C against their definitions, on every kind of processor that this machine can be taken for."""
+
+import platform
+import subprocess
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import inrun_kernels as k
+from inrun_kernels import adam, native, reference, torch_path
+
+X86 = platform.machine() == "x86_64"
+KINDS = ["native", *(["x86-64-v3", "x86-64"] if X86 else [])]
+SIZES = st.sampled_from([1, 2, 11, 12, 13, 31, 32, 33, 47, 97, 192, 193, 385])
+WIDTHS = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(autouse=True)
+def _a_compiler():
+    if native.library() is None:
+        pytest.skip("needs a C compiler")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, tmp_path_factory):
+    """The kernels built for a kind of processor."""
+    flags = tuple(f"-march={request.param}" if flag.startswith("-march") else flag for flag in native._FLAGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_FLAGS", flags)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        native.library.cache_clear()
+        if request.param == "x86-64-v3" and "avx2" not in native._processor():
+            pytest.skip("needs AVX2")
+        yield request.param
+    native.library.cache_clear()
+
+
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_close(found, expected):
+    assert found.dtype == torch.float32
+    scale = expected.square().mean().sqrt()
+    assert ((found.double() - expected).abs() <= 2e-5 * scale + 1e-30).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+@pytest.mark.usefixtures("kind")
+def test_products_match_their_definitions(data):
+    """Ragged samples, empty ones, several panels, any mixture of dtypes, rows that lie apart, one to five threads."""
+    inputs, outputs, directions = data.draw(SIZES), data.draw(SIZES), data.draw(st.integers(1, 3))
+    lengths = data.draw(st.lists(st.sampled_from([0, 1, 5, 33, 127, 128, 129, 300]), min_size=1, max_size=6))
+    lengths[0] = max(1, lengths[0])
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(data.draw(st.sampled_from([torch.int32, torch.int64])))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+
+    def draw(*shape):
+        pad = data.draw(st.sampled_from([0, 3]))
+        whole = torch.randn(*shape[:-1], shape[-1] + pad, generator=generator).to(data.draw(WIDTHS))
+        return whole[..., : shape[-1]]
+
+    acts, grads = draw(1, sum(lengths), inputs), draw(1, sum(lengths), outputs)
+    direction, of_bias = draw(directions, outputs, inputs), draw(directions, outputs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2, 5])))
+    try:
+        found = native.ghost_wgrad_dot(acts, grads, direction, of_bias, ends)
+        without = native.ghost_wgrad_dot(acts, grads, direction, None, ends)
+        of_rows = native.row_wgrad_dot(acts[..., :1].expand_as(grads), grads, of_bias, ends)
+        of_bias_alone = native.row_wgrad_dot(None, grads, of_bias, ends)
+    finally:
+        torch.set_num_threads(before)
+    for got, right in zip(
+        found, reference.linear_wgrad_dot(acts, grads, direction, of_bias, segments=ends), strict=True
+    ):
+        assert_close(got, right)
+    assert_close(without[2], reference.ghost_wgrad_dot(acts, grads, direction, segments=ends)[1])
+    assert torch.equal(without[0], found[0]) and without[1].numel() == 0
+    scaled = acts[..., :1].expand_as(grads)
+    for got, right in zip(of_rows, reference.norm_wgrad_dot(scaled, grads, of_bias, segments=ends), strict=True):
+        assert_close(got, right)
+    for got, right in zip(of_bias_alone, reference.bias_wgrad_dot(grads, of_bias, segments=ends), strict=True):
+        assert_close(got, right)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 100, 128, 129, 300])
+def test_a_dot_has_the_same_bits_whatever_else_is_in_the_batch(tokens):
+    generator = torch.Generator().manual_seed(0)
+    acts, grads, direction, of_bias = (
+        torch.randn(shape, generator=generator) for shape in ((6, tokens, 50), (6, tokens, 70), (1, 70, 50), (1, 70))
+    )
+    *_, dots = native.ghost_wgrad_dot(acts, grads, direction, of_bias, None)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    assert torch.equal(native.ghost_wgrad_dot(acts[order], grads[order], direction, of_bias, None)[2], dots[order])
+    assert torch.equal(native.ghost_wgrad_dot(acts[4:5], grads[4:5], direction, of_bias, None)[2], dots[4:5])
+    _, dots = native.row_wgrad_dot(grads, grads, of_bias, None)
+    assert torch.equal(native.row_wgrad_dot(grads[order], grads[order], of_bias, None)[1], dots[order])
+
+
+def test_a_large_weight_costs_no_digits():
+    """A float32 dot of millions of terms has an error of its own, some 1e-5 of a sample's dot."""
+    generator = torch.Generator().manual_seed(0)
+    acts, grads, direction = (
+        torch.randn(shape, generator=generator) for shape in ((8, 4, 1536), (8, 4, 2048), (1, 2048, 1536))
+    )
+    *_, dots = native.ghost_wgrad_dot(acts + 1, grads, direction, None, None)
+    exact = ((grads.double() @ direction[0].double()) * (acts + 1).double()).sum((1, 2))
+    assert (dots[:, 0] - exact).square().mean().sqrt() < 1e-6 * exact.square().mean().sqrt()
+
+
+def test_the_ops_take_them_where_they_run_and_nothing_else_does():
+    acts, grads, direction = torch.randn(4, 64, 33), torch.randn(4, 64, 17), torch.randn(17, 33)
+    assert k.explain(k.ghost_wgrad_dot, acts, grads, direction).form == "two"
+    weight_grad, dots = k.ghost_wgrad_dot(acts, grads, direction)
+    expected = native.ghost_wgrad_dot(acts, grads, direction[None], None, None)
+    assert torch.equal(weight_grad, expected[0]) and torch.equal(dots, expected[2][:, 0])
+    by_torch = k.ghost_wgrad_dot(acts, grads, direction, form="two", backend="torch")
+    assert torch.equal(by_torch[0], torch_path.ghost_wgrad_dot(acts, grads, direction[None], None, "two")[0])
+    for dtype in (torch.float16, torch.float64):
+        assert (
+            not native.runs(acts.to(dtype))
+            and k.ghost_wgrad_dot(acts.to(dtype), grads.to(dtype), direction.to(dtype))[1].isfinite().all()
+        )
+    assert not native.runs(acts[:0]) and not native.runs(acts.to("meta"))
+    rounded, _ = k.ghost_wgrad_dot(acts.bfloat16(), grads.bfloat16(), direction, grad_dtype=torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("count", [1, 1000, 100_000])
+def test_adams_direction_is_its_formula(steps, count):
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for gain in (0.1, -0.3):
+        grad, moment = torch.randn(count, generator=generator), torch.rand(count, generator=generator)
+        grad[0] = 0.0
+        out = torch.full_like(grad, torch.nan)
+        parts.append(adam.AdamPart(out, grad, moment if steps else None, float(steps), gain, (0.9, 0.99), 1e-8))
+    assert all(map(adam.fits, parts))
+    adam.write_adam_directions(parts)
+    for part in parts:
+        grad = part.val_grad.double()
+        old = torch.zeros_like(grad) if part.moment is None else part.moment.double()
+        second = (0.99 * old + 0.01 * grad.square()) / (1 - 0.99 ** (steps + 1))
+        expected = part.gain / (1 - 0.9 ** (steps + 1)) * grad / (second.sqrt() + 1e-8)
+        torch.testing.assert_close(part.out.double(), expected, rtol=1e-6, atol=0.0)
+
+
+def test_without_a_compiler_the_products_run_on_torch(monkeypatch, tmp_path):
+    acts, grads, direction = torch.randn(4, 64, 33), torch.randn(4, 64, 17), torch.randn(17, 33)
+    expected = k.ghost_wgrad_dot(acts, grads, direction, backend="torch")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for compiler, complaint in ((None, None), ("false", "expected false to build native.c")):
+        monkeypatch.setattr(native.shutil, "which", lambda name: None)
+        monkeypatch.delenv("CC", raising=False) if compiler is None else monkeypatch.setenv("CC", compiler)
+        native.library.cache_clear()
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                found = k.ghost_wgrad_dot(acts, grads, direction)
+                k.ghost_wgrad_dot(acts, grads, direction)
+            assert [complaint in str(w.message) for w in said] == ([] if complaint is None else [True])
+            assert all(map(torch.equal, found, expected))
+            assert not adam.fits(adam.AdamPart(*[torch.ones(3)] * 3, 0.0, 0.1, (0.9, 0.99), 1e-8))
+        finally:
+            native.library.cache_clear()
+
+
+@pytest.mark.parametrize("standard", ["gnu11", "gnu17"])
+def test_the_source_has_no_warning(standard, tmp_path):
+    command = ["gcc", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-std={standard}", *native._FLAGS]
+    if native.shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    subprocess.run([*command, str(native.SOURCE), "-o", str(tmp_path / "x.so")], check=True)
