@@ -18,7 +18,7 @@ from torch import Tensor
 
 import inrun_kernels
 from inrun import results
-from inrun_kernels import grouped, reference
+from inrun_kernels import grouped, native, reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of the root mean square of the exact result; half precision may round a product once more.
@@ -27,6 +27,7 @@ FORMS: dict[str, tuple[str | None, ...]] = dict.fromkeys(
     ("ghost_wgrad_dot", "linear_wgrad_dot"), ("two", "prefix", "direct")
 )
 GROUPED = ("grouped_mm", "grouped_wgrad")  # torch's own kernels, or a loop over them
+BUILT = {("ghost_wgrad_dot", "two"), ("linear_wgrad_dot", "two"), ("norm_wgrad_dot", None), ("bias_wgrad_dot", None)}
 PRODUCTS = [*(name for name in inrun_kernels.__all__ if name not in ("explain", "tune")), *GROUPED]
 PACKAGES = ("torch", "triton", "numpy", "pyarrow", "duckdb", "matplotlib", "transformers")
 STACKS = ("accelerate", "trl", "lightning", "peft", "datasets", "polars")  # named where they are installed
@@ -45,17 +46,19 @@ def main() -> bool:
     if has_triton and device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, which they are when first used
     print(f"{_describe(device, has_triton)}\n")
-    columns = [(backend, dtype) for backend in ("torch", *(["triton"] if has_triton else [])) for dtype in DTYPES]
+    columns = [("torch", dtype) for dtype in DTYPES]
+    columns += [("C", dtype) for dtype, kind in DTYPES.items() if kind in native.DTYPES and native.library()]
+    columns += [("triton", dtype) for dtype in DTYPES if has_triton]
     rows, failed, total, complaints = [], 0, 0, []
     names = [(name, form) for name in PRODUCTS for form in FORMS.get(name, (None,))]
     for name, form in tqdm(names, desc="self-test", leave=False, disable=None):
         cells = []
         for backend, dtype in columns:
-            if backend == "triton" and name in GROUPED:
+            if (backend == "triton" and name in GROUPED) or (backend == "C" and (name, form) not in BUILT):
                 cells.append("-")
                 continue
             try:
-                error = worst_error(name, backend, dtype, device, form)
+                error = worst_error(name, backend, dtype, "cpu" if backend == "C" else device, form)
             except Exception as raised:  # whatever a compiler or a driver comes up with is a finding
                 error = float("nan")
                 complaints.append(f"{name}, {backend}, {dtype}: {type(raised).__name__}: {raised}")
@@ -77,14 +80,16 @@ def worst_error(name: str, backend: str, dtype: str, device: str, form: str | No
 
     Args:
         name: of a function of `inrun_kernels`, or one of `GROUPED`.
-        backend: "torch" or "triton"; of `GROUPED`, only the first.
+        backend: "torch", "triton" or "C"; of `GROUPED`, only the first, and the last for `BUILT`.
         dtype: a key of `DTYPES`.
         device: "cpu" or "cuda".
         form: of `ghost_wgrad_dot` and `linear_wgrad_dot`.
     """
     exact = getattr(reference, name)
     takes = inspect.signature(exact).parameters
-    options = {} if name in GROUPED else {"backend": backend} | ({} if form is None else {"form": form})
+    options = {} if form is None else {"form": form}
+    if name not in GROUPED and backend != "C":  # which is what a CPU takes of itself
+        options["backend"] = backend
     worst = 0.0
     for directions in [(), (2,)] if "val_grad" in takes else [()]:
         arguments, offsets = _arguments(name, directions, DTYPES[dtype], device)
@@ -148,7 +153,8 @@ def _describe(device: str, has_triton: bool) -> str:
         ("device", f"{', '.join(gpus) or 'no CUDA device'}; CPU: {results.processor()}, {os.cpu_count()} cores"),
         ("versions", ", ".join(f"{name} {_version(name) or 'not installed'}" for name in PACKAGES)),
         ("stacks", ", ".join(f"{name} {found}" for name in STACKS if (found := _version(name))) or "none installed"),
-        ("torch path", "works everywhere; taken for CPU tensors"),
+        ("torch path", "works everywhere; taken for CPU tensors where there is no kernel in C"),
+        ("C", "built for this processor" if native.library() else "no compiler found, or it failed; products run on torch"),
         ("triton", triton),
     ]
     return "\n".join(f"{name:12}{text}" for name, text in lines)

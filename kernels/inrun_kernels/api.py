@@ -87,7 +87,7 @@ def ghost_wgrad_dot(
 
     2*B*T*I*O FLOPs for the gradient, 2*S*M*I*O more for the dots (T times fewer); the bytes of the weight
     gradient GEMM, and val_grad once per sample, mostly from cache. A tile of one sample's gradient exists at a
-    time (one scratch weight on the torch path).
+    time, in registers (on the torch path, one scratch weight).
 
     Args, Raises, Source: as `ghost_dot`; there is no per_token.
         form: how samples are kept apart. "two" accumulators: a dot's error is relative to the
@@ -96,7 +96,8 @@ def ghost_wgrad_dot(
             float32 rounding (6e-8) of those for each 16 of the sample's tokens (on the CPU 2e-6 to 1e-5 of a typical
             dot where they are alike). "direct": one GEMM and a `ghost_dot`, for samples of few tokens; errors as in
             "two". The weight gradient is as exact in all. None: what `explain` says: on a GPU "two", or "direct" for
-            documents of fewer than 32 tokens; on a CPU the quickest, "prefix" only if it is 5 % quicker than "two".
+            documents of fewer than 32 tokens; on a CPU the quickest: "two" in C or "direct", without a C compiler (and
+            in float16 and float64) any of the three, "prefix" only if it is 5 % quicker than "two".
         grad_dtype: of the weight gradient: float16 or bfloat16 for float16 and bfloat16 `acts`, rounded once as it
             is written; None: float32, or float64 for float64 `acts`.
 
