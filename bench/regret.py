@@ -78,7 +78,7 @@ def measure(cell: Row, machine: Machine) -> Row:
     if val is None:
         direction = draw(1, outputs, inputs)
         run = partial(torch_path.ghost_wgrad_dot, acts, grads, direction, None)
-        built = native.runs(acts, grads, direction)
+        built = forms.several(acts, None) and native.runs(acts, grads, direction)
         choice = forms.of_wgrad_dot(acts, grads, direction, None, False, built)
         weight_grad = grads.flatten(0, 1).T.double() @ acts.flatten(0, 1).double()
     else:
@@ -115,6 +115,8 @@ def fit(rows: list[Row], threads: int) -> dict[str, dict[str, forms.Cost]]:
     for product, names in FORMS.items():
         for form in names:
             of_product = [row for row in rows if row["product"] == product and form in row["seconds"]]
+            if not of_product:  # no compiler, or rows from before
+                continue
             times = np.array([row["seconds"][form] for row in of_product])
             samples, *shared = np.array([work_of(row)[form] for row in of_product], float).T
             columns = np.stack([np.ones_like(times), samples, *(x / threads for x in shared)], 1) / times[:, None]

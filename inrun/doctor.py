@@ -154,7 +154,7 @@ def _describe(device: str, has_triton: bool) -> str:
         ("versions", ", ".join(f"{name} {_version(name) or 'not installed'}" for name in PACKAGES)),
         ("stacks", ", ".join(f"{name} {found}" for name in STACKS if (found := _version(name))) or "none installed"),
         ("torch path", "works everywhere; taken for CPU tensors where there is no kernel in C"),
-        ("C", "built for this processor" if native.library() else "no compiler found, or it failed; products run on torch"),
+        ("C", "built for this processor" if native.library() else "no compiler, or it failed: taken for none"),
         ("triton", triton),
     ]
     return "\n".join(f"{name:12}{text}" for name, text in lines)

@@ -42,7 +42,9 @@ from inrun_kernels import (
     native,
     norm_dot,
     norm_wgrad_dot,
+    ops,
 )
+from inrun_kernels.validation import check_grouping, check_segment_values
 
 Directions = tuple[Tensor | None, Tensor | None]
 _writing_out = False
@@ -341,13 +343,20 @@ class _LayerNorm(torch.autograd.Function):
 def _built_layer_norm_dots(x, grad, mean, rstd, last, direction, bias_direction, segments) -> Tensor | None:
     """The dots in one pass, `[S, M]`; None where there is no kernel for these tensors."""
     operands = (x, grad, mean, rstd, direction, bias_direction)
-    if torch.compiler.is_compiling() or not all(y is None or y.dtype == torch.float32 for y in operands):
+    if not all(y is None or y.dtype == torch.float32 for y in operands):
         return None
-    if not native.runs(*operands):
+    if not (ops.unseen(*operands) and native.runs(*operands)):
         return None
-    acts = rows(x, last)
+    acts, shape = rows(x, last), x.shape[-last:]
     scale, shift = (None if d is None else d.reshape(-1, acts.shape[2]) for d in (direction, bias_direction))
-    return native.layer_norm_dot(acts, rows(grad, last), mean, rstd, scale, shift, by_row(segments, x, acts))
+    if any(d is not None and d.shape[-last:] != shape for d in (direction, bias_direction)) or (
+        scale is not None and shift is not None and scale.shape != shift.shape
+    ):
+        return None
+    segments = by_row(segments, x, acts)
+    check_grouping(segments, False, acts)
+    check_segment_values(segments, acts.shape[0] * acts.shape[1])
+    return native.layer_norm_dot(acts, rows(grad, last), mean, rstd, scale, shift, segments)
 
 
 def _layer_norm_along(x: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:

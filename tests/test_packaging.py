@@ -106,7 +106,9 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"inrun", "inrun_kernels", "inrun-0.1.0.dist-info"}
     for package, folder in SOURCES.items():
-        sources = {f"{package}/{file.relative_to(folder)}" for file in (*folder.rglob("*.py"), *folder.rglob("*.c"))}
+        sources = {
+            f"{package}/{file.relative_to(folder)}" for file in (*folder.rglob("*.py"), *folder.rglob("c/*.[ch]"))
+        }
         assert sources == {name for name in names if name.startswith(f"{package}/")}
     assert "inrun-0.1.0.dist-info/licenses/LICENSE" in names
 

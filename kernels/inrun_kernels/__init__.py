@@ -1,8 +1,8 @@
 """Per-sample gradient products: what a sample's weight gradient says along a given direction.
 
-Tensors in, tensors out; no modules, no hooks. Each function is one registered custom op with a Triton kernel
-(GPU) and a torch/BLAS path (CPU), float32 accumulation and float32 results, and no per-sample gradient in
-memory. Importing this package does not import triton.
+Tensors in, tensors out; no modules, no hooks. Each function is one registered custom op with a Triton kernel (GPU),
+kernels in C for the products a CPU needs most, and a torch/BLAS path for all; float32 accumulation and float32 results,
+and no per-sample gradient in memory. Importing this package does not import triton, nor build anything.
 """
 
 from inrun_kernels.api import (

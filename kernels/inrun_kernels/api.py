@@ -51,7 +51,8 @@ def ghost_dot(
         segments: int32 or int64 `[S + 1]` offsets into the B*T flattened tokens, from 0 to B*T, never
             decreasing (as `cu_seqlens`): one dot per segment in place of one per row.
         per_token: one dot per token. Excludes `segments`.
-        backend: "triton", "torch", or None: triton for CUDA tensors where it is installed, else torch.
+        backend: "triton", "torch", or None: triton for CUDA tensors where it is installed; for CPU tensors a kernel in
+            C where there is one (`native`); else torch.
 
     Returns:
         `[B]`, `[S]` with segments, `[B, T]` with per_token; one more trailing axis M where val_grad has it.
@@ -200,7 +201,8 @@ def explain(
     if product is ghost_wgrad_dot:
         acts, grads, val_grad = args
         _check_linear(acts, grads, val_grad, segments, False, backend)
-        triton, built = ops.use_triton(backend, acts, grads), ops.use_native(backend, acts, grads, val_grad)
+        triton = ops.use_triton(backend, acts, grads)
+        built = forms.several(acts, segments) and ops.use_native(backend, acts, grads, val_grad)
         return forms.of_wgrad_dot(acts, grads, _with_m(val_grad, 3), segments, triton, built)
     if product is ghost_dot_pairwise:
         acts, grads, val_acts, val_grads = args

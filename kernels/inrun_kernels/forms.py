@@ -1,6 +1,6 @@
 """What each form of a product costs on a device, and which form is the quickest.
 
-"native" is the form "two" as `native.c` has it; where it runs, it takes the place of "two" and "prefix".
+"native" is the form "two" in C; where it runs, it takes the place of "two" and "prefix".
 
     seconds = call + sample * S + flop * FLOPs + weight * (elements of weights passed over) + row * (elements of rows)
 
@@ -113,6 +113,11 @@ def of_wgrad_dot(
         return Choice("direct", {}, "direct: a launch for every sample would cost more")
     sizes = (tokens, samples, acts.shape[2], grads.shape[2], val_grad.shape[0])
     return _wgrad_dot(cpu_vendor(), torch.get_num_threads(), native, *sizes)
+
+
+def several(acts: Tensor, segments: Tensor | None) -> bool:
+    """Whether there is more than one sample: of one, BLAS has the plain product, which is contracted once."""
+    return (acts.shape[0] if segments is None else segments.shape[0] - 1) > 1
 
 
 def of_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, triton: bool) -> Choice:

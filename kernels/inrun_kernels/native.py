@@ -1,13 +1,14 @@
-"""The kernels of `native.c`: built by the machine's C compiler at their first use, and kept in the user's cache.
+"""The kernels in C (`c/`): built by the machine's compiler at their first use, and kept in the user's cache.
 
-Where there is no compiler, the products run on plain torch (`torch_path`). Compilers: $CC, else gcc, clang or cc.
-Sums are in float32, or wider; float16 and float64 stay with torch.
+They need Linux and a compiler with OpenMP: $CC, else gcc, clang or cc. Without, the products run on plain torch
+(`torch_path`), as they do in float16 and float64.
 """
 
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -25,16 +26,17 @@ from torch.nn import Parameter
 
 from inrun_kernels.tuning import cache_folder
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = sorted((Path(__file__).parent / "c").glob("*.[ch]"))
 DTYPES = (torch.float32, torch.bfloat16)
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 _ADDRESS, _SIZE, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _TAKE = {
     "ghost_wgrad_dot": (*[_ADDRESS] * 4, _SIZE, _COUNT),
     "row_wgrad_dot": (*[_ADDRESS] * 4, _SIZE, _COUNT),
-    "layer_norm_dot": (*[_ADDRESS] * 4, _COUNT),
+    "layer_norm_dot": (*[_ADDRESS] * 5, _COUNT),
     "adam_directions": (_ADDRESS, _SIZE, _COUNT),
 }
+_KEPT = 1 << 26  # bytes of scratch at most that stay allocated
 _kept = threading.local()
 
 
@@ -49,7 +51,11 @@ class _AdamPart(ctypes.Structure):
 def runs(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these tensors: plain ones on a CPU, of `DTYPES`, none empty, where they can be built."""
     for x in tensors:
-        if x is not None and not (x.is_cpu and x.dtype in DTYPES and type(x) in (Tensor, Parameter) and x.numel()):
+        if x is None:
+            continue
+        if not (x.is_cpu and x.dtype in DTYPES and type(x) in (Tensor, Parameter) and x.numel()):
+            return False
+        if x.is_neg() or not torch._C._has_storage(x):  # a batched tensor has the class of a plain one
             return False
     return library() is not None
 
@@ -61,8 +67,8 @@ def ghost_wgrad_dot(
 
     Each sample has accumulators of its own, as in the form "two". Args: as the registered op has them.
     """
-    total = torch.empty(val_grad.shape[1:], dtype=torch.float32)
-    bias = torch.empty(0 if bias_val_grad is None else total.shape[0], dtype=torch.float32)
+    total = val_grad.new_empty(val_grad.shape[1:], dtype=torch.float32)
+    bias = total.new_empty(0 if bias_val_grad is None else total.shape[0])
     product = _product(acts, grads, val_grad, bias_val_grad, segments, bias)
     return total, bias, _call("ghost_wgrad_dot", product, total)
 
@@ -74,7 +80,7 @@ def row_wgrad_dot(
 
     Args: as `torch_path.row_wgrad_dot`.
     """
-    total = torch.empty(val_grad.shape[1:], dtype=torch.float32)
+    total = val_grad.new_empty(val_grad.shape[1:], dtype=torch.float32)
     return total, _call("row_wgrad_dot", _product(normed, grads, val_grad, None, segments), total)
 
 
@@ -96,8 +102,9 @@ def layer_norm_dot(
     """
     product, dots, _held = _product(x, grads, val_grad, bias_val_grad, segments)
     mean, rstd = mean.contiguous(), rstd.contiguous()
-    addresses = product.buffer_info()[0], mean.data_ptr(), rstd.data_ptr(), dots.data_ptr()
-    _built().inrun_layer_norm_dot(*addresses, torch.get_num_threads())
+    of_row = x.new_empty(x.shape[0] * x.shape[1], dots.shape[1], dtype=torch.float64)
+    addresses = (y.data_ptr() for y in (mean, rstd, of_row, dots))
+    _built().inrun_layer_norm_dot(product.buffer_info()[0], *addresses, torch.get_num_threads())
     return dots
 
 
@@ -108,7 +115,7 @@ def adam_directions(parts: Sequence[Any]) -> None:
         (beta1, beta2), steps = part.betas, part.step + 1
         unbias = 1 / (1 - beta2**steps)
         row.out, row.grad = part.out.data_ptr(), part.val_grad.data_ptr()
-        row.moment, row.count = None if part.moment is None else part.moment.data_ptr(), part.out.numel()
+        row.moment, row.count = part.moment.data_ptr() if part.moment is not None and beta2 else None, part.out.numel()
         row.share, row.eps = part.gain / (1 - beta1**steps), part.eps
         row.keep, row.add = beta2 * unbias, (1 - beta2) * unbias
     _built().inrun_adam_directions(ctypes.addressof(table), len(parts), torch.get_num_threads())
@@ -126,7 +133,9 @@ def _call(name: str, made: tuple[array, Tensor, list[Tensor]], total: Tensor) ->
         needed = kernel(*operands, place, size, torch.get_num_threads())
         if needed <= size:
             return dots
-        scratch = _kept.scratch = torch.empty(needed, dtype=torch.uint8)
+        scratch = dots.new_empty(needed, dtype=torch.uint8)
+        if needed <= _KEPT:
+            _kept.scratch = scratch
 
 
 def _product(
@@ -154,12 +163,12 @@ def _product(
     samples, inputs = ends.shape[0] - 1, outputs if acts is None else acts.shape[2]
     fields += 0 if bias is None or bias_val_grad is None else bias.data_ptr(), ends.data_ptr()
     fields += samples, inputs, outputs, directions, 0, 0, 0, 0
-    return array("q", fields), torch.empty(samples, directions, dtype=torch.float32), held
+    return array("q", fields), grads.new_empty(samples, directions, dtype=torch.float32), held
 
 
 @lru_cache(64)
 def _even_ends(batch: int, tokens: int) -> Tensor:
-    return torch.arange(0, batch * tokens + 1, tokens)
+    return torch.arange(0, batch * tokens + 1, tokens, device="cpu")
 
 
 def _built() -> Any:
@@ -172,36 +181,48 @@ def _built() -> Any:
 def library() -> ctypes.CDLL | None:
     """The built kernels; None without a compiler, and with a warning where it failed."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
-    if compiler is None:
+    if compiler is None or platform.system() != "Linux":
         return None
-    facts = SOURCE.read_text(), compiler, *_FLAGS, _processor()
-    path = cache_folder() / f"native-{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:16]}.so"
     try:
-        if not path.exists():
-            _build(compiler, path)
-        kernels = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
+        kernels = _load(compiler)
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            f"expected {compiler} to build {SOURCE.name}, the products run on plain torch instead; it said: "
+            f"expected {compiler} to build the kernels in C, the products run on plain torch instead; it said: "
             f"{said.strip()[-500:]}",
             stacklevel=2,
         )
         return None
     for name, arguments in _TAKE.items():
         kernel = getattr(kernels, f"inrun_{name}")
-        kernel.argtypes, kernel.restype = arguments, ctypes.c_int64
+        kernel.argtypes, kernel.restype = arguments, _SIZE if _SIZE in arguments[3:] else None
     return kernels
 
 
-def _build(compiler: str, path: Path) -> None:
-    """Whole or not at all: other processes may build it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        command = [*compiler.split(), *_FLAGS, str(SOURCE), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        os.replace(made, path)
+def _load(compiler: str) -> ctypes.CDLL:
+    """From the cache, or built into it; from a folder of this process where the cache cannot be written."""
+    facts = *(source.read_text() for source in SOURCES), compiler, *_FLAGS, _processor()
+    name = f"kernels-{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:16]}.so"
+    with tempfile.TemporaryDirectory() as own:
+        try:
+            folder = cache_folder()
+            folder.mkdir(parents=True, exist_ok=True)
+            usable = os.access(folder, os.W_OK)
+        except (OSError, RuntimeError):  # a home that is read-only, or none
+            folder, usable = Path(own), False
+        path = (folder if usable or (folder / name).exists() else Path(own)) / name
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:  # of another system, in a home that both share
+                pass
+        with tempfile.TemporaryDirectory(dir=path.parent) as new:  # whole or not at all: others may build it as well
+            made = Path(new) / name
+            sources = [str(source) for source in SOURCES if source.suffix == ".c"]
+            command = [*shlex.split(compiler), *_FLAGS, *sources, "-o", str(made), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+            os.replace(made, path)
+        return ctypes.CDLL(str(path))
 
 
 def _processor() -> str:

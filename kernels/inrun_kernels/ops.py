@@ -22,25 +22,32 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def call(op: Any, *args: Any) -> Any:
-    """Call a registered op; only its body where no compiler, tracer, transform or derivative has to see the call.
+    """Call a registered op; only its body where nothing else has to see the call.
 
-    Passing through the dispatcher costs as much as the products of a small layer. Only it turns the sign of a view
-    whose memory has the other one (`z.conj().imag`), and answers without data (on meta).
+    Passing through the dispatcher costs as much as the products of a small layer.
     """
-    if torch.compiler.is_compiling():
-        return op(*args)
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         _refuse_tangents(args)
-        return op(*args)
+    return op._init_fn(*args) if unseen(*args) else op(*args)
+
+
+def unseen(*args: Any) -> bool:
+    """Whether no compiler, tracer, transform or derivative has to see what is done with these arguments.
+
+    Only the dispatcher turns the sign of a view whose memory has the other one (`z.conj().imag`), and answers without
+    data (on meta).
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return op(*args)
+        return False
     recording = torch.is_grad_enabled()
     for x in args:
         if isinstance(x, Tensor) and (
             (recording and x.requires_grad) or type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg() or x.is_meta
         ):
-            return op(*args)
-    return op._init_fn(*args)
+            return False
+    return True
 
 
 def _refuse_tangents(args: tuple) -> None:
@@ -78,7 +85,8 @@ def ghost_wgrad_dot(
     """Weight gradient, bias gradient (empty without a direction for it), and the dots of both together."""
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
     with _launch_context(acts):
-        triton, built = use_triton(backend, acts, grads), use_native(backend, acts, grads, val_grad, bias_val_grad)
+        triton = use_triton(backend, acts, grads)
+        built = forms.several(acts, segments) and use_native(backend, acts, grads, val_grad, bias_val_grad)
         form = form or forms.of_wgrad_dot(acts, grads, val_grad, segments, triton, built).form
         if triton and form != "direct":
             from inrun_kernels.wgrad_dot import launch_wgrad_dot

@@ -1,5 +1,5 @@
-"""The products on plain torch and BLAS: what runs on the CPU where `native.c` has no kernel for it or could not be built,
-and anywhere `backend="torch"` is asked for.
+"""The products on plain torch and BLAS: what runs on a CPU where there is no kernel in C (`native`), and anywhere
+`backend="torch"` is asked for.
 
 Every function takes what the registered op takes (`val_grad` always with its leading M) and returns float32,
 or float64 for float64 input. Half-precision input is widened sample by sample or chunk by chunk, so products

@@ -1,0 +1,76 @@
+/* What the kernels share: vectors of the compiler's own, samples, scratch of each thread. */
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) /* LANES to a register; a tile's ROWS * COLS registers leave some for its operands */
+enum { LANES = 16, ROWS = 12, COLS = 2 };
+#elif defined(__AVX__)
+enum { LANES = 8, ROWS = 6, COLS = 2 };
+#elif defined(__aarch64__)
+enum { LANES = 4, ROWS = 8, COLS = 2 };
+#else
+enum { LANES = 4, ROWS = 4, COLS = 2 };
+#endif
+enum { DEPTH = 128, FEWEST = 48 }; /* rows added up at a time; columns of a thread */
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef struct {
+    const void *data;
+    int64_t stride;   /* elements from row to row */
+    int64_t bfloat16; /* else float32 */
+} matrix;
+
+typedef struct {
+    matrix acts, grads, dirs; /* [N, I], [N, O], [M * O, I]; of rows: normed or none, [N, I], [M, I] */
+    matrix bias_dirs;         /* [M, O]; data 0: no bias */
+    float *bias;              /* its gradient, [O] */
+    const int64_t *ends;      /* [S + 1]: sample s has the rows from ends[s] to ends[s + 1] */
+    int64_t samples, inputs, outputs, directions;
+    int64_t slots, block_inputs, block_outputs, scratch; /* the plan; scratch: bytes of each slot, one for a thread */
+} product;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t padded(int64_t size, int64_t count, int64_t to) { return ceil_div(ceil_div(size, count), to) * to; }
+
+INLINE void widen(float *to, matrix x, int64_t at, int64_t count, int bfloat16)
+{
+    if (!bfloat16) {
+        memcpy(to, (const float *)x.data + at, 4 * count);
+        return;
+    }
+    const uint16_t *from = (const uint16_t *)x.data + at;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(to + i, &bits, 4);
+    }
+}
+
+/* Each slot's scratch: floats, then the dots of its blocks. Returns the bytes of all. */
+INLINE int64_t scratch_of(product *p, int64_t floats)
+{
+    p->scratch = ceil_div(4 * floats + 8 * p->samples * p->directions, 64) * 64;
+    return p->scratch * p->slots;
+}
+
+INLINE double *dots_of(const product *p, char *scratch, int64_t slot)
+{
+    return (double *)(scratch + (slot + 1) * p->scratch) - p->samples * p->directions;
+}
+
+INLINE void clear_dots(const product *p, char *scratch)
+{
+    for (int64_t slot = 0; slot < p->slots; slot++) memset(dots_of(p, scratch, slot), 0, 8 * p->samples * p->directions);
+}
+
+INLINE void add_up(const product *p, char *scratch, float *dots)
+{
+    for (int64_t j = 0; j < p->samples * p->directions; j++) {
+        double sum = 0;
+        for (int64_t slot = 0; slot < p->slots; slot++) sum += dots_of(p, scratch, slot)[j];
+        dots[j] = sum;
+    }
+}

@@ -1,0 +1,178 @@
+/* ghost_wgrad_dot, one blocked matrix product whose tiles are contracted with the directions in registers:
+
+       total[o, i] = sum_n grads[n, o] acts[n, i]        dots[s, m] = sum_{o, i} (s's share of total)[o, i] dirs[m, o, i]
+
+   The weight is cut into blocks that stay in a core's cache with their directions. For each panel of rows, both
+   operands are copied to strips as wide as a tile (Goto and van de Geijn, ACM TOMS 34(3), 2008); a tile of one sample's
+   product then lives in registers, where it is contracted before it is added to the total. Nothing of a sample's
+   gradient is ever stored. A dot's bits do not depend on the rest of the batch: panels hold whole samples, or one
+   sample's equal parts. Of a dot, a lane sums one strip's products in float32, all else is summed in float64.
+
+   FLOPs: 2*N*I*O + 2*(1 + M)*S*I*O.  Bytes: the operands once for each block that needs them, the directions and the
+   total once. */
+#include <omp.h>
+
+#include "common.h"
+
+enum {
+    WIDTH = LANES * COLS,
+    TILE = ROWS * WIDTH,
+    OUTPUTS = 192, /* of a block, multiples of any ROWS and WIDTH */
+    INPUTS = 384,
+    AHEAD = 8, /* rows copied together, and how far ahead the next are asked for */
+};
+
+/* Columns to strips of `width`, the last filled up with zeros; strip by strip, row by row in each. */
+INLINE void strips(matrix x, int64_t row, int64_t column, int rows, int columns, int width, int64_t strip, float *out,
+                   int bfloat16)
+{
+    for (int low = 0; low < rows; low += AHEAD)
+        for (int c = 0; c < columns; c += width)
+            for (int r = low; r < rows && r < low + AHEAD; r++) {
+                float *to = out + c / width * strip + r * width;
+                int64_t at = (row + r) * x.stride + column + c;
+                __builtin_prefetch((const char *)x.data + (at + AHEAD * x.stride) * (bfloat16 ? 2 : 4));
+                if (columns - c >= width)
+                    widen(to, x, at, width, bfloat16); /* of a length known to the compiler */
+                else {
+                    widen(to, x, at, columns - c, bfloat16);
+                    memset(to + columns - c, 0, 4 * (width - columns + c));
+                }
+            }
+}
+
+static void pack(matrix x, int64_t row, int64_t column, int rows, int columns, int width, int64_t strip, float *out)
+{
+    if (width == ROWS)
+        x.bfloat16 ? strips(x, row, column, rows, columns, ROWS, strip, out, 1)
+                   : strips(x, row, column, rows, columns, ROWS, strip, out, 0);
+    else
+        x.bfloat16 ? strips(x, row, column, rows, columns, WIDTH, strip, out, 1)
+                   : strips(x, row, column, rows, columns, WIDTH, strip, out, 0);
+}
+
+/* One tile of one sample. Not inlined: compilers then keep all of it in registers. */
+static __attribute__((noinline)) void tile(const float *grads, const float *acts, int depth, const float *dirs,
+                                           int64_t dir_stride, int64_t n_dirs, float *total, vec *dots)
+{
+    vec product[ROWS][COLS];
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int c = 0; c < COLS; c++) product[r][c] = (vec){0};
+    for (int k = 0; k < depth; k++, grads += ROWS, acts += WIDTH)
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int c = 0; c < COLS; c++) product[r][c] += grads[r] * ((const vec *)acts)[c];
+    for (int64_t m = 0; m < n_dirs; m++) {
+        const vec *dir = (const vec *)(dirs + m * dir_stride);
+        vec sum[COLS] = {0};
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int c = 0; c < COLS; c++) sum[c] += product[r][c] * dir[r * COLS + c];
+        dots[m] += sum[0] + sum[1];
+    }
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int c = 0; c < COLS; c++) ((vec *)total)[r * COLS + c] += product[r][c];
+}
+
+/* The bias's share of one sample: column sums of strips of `grads`, rows `low` to `high` of `depth`. */
+static void bias(const product *p, const float *grads, int depth, int low, int high, int64_t first, int outputs,
+                 double *dots)
+{
+    for (int o = 0; o < outputs; o += ROWS) {
+        float sum[ROWS] = {0}, dir[ROWS];
+        const float *row = grads + (int64_t)o * depth;
+        for (int k = low; k < high; k++)
+            for (int r = 0; r < ROWS; r++) sum[r] += row[k * ROWS + r];
+        int count = least(ROWS, outputs - o);
+        for (int r = 0; r < count; r++) p->bias[first + o + r] += sum[r];
+        for (int64_t m = 0; m < p->directions; m++) {
+            widen(dir, p->bias_dirs, m * p->bias_dirs.stride + first + o, count, p->bias_dirs.bfloat16);
+            for (int r = 0; r < count; r++) dots[m] += (double)dir[r] * sum[r];
+        }
+    }
+}
+
+/* A block of the weight, for all samples. */
+static void block(const product *p, int64_t first_output, int64_t first_input, float *scratch, float *total,
+                  double *dots)
+{
+    int outputs = least(p->block_outputs, p->outputs - first_output);
+    int inputs = least(p->block_inputs, p->inputs - first_input);
+    int64_t area = p->block_outputs * p->block_inputs, strip = ceil_div(outputs, ROWS) * TILE, n_dirs = p->directions;
+    float *sum = scratch, *dirs = sum + area, *grads = dirs + n_dirs * area;
+    float *acts = grads + DEPTH * p->block_outputs;
+    vec *lanes = (vec *)(acts + DEPTH * p->block_inputs);
+    memset(sum, 0, 4 * area);
+    if (outputs % ROWS) memset(dirs, 0, 4 * n_dirs * area);
+    int has_bias = p->bias && !first_input; /* of the blocks beside each other, the first sees to it */
+    if (has_bias) memset(p->bias + first_output, 0, 4 * outputs);
+    for (int64_t m = 0; m < n_dirs; m++)
+        pack(p->dirs, m * p->outputs + first_output, first_input, outputs, inputs, WIDTH, strip, dirs + m * area);
+
+    for (int64_t s = 0, count; s < p->samples; s += count) {
+        const int64_t *ends = p->ends + s;
+        int64_t parts = ceil_div(ends[1] - ends[0], DEPTH);
+        for (count = 1; parts <= 1 && count < DEPTH && s + count < p->samples && ends[count + 1] - ends[0] <= DEPTH;)
+            count++;
+        int64_t rows = parts > 1 ? ceil_div(ends[1] - ends[0], parts) : ends[count] - ends[0];
+        for (int64_t row = ends[0]; row < ends[count]; row += rows) {
+            int depth = least(rows, ends[count] - row);
+            pack(p->grads, row, first_output, depth, outputs, ROWS, (int64_t)ROWS * depth, grads);
+            pack(p->acts, row, first_input, depth, inputs, WIDTH, (int64_t)WIDTH * depth, acts);
+            for (int64_t j = 0; has_bias && j < count; j++)
+                bias(p, grads, depth, parts > 1 ? 0 : ends[j] - row, parts > 1 ? depth : ends[j + 1] - row, first_output,
+                     outputs, dots + (s + j) * n_dirs);
+            for (int i = 0; i < inputs; i += WIDTH) {
+                memset(lanes, 0, count * n_dirs * sizeof(vec));
+                for (int o = 0; o < outputs; o += ROWS) {
+                    int64_t at = i / WIDTH * strip + o / ROWS * TILE;
+                    for (int64_t j = 0; j < count; j++) {
+                        int64_t low = parts > 1 ? 0 : ends[j] - row, high = parts > 1 ? depth : ends[j + 1] - row;
+                        tile(grads + (int64_t)o * depth + low * ROWS, acts + (int64_t)i * depth + low * WIDTH,
+                             high - low, dirs + at, area, n_dirs, sum + at, lanes + j * n_dirs);
+                    }
+                }
+                for (int64_t j = 0; j < count * n_dirs; j++)
+                    for (int lane = 0; lane < LANES; lane++) dots[s * n_dirs + j] += lanes[j][lane];
+            }
+        }
+    }
+    for (int r = 0; r < outputs; r++) {
+        const float *from = sum + r * WIDTH;
+        float *to = total + (first_output + r) * p->inputs + first_input;
+        int i = 0;
+        for (; i + WIDTH <= inputs; i += WIDTH, from += strip) memcpy(to + i, from, 4 * WIDTH);
+        if (i < inputs) memcpy(to + i, from, 4 * (inputs - i));
+    }
+}
+
+/* Cut the weight, for at most so many threads. Returns the bytes of scratch. */
+static int64_t plan(product *p, int threads)
+{
+    int64_t outputs = OUTPUTS * 2 / (1 + p->directions), inputs = INPUTS;
+    if (outputs < FEWEST) outputs = FEWEST;
+    while (ceil_div(p->outputs, outputs) * ceil_div(p->inputs, inputs) < threads && outputs + inputs > 2 * FEWEST)
+        *(outputs < inputs ? &inputs : &outputs) /= 2;
+    p->block_outputs = padded(p->outputs, ceil_div(p->outputs, outputs), ROWS);
+    p->block_inputs = padded(p->inputs, ceil_div(p->inputs, inputs), WIDTH);
+    p->slots = least(threads, ceil_div(p->outputs, p->block_outputs) * ceil_div(p->inputs, p->block_inputs));
+    return scratch_of(p, (1 + p->directions) * p->block_outputs * p->block_inputs
+                             + DEPTH * (p->block_outputs + p->block_inputs + p->directions * LANES));
+}
+
+/* total [O, I], dots [S, M]; scratch at a multiple of 64. No size is 0. Returns the bytes of scratch that it needs: with
+   less it has done nothing. Teams are as large as torch's, whatever there is to do: libgomp ends what threads a smaller
+   one leaves over, and makes them anew for the next. */
+int64_t inrun_ghost_wgrad_dot(product *p, float *total, float *dots, char *scratch, int64_t bytes, int threads)
+{
+    int64_t needed = plan(p, threads);
+    if (needed > bytes) return needed;
+    int64_t across = ceil_div(p->inputs, p->block_inputs), blocks = across * ceil_div(p->outputs, p->block_outputs);
+    clear_dots(p, scratch);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t at = 0; at < blocks; at++) {
+        int64_t slot = blocks < threads ? at : omp_get_thread_num();
+        block(p, at / across * p->block_outputs, at % across * p->block_inputs, (float *)(scratch + slot * p->scratch),
+              total, dots_of(p, scratch, slot));
+    }
+    add_up(p, scratch, dots);
+    return needed;
+}
