@@ -341,3 +341,30 @@ def test_second_derivatives_go_through_documents():
     each = [(g.T @ a * directions[0]).sum() + (g @ directions[1]).sum()
             for g, a in zip(grads.split([2, 4]), x.flatten(0, 1).split([2, 4]), strict=True)]  # fmt: skip
     torch.testing.assert_close(dots(x, weight, bias), torch.stack(each))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3)])
+@pytest.mark.parametrize("missing", [None, 0, 1])
+@pytest.mark.parametrize("directions", [(), (2,)])
+def test_layer_norms_of_float32_score_documents_and_refuse_bad_offsets(shape, missing, directions):
+    """As in float64, which has no kernel of its own."""
+    generator = torch.Generator().manual_seed(0)
+    x, out = (torch.randn(2, 6, *shape, generator=generator) for _ in range(2))
+    weight, bias = (torch.randn(shape, generator=generator) for _ in range(2))
+    pair = [torch.randn(*directions, *shape, generator=generator) for _ in range(2)]
+    if missing is not None:
+        pair[missing] = None
+
+    def dots(dtype, segments):
+        probe = torch.zeros(len(segments) - 1, *directions, dtype=dtype, requires_grad=True)
+        known = [None if d is None else d.to(dtype) for d in pair]
+        layer = (x.to(dtype).requires_grad_(), shape, weight.to(dtype).requires_grad_(), bias.to(dtype))
+        y = functional.layer_norm(*layer, directions=tuple(known), probe=probe, segments=segments)
+        (y * out.to(dtype)).sum().backward()
+        return probe.grad.double()
+
+    good = torch.tensor([0, 2, 2, 12])
+    torch.testing.assert_close(dots(torch.float32, good), dots(torch.float64, good), rtol=1e-5, atol=1e-5)
+    for bad in ([0, 10**9], [0, 3], [2, 12]):
+        with pytest.raises(ValueError, match="segments: expected non-decreasing offsets from 0 to"):
+            dots(torch.float32, torch.tensor(bad))

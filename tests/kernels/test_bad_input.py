@@ -117,6 +117,11 @@ BAD = {
         ValueError,
         r"segments: expected non-decreasing .* received \[0, 4, 3, 6\]",
     ),
+    "segments whose difference overflows": (
+        lambda: k.ghost_wgrad_dot(ACTS, GRADS, MATRIX, segments=offsets(0, 2**31 - 1, -2, 6).int()),
+        ValueError,
+        r"segments: expected non-decreasing .* received \[0, 2147483647, -2, 6\]",
+    ),
     "many segments": (
         lambda: k.bias_dot(GRADS, ROW, segments=torch.arange(20)),
         ValueError,

@@ -44,7 +44,7 @@ def assert_close(found, expected):
     assert ((found.double() - expected).abs() <= 2e-5 * scale + 1e-30).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.data())
 @pytest.mark.usefixtures("kind")
 def test_products_match_their_definitions(data):
@@ -84,7 +84,7 @@ def test_products_match_their_definitions(data):
         assert_close(got, right)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(st.data())
 @pytest.mark.usefixtures("kind")
 def test_the_layer_norm_matches_its_definition(data):
