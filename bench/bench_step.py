@@ -90,7 +90,7 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
     peaks = {name: _peak_bytes(step, machine, x, y) for name, step in steps.items()}
     runs = {name: partial(step, x, y) for name, step in steps.items()}
     prepare = {name: step.prepare for name, step in steps.items()}
-    taken = interleaved(runs, machine, rounds=15, least=3, seconds=3, prepare=lambda name: prepare[name]())
+    taken = interleaved(runs, machine, rounds=15, least=3, seconds=8, prepare=lambda name: prepare[name]())
     work = {name: case.work() for name in steps}
     found = rows_of(taken, peaks, work, machine, {}, suite="step", case=str(case))
     rows += found

@@ -49,6 +49,14 @@ INLINE void widen(float *to, matrix x, int64_t at, int64_t count, int bfloat16)
     }
 }
 
+/* Elements in float32, where they are or in the buffer. */
+INLINE const float *widened(matrix x, int64_t at, int64_t count, float *buffer)
+{
+    if (!x.bfloat16) return (const float *)x.data + at;
+    widen(buffer, x, at, count, 1);
+    return buffer;
+}
+
 /* Each slot's scratch: floats, then the dots of its blocks. Returns the bytes of all. */
 INLINE int64_t scratch_of(product *p, int64_t floats)
 {

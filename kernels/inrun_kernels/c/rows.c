@@ -13,16 +13,16 @@
 static void columns(const product *p, int64_t low, int64_t high, float *scratch, float *total, double *dots)
 {
     int64_t width = high - low;
-    float *part = scratch, *of_sample = part + width, *grads = of_sample + width, *normed = grads + width;
+    float *part = scratch, *of_sample = part + width, *buffer = of_sample + width, *other = buffer + width;
     memset(total + low, 0, 4 * width);
     for (int64_t s = 0; s < p->samples; s++) {
         memset(of_sample, 0, 4 * width);
         for (int64_t row = p->ends[s], end = p->ends[s + 1]; row < end;) {
             memset(part, 0, 4 * width);
             for (int64_t stop = least(row + DEPTH, end); row < stop; row++) {
-                widen(grads, p->grads, row * p->grads.stride + low, width, p->grads.bfloat16);
+                const float *grads = widened(p->grads, row * p->grads.stride + low, width, buffer);
                 if (p->acts.data) {
-                    widen(normed, p->acts, row * p->acts.stride + low, width, p->acts.bfloat16);
+                    const float *normed = widened(p->acts, row * p->acts.stride + low, width, other);
                     for (int64_t i = 0; i < width; i++) part[i] += grads[i] * normed[i];
                 } else
                     for (int64_t i = 0; i < width; i++) part[i] += grads[i];
@@ -31,9 +31,9 @@ static void columns(const product *p, int64_t low, int64_t high, float *scratch,
         }
         for (int64_t i = 0; i < width; i++) total[low + i] += of_sample[i];
         for (int64_t m = 0; m < p->directions; m++) {
-            widen(part, p->dirs, m * p->dirs.stride + low, width, p->dirs.bfloat16);
+            const float *dir = widened(p->dirs, m * p->dirs.stride + low, width, buffer);
             double sum = 0;
-            for (int64_t i = 0; i < width; i++) sum += (double)part[i] * of_sample[i];
+            for (int64_t i = 0; i < width; i++) sum += (double)dir[i] * of_sample[i];
             dots[s * p->directions + m] += sum;
         }
     }

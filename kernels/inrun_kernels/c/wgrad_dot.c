@@ -77,14 +77,14 @@ static void bias(const product *p, const float *grads, int depth, int low, int h
                  double *dots)
 {
     for (int o = 0; o < outputs; o += ROWS) {
-        float sum[ROWS] = {0}, dir[ROWS];
+        float sum[ROWS] = {0}, buffer[ROWS];
         const float *row = grads + (int64_t)o * depth;
         for (int k = low; k < high; k++)
             for (int r = 0; r < ROWS; r++) sum[r] += row[k * ROWS + r];
         int count = least(ROWS, outputs - o);
         for (int r = 0; r < count; r++) p->bias[first + o + r] += sum[r];
         for (int64_t m = 0; m < p->directions; m++) {
-            widen(dir, p->bias_dirs, m * p->bias_dirs.stride + first + o, count, p->bias_dirs.bfloat16);
+            const float *dir = widened(p->bias_dirs, m * p->bias_dirs.stride + first + o, count, buffer);
             for (int r = 0; r < count; r++) dots[m] += (double)dir[r] * sum[r];
         }
     }
