@@ -106,6 +106,7 @@ def adam_part(slot: Any, val_grads: Sequence[Tensor | None]) -> Any:
     numbers = [group["lr"], *group.get("betas", ())]
     if (
         grad is None
+        or not (grad.is_cuda or grad.is_cpu)
         or others
         or isinstance(slot.optimizer, SGD)
         or group["amsgrad"]

@@ -1,6 +1,7 @@
 """What each form of a product costs on a device, and which form is the quickest.
 
-"native" is the form "two" in C; where it runs, it takes the place of "two" and "prefix".
+"native" is the form "two" in C; where it runs, it takes the place of "two" and "prefix". Its contractions and sums are
+counted twice: their operands come from the cache, not from registers.
 
     seconds = call + sample * S + flop * FLOPs + weight * (elements of weights passed over) + row * (elements of rows)
 
@@ -78,7 +79,7 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
         },
     },
 }
-_C_WAS_TIMED_ON = "GenuineIntel"
+_C_WAS_TIMED_ON = "GenuineIntel"  # whose costs are taken, all of them, for any other CPU that has the kernels in C
 _EXACT = 1.05  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
 _LARGE = 1 << 20  # elements of a weight that is better not read again for a single token's dot
 _FEW_TOKENS = 32  # of a document, below which a GPU's tiles are mostly empty

@@ -30,11 +30,11 @@ SOURCES = sorted((Path(__file__).parent / "c").glob("*.[ch]"))
 DTYPES = (torch.float32, torch.bfloat16)
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 _ADDRESS, _SIZE, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_TAKE = {
-    "ghost_wgrad_dot": (*[_ADDRESS] * 4, _SIZE, _COUNT),
-    "row_wgrad_dot": (*[_ADDRESS] * 4, _SIZE, _COUNT),
-    "layer_norm_dot": (*[_ADDRESS] * 5, _COUNT),
-    "adam_directions": (_ADDRESS, _SIZE, _COUNT),
+_SIGNATURES = {  # what a kernel returns, and takes
+    "ghost_wgrad_dot": (_SIZE, *[_ADDRESS] * 4, _SIZE, _COUNT),
+    "row_wgrad_dot": (_SIZE, *[_ADDRESS] * 4, _SIZE, _COUNT),
+    "layer_norm_dot": (None, *[_ADDRESS] * 5, _COUNT),
+    "adam_directions": (None, _ADDRESS, _SIZE, _COUNT),
 }
 _KEPT = 1 << 26  # bytes of scratch at most that stay allocated
 _kept = threading.local()
@@ -146,7 +146,7 @@ def _product(
     segments: Tensor | None,
     bias: Tensor | None = None,
 ) -> tuple[array, Tensor, list[Tensor]]:
-    """`product` of `native.c`, memory for the dots, and the tensors whose addresses are in it."""
+    """`product` of `c/common.h`, field by field, memory for the dots, and the tensors whose addresses are in it."""
     batch, tokens, outputs = grads.shape
     ends = _even_ends(batch, tokens) if segments is None else segments.to(torch.int64).contiguous()
     fields, held, directions = [], [ends], 0
@@ -193,36 +193,44 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for name, arguments in _TAKE.items():
+    for name, (returned, *arguments) in _SIGNATURES.items():
         kernel = getattr(kernels, f"inrun_{name}")
-        kernel.argtypes, kernel.restype = arguments, _SIZE if _SIZE in arguments[3:] else None
+        kernel.argtypes, kernel.restype = arguments, returned
     return kernels
 
 
 def _load(compiler: str) -> ctypes.CDLL:
-    """From the cache, or built into it; from a folder of this process where the cache cannot be written."""
-    facts = *(source.read_text() for source in SOURCES), compiler, *_FLAGS, _processor()
+    """From the cache, or built into it; for this process alone where there is no cache to write."""
+    facts = *(source.read_text() for source in SOURCES), compiler, *_FLAGS, _processor(), *platform.libc_ver()
     name = f"kernels-{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:16]}.so"
-    with tempfile.TemporaryDirectory() as own:
-        try:
-            folder = cache_folder()
-            folder.mkdir(parents=True, exist_ok=True)
-            usable = os.access(folder, os.W_OK)
-        except (OSError, RuntimeError):  # a home that is read-only, or none
-            folder, usable = Path(own), False
-        path = (folder if usable or (folder / name).exists() else Path(own)) / name
-        if path.exists():
+    try:
+        folder = cache_folder()
+        if (folder / name).exists():
             try:
-                return ctypes.CDLL(str(path))
-            except OSError:  # of another system, in a home that both share
-                pass
-        with tempfile.TemporaryDirectory(dir=path.parent) as new:  # whole or not at all: others may build it as well
-            made = Path(new) / name
-            sources = [str(source) for source in SOURCES if source.suffix == ".c"]
-            command = [*shlex.split(compiler), *_FLAGS, *sources, "-o", str(made), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
-            os.replace(made, path)
-        return ctypes.CDLL(str(path))
+                return ctypes.CDLL(str(folder / name))
+            except OSError:
+                pass  # it is damaged: built again
+        folder.mkdir(parents=True, exist_ok=True)
+        return _build(compiler, folder, name)
+    except (
+        OSError,
+        RuntimeError,
+        subprocess.SubprocessError,
+    ):  # no home, or one that is read-only, full or not for code
+        with tempfile.TemporaryDirectory() as own:
+            return _build(compiler, Path(own), name)
+
+
+def _build(compiler: str, folder: Path, name: str) -> ctypes.CDLL:
+    """Whole or not at all: other processes may be building it at the same time."""
+    with tempfile.TemporaryDirectory(dir=folder) as new:
+        made = Path(new) / name
+        sources = [str(source) for source in SOURCES if source.suffix == ".c"]
+        command = [*shlex.split(compiler), *_FLAGS, *sources, "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+        kernels = ctypes.CDLL(str(made))
+        os.replace(made, folder / name)
+    return kernels
 
 
 def _processor() -> str:

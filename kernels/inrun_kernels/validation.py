@@ -123,9 +123,9 @@ def check_segment_values(segments: Tensor | None, n_tokens: int) -> None:
     """Require offsets that begin at 0, never decrease and end at `n_tokens` (reads data: only inside an op)."""
     if segments is None or (segments.is_cuda and _as_before(segments, n_tokens)):
         return
-    good = (
-        (segments[0] == 0) & (segments[-1] == n_tokens) & (segments[1:] >= segments[:-1]).all()
-    )  # a difference could overflow
+    # Compared, not subtracted: a difference could overflow.
+    rising = (segments[1:] >= segments[:-1]).all()
+    good = (segments[0] == 0) & (segments[-1] == n_tokens) & rising
     _require(
         good,
         segments,

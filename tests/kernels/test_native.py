@@ -201,18 +201,20 @@ def test_a_cache_that_cannot_be_written_or_read_is_no_obstacle(monkeypatch, tmp_
     acts, grads, direction = torch.randn(4, 64, 33), torch.randn(4, 64, 17), torch.randn(17, 33)
     expected = k.ghost_wgrad_dot(acts, grads, direction)
     (tmp_path / "file").write_text("")
-    good = tmp_path / "good"
+    good, damaged = tmp_path / "good", tmp_path / "damaged"
     try:
-        for cache in (tmp_path / "file", good, good):
+        for cache in (tmp_path / "file", good, damaged):
             monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
             native.library.cache_clear()
+            if cache == damaged:
+                (damaged / "inrun").mkdir(parents=True)
+                (built,) = (good / "inrun").iterdir()
+                (damaged / "inrun" / built.name).write_text("no library")
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 assert all(map(torch.equal, k.ghost_wgrad_dot(acts, grads, direction), expected))
-            if cache == good:
-                (built,) = (good / "inrun").iterdir()  # of another system, the second time
-                built.unlink()
-                built.write_text("no library")
+        (mended,) = (damaged / "inrun").iterdir()
+        assert mended.read_bytes()[:4] == b"\x7fELF"
     finally:
         native.library.cache_clear()
 

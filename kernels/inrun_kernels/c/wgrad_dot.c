@@ -6,9 +6,10 @@
    operands are copied to strips as wide as a tile (Goto and van de Geijn, ACM TOMS 34(3), 2008); a tile of one sample's
    product then lives in registers, where it is contracted before it is added to the total. Nothing of a sample's
    gradient is ever stored. A dot's bits do not depend on the rest of the batch: panels hold whole samples, or one
-   sample's equal parts. Of a dot, a lane sums one strip's products in float32, all else is summed in float64.
+   sample's equal parts. Products of up to DEPTH rows, and of a dot the terms
+   of one lane and strip, are summed in float32, the rest of a dot in float64.
 
-   FLOPs: 2*N*I*O + 2*(1 + M)*S*I*O.  Bytes: the operands once for each block that needs them, the directions and the
+   FLOPs: 2*N*I*O + (1 + 2*M)*S*I*O.  Bytes: the operands once for each block that needs them, the directions and the
    total once. */
 #include <omp.h>
 
