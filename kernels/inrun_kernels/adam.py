@@ -21,7 +21,7 @@ from inrun_kernels.ops import use_triton
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(slots=True)  # made for every parameter at every step: frozen ones take three times as long
+@dataclass(slots=True)  # one for every parameter at every step: frozen ones take longer to make
 class AdamPart:
     """One parameter's part of the call.
 
