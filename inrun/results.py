@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from inrun_kernels.forms import cpuinfo
+
 from .errors import InRunError
 
 
@@ -35,9 +37,7 @@ def provenance(seed: int) -> dict[str, Any]:
 
 def processor() -> str:
     """The name of the CPU."""
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = cpuinfo("model name")
     return names[0] if names else platform.processor() or platform.machine()
 
 

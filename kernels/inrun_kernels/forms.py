@@ -132,9 +132,14 @@ def of_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, triton: bool) -> 
 @lru_cache(1)
 def cpu_vendor() -> str:
     """By the name that the processor gives itself, the key of its costs; "" where Linux does not tell."""
+    return next(iter(cpuinfo("vendor_id")), "")
+
+
+def cpuinfo(*fields: str) -> list[str]:
+    """What Linux says of every core under these names; nothing elsewhere."""
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(fields)]
 
 
 @lru_cache(4096)

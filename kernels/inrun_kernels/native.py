@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from inrun_kernels.forms import cpuinfo
 from inrun_kernels.tuning import cache_folder
 
 SOURCES = sorted((Path(__file__).parent / "c").glob("*.[ch]"))
@@ -114,10 +115,11 @@ def adam_directions(parts: Sequence[Any]) -> None:
     for row, part in zip(table, parts, strict=True):
         (beta1, beta2), steps = part.betas, part.step + 1
         unbias = 1 / (1 - beta2**steps)
-        row.out, row.grad = part.out.data_ptr(), part.val_grad.data_ptr()
-        row.moment, row.count = part.moment.data_ptr() if part.moment is not None and beta2 else None, part.out.numel()
-        row.share, row.eps = part.gain / (1 - beta1**steps), part.eps
-        row.keep, row.add = beta2 * unbias, (1 - beta2) * unbias
+        moment = part.val_grad if part.moment is None or not beta2 else part.moment  # any that is at hand: it counts 0
+        row.out, row.grad, row.moment = part.out.data_ptr(), part.val_grad.data_ptr(), moment.data_ptr()
+        row.count, row.share, row.eps = part.out.numel(), part.gain / (1 - beta1**steps), part.eps
+        row.keep = 0.0 if moment is part.val_grad else beta2 * unbias
+        row.add = (1 - beta2) * unbias
     _built().inrun_adam_directions(ctypes.addressof(table), len(parts), torch.get_num_threads())
 
 
@@ -212,11 +214,8 @@ def _load(compiler: str) -> ctypes.CDLL:
                 pass  # it is damaged: built again
         folder.mkdir(parents=True, exist_ok=True)
         return _build(compiler, folder, name)
-    except (
-        OSError,
-        RuntimeError,
-        subprocess.SubprocessError,
-    ):  # no home, or one that is read-only, full or not for code
+    except (OSError, RuntimeError, subprocess.SubprocessError):
+        # There is no home, or it is read-only, full or not for code.
         with tempfile.TemporaryDirectory() as own:
             return _build(compiler, Path(own), name)
 
@@ -235,7 +234,4 @@ def _build(compiler: str, folder: Path, name: str) -> ctypes.CDLL:
 
 def _processor() -> str:
     """What `-march=native` depends on: a cache may be shared by machines."""
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    names = ("model name", "flags", "Features", "CPU part")
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(names)}))
+    return platform.machine() + "".join(sorted(set(cpuinfo("model name", "flags", "Features", "CPU part"))))

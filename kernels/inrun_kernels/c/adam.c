@@ -7,7 +7,7 @@
 
 typedef struct {
     float *out;
-    const float *grad, *moment; /* moment: 0 where it does not count */
+    const float *grad, *moment;
     int64_t count;
     float share, keep, add, eps;
 } adam_part;
@@ -21,12 +21,8 @@ void inrun_adam_directions(const adam_part *parts, int64_t n_parts, int threads)
 #pragma omp for schedule(dynamic) nowait
         for (int64_t low = 0; low < p.count; low += PIECE) {
             int64_t high = least(low + PIECE, p.count);
-            if (p.moment)
-                for (int64_t i = low; i < high; i++)
-                    p.out[i] = p.share * p.grad[i] / (sqrtf(p.keep * p.moment[i] + p.add * p.grad[i] * p.grad[i]) + p.eps);
-            else
-                for (int64_t i = low; i < high; i++)
-                    p.out[i] = p.share * p.grad[i] / (sqrtf(p.add * p.grad[i] * p.grad[i]) + p.eps);
+            for (int64_t i = low; i < high; i++)
+                p.out[i] = p.share * p.grad[i] / (sqrtf(p.keep * p.moment[i] + p.add * p.grad[i] * p.grad[i]) + p.eps);
         }
     }
 }
