@@ -39,12 +39,10 @@ from inrun_kernels import (
     ghost_dot,
     ghost_wgrad_dot,
     linear_wgrad_dot,
-    native,
     norm_dot,
     norm_wgrad_dot,
-    ops,
 )
-from inrun_kernels.validation import check_grouping, check_segment_values
+from inrun_kernels.norms import norm_backward
 
 Directions = tuple[Tensor | None, Tensor | None]
 _writing_out = False
@@ -171,8 +169,7 @@ def rms_norm(
     shape = list(normalized_shape)
     if probe is None or direction is None or weight is None:
         return F.rms_norm(x, shape, weight, eps)
-    normed = F.rms_norm(_placed(x, probe, segments), shape, None, eps)
-    return _apply(_Affine, normed, weight, None, direction, None, probe, segments).to(_norm_dtype(x, normed))
+    return _apply(_RMSNorm, _placed(x, probe, segments), weight, direction, probe, segments, eps)
 
 
 def affine(
@@ -321,12 +318,14 @@ class _LayerNorm(torch.autograd.Function):
             return _written_out_backward(_LayerNorm.written_out, (*inputs, ctx.eps), ctx.needs_input_grad, grad)
         x, weight, bias, direction, bias_direction, probe, segments = inputs
         needs = list(ctx.needs_input_grad)
-        grads = torch.ops.aten.native_layer_norm_backward(grad, x, weight.shape, mean, rstd, weight, bias, needs[:3])
         dots = None
         if needs[5]:
-            built = _built_layer_norm_dots(x, grad, mean, rstd, weight.dim(), direction, bias_direction, segments)
-            if built is not None:
-                return *grads, None, None, built if probe.dim() == 2 else built.squeeze(1), None, None
+            along, stats = (direction, bias_direction), (mean, rstd)
+            *found, dots = _norm_backward(x, grad, weight, bias, stats, along, probe, segments)
+            if dots is not None:
+                return *found, None, None, dots, None, None
+        grads = torch.ops.aten.native_layer_norm_backward(grad, x, weight.shape, mean, rstd, weight, bias, needs[:3])
+        if needs[5]:
             wide = x.to(probe.dtype)
             scales = torch.zeros_like(weight).expand_as(bias_direction) if direction is None else direction
             if probe.dim() == 1:
@@ -340,23 +339,69 @@ class _LayerNorm(torch.autograd.Function):
         return *grads, None, None, dots, None, None
 
 
-def _built_layer_norm_dots(x, grad, mean, rstd, last, direction, bias_direction, segments) -> Tensor | None:
-    """The dots in one pass, `[S, M]`; None where there is no kernel for these tensors."""
-    operands = (x, grad, mean, rstd, direction, bias_direction)
-    if not all(y is None or y.dtype == torch.float32 for y in operands):
-        return None
-    if not (ops.unseen(*operands) and native.runs(*operands)):
-        return None
-    acts, shape = rows(x, last), x.shape[-last:]
-    scale, shift = (None if d is None else d.reshape(-1, acts.shape[2]) for d in (direction, bias_direction))
-    if any(d is not None and d.shape[-last:] != shape for d in (direction, bias_direction)) or (
-        scale is not None and shift is not None and scale.shape != shift.shape
-    ):
-        return None
-    segments = by_row(segments, x, acts)
-    check_grouping(segments, False, acts)
-    check_segment_values(segments, acts.shape[0] * acts.shape[1])
-    return native.layer_norm_dot(acts, rows(grad, last), mean, rstd, scale, shift, segments)
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, direction, probe, segments, eps):
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, direction, probe, segments)
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    def written_out(x, weight, direction, probe, segments, eps):
+        normed = F.rms_norm(x, weight.shape, None, eps)
+        return _Affine.written_out(normed, weight, None, direction, None, probe, segments).to(_norm_dtype(x, normed))
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            inputs = (*ctx.saved_tensors, ctx.eps)
+            return _written_out_backward(_RMSNorm.written_out, inputs, ctx.needs_input_grad, grad)
+        x, weight, direction, probe, segments = ctx.saved_tensors
+        need_x, need_weight, _, need_probe, _, _ = ctx.needs_input_grad
+        eps = torch.finfo(x.dtype).eps if ctx.eps is None else ctx.eps
+        if need_probe:
+            grad_x, grad_weight, _, dots = _norm_backward(
+                x, grad, weight, None, eps, (direction, None), probe, segments
+            )
+            if dots is not None:
+                return grad_x, grad_weight, None, dots, None, None
+        last, wide = weight.dim(), probe.dtype
+        axes = tuple(range(-last, 0))
+        rstd = torch.rsqrt(x.to(wide).square().mean(axes, keepdim=True) + eps)
+        normed, along = x.to(wide) * rstd, grad.to(wide) * weight
+        grad_x = (along - normed * (along * normed).mean(axes, keepdim=True)) * rstd if need_x else None
+        normed, grads = rows(normed.to(grad.dtype), last), rows(grad, last)
+        dots = grad_weight = None
+        if need_probe:
+            segments = by_row(segments, x, grads)
+            grad_weight, dots = norm_wgrad_dot(normed, grads, flat(direction, last), segments=segments)
+            dots = _add(dots, None, probe)
+        elif need_weight:
+            grad_weight = (normed * grads).flatten(0, 1).sum(0)
+        grad_x = None if grad_x is None else grad_x.to(x.dtype)
+        grad_weight = None if grad_weight is None else grad_weight.view(weight.shape).to(weight.dtype)
+        return grad_x, grad_weight, None, dots, None, None
+
+
+def _norm_backward(x, grad, weight, bias, stats, directions, probe, segments):
+    """The gradients of a norm's input, weight and bias, and the dots; all None where no kernel has them at once."""
+    last = weight.dim()
+    if any(d is not None and d.shape[-last:] != weight.shape for d in directions):
+        return None, None, None, None  # torch's operations will say so
+    acts = rows(x, last)
+    width = acts.shape[2]
+    scale, shift = (None if d is None else d.reshape(-1, width) for d in directions)
+    parameters = weight.reshape(width), stats, scale, shift
+    found = norm_backward(acts, rows(grad, last), *parameters, by_row(segments, x, acts), bias is not None)
+    if found is None:
+        return None, None, None, None
+    grad_x, grad_weight, grad_bias, dots = found
+    return (
+        grad_x.view(x.shape),
+        grad_weight.view(weight.shape).to(weight.dtype),
+        None if grad_bias is None else grad_bias.view(bias.shape).to(bias.dtype),
+        dots if probe.dim() == 2 else dots.squeeze(1),
+    )
 
 
 def _layer_norm_along(x: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:

@@ -343,7 +343,7 @@ def test_second_derivatives_go_through_documents():
     torch.testing.assert_close(dots(x, weight, bias), torch.stack(each))
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 3)])
+@pytest.mark.parametrize("shape", [(16,), (4, 8), (2, 3)])
 @pytest.mark.parametrize("missing", [None, 0, 1])
 @pytest.mark.parametrize("directions", [(), (2,)])
 def test_layer_norms_of_float32_score_documents_and_refuse_bad_offsets(shape, missing, directions):

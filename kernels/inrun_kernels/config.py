@@ -136,6 +136,12 @@ def row_tile(rows: int, width: int, element_size: int, *, sums: bool) -> tuple[i
     return 2048 // columns, columns, 4
 
 
+def norm_tile(width: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a tile of whole rows: 16 elements to a thread."""
+    columns = max(16, 1 << (width - 1).bit_length())
+    return max(1, 2048 // columns), columns, max(4, columns // 512)
+
+
 def ceil_div(size: int, block: int) -> int:
     """How many blocks cover `size`."""
     return -(-size // block)

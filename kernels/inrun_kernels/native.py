@@ -34,9 +34,10 @@ _ADDRESS, _SIZE, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {  # what a kernel returns, and takes
     "ghost_wgrad_dot": (_SIZE, *[_ADDRESS] * 4, _SIZE, _COUNT),
     "row_wgrad_dot": (_SIZE, *[_ADDRESS] * 4, _SIZE, _COUNT),
-    "layer_norm_dot": (None, *[_ADDRESS] * 5, _COUNT),
+    "norm_backward": (None, *[_ADDRESS] * 4, _COUNT),
     "adam_directions": (None, _ADDRESS, _SIZE, _COUNT),
 }
+_DEPTH = 128  # as in `c/common.h`
 _KEPT = 1 << 26  # bytes of scratch at most that stay allocated
 _kept = threading.local()
 
@@ -46,6 +47,13 @@ class _AdamPart(ctypes.Structure):
         *((name, _ADDRESS) for name in ("out", "grad", "moment")),
         ("count", _SIZE),
         *((name, ctypes.c_float) for name in ("share", "keep", "add", "eps")),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, _ADDRESS) for name in ("weight", "mean", "rstd", "grad_x", "sums", "row_dots")),
+        ("eps", ctypes.c_double),
     ]
 
 
@@ -70,7 +78,7 @@ def ghost_wgrad_dot(
     """
     total = val_grad.new_empty(val_grad.shape[1:], dtype=torch.float32)
     bias = total.new_empty(0 if bias_val_grad is None else total.shape[0])
-    product = _product(acts, grads, val_grad, bias_val_grad, segments, bias)
+    product = _product(acts, grads, val_grad, bias_val_grad, segments, None if bias_val_grad is None else bias)
     return total, bias, _call("ghost_wgrad_dot", product, total)
 
 
@@ -85,28 +93,39 @@ def row_wgrad_dot(
     return total, _call("row_wgrad_dot", _product(normed, grads, val_grad, None, segments), total)
 
 
-def layer_norm_dot(
+def norm_fits(x: Tensor, *others: Tensor) -> bool:
+    """Whether `norm_backward` takes these tensors: all of float32, rows of whole vectors."""
+    return x.shape[-1] % 16 == 0 and all(y.dtype == torch.float32 for y in (x, *others)) and runs(x, *others)
+
+
+def norm_backward(
     x: Tensor,
     grads: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    weight: Tensor,
+    stats: tuple[Tensor, Tensor] | float,
     val_grad: Tensor | None,
     bias_val_grad: Tensor | None,
     segments: Tensor | None,
-) -> Tensor:
-    """Dots `[S, M]` of a layer norm's weight and bias, along `[M, I]` of each (None: not of that one).
-
-    Args:
-        x, grads: `[B, T, I]`, the norm's input and its output's gradient. All operands float32.
-        mean, rstd: of each row, as torch's layer norm returns them.
-        segments: as in `ghost_wgrad_dot`.
-    """
-    product, dots, _held = _product(x, grads, val_grad, bias_val_grad, segments)
-    mean, rstd = mean.contiguous(), rstd.contiguous()
-    of_row = x.new_empty(x.shape[0] * x.shape[1], dots.shape[1], dtype=torch.float64)
-    addresses = (y.data_ptr() for y in (mean, rstd, of_row, dots))
-    _built().inrun_layer_norm_dot(product.buffer_info()[0], *addresses, torch.get_num_threads())
-    return dots
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Arguments and results as `norms.norm_backward`; all operands float32."""
+    weight, rows, width = weight.contiguous(), x.shape[0] * x.shape[1], x.shape[2]
+    layer = tuple(y.contiguous() for y in stats) if isinstance(stats, tuple) else ()
+    weight_grad, bias_grad = torch.empty_like(weight), torch.empty_like(weight) if has_bias else None
+    product, dots, _held = _product(x, grads, val_grad, bias_val_grad, segments, bias_grad)
+    grad_x, pieces = x.new_empty(x.shape), -(-rows // _DEPTH)
+    scratch = torch.empty(rows * dots.shape[1] + pieces * width, dtype=torch.float64)  # sums: 2 * width of float32
+    norm = _Norm(
+        weight.data_ptr(),
+        *([y.data_ptr() for y in layer] or [0, 0]),
+        grad_x.data_ptr(),
+        scratch.data_ptr(),
+        scratch.data_ptr() + pieces * width * 8,
+        0.0 if layer else stats,
+    )
+    addresses = product.buffer_info()[0], ctypes.addressof(norm), weight_grad.data_ptr(), dots.data_ptr()
+    _built().inrun_norm_backward(*addresses, torch.get_num_threads())
+    return grad_x, weight_grad, bias_grad, dots
 
 
 def adam_directions(parts: Sequence[Any]) -> None:
@@ -163,7 +182,7 @@ def _product(
         held.append(rows)
         fields += rows.data_ptr(), rows.stride(0), rows.dtype == torch.bfloat16
     samples, inputs = ends.shape[0] - 1, outputs if acts is None else acts.shape[2]
-    fields += 0 if bias is None or bias_val_grad is None else bias.data_ptr(), ends.data_ptr()
+    fields += 0 if bias is None else bias.data_ptr(), ends.data_ptr()
     fields += samples, inputs, outputs, directions, 0, 0, 0, 0
     return array("q", fields), grads.new_empty(samples, directions, dtype=torch.float32), held
 

@@ -63,7 +63,7 @@ def ghost_dot(
     acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool, backend: str | None
 ) -> Tensor:
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
-    with _launch_context(acts):
+    with launch_context(acts):
         if use_triton(backend, acts, grads):
             from inrun_kernels.dot import launch_dot as run
         else:
@@ -84,7 +84,7 @@ def ghost_wgrad_dot(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weight gradient, bias gradient (empty without a direction for it), and the dots of both together."""
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
-    with _launch_context(acts):
+    with launch_context(acts):
         triton = use_triton(backend, acts, grads)
         built = forms.several(acts, segments) and use_native(backend, acts, grads, val_grad, bias_val_grad)
         form = form or forms.of_wgrad_dot(acts, grads, val_grad, segments, triton, built).form
@@ -111,7 +111,7 @@ def ghost_wgrad_dot(
 
 @torch.library.custom_op("inrun::ghost_dot_pairwise", mutates_args=())
 def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, backend: str | None) -> Tensor:
-    with _launch_context(acts):
+    with launch_context(acts):
         if use_triton(backend, acts, grads, val_acts, val_grads):
             from inrun_kernels.pairwise import launch_pairwise
 
@@ -132,7 +132,7 @@ def embedding_dot(
 ) -> Tensor:
     check_segment_values(segments, ids.numel())
     check_id_values(ids, val_grad.shape[1])
-    with _launch_context(grads):
+    with launch_context(grads):
         if use_triton(backend, grads):
             from inrun_kernels.rows import launch_embedding_dot as run
         else:
@@ -150,7 +150,7 @@ def row_dot(
     backend: str | None,
 ) -> Tensor:
     check_segment_values(segments, grads.shape[0] * grads.shape[1])
-    with _launch_context(grads):
+    with launch_context(grads):
         if use_triton(backend, grads):
             from inrun_kernels.rows import launch_row_dot as run
         else:
@@ -163,7 +163,7 @@ def row_wgrad_dot(
     normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     check_segment_values(segments, grads.shape[0] * grads.shape[1])
-    with _launch_context(grads):
+    with launch_context(grads):
         return _row_wgrad_dot(normed, grads, val_grad, segments, backend)
 
 
@@ -216,7 +216,7 @@ row_dot.register_autograd(derivatives.row_dot, setup_context=derivatives.save_ro
 row_wgrad_dot.register_autograd(derivatives.row_wgrad_dot, setup_context=derivatives.save_row_wgrad_dot)
 
 
-def _launch_context(x: Tensor) -> AbstractContextManager[None]:
+def launch_context(x: Tensor) -> AbstractContextManager[None]:
     """x's GPU current, and no autocast: active inside an op too, it would round float32 products to half."""
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     needed = elsewhere or torch.is_autocast_enabled(x.device.type)  # to set both costs as much as a launch

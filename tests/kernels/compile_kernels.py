@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from inrun_kernels import adam, adam_kernel, dot, pairwise, rows, tiles, wgrad_dot
+from inrun_kernels import adam, adam_kernel, dot, norms, norms_kernel, pairwise, rows, tiles, wgrad_dot
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BATCH, TOKENS, INPUTS, OUTPUTS, VOCABULARY, DIRECTIONS = 4, 256, 1024, 512, 64, 2
@@ -43,6 +43,9 @@ FEW = (
     "pairwise",
     "embedding",
     "norm wgrad",
+    "layer norm",
+    "layer norm, wide",
+    "rms norm, wide",
     "adam",
 )
 VARIANTS = FEW[1:4]  # of a kernel that is among the few already
@@ -73,6 +76,8 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     acts, grads = torch.empty(BATCH, TOKENS, INPUTS, dtype=dtype), torch.empty(BATCH, TOKENS, OUTPUTS, dtype=dtype)
     wide, matrix = torch.empty(1, OUTPUTS, INPUTS), torch.empty(1, OUTPUTS, INPUTS, dtype=dtype)
     matrices = torch.empty(DIRECTIONS, OUTPUTS, INPUTS, dtype=dtype)
+    widest = torch.empty(BATCH, TOKENS, norms.WIDEST // dtype.itemsize, dtype=dtype)
+    along = torch.empty(1, widest.shape[2])
     row, table = torch.empty(DIRECTIONS, INPUTS), torch.empty(1, VOCABULARY, INPUTS)
     vector = torch.empty(1, OUTPUTS)
     ids, segments = torch.zeros(BATCH, TOKENS, dtype=torch.int64), torch.zeros(9, dtype=torch.int32)
@@ -102,6 +107,15 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "bias": lambda: rows.launch_row_dot(None, acts, row, None, True),
         "norm wgrad": lambda: rows.launch_row_wgrad_dot(acts, acts, row, None),
         "bias wgrad": lambda: rows.launch_row_wgrad_dot(None, acts, row, segments),
+        "layer norm": lambda: norms_kernel.launch_norm_backward(
+            acts, acts, acts[0, 0], (along[0], along[0]), row, row, segments, True
+        ),
+        "layer norm, wide": lambda: norms_kernel.launch_norm_backward(
+            widest, widest, widest[0, 0], (along[0], along[0]), along, along, None, True
+        ),
+        "rms norm, wide": lambda: norms_kernel.launch_norm_backward(
+            widest, widest, widest[0, 0], 1e-6, along, None, None, False
+        ),
         "adam": lambda: adam_kernel.launch_adam_directions(
             [adam.AdamPart(*[matrix] * 3, 0.0, 1.0, (0.9, 0.99), 1e-8)] * 2
         ),

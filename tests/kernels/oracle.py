@@ -153,3 +153,65 @@ def make(
     case = Case(layer, x, grads, val_grad, **kwargs)
     moved = {name: value.to(device) for name, value in vars(case).items() if isinstance(value, Tensor)}
     return replace(case, **moved) if device != "cpu" else case
+
+
+def norm(
+    lengths: list[int],
+    width: int,
+    directions: int,
+    *,
+    layer: bool,
+    bias: bool,
+    missing: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> tuple[tuple, list[Tensor | None]]:
+    """Arguments of `norm_backward` for documents of these lengths in one row, and what autograd makes of them.
+
+    Args:
+        layer: layer norm, else RMS norm; `missing`: 0 without a direction of the weight, 1 without one of the bias.
+    """
+    generator, eps = torch.Generator().manual_seed(seed), 1e-5
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    x, grads = draw(1, sum(lengths), width) + 1, draw(1, sum(lengths), width)
+    weight, shift = draw(width), draw(width)
+    pair = [None if i == missing else draw(directions, width).float() for i in (0, 1)]
+    ends = torch.tensor([0, *lengths], device=device).cumsum(0)
+    leaves = [y.double().requires_grad_() for y in (x, weight, shift)]
+
+    def run(low: int, high: int) -> None:
+        part = leaves[0][:, low:high]
+        normed = F.layer_norm(part, (width,), eps=eps) if layer else F.rms_norm(part, (width,), eps=eps)
+        (normed * leaves[1] + leaves[2]).backward(grads[:, low:high].double())
+
+    dots = []
+    for low, high in pairwise(ends.tolist()):
+        leaves[1].grad = leaves[2].grad = None
+        if high > low:
+            run(low, high)
+        of_sample = [torch.zeros_like(y) if y.grad is None else y.grad for y in leaves[1:]]
+        terms = [d.double() @ g for d, g in zip(pair, of_sample, strict=True) if d is not None]
+        dots.append(sum(terms[1:], terms[0]))
+    for leaf in leaves:
+        leaf.grad = None
+    run(0, sum(lengths))
+    wide = leaves[0].detach()
+    mean, rstd = wide.mean(-1, keepdim=True), (wide.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    stats = (mean.float(), rstd.float()) if layer else eps
+    grad_x, grad_weight, grad_bias = (leaf.grad for leaf in leaves)
+    expected = [grad_x, grad_weight, grad_bias if bias else None, torch.stack(dots)]
+    return (x, grads, weight, stats, *pair, ends, bias), expected
+
+
+def assert_norm_close(found: tuple, expected: list[Tensor | None]) -> None:
+    """Within float32's rounding of sums of some thousand terms; a gradient of the input in half is rounded once."""
+    for got, right in zip(found, expected, strict=True):
+        assert (got is None) == (right is None)
+        if got is not None and right is not None:
+            size = right.square().mean().sqrt()
+            rounding = 0 if got.dtype == torch.float32 else torch.finfo(got.dtype).eps
+            assert ((got.double() - right).abs() <= 2e-5 * size + rounding * right.abs() + 1e-30).all()

@@ -14,7 +14,13 @@ pytest.importorskip("triton.backends.nvidia")
 MATRIX_KERNELS = {"_wgrad_dot_kernel", "_dot_kernel", "_pairwise_kernel"}
 TENSOR_CORES = {"sm_80": ["HMMA"], "sm_90": ["HGMMA"], "sm_100": ["UTCHMMA"], "sm_120": ["HMMA"],
                 "gfx942": ["v_mfma_f32"]}  # fmt: skip
-ALL_KERNELS = {*MATRIX_KERNELS, "_rows_kernel", "_segment_sum_kernel", "_adam_direction_kernel"}
+ALL_KERNELS = {
+    *MATRIX_KERNELS,
+    "_rows_kernel",
+    "_segment_sum_kernel",
+    "_adam_direction_kernel",
+    "_norm_backward_kernel",
+}
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 

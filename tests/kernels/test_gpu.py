@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import LAYERS, WGRAD_DOTS, check, make
+from oracle import LAYERS, WGRAD_DOTS, assert_norm_close, check, make, norm
 
 import inrun_kernels as k
 
@@ -67,6 +67,27 @@ def test_same_bits_no_synchronisation_and_no_stored_gradient(layer, dtype):
     assert torch.equal(
         run(rows.x[order], rows.grads[order], rows.val_grad)[1], run(rows.x, rows.grads, rows.val_grad)[1][order]
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", [True, False])
+@pytest.mark.parametrize("width", [3, 33, 768, 4096, 8192])
+def test_norms_match_autograd_without_synchronisation(width, layer, dtype):
+    from inrun_kernels.norms import norm_backward
+
+    arguments, expected = norm([700, 0, 1, 1347], width, 2, layer=layer, bias=layer, dtype=dtype, device="cuda")
+    first = norm_backward(*arguments)
+    if first is None:
+        assert width * dtype.itemsize > 16384
+        return
+    assert_norm_close(first, expected)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = norm_backward(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert second is not None
+    assert all(a is None or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

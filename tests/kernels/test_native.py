@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import assert_norm_close, norm
+from test_norms import norms
 
 import inrun_kernels as k
 from inrun_kernels import adam, native, reference, torch_path
@@ -87,22 +89,16 @@ def test_products_match_their_definitions(data):
 @settings(deadline=None, max_examples=15)
 @given(st.data())
 @pytest.mark.usefixtures("kind")
-def test_the_layer_norm_matches_its_definition(data):
-    width, directions = data.draw(SIZES), data.draw(st.integers(1, 3))
-    lengths = data.draw(st.lists(st.sampled_from([0, 1, 7, 40]), min_size=1, max_size=5))
-    lengths[0] = max(1, lengths[0])
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    x, grads, scale, shift = (
-        torch.randn(*shape, generator=generator)
-        for shape in (*[(1, sum(lengths), width)] * 2, *[(directions, width)] * 2)
-    )
-    mean, rstd = x.mean(-1, keepdim=True), torch.rand(1, sum(lengths), 1, generator=generator)
-    normed = (x.double() - mean) * rstd
-    of_scale = reference.norm_dot(normed, grads.double(), scale.double(), segments=ends)
-    of_shift = reference.bias_dot(grads, shift, segments=ends)
-    for one, other, right in ((scale, shift, of_scale + of_shift), (scale, None, of_scale), (None, shift, of_shift)):
-        assert_close(native.layer_norm_dot(x, grads, mean, rstd, one, other, ends), right)
+def test_norms_match_their_definition(data):
+    case = data.draw(norms(st.sampled_from([16, 48, 400])))
+    arguments, expected = norm(**case)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(data.draw(st.integers(1, 5)))
+    try:
+        assert native.norm_fits(*(y for y in arguments[:3]))
+        assert_norm_close(native.norm_backward(*arguments), expected)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 100, 128, 129, 300])

@@ -1,0 +1,131 @@
+"""The Triton kernel of `norms.py`.
+
+A program holds whole rows, a tile of them at a time: what a row's gradient takes from all of its columns, and its dots
+with all directions, are reductions within the tile, and the gradients of weight and bias stay in registers from tile
+to tile. As many programs as run at once share the rows evenly; a second stage adds their gradients, and the dots of
+each sample's tokens, in a fixed order.
+"""
+
+# Launches go through triton's JIT, whose signature pyright cannot see.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from inrun_kernels.config import ceil_div, norm_tile
+from inrun_kernels.tiles import multiprocessors, sum_tokens
+
+
+@triton.jit
+def _norm_backward_kernel(
+    x_ptr,  # [N, I]
+    grads_ptr,  # [N, I]
+    weight_ptr,  # [I]
+    mean_ptr,  # [N]; of RMS norm, none
+    rstd_ptr,  # [N]; of RMS norm, none
+    val_grad_ptr,  # [M, I] or none
+    bias_val_grad_ptr,  # [M, I] or none
+    grad_x_ptr,  # [N, I]
+    sums_ptr,  # [2, programs, I]: of the weight, of the bias
+    dots_ptr,  # [M, N]
+    n_rows,
+    width,
+    rows_each,  # of a program, a multiple of BLOCK_N
+    eps,
+    DIRECTIONS: tl.constexpr,
+    LAYER: tl.constexpr,  # layer norm, else RMS norm
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    offs_i = tl.arange(0, BLOCK_I)
+    mask_i = offs_i < width
+    weight = tl.load(weight_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)[None, :]
+    weight_sum = tl.zeros([BLOCK_I], tl.float32)
+    bias_sum = tl.zeros([BLOCK_I], tl.float32)
+    start = pid * rows_each
+    for low in range(start, tl.minimum(start + rows_each, n_rows), BLOCK_N):
+        offs_n = low + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < n_rows
+        mask = mask_n[:, None] & mask_i[None, :]
+        at = offs_n.to(tl.int64)[:, None] * width + offs_i[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [N, I]
+        grads = tl.load(grads_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [N, I]; 0 where normed means nothing
+        if LAYER:
+            rstd = tl.load(rstd_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            mean = tl.load(mean_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            normed = (x - mean[:, None]) * rstd[:, None]
+        else:
+            rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1) / width + eps))
+            normed = x * rstd[:, None]
+        product = grads * normed
+        weight_sum += tl.sum(product, 0)
+        if HAS_BIAS:
+            bias_sum += tl.sum(grads, 0)
+        grad_x = grads * weight - normed * (tl.sum(product * weight, 1) / width)[:, None]
+        if LAYER:
+            grad_x -= (tl.sum(grads * weight, 1) / width)[:, None]
+        grad_x *= rstd[:, None]
+        tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        for m in tl.static_range(DIRECTIONS):
+            along = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
+            if HAS_SCALE:
+                scale = tl.load(val_grad_ptr + m * width + offs_i, mask=mask_i, other=0.0)
+                along += product * scale.to(tl.float32)[None, :]
+            if HAS_SHIFT:
+                shift = tl.load(bias_val_grad_ptr + m * width + offs_i, mask=mask_i, other=0.0)
+                along += grads * shift.to(tl.float32)[None, :]
+            tl.store(dots_ptr + tl.cast(m, tl.int64) * n_rows + offs_n, tl.sum(along, 1), mask=mask_n)
+    sums = sums_ptr + pid.to(tl.int64) * width + offs_i
+    tl.store(sums, weight_sum, mask=mask_i)
+    if HAS_BIAS:
+        tl.store(sums + tl.num_programs(0).to(tl.int64) * width, bias_sum, mask=mask_i)
+
+
+def launch_norm_backward(
+    x: Tensor,
+    grads: Tensor,
+    weight: Tensor,
+    stats: tuple[Tensor, Tensor] | float,
+    val_grad: Tensor | None,
+    bias_val_grad: Tensor | None,
+    segments: Tensor | None,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Arguments and results as `norms.norm_backward`."""
+    (batch, tokens, width), n_rows = x.shape, x.shape[0] * x.shape[1]
+    directions = [d for d in (val_grad, bias_val_grad) if d is not None]
+    mean, rstd = stats if isinstance(stats, tuple) else (None, None)
+    operands = (x, grads, weight, mean, rstd, val_grad, bias_val_grad)
+    block_n, block_i, warps = norm_tile(width)
+    most = multiprocessors(x.device) * 16 // warps
+    rows_each = ceil_div(ceil_div(n_rows, block_n), most) * block_n
+    programs = ceil_div(n_rows, rows_each)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sums = torch.empty(1 + has_bias, programs, width, dtype=torch.float32, device=x.device)
+    dots = torch.empty(directions[0].shape[0], n_rows, dtype=torch.float32, device=x.device)
+    _norm_backward_kernel[(programs,)](
+        *(None if y is None else y.contiguous() for y in operands),
+        grad_x,
+        sums,
+        dots,
+        n_rows,
+        width,
+        rows_each,
+        0.0 if isinstance(stats, tuple) else stats,
+        DIRECTIONS=dots.shape[0],
+        LAYER=mean is not None,
+        HAS_SCALE=val_grad is not None,
+        HAS_SHIFT=bias_val_grad is not None,
+        HAS_BIAS=has_bias,
+        BLOCK_N=block_n,
+        BLOCK_I=block_i,
+        num_warps=warps,
+    )
+    weight_grad, *bias_grad = sums.sum(1).unbind(0)
+    return grad_x, weight_grad, bias_grad[0] if has_bias else None, sum_tokens(dots, batch, tokens, segments, False)

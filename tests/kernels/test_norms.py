@@ -1,0 +1,57 @@
+"""The backward of norms with dots in one pass, against autograd, one document at a time."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_norm_close, norm
+
+from inrun_kernels import norms as of_norms
+from inrun_kernels import norms_kernel
+
+
+@st.composite
+def norms(draw, widths):
+    lengths = draw(st.lists(st.sampled_from([0, 1, 7, 40, 129]), min_size=1, max_size=5))
+    return {
+        "lengths": [max(1, lengths[0]), *lengths[1:]],
+        "width": draw(widths),
+        "directions": draw(st.integers(1, 3)),
+        "layer": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "missing": draw(st.sampled_from([None, 0, 1])),
+        "seed": draw(st.integers(0, 99)),
+    }
+
+
+@settings(max_examples=30)
+@given(case=norms(st.sampled_from([3, 16, 33, 64, 700])), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_triton_kernel_matches_autograd(case, dtype):
+    arguments, expected = norm(**case, dtype=dtype)
+    assert_norm_close(norms_kernel.launch_norm_backward(*arguments), expected)
+
+
+def test_rows_of_many_programs_and_of_a_batch(monkeypatch):
+    """More tiles than programs that run at once; dots of each row where there are no documents."""
+    monkeypatch.setattr(norms_kernel, "multiprocessors", lambda device: 2)
+    arguments, (*gradients, _) = norm([1200], 300, 1, layer=True, bias=True)
+    x, grads, weight, stats, *pair, _, _ = arguments
+    batch = (x.view(8, 150, 300), grads.view(8, 150, 300), weight, stats, *pair, None, True)
+    grad_x, *found, dots = norms_kernel.launch_norm_backward(*batch)
+    _, (*_, by_row) = norm([150] * 8, 300, 1, layer=True, bias=True)
+    assert_norm_close((grad_x.view(1, 1200, 300), *found, dots), [*gradients, by_row])
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"width": 17}, {"directions": 2}])
+def test_what_has_no_kernel_is_told(change):
+    """On a CPU: float64, a width that is no whole vectors, directions of different numbers."""
+    (x, grads, weight, stats, scale, shift, ends, bias), _ = norm(
+        [3, 4],
+        **{"width": 16, "directions": 1, **{k: v for k, v in change.items() if k != "dtype"}},
+        layer=True,
+        bias=True,
+    )
+    if "dtype" in change:
+        x, grads, weight = (y.double() for y in (x, grads, weight))
+    shift = shift[:1] if "directions" in change else shift
+    assert of_norms.norm_backward(x, grads, weight, stats, scale, shift, ends, bias) is None
