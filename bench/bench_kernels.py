@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure import CLOCK, SEED, Machine, Row, Work, interleaved, require_close, rows_of
@@ -35,8 +36,13 @@ class Case:
     def row_work(self, layer: str, itemsize: int) -> Work:
         """Of a norm's, bias's or embedding's product over `inputs`, whose vocabulary is `outputs`."""
         elements, table = self.batch * self.tokens * self.inputs, self.inputs * self.outputs
-        nbytes = {"norm": 2 * elements, "bias": elements, "embedding": 2 * elements + table}[layer] * itemsize
-        return Work((3 if layer == "norm" else 2) * elements, nbytes)
+        nbytes = {
+            "norm": 2 * elements,
+            "layer norm": 5 * elements,
+            "bias": elements,
+            "embedding": 2 * elements + table,
+        }[layer] * itemsize
+        return Work({"norm": 3, "layer norm": 27}.get(layer, 2) * elements, nbytes)
 
     def predicted(self, suite: str, machine: Machine) -> dict[str, float]:
         """Seconds of our products by the static model; on a CPU in the cheapest of their forms."""
@@ -51,7 +57,7 @@ class Case:
         if suite == "dots alone":
             return {"inrun": seconds("dot"), "inrun_pairwise": seconds("pairwise")}
         if suite in ROWS:
-            reads = 1 if suite == "bias" else 2
+            reads = {"norm": 2, "layer norm": 5}.get(suite, 1)  # of a layer norm with its forward
             row = cost.Sizes(self.batch, reads * self.tokens, 0, self.inputs)
             return {} if suite == "embedding" else {"inrun": seconds("rows", row)}
         if machine.on_gpu:
@@ -82,7 +88,7 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
     torch.compiler.reset()
     inputs = _row_inputs(suite, case, machine) if suite in ROWS else _inputs(case, machine)
     runs = {name: partial(kernel, *inputs) for name, kernel in SUITES[suite].items()}
-    weight_grad, dots = (_row_reference if suite in ROWS else _reference)(*inputs[:3])
+    weight_grad, dots = (_row_reference if suite in ROWS else _reference)(*_exact(suite, *inputs[:3]))
     for name, run in runs.items():
         found_grad, found_dots = run()
         require_close(f"{name}, weight gradient", found_grad, weight_grad, RTOL[machine.dtype])
@@ -132,6 +138,11 @@ def _row_inputs(layer: str, case: Case, machine: Machine) -> tuple[Tensor, Tenso
         ids = torch.randint(case.outputs, shape[:2], **options)
         return ids, grads, torch.randn(case.outputs, case.inputs, **options).to(machine.dtype)
     return torch.ones_like(normed) if layer == "bias" else normed, grads, torch.randn(shape[2], **options).to(grads)
+
+
+def _exact(suite: str, x: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of the products, where the layer norm has yet to normalise its input."""
+    return F.layer_norm(x.double(), direction.shape) if suite == "layer norm" else x, grads, direction
 
 
 def _row_reference(x: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ from inrun_kernels import (
     ghost_wgrad_dot,
     norm_wgrad_dot,
 )
+from inrun_kernels.norms import norm_backward
 
 # ---------------------------------------------------------------- one layer: tensors in, tensors out
 
@@ -108,6 +109,25 @@ def norm_two_steps(normed: Tensor, grads: Tensor, direction: Tensor) -> tuple[Te
     return product.sum((0, 1)), (product * direction).sum((1, 2))
 
 
+def layer_norm_plain(x: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, None]:
+    """Forward and backward, with the direction for a weight."""
+    stats, shape = torch.native_layer_norm(x, direction.shape, direction, None, 1e-5)[1:], direction.shape
+    backward = torch.ops.aten.native_layer_norm_backward
+    return backward(grads, x, shape, *stats, direction, None, [True, True, False])[1], None
+
+
+def layer_norm_inrun(x: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    _, mean, rstd = torch.native_layer_norm(x, direction.shape, direction, None, 1e-5)
+    found = norm_backward(x, grads, direction, (mean, rstd), direction[None], None, None, False)
+    assert found is not None
+    return found[1], found[3][:, 0]
+
+
+def layer_norm_two_steps(x: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    along = F.layer_norm(x, direction.shape, direction)
+    return layer_norm_plain(x, grads, direction)[0], (grads * along).sum((1, 2))
+
+
 def bias_plain(_: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, None]:
     return grads.sum((0, 1)), None
 
@@ -131,6 +151,12 @@ ROWS: dict[str, dict[str, Kernel]] = {
         "inrun": norm_wgrad_dot,
         "two_steps": norm_two_steps,
         "two_steps_compiled": compiled(norm_two_steps),
+    },
+    "layer norm": {
+        "plain": layer_norm_plain,
+        "inrun": layer_norm_inrun,
+        "two_steps": layer_norm_two_steps,
+        "two_steps_compiled": compiled(layer_norm_two_steps),
     },
     "bias": {
         "plain": bias_plain,

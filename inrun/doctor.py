@@ -27,7 +27,8 @@ FORMS: dict[str, tuple[str | None, ...]] = dict.fromkeys(
     ("ghost_wgrad_dot", "linear_wgrad_dot"), ("two", "prefix", "direct")
 )
 GROUPED = ("grouped_mm", "grouped_wgrad")  # torch's own kernels, or a loop over them
-BUILT = {("ghost_wgrad_dot", "two"), ("linear_wgrad_dot", "two"), ("norm_wgrad_dot", None), ("bias_wgrad_dot", None)}
+BUILT = {("ghost_wgrad_dot", "two"), ("linear_wgrad_dot", "two")}
+BUILT |= {(name, None) for name in ("norm_dot", "norm_wgrad_dot", "bias_dot", "bias_wgrad_dot", "embedding_dot")}
 PRODUCTS = [*(name for name in inrun_kernels.__all__ if name not in ("explain", "tune")), *GROUPED]
 PACKAGES = ("torch", "triton", "numpy", "pyarrow", "duckdb", "matplotlib", "transformers")
 STACKS = ("accelerate", "trl", "lightning", "peft", "datasets", "polars")  # named where they are installed

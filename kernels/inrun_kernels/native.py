@@ -34,6 +34,7 @@ _ADDRESS, _SIZE, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {  # what a kernel returns, and takes
     "ghost_wgrad_dot": (_SIZE, *[_ADDRESS] * 4, _SIZE, _COUNT),
     "row_wgrad_dot": (_SIZE, *[_ADDRESS] * 4, _SIZE, _COUNT),
+    "row_dot": (None, *[_ADDRESS] * 2, *[_SIZE] * 2, *[_ADDRESS] * 2, _COUNT),
     "norm_backward": (None, *[_ADDRESS] * 4, _COUNT),
     "adam_directions": (None, _ADDRESS, _SIZE, _COUNT),
 }
@@ -93,6 +94,49 @@ def row_wgrad_dot(
     return total, _call("row_wgrad_dot", _product(normed, grads, val_grad, None, segments), total)
 
 
+def row_dot(normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool) -> Tensor:
+    """Dots `[S, M]` or `[B, T, M]` along `[M, I]` of a norm's weight, or of a bias. Args: as `torch_path.row_dot`."""
+    return _row_dot(normed, grads, val_grad[:, None], segments, per_token, None, -1)
+
+
+def embedding_dot(
+    ids: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    segments: Tensor | None,
+    per_token: bool,
+    padding_idx: int | None,
+) -> Tensor:
+    """Dots `[S, M]` or `[B, T, M]` along `[M, V, I]` of an embedding. Args: as `torch_path.embedding_dot`."""
+    ids = ids.to(torch.int64).contiguous()
+    return _row_dot(None, grads, val_grad, segments, per_token, ids, -1 if padding_idx is None else padding_idx)
+
+
+def _row_dot(
+    normed: Tensor | None,
+    grads: Tensor,
+    val_grad: Tensor,
+    segments: Tensor | None,
+    per_token: bool,
+    ids: Tensor | None,
+    padding: int,
+) -> Tensor:
+    """With `val_grad [M, V, I]`; each token is a sample of its own with `per_token`."""
+    if val_grad.stride(2) != 1:
+        val_grad = val_grad.contiguous()
+    batch, tokens, _ = grads.shape
+    if per_token:
+        segments = _even_ends(batch * tokens, 1)
+    product, dots, _held = _product(normed, grads, val_grad[:, 0], None, segments)
+    row_dots = grads.new_empty(batch * tokens, dots.shape[1], dtype=torch.float64)
+    at = 0 if ids is None else ids.data_ptr()
+    addresses = row_dots.data_ptr(), dots.data_ptr()
+    _built().inrun_row_dot(
+        product.buffer_info()[0], at, val_grad.stride(1), padding, *addresses, torch.get_num_threads()
+    )
+    return dots.view(batch, tokens, -1) if per_token else dots
+
+
 def norm_fits(x: Tensor, *others: Tensor) -> bool:
     """Whether `norm_backward` takes these tensors: all of float32, rows of whole vectors."""
     return x.shape[-1] % 16 == 0 and all(y.dtype == torch.float32 for y in (x, *others)) and runs(x, *others)
@@ -114,7 +158,7 @@ def norm_backward(
     weight_grad, bias_grad = torch.empty_like(weight), torch.empty_like(weight) if has_bias else None
     product, dots, _held = _product(x, grads, val_grad, bias_val_grad, segments, bias_grad)
     grad_x, pieces = x.new_empty(x.shape), -(-rows // _DEPTH)
-    scratch = torch.empty(rows * dots.shape[1] + pieces * width, dtype=torch.float64)  # sums: 2 * width of float32
+    scratch = x.new_empty(rows * dots.shape[1] + pieces * width, dtype=torch.float64)  # sums: 2 * width of float32
     norm = _Norm(
         weight.data_ptr(),
         *([y.data_ptr() for y in layer] or [0, 0]),

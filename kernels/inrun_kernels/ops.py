@@ -135,6 +135,8 @@ def embedding_dot(
     with launch_context(grads):
         if use_triton(backend, grads):
             from inrun_kernels.rows import launch_embedding_dot as run
+        elif use_native(backend, grads, val_grad):
+            run = native.embedding_dot
         else:
             run = torch_path.embedding_dot
         return run(ids, grads, val_grad, segments, per_token, padding_idx)
@@ -153,6 +155,8 @@ def row_dot(
     with launch_context(grads):
         if use_triton(backend, grads):
             from inrun_kernels.rows import launch_row_dot as run
+        elif use_native(backend, normed, grads, val_grad):
+            run = native.row_dot
         else:
             run = torch_path.row_dot
         return run(normed, grads, val_grad, segments, per_token)

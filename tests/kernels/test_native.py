@@ -17,6 +17,7 @@ from inrun_kernels import adam, native, reference, torch_path
 X86 = platform.machine() == "x86_64"
 KINDS = ["native", *(["x86-64-v3", "x86-64"] if X86 else [])]
 SIZES = st.sampled_from([1, 2, 11, 12, 13, 31, 32, 33, 47, 97, 192, 193, 385])
+INTEGERS = [torch.int32, torch.int64]
 WIDTHS = st.sampled_from([torch.float32, torch.bfloat16])
 
 
@@ -83,6 +84,49 @@ def test_products_match_their_definitions(data):
     for got, right in zip(of_rows, reference.norm_wgrad_dot(scaled, grads, of_bias, segments=ends), strict=True):
         assert_close(got, right)
     for got, right in zip(of_bias_alone, reference.bias_wgrad_dot(grads, of_bias, segments=ends), strict=True):
+        assert_close(got, right)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+@pytest.mark.usefixtures("kind")
+def test_rows_match_their_definitions(data):
+    """Samples that end within a thread's rows or beyond them, wide rows, tokens, directions that lie side by side."""
+    width, directions = data.draw(st.sampled_from([1, 31, 33, 64, 385, 1030])), data.draw(st.integers(1, 3))
+    lengths = data.draw(st.lists(st.sampled_from([0, 1, 5, 127, 128, 129, 300]), min_size=1, max_size=6))
+    lengths[0], vocabulary = max(1, lengths[0]), 7
+    ends, tokens = torch.tensor([0, *lengths]).cumsum(0), sum(lengths)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(data.draw(WIDTHS))
+
+    normed, grads, direction = draw(1, tokens, width), draw(1, tokens, width), draw(directions, width)
+    table = draw(vocabulary, directions, width).transpose(0, 1) if data.draw(st.booleans()) else None
+    table = draw(directions, vocabulary, width) if table is None else table
+    ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(data.draw(st.sampled_from(INTEGERS)))
+    padding, per_token = data.draw(st.sampled_from([None, 0, 3])), data.draw(st.booleans())
+    segments = None if per_token else ends
+    groups = {"segments": segments, "per_token": per_token}
+    before = torch.get_num_threads()
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2, 5])))
+    try:
+        of_norm = native.row_dot(normed, grads, direction, segments, per_token)
+        of_bias = native.row_dot(None, grads, direction, segments, per_token)
+        of_table = native.embedding_dot(ids, grads, table, segments, per_token, padding)
+        sums, dots = native.row_wgrad_dot(normed, grads, direction, ends)
+    finally:
+        torch.set_num_threads(before)
+    pad = {"padding_idx": padding}
+    for found, product, *operands, options in (
+        (of_norm, reference.norm_dot, normed, grads, direction, {}),
+        (of_bias, reference.bias_dot, grads, direction, {}),
+        (of_table, reference.embedding_dot, ids, grads, table, pad),
+    ):
+        assert found.dtype == torch.float32
+        terms = product(*(y.abs() for y in operands), **groups, **options)  # which may cancel
+        assert ((found.double() - product(*operands, **groups, **options)).abs() <= 1e-6 * terms).all()
+    for got, right in zip((sums, dots), reference.norm_wgrad_dot(normed, grads, direction, segments=ends), strict=True):
         assert_close(got, right)
 
 

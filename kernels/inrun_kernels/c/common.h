@@ -57,6 +57,25 @@ INLINE const float *widened(matrix x, int64_t at, int64_t count, float *buffer)
     return buffer;
 }
 
+INLINE float total_of(vec x)
+{
+    UNROLL for (int half = LANES / 2; half; half /= 2)
+        UNROLL for (int lane = 0; lane < half; lane++) x[lane] += x[lane + half];
+    return x[0];
+}
+
+/* Dots of rows, [N, M], as dots of samples, [S, M]. */
+INLINE void sum_rows(const product *p, const double *row_dots, float *dots)
+{
+    int64_t n_dirs = p->directions;
+    for (int64_t s = 0; s < p->samples; s++)
+        for (int64_t m = 0; m < n_dirs; m++) {
+            double sum = 0;
+            for (int64_t row = p->ends[s]; row < p->ends[s + 1]; row++) sum += row_dots[row * n_dirs + m];
+            dots[s * n_dirs + m] = sum;
+        }
+}
+
 /* Each slot's scratch: floats, then the dots of its blocks. Returns the bytes of all. */
 INLINE int64_t scratch_of(product *p, int64_t floats)
 {

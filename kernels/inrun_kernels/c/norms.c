@@ -16,13 +16,6 @@ typedef struct {
 
 INLINE vec at(const float *x, int64_t i) { return *(const loose *)(x + i); }
 
-INLINE float sum(vec x)
-{
-    UNROLL for (int half = LANES / 2; half; half /= 2)
-        UNROLL for (int lane = 0; lane < half; lane++) x[lane] += x[lane + half];
-    return x[0];
-}
-
 static void norm_row(const product *p, const norm *n, int64_t row, float *weight_sum, float *bias_sum)
 {
     const int64_t width = p->inputs;
@@ -32,7 +25,7 @@ static void norm_row(const product *p, const norm *n, int64_t row, float *weight
     if (!n->mean) {
         vec squares = {0};
         for (int64_t i = 0; i < width; i += LANES) squares += at(x, i) * at(x, i);
-        rstd = 1 / sqrt(sum(squares) / width + n->eps);
+        rstd = 1 / sqrt(total_of(squares) / width + n->eps);
     }
     vec h = {0}, h_centred = {0};
     for (int64_t i = 0; i < width; i += LANES) {
@@ -49,9 +42,9 @@ static void norm_row(const product *p, const norm *n, int64_t row, float *weight
             if (p->dirs.data) scaled += g * at(scale, i) * (at(x, i) - mean);
             if (p->bias_dirs.data) shifted += g * at(shift, i);
         }
-        n->row_dots[row * p->directions + m] = sum(scaled * rstd + shifted);
+        n->row_dots[row * p->directions + m] = total_of(scaled * rstd + shifted);
     }
-    float shared = n->mean ? rstd * sum(h) / width : 0, along = rstd * rstd * rstd * sum(h_centred) / width;
+    float shared = n->mean ? rstd * total_of(h) / width : 0, along = rstd * rstd * rstd * total_of(h_centred) / width;
     for (int64_t i = 0; i < width; i += LANES) {
         vec g = at(grads, i), centred = at(x, i) - mean;
         *(loose *)(out + i) = g * at(n->weight, i) * rstd - shared - centred * along;
@@ -63,7 +56,7 @@ static void norm_row(const product *p, const norm *n, int64_t row, float *weight
 /* weight_grad [I]; the bias's [I] is p->bias, or none; dots [S, M]. */
 void inrun_norm_backward(const product *p, const norm *n, float *weight_grad, float *dots, int threads)
 {
-    int64_t rows = p->ends[p->samples], pieces = ceil_div(rows, DEPTH), width = p->inputs, n_dirs = p->directions;
+    int64_t rows = p->ends[p->samples], pieces = ceil_div(rows, DEPTH), width = p->inputs;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t piece = 0; piece < pieces; piece++) {
         float *sums = n->sums + piece * 2 * width;
@@ -78,10 +71,5 @@ void inrun_norm_backward(const product *p, const norm *n, float *weight_grad, fl
         for (int64_t i = 0; i < width; i++) weight_grad[i] += sums[i];
         for (int64_t i = 0; p->bias && i < width; i++) p->bias[i] += sums[width + i];
     }
-    for (int64_t s = 0; s < p->samples; s++)
-        for (int64_t m = 0; m < n_dirs; m++) {
-            double sum = 0;
-            for (int64_t row = p->ends[s]; row < p->ends[s + 1]; row++) sum += n->row_dots[row * n_dirs + m];
-            dots[s * n_dirs + m] = sum;
-        }
+    sum_rows(p, n->row_dots, dots);
 }
