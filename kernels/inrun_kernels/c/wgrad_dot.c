@@ -20,8 +20,17 @@ enum {
     TILE = ROWS * WIDTH,
     OUTPUTS = 192, /* of a block, multiples of any ROWS and WIDTH */
     INPUTS = 384,
+    FEW = 256, /* rows */
     AHEAD = 8, /* rows copied together, and how far ahead the next are asked for */
 };
+
+/* Have a row's columns brought to the cache. */
+INLINE void ask(matrix x, int64_t row, int64_t column, int columns)
+{
+    int size = x.bfloat16 ? 2 : 4;
+    const char *from = (const char *)x.data + (row * x.stride + column) * size;
+    for (int at = 0; at < columns * size; at += 64) __builtin_prefetch(from + at);
+}
 
 /* Columns to strips of `width`, the last filled up with zeros; strip by strip, row by row in each. */
 INLINE void strips(matrix x, int64_t row, int64_t column, int rows, int columns, int width, int64_t strip, float *out,
@@ -145,6 +154,62 @@ static void block(const product *p, int64_t first_output, int64_t first_input, f
     }
 }
 
+/* Whether all rows are one panel: directions and total are then met once, where they lie. */
+INLINE int is_small(const product *p)
+{
+    int small = p->ends[p->samples] <= FEW && p->samples <= DEPTH;
+    for (int64_t s = 0; small && s < p->samples; s++) small = p->ends[s + 1] - p->ends[s] <= DEPTH;
+    return small;
+}
+
+/* `block` for few rows. `held`: the first output and input of the operands that are in the scratch already. */
+static void small_block(const product *p, int64_t first_output, int64_t first_input, int64_t *held, float *scratch,
+                        float *total, double *dots)
+{
+    int outputs = least(p->block_outputs, p->outputs - first_output);
+    int inputs = least(p->block_inputs, p->inputs - first_input);
+    int depth = p->ends[p->samples];
+    int64_t n_dirs = p->directions, stride = p->inputs, lines = 4 * WIDTH / 64;
+    float *sum = scratch, *dirs = sum + TILE, *grads = dirs + n_dirs * TILE, *acts = grads + FEW * p->block_outputs;
+    vec *lanes = (vec *)(acts + FEW * p->block_inputs);
+    if (held[0] != first_output) pack(p->grads, 0, first_output, depth, outputs, ROWS, (int64_t)ROWS * depth, grads);
+    if (held[1] != first_input) pack(p->acts, 0, first_input, depth, inputs, WIDTH, (int64_t)WIDTH * depth, acts);
+    held[0] = first_output, held[1] = first_input;
+    if (p->bias && !first_input) {
+        memset(p->bias + first_output, 0, 4 * outputs);
+        for (int64_t s = 0; s < p->samples; s++)
+            bias(p, grads, depth, p->ends[s], p->ends[s + 1], first_output, outputs, dots + s * n_dirs);
+    }
+    for (int i = 0; i < inputs; i += WIDTH) {
+        int width = least(WIDTH, inputs - i);
+        memset(lanes, 0, p->samples * n_dirs * sizeof(vec));
+        for (int o = 0; o < outputs; o += ROWS) {
+            int height = least(ROWS, outputs - o);
+            float *to = total + (first_output + o) * stride + first_input + i;
+            for (int r = 0; r < height; r++)
+                for (int line = 0; line < lines; line++) __builtin_prefetch(to + r * stride + 16 * line, 1);
+            if (height < ROWS) memset(dirs, 0, 4 * n_dirs * TILE);
+            for (int64_t m = 0; m < n_dirs; m++)
+                pack(p->dirs, m * p->outputs + first_output + o, first_input + i, height, width, WIDTH, TILE,
+                     dirs + m * TILE);
+            memset(sum, 0, 4 * TILE);
+            int last = o + ROWS >= outputs; /* the next tile's directions are asked for while this one is computed */
+            int64_t next = first_output + (last ? 0 : o + ROWS), column = first_input + (last ? i + WIDTH : i);
+            for (int64_t m = 0; m < n_dirs && column < p->inputs; m++)
+                for (int64_t r = next; r < least(next + ROWS, p->outputs); r++)
+                    ask(p->dirs, m * p->outputs + r, column, WIDTH);
+            for (int64_t s = 0; s < p->samples; s++)
+                tile(grads + (int64_t)o * depth + p->ends[s] * ROWS, acts + (int64_t)i * depth + p->ends[s] * WIDTH,
+                     p->ends[s + 1] - p->ends[s], dirs, TILE, n_dirs, sum, lanes + s * n_dirs);
+            for (int r = 0; r < height; r++)
+                if (width == WIDTH) memcpy(to + r * stride, sum + r * WIDTH, 4 * WIDTH);
+                else memcpy(to + r * stride, sum + r * WIDTH, 4 * width);
+        }
+        for (int64_t j = 0; j < p->samples * n_dirs; j++)
+            for (int lane = 0; lane < LANES; lane++) dots[j] += lanes[j][lane];
+    }
+}
+
 /* Cut the weight, for at most so many threads. Returns the bytes of scratch. */
 static int64_t plan(product *p, int threads)
 {
@@ -155,8 +220,9 @@ static int64_t plan(product *p, int threads)
     p->block_outputs = padded(p->outputs, ceil_div(p->outputs, outputs), ROWS);
     p->block_inputs = padded(p->inputs, ceil_div(p->inputs, inputs), WIDTH);
     p->slots = least(threads, ceil_div(p->outputs, p->block_outputs) * ceil_div(p->inputs, p->block_inputs));
-    return scratch_of(p, (1 + p->directions) * p->block_outputs * p->block_inputs
-                             + DEPTH * (p->block_outputs + p->block_inputs + p->directions * LANES));
+    int64_t operands = p->block_outputs + p->block_inputs, lanes = DEPTH * p->directions * LANES;
+    if (is_small(p)) return scratch_of(p, (1 + p->directions) * TILE + FEW * operands + lanes);
+    return scratch_of(p, (1 + p->directions) * p->block_outputs * p->block_inputs + DEPTH * operands + lanes);
 }
 
 /* total [O, I], dots [S, M]; scratch at a multiple of 64. No size is 0. Returns the bytes of scratch that it needs: with
@@ -168,11 +234,19 @@ int64_t inrun_ghost_wgrad_dot(product *p, float *total, float *dots, char *scrat
     if (needed > bytes) return needed;
     int64_t across = ceil_div(p->inputs, p->block_inputs), blocks = across * ceil_div(p->outputs, p->block_outputs);
     clear_dots(p, scratch);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t at = 0; at < blocks; at++) {
-        int64_t slot = blocks < threads ? at : omp_get_thread_num();
-        block(p, at / across * p->block_outputs, at % across * p->block_inputs, (float *)(scratch + slot * p->scratch),
-              total, dots_of(p, scratch, slot));
+    int small = is_small(p);
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t held[2] = {-1, -1};
+#pragma omp for schedule(static)
+        for (int64_t at = 0; at < blocks; at++) {
+            int64_t slot = blocks < threads ? at : omp_get_thread_num();
+            int64_t first_output = at / across * p->block_outputs, first_input = at % across * p->block_inputs;
+            float *own = (float *)(scratch + slot * p->scratch);
+            double *own_dots = dots_of(p, scratch, slot);
+            if (small) small_block(p, first_output, first_input, held, own, total, own_dots);
+            else block(p, first_output, first_input, own, total, own_dots);
+        }
     }
     add_up(p, scratch, dots);
     return needed;
