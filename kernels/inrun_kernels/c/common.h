@@ -1,6 +1,9 @@
 /* What the kernels share: vectors of the compiler's own, samples, scratch of each thread. */
 #include <stdint.h>
 #include <string.h>
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__) /* LANES to a register; a tile's ROWS * COLS registers leave some for its operands */
 enum { LANES = 16, ROWS = 12, COLS = 2 };
@@ -55,6 +58,21 @@ INLINE const float *widened(matrix x, int64_t at, int64_t count, float *buffer)
     if (!x.bfloat16) return (const float *)x.data + at;
     widen(buffer, x, at, count, 1);
     return buffer;
+}
+
+/* Store what is not read again soon: past the caches where the processor can, which saves reading the old lines. `to`
+   is a multiple of the vector's size. */
+INLINE void stream(float *to, vec x)
+{
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, (__m512)x);
+#elif defined(__AVX__)
+    _mm256_stream_ps(to, (__m256)x);
+#elif defined(__SSE__)
+    _mm_stream_ps(to, (__m128)x);
+#else
+    *(vec *)to = x;
+#endif
 }
 
 INLINE float total_of(vec x)
