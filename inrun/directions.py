@@ -102,23 +102,21 @@ def adam_part(slot: Any, val_grads: Sequence[Tensor | None]) -> Any:
     None where there is no kernel for it, and where `coefficient` has more to say: several targets, amsgrad, learning
     rates or betas on the device.
     """
-    group, (grad, *others) = slot.options, val_grads
-    numbers = [group["lr"], *group.get("betas", ())]
-    if (
-        grad is None
-        or not (grad.is_cuda or grad.is_cpu)
-        or others
-        or isinstance(slot.optimizer, SGD)
-        or group["amsgrad"]
-        or any(isinstance(x, Tensor) and x.is_cuda for x in numbers)
-    ):
+    if len(val_grads) > 1 or (grad := val_grads[0]) is None or not (grad.is_cuda or grad.is_cpu):
         return None
-    lr, beta1, beta2 = map(float, numbers)
-    step = slot.state.get("step", 0.0)
+    group = slot.options
+    if isinstance(slot.optimizer, SGD) or group["amsgrad"]:
+        return None
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    for number in (lr, beta1, beta2):
+        if isinstance(number, Tensor) and number.is_cuda:
+            return None
+    lr, beta1, beta2, state = float(lr), float(beta1), float(beta2), slot.state
+    step = state.get("step", 0.0)
     part = adam.AdamPart(
         out=slot.direction,
         val_grad=grad,
-        moment=local(slot.state.get("exp_avg_sq")),
+        moment=local(state.get("exp_avg_sq")),
         step=step if isinstance(step, Tensor) and step.is_cuda else float(step),
         gain=(-lr if group["maximize"] else lr) * (1 - beta1),
         betas=(beta1, beta2),

@@ -41,6 +41,7 @@ from inrun_kernels import (
     linear_wgrad_dot,
     norm_dot,
     norm_wgrad_dot,
+    ops,
 )
 from inrun_kernels.norms import norm_backward
 
@@ -252,6 +253,15 @@ class _Linear(torch.autograd.Function):
         segments = by_row(segments, x, acts)
         grad_x = grad @ cast if need_x else None
         bias_dtype = None if bias is None else bias.dtype
+        if direction is not None and need_weight and (bias is None or (need_bias and bias_direction is not None)):
+            found = ops.layer_wgrad_dot(acts, grads, direction, bias_direction, segments)
+            if found is not None:
+                grad_weight, grad_bias, dots = found
+                grad_weight = grad_weight if weight.dtype is torch.float32 else grad_weight.to(weight.dtype)
+                if bias_dtype is not torch.float32:
+                    grad_bias = None if bias is None else grad_bias.to(bias_dtype)
+                dots = dots if probe.dtype is torch.float32 else dots.to(probe.dtype)
+                return grad_x, grad_weight, grad_bias, None, None, dots, None
         if not (direction is None or bias_direction is None) and need_weight and direction.stride(-1) == 1:
             grad_weight, grad_bias, dots = linear_wgrad_dot(
                 acts, grads, direction, bias_direction, segments=segments, grad_dtype=weight.dtype
@@ -385,23 +395,27 @@ class _RMSNorm(torch.autograd.Function):
 
 def _norm_backward(x, grad, weight, bias, stats, directions, probe, segments):
     """The gradients of a norm's input, weight and bias, and the dots; all None where no kernel has them at once."""
-    last = weight.dim()
-    if any(d is not None and d.shape[-last:] != weight.shape for d in directions):
-        return None, None, None, None  # torch's operations will say so
-    acts = rows(x, last)
-    width = acts.shape[2]
-    scale, shift = (None if d is None else d.reshape(-1, width) for d in directions)
-    parameters = weight.reshape(width), stats, scale, shift
-    found = norm_backward(acts, rows(grad, last), *parameters, by_row(segments, x, acts), bias is not None)
+    scale, shift = directions
+    acts, grads, last = x, grad, weight.dim()
+    if last > 1:
+        if any(d is not None and d.shape[-last:] != weight.shape for d in directions):
+            return None, None, None, None  # torch's operations will say so
+        weight, scale, shift = weight.flatten(), *(None if d is None else d.flatten(-last) for d in directions)
+    if last > 1 or x.dim() != 3:
+        acts, grads = rows(x, last), rows(grad, last)
+        segments = by_row(segments, x, acts)
+    found = norm_backward(acts, grads, weight, stats, scale, shift, segments, bias is not None)
     if found is None:
         return None, None, None, None
     grad_x, grad_weight, grad_bias, dots = found
-    return (
-        grad_x.view(x.shape),
-        grad_weight.view(weight.shape).to(weight.dtype),
-        None if grad_bias is None else grad_bias.view(bias.shape).to(bias.dtype),
-        dots if probe.dim() == 2 else dots.squeeze(1),
-    )
+    if last > 1 or x.dim() != 3:
+        grad_x, shape = grad_x.view(x.shape), x.shape[-last:]
+        grad_weight, grad_bias = grad_weight.view(shape), None if grad_bias is None else grad_bias.view(shape)
+    if weight.dtype is not torch.float32:
+        grad_weight = grad_weight.to(weight.dtype)
+    if grad_bias is not None and bias.dtype is not torch.float32:
+        grad_bias = grad_bias.to(bias.dtype)
+    return grad_x, grad_weight, grad_bias, dots
 
 
 def _layer_norm_along(x: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:

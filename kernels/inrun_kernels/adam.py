@@ -52,11 +52,15 @@ class AdamPart:
 def fits(part: AdamPart) -> bool:
     """Whether a kernel can read and write the part's tensors: dense and of one size; on a GPU aligned, and float32 or
     half of it; on a CPU float32."""
-    tensors = [x for x in (part.out, part.val_grad, part.moment) if x is not None]
-    if not all(x.is_contiguous() and x.shape == part.out.shape for x in tensors):
-        return False
+    tensors, shape = [x for x in (part.out, part.val_grad, part.moment) if x is not None], part.out.shape
+    for x in tensors:
+        if not x.is_contiguous() or x.shape != shape:
+            return False
     if not use_triton(None, part.out):
-        return all(x.dtype == torch.float32 for x in tensors) and native.runs(*tensors)
+        for x in tensors:
+            if x.dtype is not torch.float32:
+                return False
+        return native.runs(*tensors)
     step = part.step
     return all(x.dtype in _GPU_DTYPES and x.data_ptr() % 16 == 0 for x in tensors) and (
         not isinstance(step, Tensor) or (step.dtype == torch.float32 and step.device == part.out.device)

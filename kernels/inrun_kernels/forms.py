@@ -112,7 +112,11 @@ def of_wgrad_dot(
         return Choice("two", {}, "two: rides on the tensor cores' product")
     if acts.is_cuda:
         return Choice("direct", {}, "direct: a launch for every sample would cost more")
-    sizes = (tokens, samples, acts.shape[2], grads.shape[2], val_grad.shape[0])
+    return of_cpu_sizes(native, tokens, samples, acts.shape[2], grads.shape[2], val_grad.shape[0])
+
+
+def of_cpu_sizes(native: bool, *sizes: int) -> Choice:
+    """The same on a CPU; `sizes` as `wgrad_work` takes them."""
     return _wgrad_dot(cpu_vendor(), torch.get_num_threads(), native, *sizes)
 
 

@@ -73,14 +73,15 @@ def runs(*tensors: Tensor | None) -> bool:
 def ghost_wgrad_dot(
     acts: Tensor, grads: Tensor, val_grad: Tensor, bias_val_grad: Tensor | None, segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight gradient `[O, I]`, the bias gradient (empty without a direction for it) and dots `[S, M]`, in float32.
+    """The weight gradient `[O, I]`, the bias gradient (empty without a direction for it) and dots, in float32.
 
-    Each sample has accumulators of its own, as in the form "two". Args: as the registered op has them.
+    Each sample has accumulators of its own, as in the form "two". Args: as the registered op has them; directions may
+    lack their leading M, of which the dots `[S, M]` then have none either.
     """
-    total = val_grad.new_empty(val_grad.shape[1:], dtype=torch.float32)
+    total = val_grad.new_empty(val_grad.shape[-2:], dtype=torch.float32)
     bias = total.new_empty(0 if bias_val_grad is None else total.shape[0])
-    product = _product(acts, grads, val_grad, bias_val_grad, segments, None if bias_val_grad is None else bias)
-    return total, bias, _call("ghost_wgrad_dot", product, total)
+    product = _product(acts, grads, val_grad, bias_val_grad, segments, None if bias_val_grad is None else bias, 2)
+    return total, bias, _call("inrun_ghost_wgrad_dot", product, total)
 
 
 def row_wgrad_dot(
@@ -91,7 +92,7 @@ def row_wgrad_dot(
     Args: as `torch_path.row_wgrad_dot`.
     """
     total = val_grad.new_empty(val_grad.shape[1:], dtype=torch.float32)
-    return total, _call("row_wgrad_dot", _product(normed, grads, val_grad, None, segments), total)
+    return total, _call("inrun_row_wgrad_dot", _product(normed, grads, val_grad, None, segments), total)
 
 
 def row_dot(normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool) -> Tensor:
@@ -139,7 +140,12 @@ def _row_dot(
 
 def norm_fits(x: Tensor, *others: Tensor) -> bool:
     """Whether `norm_backward` takes these tensors: all of float32, rows of whole vectors."""
-    return x.shape[-1] % 16 == 0 and all(y.dtype == torch.float32 for y in (x, *others)) and runs(x, *others)
+    if x.shape[-1] % 16 or x.dtype is not torch.float32:
+        return False
+    for y in others:
+        if y.dtype is not torch.float32:
+            return False
+    return runs(x, *others)
 
 
 def norm_backward(
@@ -153,19 +159,22 @@ def norm_backward(
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Arguments and results as `norms.norm_backward`; all operands float32."""
-    weight, rows, width = weight.contiguous(), x.shape[0] * x.shape[1], x.shape[2]
-    layer = tuple(y.contiguous() for y in stats) if isinstance(stats, tuple) else ()
+    (batch, tokens, width), weight = x.shape, weight.contiguous()
     weight_grad, bias_grad = torch.empty_like(weight), torch.empty_like(weight) if has_bias else None
     product, dots, _held = _product(x, grads, val_grad, bias_val_grad, segments, bias_grad)
-    grad_x, pieces = x.new_empty(x.shape), -(-rows // _DEPTH)
-    scratch = x.new_empty(rows * dots.shape[1] + pieces * width, dtype=torch.float64)  # sums: 2 * width of float32
+    grad_x, pieces = torch.empty_like(x, memory_format=torch.contiguous_format), -(-batch * tokens // _DEPTH)
+    directions = 1 if dots.dim() == 1 else dots.shape[1]
+    scratch = dots.new_empty(2 * (batch * tokens * directions + pieces * width))
+    mean, rstd = (stats[0].contiguous(), stats[1].contiguous()) if isinstance(stats, tuple) else (None, None)
+    at = scratch.data_ptr()
     norm = _Norm(
         weight.data_ptr(),
-        *([y.data_ptr() for y in layer] or [0, 0]),
+        None if mean is None else mean.data_ptr(),
+        None if rstd is None else rstd.data_ptr(),
         grad_x.data_ptr(),
-        scratch.data_ptr(),
-        scratch.data_ptr() + pieces * width * 8,
-        0.0 if layer else stats,
+        at,
+        at + 8 * pieces * width,
+        0.0 if isinstance(stats, tuple) else stats,
     )
     addresses = product.buffer_info()[0], ctypes.addressof(norm), weight_grad.data_ptr(), dots.data_ptr()
     _built().inrun_norm_backward(*addresses, torch.get_num_threads())
@@ -186,10 +195,10 @@ def adam_directions(parts: Sequence[Any]) -> None:
     _built().inrun_adam_directions(ctypes.addressof(table), len(parts), torch.get_num_threads())
 
 
-def _call(name: str, made: tuple[array, Tensor, list[Tensor]], total: Tensor) -> Tensor:
+def _call(name: str, made: tuple[array, Tensor, tuple], total: Tensor) -> Tensor:
     """Run a kernel, which writes `total` and the dots; returns the dots."""
     product, dots, _held = made
-    kernel = getattr(_built(), f"inrun_{name}")
+    kernel = getattr(_built(), name)
     operands = product.buffer_info()[0], total.data_ptr(), dots.data_ptr()
     # Scratch stays allocated: malloc would give it back to the system, and have its pages cleared each time.
     scratch = getattr(_kept, "scratch", None)
@@ -210,25 +219,33 @@ def _product(
     bias_val_grad: Tensor | None,
     segments: Tensor | None,
     bias: Tensor | None = None,
-) -> tuple[array, Tensor, list[Tensor]]:
-    """`product` of `c/common.h`, field by field, memory for the dots, and the tensors whose addresses are in it."""
+    last: int = 1,
+) -> tuple[array, Tensor, tuple]:
+    """`product` of `c/common.h`, field by field, memory for the dots, and the tensors whose addresses are in it.
+
+    `last`: the dimensions of a direction of `val_grad`, of which there are M where it has one more.
+    """
     batch, tokens, outputs = grads.shape
     ends = _even_ends(batch, tokens) if segments is None else segments.to(torch.int64).contiguous()
-    fields, held, directions = [], [ends], 0
-    for x in (acts, grads, val_grad, bias_val_grad):
-        if x is None:
-            fields += 0, 0, 0
-            continue
-        directions = x.shape[0]  # the last ones are directions
-        rows = x.flatten(0, -2) if x.dim() == 3 else x
-        if rows.stride(1) != 1 and rows.shape[1] != 1:
-            rows = rows.contiguous()
-        held.append(rows)
-        fields += rows.data_ptr(), rows.stride(0), rows.dtype == torch.bfloat16
     samples, inputs = ends.shape[0] - 1, outputs if acts is None else acts.shape[2]
-    fields += 0 if bias is None else bias.data_ptr(), ends.data_ptr()
-    fields += samples, inputs, outputs, directions, 0, 0, 0, 0
-    return array("q", fields), grads.new_empty(samples, directions, dtype=torch.float32), held
+    many = val_grad.shape[:-last] if val_grad is not None else () if bias_val_grad is None else bias_val_grad.shape[:-1]
+    held = _matrix(acts), _matrix(grads), _matrix(val_grad), _matrix(bias_val_grad)
+    fields = array("q", [field for _, *fields in held for field in fields])
+    bias_at = 0 if bias is None else bias.data_ptr()
+    fields.extend((bias_at, ends.data_ptr(), samples, inputs, outputs, many[0] if many else 1, 0, 0, 0, 0))
+    return fields, grads.new_empty((samples, *many), dtype=torch.float32), (held, ends)
+
+
+def _matrix(x: Tensor | None) -> tuple[Tensor | None, int, int, int]:
+    """What the fields of a `matrix` are of, and they."""
+    if x is None:
+        return None, 0, 0, 0
+    if x.is_contiguous():
+        return x, x.data_ptr(), x.shape[-1], x.dtype is torch.bfloat16
+    rows = x.flatten(0, -2) if x.dim() == 3 else x
+    if rows.stride(-1) != 1 and rows.shape[-1] != 1:
+        rows = rows.contiguous()
+    return rows, rows.data_ptr(), rows.stride(0), rows.dtype is torch.bfloat16
 
 
 @lru_cache(64)

@@ -37,25 +37,27 @@ def norm_backward(
         x, grads: `[B, T, I]`, the norm's input and its output's gradient.
         weight: `[I]`.
         stats: of layer norm `(mean, rstd)` of each row, as torch's returns them; of RMS norm its eps.
-        val_grad, bias_val_grad: `[M, I]`, directions of weight and bias; either may be None, not both.
+        val_grad, bias_val_grad: `[I]` or `[M, I]`, directions of weight and bias; either may be None, not both.
         segments: as in `ghost_wgrad_dot`.
         has_bias: whether the layer has one, of which a gradient is due.
 
     Returns:
-        `(grad_x [B, T, I] in the dtype of x, weight_grad [I], bias_grad [I] or None, dots [S, M])`, the last three in
-        float32; None where there is no kernel for these tensors.
+        `(grad_x [B, T, I] in the dtype of x, weight_grad [I], bias_grad [I] or None, dots [S] or [S, M])`, the last three
+        in float32; None where there is no kernel for these tensors.
     """
-    directions = [d for d in (val_grad, bias_val_grad) if d is not None]
-    operands = [x, grads, weight, *(stats if isinstance(stats, tuple) else ()), *directions]
-    if not unseen(*operands) or any(d.shape != (len(directions[0]), *weight.shape) for d in directions):
+    one, other = (val_grad, bias_val_grad) if bias_val_grad is not None else (val_grad, val_grad)
+    first = other if one is None else one
+    assert first is not None and other is not None, "a direction of either"
+    if first.shape != other.shape or first.shape[-1:] != weight.shape or not unseen():
         return None
-    if use_triton(None, x, grads):
+    layer = stats if isinstance(stats, tuple) else ()
+    if native.norm_fits(x, grads, weight, first, other, *layer):
+        run = native.norm_backward
+    elif use_triton(None, x, grads) and unseen(x, grads, weight, first, other):
         widest = max(x.element_size(), grads.element_size()) * x.shape[2]
-        if widest > WIDEST or any(y.dtype == torch.float64 for y in operands):
+        if widest > WIDEST or torch.float64 in (x.dtype, grads.dtype, weight.dtype):
             return None
         from inrun_kernels.norms_kernel import launch_norm_backward as run
-    elif native.norm_fits(*operands):
-        run = native.norm_backward
     else:
         return None
     check_grouping(segments, False, x)

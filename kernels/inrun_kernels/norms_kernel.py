@@ -99,6 +99,9 @@ def launch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Arguments and results as `norms.norm_backward`."""
     (batch, tokens, width), n_rows = x.shape, x.shape[0] * x.shape[1]
+    several = any(d is not None and d.dim() == 2 for d in (val_grad, bias_val_grad))
+    if not several:
+        val_grad, bias_val_grad = (None if d is None else d[None] for d in (val_grad, bias_val_grad))
     directions = [d for d in (val_grad, bias_val_grad) if d is not None]
     mean, rstd = stats if isinstance(stats, tuple) else (None, None)
     operands = (x, grads, weight, mean, rstd, val_grad, bias_val_grad)
@@ -128,4 +131,5 @@ def launch_norm_backward(
         num_warps=warps,
     )
     weight_grad, *bias_grad = sums.sum(1).unbind(0)
-    return grad_x, weight_grad, bias_grad[0] if has_bias else None, sum_tokens(dots, batch, tokens, segments, False)
+    found = sum_tokens(dots, batch, tokens, segments, False)
+    return grad_x, weight_grad, bias_grad[0] if has_bias else None, found if several else found.squeeze(1)

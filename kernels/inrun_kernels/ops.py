@@ -264,6 +264,32 @@ def _row_wgrad_dot(
     return run(normed, grads, val_grad, segments)
 
 
+def layer_wgrad_dot(
+    acts: Tensor, grads: Tensor, val_grad: Tensor, bias_val_grad: Tensor | None, segments: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`native.ghost_wgrad_dot` where that is what the op would come to for a layer's own operands, else None.
+
+    After each large product on a CPU the caches hold nothing of the interpreter's: every Python function and every
+    tensor's method that is not called here saves microseconds.
+    """
+    if not unseen():
+        return None
+    (batch, tokens, inputs), shape = acts.shape, val_grad.shape
+    if (
+        segments is not None
+        or batch < 2
+        or val_grad.stride(-1) != 1
+        or shape[-2:] != (grads.shape[2], inputs)
+        or (bias_val_grad is not None and bias_val_grad.shape != shape[:-1])
+        or not native.runs(acts, grads, val_grad, bias_val_grad)
+    ):
+        return None
+    sizes = batch * tokens, batch, inputs, shape[-2], shape[0] if len(shape) == 3 else 1
+    if forms.of_cpu_sizes(True, *sizes).form != "two":
+        return None
+    return native.ghost_wgrad_dot(acts, grads, val_grad, bias_val_grad, None)
+
+
 def use_native(backend: str | None, *tensors: Tensor | None) -> bool:
     """Whether to run the kernels in C: on a CPU, unless a backend was named."""
     return backend is None and native.runs(*tensors)
