@@ -18,7 +18,7 @@ import torch
 import inrun_kernels
 from inrun import Ledger, doctor, runs
 from inrun.cli import main
-from inrun_kernels import grouped
+from inrun_kernels import grouped, native
 
 VALUES = {"a": [0.5, 0.25], "b": [-0.5, 0.125], "c": [0.25, 0.0], "d": [-0.25, -0.5]}
 TOTALS = {name: sum(values) for name, values in VALUES.items()}  # 0.75, -0.375, 0.25, -0.75

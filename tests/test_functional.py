@@ -302,3 +302,37 @@ def test_frozen_and_unscored_parameters():
         expected = sum(p for p, one in zip((per_weight, per_bias), directions, strict=True) if one is not None)
         torch.testing.assert_close(probe.grad, expected)
         assert [p.grad is not None for p in leaves] == list(needs)
+
+
+@pytest.mark.parametrize("shape", [(16,), (4, 6), (2, 3, 9), (1, 5)])
+@pytest.mark.parametrize("directions", [(), (3,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_have_kernels_agree_with_float64(shape, directions, dtype):
+    """A single token to a sample, several, several axes, one sample; of float64 no layer has a kernel."""
+    generator = torch.Generator().manual_seed(0)
+    rand = [torch.randn(size, generator=generator).to(dtype) for size in ((*shape, 16), (OUT, 16), (16,), (OUT,))]
+    x, weight, scale, bias = rand
+    along = [torch.randn(*directions, *p.shape, generator=generator).to(dtype) for p in (weight, bias, scale, scale)]
+    probe_shape = (shape[0], *directions)
+    layers = {
+        "linear": lambda y, p, d, probe: IF.linear(y, p[0], p[1], (d[0], d[1]), probe),
+        "linear without bias": lambda y, p, d, probe: IF.linear(y, p[0], None, (d[0], None), probe),
+        "layer norm": lambda y, p, d, probe: IF.layer_norm(y, (16,), p[2], p[2], 1e-5, (d[2], d[3]), probe),
+        "rms norm": lambda y, p, d, probe: IF.rms_norm(y, (16,), p[2], 1e-5, d[2], probe),
+    }
+
+    def run(layer, dtype):
+        leaves = [y.detach().clone().to(dtype).requires_grad_() for y in (x, weight, bias, scale)]
+        probe = torch.zeros(probe_shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        probe.requires_grad_()
+        y = layer(leaves[0], leaves[1:], [d.to(dtype) for d in along], probe)
+        y.backward(loss_weights(y))
+        assert all(p.grad is None or (p.grad.dtype, p.grad.shape) == (p.dtype, p.shape) for p in leaves)
+        return [None if y.grad is None else y.grad.double() for y in (probe, *leaves)]
+
+    for name, layer in layers.items():
+        for found, exact in zip(run(layer, dtype), run(layer, torch.float64), strict=True):
+            assert (found is None) == (exact is None), name
+            if found is not None:
+                allowed = (1e-5 if dtype == torch.float32 else 3e-2) * exact.square().mean().sqrt()
+                assert (found - exact).abs().max() <= allowed + 3e-2 * (dtype != torch.float32), name

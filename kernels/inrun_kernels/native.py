@@ -89,9 +89,9 @@ def row_wgrad_dot(
 ) -> tuple[Tensor, Tensor]:
     """The gradient `[I]` of a norm's weight, or of a bias, and dots `[S, M]`, both in float32.
 
-    Args: as `torch_path.row_wgrad_dot`.
+    Args: as `torch_path.row_wgrad_dot`; the direction may lack its M, and the dots then do.
     """
-    total = val_grad.new_empty(val_grad.shape[1:], dtype=torch.float32)
+    total = val_grad.new_empty(val_grad.shape[-1:], dtype=torch.float32)
     return total, _call("inrun_row_wgrad_dot", _product(normed, grads, val_grad, None, segments), total)
 
 

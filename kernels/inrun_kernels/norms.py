@@ -42,8 +42,8 @@ def norm_backward(
         has_bias: whether the layer has one, of which a gradient is due.
 
     Returns:
-        `(grad_x [B, T, I] in the dtype of x, weight_grad [I], bias_grad [I] or None, dots [S] or [S, M])`, the last three
-        in float32; None where there is no kernel for these tensors.
+        `(grad_x [B, T, I] in the dtype of x, weight_grad [I], bias_grad [I] or None, dots [S] or [S, M])`, the last
+        three in float32; None where there is no kernel for these tensors.
     """
     one, other = (val_grad, bias_val_grad) if bias_val_grad is not None else (val_grad, val_grad)
     first = other if one is None else one

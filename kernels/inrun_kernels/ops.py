@@ -267,10 +267,11 @@ def _row_wgrad_dot(
 def layer_wgrad_dot(
     acts: Tensor, grads: Tensor, val_grad: Tensor, bias_val_grad: Tensor | None, segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """`native.ghost_wgrad_dot` where that is what the op would come to for a layer's own operands, else None.
+    """The op for a layer's own operands on a CPU that has the kernels in C; None for all others.
 
-    After each large product on a CPU the caches hold nothing of the interpreter's: every Python function and every
-    tensor's method that is not called here saves microseconds.
+    Directions may lack their leading M, of which the dots then have none either. After each large product on a CPU the
+    caches hold nothing of the interpreter's: every Python function and every tensor's method that is not called here
+    saves microseconds.
     """
     if not unseen():
         return None
@@ -285,9 +286,15 @@ def layer_wgrad_dot(
     ):
         return None
     sizes = batch * tokens, batch, inputs, shape[-2], shape[0] if len(shape) == 3 else 1
-    if forms.of_cpu_sizes(True, *sizes).form != "two":
-        return None
-    return native.ghost_wgrad_dot(acts, grads, val_grad, bias_val_grad, None)
+    if forms.of_cpu_sizes(True, *sizes).form == "two":
+        return native.ghost_wgrad_dot(acts, grads, val_grad, bias_val_grad, None)
+    directions = val_grad if len(shape) == 3 else val_grad[None]
+    weight_grad, dots = torch_path.ghost_wgrad_dot(acts, grads, directions, None, "direct")
+    dots = dots if len(shape) == 3 else dots.squeeze(1)
+    if bias_val_grad is None:
+        return weight_grad, weight_grad.new_empty(0), dots
+    bias_grad, of_bias = native.row_wgrad_dot(None, grads, bias_val_grad, None)
+    return weight_grad, bias_grad, dots + of_bias
 
 
 def use_native(backend: str | None, *tensors: Tensor | None) -> bool:
