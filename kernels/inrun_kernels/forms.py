@@ -57,14 +57,14 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     },
     "GenuineIntel": {
         "ghost_wgrad_dot": {
-            "native": Cost(243e-6, 0.722e-6, 10.9e-12, 0.818e-9, 0.655e-9),
-            "two": Cost(600e-6, 11.6e-6, 12.2e-12, 0.454e-9, 0.958e-9),
-            "prefix": Cost(625e-6, 11.1e-6, 11.5e-12, 0.490e-9, 0.995e-9),
-            "direct": Cost(301e-6, 2.01e-6, 10.6e-12, 0.626e-9, 1.76e-9),
+            "native": Cost(241e-6, 0.189e-6, 9.63e-12, 0.830e-9, 1.29e-9),
+            "two": Cost(687e-6, 10.4e-6, 10.7e-12, 0.470e-9, 1.65e-9),
+            "prefix": Cost(724e-6, 8.97e-6, 10.5e-12, 0.504e-9, 1.66e-9),
+            "direct": Cost(350e-6, 1.02e-6, 9.56e-12, 0.765e-9, 2.94e-9),
         },
         "ghost_dot_pairwise": {
-            "pairwise": Cost(505e-6, 2.96e-6, 12.5e-12, 0, 2.11e-9),
-            "direct": Cost(331e-6, 48.4e-6, 10.6e-12, 0.748e-9, 0.631e-9),
+            "pairwise": Cost(558e-6, 0, 12.8e-12, 0, 3.39e-9),
+            "direct": Cost(389e-6, 55.4e-6, 8.91e-12, 0.896e-9, 1.62e-9),
         },
     },
     "cpu": {
