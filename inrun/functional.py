@@ -168,8 +168,8 @@ def rms_norm(
     Args, returns and errors as in `linear`; `weight` and `direction` are `normalized_shape`-shaped.
     """
     shape = list(normalized_shape)
-    if probe is None or direction is None or weight is None:
-        return F.rms_norm(x, shape, weight, eps)
+    if probe is None or direction is None or weight is None or list(weight.shape) != shape:
+        return F.rms_norm(x, shape, weight, eps)  # of another shape, an error
     return _apply(_RMSNorm, _placed(x, probe, segments), weight, direction, probe, segments, eps)
 
 
@@ -254,11 +254,11 @@ class _Linear(torch.autograd.Function):
         grad_x = grad @ cast if need_x else None
         bias_dtype = None if bias is None else bias.dtype
         if direction is not None and need_weight and (bias is None or (need_bias and bias_direction is not None)):
-            found = ops.layer_wgrad_dot(acts, grads, direction, bias_direction, segments)
+            found = ops.layer_wgrad_dot(acts, grads, direction, bias_direction, segments, weight.dtype)
             if found is not None:
                 grad_weight, grad_bias, dots = found
-                grad_weight = grad_weight if weight.dtype is torch.float32 else grad_weight.to(weight.dtype)
-                if bias_dtype is not torch.float32:
+                grad_weight = grad_weight if grad_weight.dtype is weight.dtype else grad_weight.to(weight.dtype)
+                if grad_bias.dtype is not bias_dtype:
                     grad_bias = None if bias is None else grad_bias.to(bias_dtype)
                 dots = dots if probe.dtype is torch.float32 else dots.to(probe.dtype)
                 return grad_x, grad_weight, grad_bias, None, None, dots, None
@@ -306,8 +306,9 @@ class _Embedding(torch.autograd.Function):
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Torch's own layer norm. It is linear in its parameters: its derivative along the direction is the layer norm
-    with the direction for parameters, and a sample's dot contracts that with the output's gradient."""
+    """Torch's own layer norm. Where there is no kernel for its backward and the dots together: it is linear in its
+    parameters, so its derivative along the direction is the layer norm with the direction for parameters, and a
+    sample's dot contracts that with the output's gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, direction, bias_direction, probe, segments, eps):
@@ -331,7 +332,7 @@ class _LayerNorm(torch.autograd.Function):
         dots = None
         if needs[5]:
             along, stats = (direction, bias_direction), (mean, rstd)
-            *found, dots = _norm_backward(x, grad, weight, bias, stats, along, probe, segments)
+            *found, dots = _norm_backward(x, grad, weight, bias, stats, along, segments)
             if dots is not None:
                 return *found, None, None, dots, None, None
         grads = torch.ops.aten.native_layer_norm_backward(grad, x, weight.shape, mean, rstd, weight, bias, needs[:3])
@@ -350,6 +351,8 @@ class _LayerNorm(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
+    """Torch's own RMS norm, in whatever dtype it answers."""
+
     @staticmethod
     def forward(ctx, x, weight, direction, probe, segments, eps):
         ctx.eps = eps
@@ -364,18 +367,18 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
-            inputs = (*ctx.saved_tensors, ctx.eps)
+            x, *others = ctx.saved_tensors
+            inputs = (x.to(torch.promote_types(x.dtype, grad.dtype)), *others, ctx.eps)  # autocast may have widened it
             return _written_out_backward(_RMSNorm.written_out, inputs, ctx.needs_input_grad, grad)
         x, weight, direction, probe, segments = ctx.saved_tensors
         need_x, need_weight, _, need_probe, _, _ = ctx.needs_input_grad
-        eps = torch.finfo(x.dtype).eps if ctx.eps is None else ctx.eps
+        wide = torch.promote_types(x.dtype, torch.float32)
+        eps = torch.finfo(wide).eps if ctx.eps is None else ctx.eps  # torch's default, in half precision too
         if need_probe:
-            grad_x, grad_weight, _, dots = _norm_backward(
-                x, grad, weight, None, eps, (direction, None), probe, segments
-            )
+            grad_x, grad_weight, _, dots = _norm_backward(x, grad, weight, None, eps, (direction, None), segments)
             if dots is not None:
                 return grad_x, grad_weight, None, dots, None, None
-        last, wide = weight.dim(), probe.dtype
+        last = weight.dim()
         axes = tuple(range(-last, 0))
         rstd = torch.rsqrt(x.to(wide).square().mean(axes, keepdim=True) + eps)
         normed, along = x.to(wide) * rstd, grad.to(wide) * weight
@@ -393,7 +396,7 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, None, dots, None, None
 
 
-def _norm_backward(x, grad, weight, bias, stats, directions, probe, segments):
+def _norm_backward(x, grad, weight, bias, stats, directions, segments):
     """The gradients of a norm's input, weight and bias, and the dots; all None where no kernel has them at once."""
     scale, shift = directions
     acts, grads, last = x, grad, weight.dim()

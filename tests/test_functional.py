@@ -336,3 +336,42 @@ def test_layers_that_have_kernels_agree_with_float64(shape, directions, dtype):
             if found is not None:
                 allowed = (1e-5 if dtype == torch.float32 else 3e-2) * exact.square().mean().sqrt()
                 assert (found - exact).abs().max() <= allowed + 3e-2 * (dtype != torch.float32), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_rms_norm_of_small_inputs_has_torchs_default_eps(dtype, frozen):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(3, 5, 16, generator=generator) * 1e-3).to(dtype)
+    weight, direction = (torch.randn(16, generator=generator).to(dtype) for _ in range(2))
+    found = []
+    for probe in (None, torch.zeros(3, dtype=torch.promote_types(dtype, torch.float32), requires_grad=not frozen)):
+        leaf, scale = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = IF.rms_norm(leaf, (16,), scale, None, direction, probe)
+        y.backward(torch.ones_like(y))
+        found.append((y, leaf.grad, scale.grad))
+    for ours, torchs in zip(found[1], found[0], strict=True):
+        assert ours.dtype == torchs.dtype
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(ours, torchs, rtol=tolerance, atol=tolerance * torchs.abs().max().item())
+
+
+def test_an_rms_norm_of_another_shape_than_its_weight_is_torchs_error():
+    probe = torch.zeros(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="weight"):
+        IF.rms_norm(torch.randn(2, 3, 4, 8), (4, 8), torch.ones(8), 1e-5, torch.ones(8), probe)
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_a_backward_inside_autocast_keeps_the_products_of_float32(batch):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(batch, 1024, generator=generator), torch.randn(1024, 1024, generator=generator)
+    direction, probe = torch.randn(1024, 1024, generator=generator), torch.zeros(batch, requires_grad=True)
+    weight.requires_grad_()
+    y = IF.linear(x, weight, None, (direction, None), probe)
+    with torch.autocast("cpu", torch.bfloat16):
+        y.backward(loss_weights(y))
+    g = loss_weights(y).double().expand(y.shape)
+    exact = ((g @ direction.double()) * x).sum(1), g.T @ x.double()
+    for found, right in zip((probe.grad, weight.grad), exact, strict=True):
+        assert (found - right).abs().max() <= 1e-4 * right.square().mean().sqrt()

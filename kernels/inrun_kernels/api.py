@@ -51,8 +51,8 @@ def ghost_dot(
         segments: int32 or int64 `[S + 1]` offsets into the B*T flattened tokens, from 0 to B*T, never
             decreasing (as `cu_seqlens`): one dot per segment in place of one per row.
         per_token: one dot per token. Excludes `segments`.
-        backend: "triton", "torch", or None: triton for CUDA tensors where it is installed; for weight gradients on a
-            CPU the kernels in C, where they can be built (`native`); else torch.
+        backend: "triton", "torch", or None: triton for CUDA tensors where it is installed; on a CPU, but for
+            `ghost_dot` and pairs, the kernels in C where they can be built (`native`); else torch.
 
     Returns:
         `[B]`, `[S]` with segments, `[B, T]` with per_token; one more trailing axis M where val_grad has it.

@@ -127,7 +127,7 @@ def _row_dot(
         val_grad = val_grad.contiguous()
     batch, tokens, _ = grads.shape
     if per_token:
-        segments = _even_ends(batch * tokens, 1)
+        segments = torch.arange(batch * tokens + 1, device="cpu")
     product, dots, _held = _product(normed, grads, val_grad[:, 0], None, segments)
     row_dots = grads.new_empty(batch * tokens, dots.shape[1], dtype=torch.float64)
     at = 0 if ids is None else ids.data_ptr()

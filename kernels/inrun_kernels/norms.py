@@ -48,7 +48,7 @@ def norm_backward(
     one, other = (val_grad, bias_val_grad) if bias_val_grad is not None else (val_grad, val_grad)
     first = other if one is None else one
     assert first is not None and other is not None, "a direction of either"
-    if first.shape != other.shape or first.shape[-1:] != weight.shape or not unseen():
+    if first.shape != other.shape or first.shape[-1:] != weight.shape or first.dim() > 2 or not unseen():
         return None
     layer = stats if isinstance(stats, tuple) else ()
     if native.norm_fits(x, grads, weight, first, other, *layer):

@@ -18,7 +18,7 @@ from inrun_kernels.config import ceil_div, norm_tile
 from inrun_kernels.tiles import multiprocessors, sum_tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "rows_each"])
 def _norm_backward_kernel(
     x_ptr,  # [N, I]
     grads_ptr,  # [N, I]
@@ -62,6 +62,7 @@ def _norm_backward_kernel(
             normed = (x - mean[:, None]) * rstd[:, None]
         else:
             rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1) / width + eps))
+            rstd = tl.where(mask_n, rstd, 0.0)  # with an eps of 0, infinite beyond the last row
             normed = x * rstd[:, None]
         product = grads * normed
         weight_sum += tl.sum(product, 0)

@@ -265,13 +265,18 @@ def _row_wgrad_dot(
 
 
 def layer_wgrad_dot(
-    acts: Tensor, grads: Tensor, val_grad: Tensor, bias_val_grad: Tensor | None, segments: Tensor | None
+    acts: Tensor,
+    grads: Tensor,
+    val_grad: Tensor,
+    bias_val_grad: Tensor | None,
+    segments: Tensor | None,
+    grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The op for a layer's own operands on a CPU that has the kernels in C; None for all others.
 
-    Directions may lack their leading M, of which the dots then have none either. After each large product on a CPU the
-    caches hold nothing of the interpreter's: every Python function and every tensor's method that is not called here
-    saves microseconds.
+    Directions may lack their leading M, of which the dots then have none either; gradients come in float32 or in
+    `grad_dtype`. After each large product on a CPU the caches hold nothing of the interpreter's: every Python function
+    and every tensor's method that is not called here saves microseconds.
     """
     if not unseen():
         return None
@@ -279,6 +284,8 @@ def layer_wgrad_dot(
     if (
         segments is not None
         or batch < 2
+        or val_grad.dim() > 3
+        or val_grad.dtype not in (acts.dtype, torch.float32)
         or val_grad.stride(-1) != 1
         or shape[-2:] != (grads.shape[2], inputs)
         or (bias_val_grad is not None and bias_val_grad.shape != shape[:-1])
@@ -289,7 +296,8 @@ def layer_wgrad_dot(
     if forms.of_cpu_sizes(True, *sizes).form == "two":
         return native.ghost_wgrad_dot(acts, grads, val_grad, bias_val_grad, None)
     directions = val_grad if len(shape) == 3 else val_grad[None]
-    weight_grad, dots = torch_path.ghost_wgrad_dot(acts, grads, directions, None, "direct")
+    with launch_context(acts):
+        weight_grad, dots = torch_path.ghost_wgrad_dot(acts, grads, directions, None, "direct", grad_dtype)
     dots = dots if len(shape) == 3 else dots.squeeze(1)
     if bias_val_grad is None:
         return weight_grad, weight_grad.new_empty(0), dots

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_norm_close, norm
 
+from inrun_kernels import native, norms_kernel
 from inrun_kernels import norms as of_norms
-from inrun_kernels import norms_kernel
 
 
 @st.composite
@@ -55,3 +55,24 @@ def test_what_has_no_kernel_is_told(change):
         x, grads, weight = (y.double() for y in (x, grads, weight))
     shift = shift[:1] if "directions" in change else shift
     assert of_norms.norm_backward(x, grads, weight, stats, scale, shift, ends, bias) is None
+
+
+def test_an_eps_of_zero_says_nothing_beyond_the_last_row():
+    (x, grads, weight, _, scale, *_), _ = norm([5], 64, 1, layer=False, bias=False, missing=1)
+    found = norms_kernel.launch_norm_backward(x, grads, weight, 0.0, scale, None, None, False)
+    assert all(y is None or y.isfinite().all() for y in found)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 130])
+def test_a_dot_has_the_same_bits_whatever_else_is_in_the_batch(tokens):
+    """In C, of norms and of rows; a sample by itself and behind others."""
+    if native.library() is None:
+        pytest.skip("needs a C compiler")
+    (x, grads, weight, stats, scale, shift, ends, _), _ = norm([40, tokens, 200], 48, 2, layer=True, bias=True)
+    alone = slice(40, 40 + tokens)
+    own_stats = tuple(y[:, alone] for y in stats)
+    together = native.norm_backward(x, grads, weight, stats, scale, shift, ends, True)[3][1]
+    apart = native.norm_backward(x[:, alone], grads[:, alone], weight, own_stats, scale, shift, None, True)[3][0]
+    assert torch.equal(together, apart)
+    for run in (native.row_wgrad_dot, lambda *given: (None, native.row_dot(*given, False))):
+        assert torch.equal(run(x, grads, scale, ends)[1][1], run(x[:, alone], grads[:, alone], scale, None)[1][0])

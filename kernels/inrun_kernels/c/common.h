@@ -28,8 +28,8 @@ typedef struct {
 
 typedef struct {
     matrix acts, grads, dirs; /* [N, I], [N, O], [M * O, I]; of rows: normed or none, [N, I], [M, I] */
-    matrix bias_dirs;         /* [M, O]; data 0: no bias */
-    float *bias;              /* its gradient, [O] */
+    matrix bias_dirs;         /* [M, O], or none */
+    float *bias;              /* the bias's gradient, [O], or none */
     const int64_t *ends;      /* [S + 1]: sample s has the rows from ends[s] to ends[s + 1] */
     int64_t samples, inputs, outputs, directions;
     int64_t slots, block_inputs, block_outputs, scratch; /* the plan; scratch: bytes of each slot, one for a thread */
@@ -72,6 +72,14 @@ INLINE void stream(float *to, vec x)
     _mm_stream_ps(to, (__m128)x);
 #else
     *(vec *)to = x;
+#endif
+}
+
+/* After the last of a thread's `stream`. */
+INLINE void streamed(void)
+{
+#if defined(__SSE__)
+    _mm_sfence();
 #endif
 }
 

@@ -21,8 +21,9 @@ INLINE void add_rows(float *part, const float **grads, const float **acts, int c
     }
 }
 
-/* What the pieces of samples say that start in DEPTH rows; a piece has DEPTH rows of its sample, the last one less. */
-static void pieces(const product *p, int64_t task, float *total, double *piece_dots)
+/* What the pieces of samples say that start in DEPTH rows, in PIECE columns from `low` on; a piece has DEPTH rows of its
+   sample, the last one less. */
+static void pieces(const product *p, int64_t task, int64_t low, float *total, double *piece_dots)
 {
     enum { AT_ONCE = 4 };
     int64_t first = task * DEPTH, beyond = least(first + DEPTH, p->ends[p->samples]), sample = 0, after = p->samples;
@@ -31,37 +32,35 @@ static void pieces(const product *p, int64_t task, float *total, double *piece_d
         if (p->ends[middle] <= first) sample = middle;
         else after = middle;
     }
-    for (int64_t low = 0; low < p->inputs; low += PIECE) {
-        int64_t width = least(PIECE, p->inputs - low);
-        memset(total + low, 0, 4 * width);
-        for (int64_t s = sample; s < p->samples && p->ends[s] < beyond; s++) {
-            int64_t start = p->ends[s], end = p->ends[s + 1];
-            if (start < first) start += ceil_div(first - start, DEPTH) * DEPTH;
-            if (start >= least(end, beyond)) continue;
-            float part[PIECE], buffers[2][AT_ONCE][PIECE];
-            memset(part, 0, 4 * width);
-            end = least(end, start + DEPTH);
-            for (int64_t row = start; row < end; row += AT_ONCE) {
-                const float *grads[AT_ONCE], *acts[AT_ONCE];
-                int count = least(AT_ONCE, end - row), has_acts = p->acts.data != 0;
-                for (int r = 0; r < count; r++) {
-                    grads[r] = widened(p->grads, (row + r) * p->grads.stride + low, width, buffers[0][r]);
-                    if (has_acts) acts[r] = widened(p->acts, (row + r) * p->acts.stride + low, width, buffers[1][r]);
-                }
-                if (count < AT_ONCE)
-                    for (int r = 0; r < count; r++) add_rows(part, grads + r, acts + r, 1, width, has_acts);
-                else if (has_acts)
-                    add_rows(part, grads, acts, AT_ONCE, width, 1);
-                else
-                    add_rows(part, grads, acts, AT_ONCE, width, 0);
+    int64_t width = least(PIECE, p->inputs - low);
+    memset(total + low, 0, 4 * width);
+    for (int64_t s = sample; s < p->samples && p->ends[s] < beyond; s++) {
+        int64_t start = p->ends[s], end = p->ends[s + 1];
+        if (start < first) start += ceil_div(first - start, DEPTH) * DEPTH;
+        if (start >= least(end, beyond)) continue;
+        float part[PIECE], buffers[2][AT_ONCE][PIECE];
+        memset(part, 0, 4 * width);
+        end = least(end, start + DEPTH);
+        for (int64_t row = start; row < end; row += AT_ONCE) {
+            const float *grads[AT_ONCE], *acts[AT_ONCE];
+            int count = least(AT_ONCE, end - row), has_acts = p->acts.data != 0;
+            for (int r = 0; r < count; r++) {
+                grads[r] = widened(p->grads, (row + r) * p->grads.stride + low, width, buffers[0][r]);
+                if (has_acts) acts[r] = widened(p->acts, (row + r) * p->acts.stride + low, width, buffers[1][r]);
             }
-            for (int64_t i = 0; i < width; i++) total[low + i] += part[i];
-            for (int64_t m = 0; m < p->directions; m++) {
-                const float *dir = widened(p->dirs, m * p->dirs.stride + low, width, buffers[0][0]);
-                double sum = 0;
-                for (int64_t i = 0; i < width; i++) sum += (double)dir[i] * part[i];
-                piece_dots[(task + s) * p->directions + m] += sum;
-            }
+            if (count < AT_ONCE)
+                for (int r = 0; r < count; r++) add_rows(part, grads + r, acts + r, 1, width, has_acts);
+            else if (has_acts)
+                add_rows(part, grads, acts, AT_ONCE, width, 1);
+            else
+                add_rows(part, grads, acts, AT_ONCE, width, 0);
+        }
+        for (int64_t i = 0; i < width; i++) total[low + i] += part[i];
+        for (int64_t m = 0; m < p->directions; m++) {
+            const float *dir = widened(p->dirs, m * p->dirs.stride + low, width, buffers[0][0]);
+            double sum = 0;
+            for (int64_t i = 0; i < width; i++) sum += (double)dir[i] * part[i];
+            piece_dots[(task + s) * p->directions + m] = sum;
         }
     }
 }
@@ -70,13 +69,15 @@ static void pieces(const product *p, int64_t task, float *total, double *piece_d
 int64_t inrun_row_wgrad_dot(const product *p, float *total, float *dots, char *scratch, int64_t bytes, int threads)
 {
     int64_t tasks = ceil_div(p->ends[p->samples], DEPTH), width = p->inputs, n_dirs = p->directions;
-    int64_t numbers = (tasks + p->samples) * n_dirs, needed = 8 * numbers + 4 * tasks * width;
+    int64_t across = ceil_div(width, PIECE), numbers = (tasks + p->samples) * n_dirs;
+    int64_t needed = 8 * across * numbers + 4 * tasks * width;
     double *piece_dots = (double *)scratch;
-    float *totals = (float *)(piece_dots + numbers);
+    float *totals = (float *)(piece_dots + across * numbers);
     if (needed > bytes) return needed;
-    memset(piece_dots, 0, 8 * numbers);
+    memset(piece_dots, 0, 8 * across * numbers);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t task = 0; task < tasks; task++) pieces(p, task, totals + task * width, piece_dots);
+    for (int64_t at = 0; at < tasks * across; at++)
+        pieces(p, at / across, at % across * PIECE, totals + at / across * width, piece_dots + at % across * numbers);
     memset(total, 0, 4 * width);
     for (int64_t task = 0; task < tasks; task++)
         for (int64_t i = 0; i < width; i++) total[i] += totals[task * width + i];
@@ -84,7 +85,8 @@ int64_t inrun_row_wgrad_dot(const product *p, float *total, float *dots, char *s
         for (int64_t m = 0; m < n_dirs; m++) {
             int64_t start = p->ends[s], piece = start / DEPTH + s; /* the number of its first one */
             double sum = 0;
-            for (int64_t row = start; row < p->ends[s + 1]; row += DEPTH) sum += piece_dots[piece++ * n_dirs + m];
+            for (int64_t row = start; row < p->ends[s + 1]; row += DEPTH, piece++)
+                for (int64_t k = 0; k < across; k++) sum += piece_dots[k * numbers + piece * n_dirs + m];
             dots[s * n_dirs + m] = sum;
         }
     return needed;

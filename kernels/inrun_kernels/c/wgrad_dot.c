@@ -244,6 +244,7 @@ int64_t inrun_ghost_wgrad_dot(product *p, float *total, float *dots, char *scrat
             int64_t first_output = at / across * p->block_outputs, first_input = at % across * p->block_inputs;
             float *own = (float *)(scratch + slot * p->scratch);
             double *own_dots = dots_of(p, scratch, slot);
+            if (blocks < threads) held[0] = held[1] = -1; /* this scratch is another one */
             if (small) small_block(p, first_output, first_input, held, own, total, own_dots);
             else block(p, first_output, first_input, own, total, own_dots);
         }
