@@ -4,6 +4,7 @@ python -m bench.plot runs/bench/DEVICE-DATE.json      # writes DEVICE-DATE-ratio
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def draw_roofline(rows: list[Row]) -> Figure:
         found = [r["flops_per_byte"] for r in counted]
         intensity = np.geomspace(min(found), max(found), 200)
         axes.plot(intensity, np.minimum(peak, bandwidth * intensity), color=_COLOURS[BASE], label="measured ceiling")
-        for suite, marker in zip(_unique(counted, "suite"), "o^sDv", strict=True):
+        for suite, marker in zip(_unique(counted, "suite"), itertools.cycle("o^sDvPX"), strict=False):
             of_suite = [r for r in counted if r["suite"] == suite]
             for provider in _unique(of_suite, "provider"):
                 mine = [r for r in of_suite if r["provider"] == provider]

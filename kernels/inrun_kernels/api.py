@@ -109,6 +109,8 @@ def ghost_wgrad_dot(
         >>> weight_grad, dots = ghost_wgrad_dot(acts, grads, val_grad)
         >>> torch.testing.assert_close(dots.sum(), (weight_grad * val_grad).sum())
     """
+    if (found := _short(acts, grads, val_grad, None, segments, form, grad_dtype, backend)) is not None:
+        return found[0], found[2]
     _check_linear(acts, grads, val_grad, segments, False, backend)
     check_form(form)
     check_grad_dtype(grad_dtype, acts)
@@ -138,6 +140,8 @@ def linear_wgrad_dot(
     Example:
         >>> weight_grad, bias_grad, dots = linear_wgrad_dot(acts, grads, val_grad, bias_val_grad)
     """
+    if (found := _short(acts, grads, val_grad, bias_val_grad, segments, form, grad_dtype, backend)) is not None:
+        return found
     _check_linear(acts, grads, val_grad, segments, False, backend)
     check_direction(bias_val_grad, acts, (grads.shape[2],), "[outputs]", "bias_val_grad")
     check_form(form)
@@ -341,6 +345,19 @@ def bias_wgrad_dot(
     _check_rows(None, grads, val_grad, segments, False, backend)
     bias_grad, dots = ops.call(ops.row_wgrad_dot, None, grads, _with_m(val_grad, 2), segments, backend)
     return bias_grad, dots if val_grad.dim() == 2 else dots.squeeze(-1)
+
+
+def _short(acts, grads, val_grad, bias_val_grad, segments, form, grad_dtype, backend):
+    """What `ops.layer_wgrad_dot` has for the plainest of calls; None for all others, and where anything is wrong."""
+    operands = acts, grads, val_grad, bias_val_grad
+    if not (segments is form is backend is None and grad_dtype in (None, torch.float32) and ops.unseen(*operands)):
+        return None
+    for x in operands[: 4 if bias_val_grad is not None else 3]:
+        if not isinstance(x, Tensor):
+            return None
+    if acts.dim() != 3 or grads.dim() != 3 or acts.shape[:2] != grads.shape[:2] or acts.dtype is not grads.dtype:
+        return None
+    return ops.layer_wgrad_dot(acts, grads, val_grad, bias_val_grad, None, torch.float32)
 
 
 def _check_linear(acts, grads, val_grad, segments, per_token, backend) -> None:
