@@ -280,15 +280,15 @@ def layer_wgrad_dot(
     """
     if not unseen():
         return None
-    (batch, tokens, inputs), shape = acts.shape, val_grad.shape
+    (batch, tokens, inputs), shape, dtypes = acts.shape, val_grad.shape, (acts.dtype, torch.float32)
     if (
         segments is not None
         or batch < 2
-        or val_grad.dim() > 3
-        or val_grad.dtype not in (acts.dtype, torch.float32)
-        or val_grad.stride(-1) != 1
+        or len(shape) > 3
         or shape[-2:] != (grads.shape[2], inputs)
-        or (bias_val_grad is not None and bias_val_grad.shape != shape[:-1])
+        or val_grad.stride(-1) != 1
+        or val_grad.dtype not in dtypes
+        or (bias_val_grad is not None and (bias_val_grad.shape != shape[:-1] or bias_val_grad.dtype not in dtypes))
         or not native.runs(acts, grads, val_grad, bias_val_grad)
     ):
         return None

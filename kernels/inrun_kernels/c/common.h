@@ -14,7 +14,7 @@ enum { LANES = 4, ROWS = 8, COLS = 2 };
 #else
 enum { LANES = 4, ROWS = 4, COLS = 2 };
 #endif
-enum { DEPTH = 128, FEWEST = 48 }; /* rows added up at a time; columns of a thread */
+enum { DEPTH = 128 }; /* rows added up at a time */
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
 #define INLINE static inline __attribute__((always_inline))
@@ -37,7 +37,6 @@ typedef struct {
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-INLINE int64_t padded(int64_t size, int64_t count, int64_t to) { return ceil_div(ceil_div(size, count), to) * to; }
 
 INLINE void widen(float *to, matrix x, int64_t at, int64_t count, int bfloat16)
 {
@@ -100,30 +99,4 @@ INLINE void sum_rows(const product *p, const double *row_dots, float *dots)
             for (int64_t row = p->ends[s]; row < p->ends[s + 1]; row++) sum += row_dots[row * n_dirs + m];
             dots[s * n_dirs + m] = sum;
         }
-}
-
-/* Each slot's scratch: floats, then the dots of its blocks. Returns the bytes of all. */
-INLINE int64_t scratch_of(product *p, int64_t floats)
-{
-    p->scratch = ceil_div(4 * floats + 8 * p->samples * p->directions, 64) * 64;
-    return p->scratch * p->slots;
-}
-
-INLINE double *dots_of(const product *p, char *scratch, int64_t slot)
-{
-    return (double *)(scratch + (slot + 1) * p->scratch) - p->samples * p->directions;
-}
-
-INLINE void clear_dots(const product *p, char *scratch)
-{
-    for (int64_t slot = 0; slot < p->slots; slot++) memset(dots_of(p, scratch, slot), 0, 8 * p->samples * p->directions);
-}
-
-INLINE void add_up(const product *p, char *scratch, float *dots)
-{
-    for (int64_t j = 0; j < p->samples * p->directions; j++) {
-        double sum = 0;
-        for (int64_t slot = 0; slot < p->slots; slot++) sum += dots_of(p, scratch, slot)[j];
-        dots[j] = sum;
-    }
 }

@@ -20,9 +20,38 @@ enum {
     TILE = ROWS * WIDTH,
     OUTPUTS = 192, /* of a block, multiples of any ROWS and WIDTH */
     INPUTS = 384,
-    FEW = 256, /* rows */
+    FEW = 256,   /* rows */
+    FEWEST = 48, /* columns of a block, where there are threads without one */
     AHEAD = 8, /* rows copied together, and how far ahead the next are asked for */
 };
+
+INLINE int64_t padded(int64_t size, int64_t count, int64_t to) { return ceil_div(ceil_div(size, count), to) * to; }
+
+/* Each slot's scratch: floats, then the dots of its blocks. Returns the bytes of all. */
+INLINE int64_t scratch_of(product *p, int64_t floats)
+{
+    p->scratch = ceil_div(4 * floats + 8 * p->samples * p->directions, 64) * 64;
+    return p->scratch * p->slots;
+}
+
+INLINE double *dots_of(const product *p, char *scratch, int64_t slot)
+{
+    return (double *)(scratch + (slot + 1) * p->scratch) - p->samples * p->directions;
+}
+
+INLINE void clear_dots(const product *p, char *scratch)
+{
+    for (int64_t slot = 0; slot < p->slots; slot++) memset(dots_of(p, scratch, slot), 0, 8 * p->samples * p->directions);
+}
+
+INLINE void add_up(const product *p, char *scratch, float *dots)
+{
+    for (int64_t j = 0; j < p->samples * p->directions; j++) {
+        double sum = 0;
+        for (int64_t slot = 0; slot < p->slots; slot++) sum += dots_of(p, scratch, slot)[j];
+        dots[j] = sum;
+    }
+}
 
 /* Have a row's columns brought to the cache. */
 INLINE void ask(matrix x, int64_t row, int64_t column, int columns)
