@@ -118,9 +118,9 @@ def layer_norm_plain(x: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tenso
 
 def layer_norm_inrun(x: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     _, mean, rstd = torch.native_layer_norm(x, direction.shape, direction, None, 1e-5)
-    found = norm_backward(x, grads, direction, (mean, rstd), direction[None], None, None, False)
+    found = norm_backward(x, grads, direction, (mean, rstd), direction, None, None, False)
     assert found is not None
-    return found[1], found[3][:, 0]
+    return found[1], found[3]
 
 
 def layer_norm_two_steps(x: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:

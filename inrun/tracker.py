@@ -534,7 +534,7 @@ class Tracker:
 
 
 def _count_trainable(model: nn.Module) -> int:
-    """How many parameters train: once a step, in a tenth of the time that `model.parameters()` takes."""
+    """How many parameters train. Asked once a step, so without the names that `model.parameters()` makes on its way."""
     found, seen, modules = set(), set(), [model]
     while modules:
         module = modules.pop()

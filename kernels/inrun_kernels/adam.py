@@ -57,10 +57,7 @@ def fits(part: AdamPart) -> bool:
         if not x.is_contiguous() or x.shape != shape:
             return False
     if not use_triton(None, part.out):
-        for x in tensors:
-            if x.dtype is not torch.float32:
-                return False
-        return native.runs(*tensors)
+        return native.runs_float32(*tensors)
     step = part.step
     return all(x.dtype in _GPU_DTYPES and x.data_ptr() % 16 == 0 for x in tensors) and (
         not isinstance(step, Tensor) or (step.dtype == torch.float32 and step.device == part.out.device)

@@ -349,12 +349,12 @@ def bias_wgrad_dot(
 
 def _short(acts, grads, val_grad, bias_val_grad, segments, form, grad_dtype, backend):
     """What `ops.layer_wgrad_dot` has for the plainest of calls; None for all others, and where anything is wrong."""
-    operands = acts, grads, val_grad, bias_val_grad
+    operands = (acts, grads, val_grad) if bias_val_grad is None else (acts, grads, val_grad, bias_val_grad)
+    for x in operands:
+        if not (isinstance(x, Tensor) and x.is_cpu):
+            return None
     if not (segments is form is backend is None and grad_dtype in (None, torch.float32) and ops.unseen(*operands)):
         return None
-    for x in operands[: 4 if bias_val_grad is not None else 3]:
-        if not isinstance(x, Tensor):
-            return None
     if acts.dim() != 3 or grads.dim() != 3 or acts.shape[:2] != grads.shape[:2] or acts.dtype is not grads.dtype:
         return None
     return ops.layer_wgrad_dot(acts, grads, val_grad, bias_val_grad, None, torch.float32)

@@ -138,7 +138,7 @@ def row_tile(rows: int, width: int, element_size: int, *, sums: bool) -> tuple[i
 
 def norm_tile(width: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a tile of whole rows: 16 elements to a thread."""
-    columns = max(16, 1 << (width - 1).bit_length())
+    columns = _power_of_two(width)
     return max(1, 2048 // columns), columns, max(4, columns // 512)
 
 
@@ -148,4 +148,8 @@ def ceil_div(size: int, block: int) -> int:
 
 
 def _fit(size: int, largest: int) -> int:
-    return min(largest, max(16, 1 << (size - 1).bit_length()))
+    return min(largest, _power_of_two(size))
+
+
+def _power_of_two(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())

@@ -82,7 +82,7 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
 _C_WAS_TIMED_ON = "GenuineIntel"  # whose costs are taken, all of them, for any other CPU that has the kernels in C
 _EXACT = 1.05  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
 _LARGE = 1 << 20  # elements of a weight that is better not read again for a few tokens' dot
-_SINGLE = 4  # tokens of a sample at most, for which one GEMM more costs less than passes over a large weight
+_HANDFUL = 4  # tokens of a sample at most, for which one GEMM more costs less than passes over a large weight
 _FEW_TOKENS = 32  # of a document, below which a GPU's tiles are mostly empty
 
 
@@ -163,7 +163,7 @@ def _pairwise(cpu: str, threads: int, *sizes: int) -> Choice:
 def quickest_wgrad(costs: dict[str, Cost], threads: int, native: bool, *sizes: int) -> Choice:
     """The form of `ghost_wgrad_dot`; `sizes` as `wgrad_work` takes them."""
     tokens, samples, inputs, outputs, _ = sizes
-    if tokens <= _SINGLE * samples and inputs * outputs >= _LARGE:
+    if tokens <= _HANDFUL * samples and inputs * outputs >= _LARGE:
         return Choice("direct", {}, "direct: few tokens to a sample, and a large weight")
     work = wgrad_work(*sizes)
     if native:

@@ -70,6 +70,14 @@ def runs(*tensors: Tensor | None) -> bool:
     return library() is not None
 
 
+def runs_float32(*tensors: Tensor) -> bool:
+    """Whether those kernels take them that are for float32 alone."""
+    for x in tensors:
+        if x.dtype is not torch.float32:
+            return False
+    return runs(*tensors)
+
+
 def ghost_wgrad_dot(
     acts: Tensor, grads: Tensor, val_grad: Tensor, bias_val_grad: Tensor | None, segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,12 +148,7 @@ def _row_dot(
 
 def norm_fits(x: Tensor, *others: Tensor) -> bool:
     """Whether `norm_backward` takes these tensors: all of float32, rows of whole vectors."""
-    if x.shape[-1] % 16 or x.dtype is not torch.float32:
-        return False
-    for y in others:
-        if y.dtype is not torch.float32:
-            return False
-    return runs(x, *others)
+    return x.shape[-1] % 16 == 0 and runs_float32(x, *others)
 
 
 def norm_backward(

@@ -278,7 +278,7 @@ def layer_wgrad_dot(
     `grad_dtype`. After each large product on a CPU the caches hold nothing of the interpreter's: every Python function
     and every tensor's method that is not called here saves microseconds.
     """
-    if not unseen():
+    if not acts.is_cpu or not unseen():
         return None
     (batch, tokens, inputs), shape, dtypes = acts.shape, val_grad.shape, (acts.dtype, torch.float32)
     if (
