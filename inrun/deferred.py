@@ -27,15 +27,16 @@ Source: second order, arXiv 2406.11011, theorem 4; the others are this library's
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from . import check, directions, hessian
+from . import check, directions, hessian, turning
 from .coupled import KNOWN, Coupled
 from .distributed import local
 from .errors import InRunError
@@ -44,6 +45,7 @@ from .keep import Budget, Keeper, in_modes, modes_of
 from .layers import ForwardModeRule
 from .pairwise import Pairs
 from .tap import Layout, random_kept, random_state, set_random_state, size_of, together
+from .turning import Bend, Beside
 from .updates import ELEMENTWISE, UpdateRule, chunks, require_known, updates, weights_moved
 from .validation import Gradients
 
@@ -105,6 +107,7 @@ class Deferred:
         self._clipped: tuple[float, dict[int, Tensor], dict[int, Tensor]] | None = None
         self._coupled = Coupled(update)
         self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
+        self._beside: Beside | None = None  # where K is not the path's
         self._early: list[Tensor | None] | None = None
         self._random: list[Any] = []  # of each batch, the random state and the modules' modes before its forward
         self._weights: list[tuple[Tensor, Tensor]] = []  # each, and what they were, if its loss will be computed again
@@ -157,7 +160,7 @@ class Deferred:
     def begin(self) -> None:
         self.keeper.reset()
         self.recompute, self._random, self._weights = [], [], []
-        self._parts, self._clipped, self._rest, self._early = [], None, {}, None
+        self._parts, self._clipped, self._rest, self._early, self._beside = [], None, {}, None, None
         self.drop, self.updated = {}, False
         self._coupled.release()  # of a step that an exception ended
         if self.pairs is not None:
@@ -182,8 +185,9 @@ class Deferred:
         self.keeper.pause()
 
     def memory(self) -> dict[str, int]:
-        """Bytes kept now and at most, and those of copied weights."""
-        copies = size_of([*(before for _, before in self._weights), *self._coupled.tensors])
+        """Bytes kept now and at most, and those of copied weights and of what K misses."""
+        left = () if self._beside is None else self._beside.tensors()
+        copies = size_of([*(before for _, before in self._weights), *self._coupled.tensors, *left])
         return {"kept": self.budget.bytes, "kept_peak": self.budget.peak, "weights": copies}
 
     def release(self) -> None:
@@ -229,8 +233,12 @@ class Deferred:
         if self._early is not None:
             return self._early
         if self.pairs is not None:
-            dots = self.pairs.dots(self.keeper, self.ends_with_validation)
+            left = {} if self._beside is None else self._beside.left
+            dots, surplus = self.pairs.dots(self.keeper, self.ends_with_validation, left)
+            if self._beside is not None:
+                dots = self._beside.shared(dots, surplus, 0.0, self.tracker.ranks)
             self.keeper.reset()
+            self._beside = None
             return dots
         if self.true_ends:
             for name, loss in self.tracker.validations.last_losses.items():
@@ -242,9 +250,11 @@ class Deferred:
                 weight = {name: self._mean_value(name, self._parts[0][1][name], gradients[name]) for name in gradients}
                 self._parts = [({name: 1 - w for name, w in weight.items()}, self._parts[0][1])]
             self._parts.append((weight, gradients))
-        self._multiply_in()
+        surplus, by_size = self._multiply_in()
         dots = self._scored()
-        self._start, self._parts, self._clipped, self._rest = {}, [], None, {}
+        if self._beside is not None:
+            dots = self._beside.shared(dots, surplus, by_size, self.tracker.ranks)
+        self._start, self._parts, self._clipped, self._rest, self._beside = {}, [], None, {}, None
         self._coupled.release()
         return dots
 
@@ -260,8 +270,38 @@ class Deferred:
         return found
 
     def _recomputed(self, i: int, run: Callable[[], Tensor]) -> Tensor | None:
-        """Score a batch by computing its loss and backward once more, with probes, as they were."""
-        tracker, inline = self.tracker, Inline(self.tracker)
+        """Score a batch by computing its loss and backward once more, with probes."""
+        inline = Inline(self.tracker)
+        with self._as_it_was(i):
+            try:
+                inline.batch(self.keeper.layouts[i])
+                run().backward()
+            finally:
+                inline.end()
+        return inline.finish()[0]
+
+    def _batches(self) -> Iterator[tuple[Keeper, dict[int, int]]]:
+        """Keepers of the batches' layers, and by their numbers there, those in the step; one to be computed again is
+        kept when it comes."""
+        yield self.keeper, {i: i for i, run in enumerate(self.recompute) if run is None}
+        for i, run in enumerate(self.recompute):
+            if run is None:
+                continue
+            budget = Budget(self.budget.where, None)
+            keeper = Keeper(self.tracker.taps, budget, weights_move=False)
+            with self._as_it_was(i):
+                try:
+                    keeper.begin_batch(self.keeper.layouts[i])
+                    run().backward()
+                finally:
+                    keeper.pause()
+            self.budget.peak = max(self.budget.peak, self.budget.bytes + budget.peak)
+            yield keeper, {0: i}
+
+    @contextlib.contextmanager
+    def _as_it_was(self, i: int) -> Iterator[None]:
+        """Compute a batch again with the weights, buffers, random numbers and modes that it had; no gradient stays."""
+        tracker = self.tracker
         after = [(t, t.detach().clone()) for t in (*(p for p, _ in self._weights), *tracker.model.buffers())]
         for shard, weight in self._weights:
             shard.data.copy_(weight)
@@ -270,14 +310,11 @@ class Deferred:
         try:
             with tracker.ranks.aside(params), torch.enable_grad(), random_kept(), in_modes(modes):
                 set_random_state(random)
-                inline.batch(self.keeper.layouts[i])
-                run().backward()
+                yield
         finally:
-            inline.end()
             tracker.ranks.settle()
             for tensor, value in after:
                 tensor.data.copy_(value)
-        return inline.finish()[0]
 
     def _computed_again(self) -> bool:
         """Whether any process computes a batch again."""
@@ -326,11 +363,14 @@ class Deferred:
         units: dict[int, Tensor] = {}
         moves: dict[int, tuple[Tensor, Tensor]] = {}  # slot -> u(0), u(g_B) - u(0)
         coupled = {i for i, _ in self._among_coupled([(i, s) for i, s in moving if s.param.requires_grad], unscale)}
+        straight = self.update is None and all(type(slot.optimizer) is SGD for _, slot in moving)
+        bend = Bend()
         for part in chunks(moving):
             here = [slot for _, slot in part]
             full = [slot.grad.double() * unscale for slot in here]
             at_zero = updates(here, [torch.zeros_like(g) for g in full], self.update)
             at_full = updates(here, full, self.update)
+            at_half = updates(here, [g / 2 for g in full], self.update) if not straight else at_full
             around = [] if clipped is None else self._slopes(here, full)
             for k, (i, slot) in enumerate(part):
                 g, dtype = full[k], slot.param.dtype
@@ -341,22 +381,58 @@ class Deferred:
                 if i in coupled:
                     self._coupled.hold(i, slot, g, at_full[k] - at_zero[k])
                     continue
+                if not straight:
+                    bend.add(at_zero[k], at_half[k], at_full[k])
                 zero = g == 0
                 coefficient = -(at_full[k] - at_zero[k]) / torch.where(zero, 1.0, g)
                 coefficient.masked_fill_(zero, 0.0)
                 if clipped is not None:
-                    coefficient += clipped[0] * around[k]
                     slopes[i] = around[k].to(dtype)
                 slot.direction[...] = coefficient
         for slot in slots:
             if slot.grad is None:
                 slot.direction.zero_()
+        turns = bend.turns(self.tracker.ranks, slots[0].param.device)
+        if turns or clipped is not None:
+            self._write_beside(moving, coupled, factor, unscale, clipped, turns, slopes)
         if clipped is not None:
+            for i, slope in slopes.items():
+                slots[i].direction.add_(slope, alpha=clipped[0])
             self._clipped = (clipped[0], slopes, units)
         if self.true_ends:
             self._run_along(moves)
         else:
             self._parts = [(0.5 if self.name == "path_secant" else 1.0, self._start)]
+
+    def _write_beside(
+        self,
+        moving: list[tuple[int, Any]],
+        coupled: set[int],
+        factor: Tensor,
+        unscale: Any,
+        clipped: tuple[float, float] | None,
+        turns: bool,
+        around: dict[int, Tensor],
+    ) -> None:
+        """K from beside the path (`turning.py`) in the place of the path's, and what else a sample then earns.
+
+        Takes the slots that it does from `around`.
+        """
+        numbers, slots = zip(*moving, strict=True)
+        ranks, clip = self.tracker.ranks, None if clipped is None else (math.exp(-clipped[0]), clipped[1])
+        squares = turning.squares(self._batches(), slots, ranks)
+        only = {k for k, i in enumerate(numbers) if i not in coupled}
+        self._beside = Beside(factor, squares.of_samples, 0.0 if clip is None else clip[1])
+        for k, slope in turning.slopes(squares, slots, only, unscale, factor, clip, turns, self.update, ranks):
+            i, slot = numbers[k], slots[k]
+            of_path = self._slices(slot)[0]
+            wide = torch.promote_types(of_path.dtype, torch.float32)
+            written = torch.where(slope.k.isfinite(), slope.k, of_path).to(of_path.dtype)
+            self._beside.left[i] = (of_path.to(wide) - written) * slot.grad * unscale
+            if slope.a is not None and slope.b is not None:
+                self._beside.along[i] = slope.a.to(wide), slope.b.to(wide)
+            slot.direction[...] = written
+            around.pop(i, None)
 
     def _among_coupled(self, moving: list[tuple[int, Any]], unscale: Any) -> list[tuple[int, Any]]:
         found = self._coupled.among(moving, unscale)
@@ -418,13 +494,19 @@ class Deferred:
             self._rest = {i: rest for i, (_, rest) in moves.items()}
 
     @torch.no_grad()
-    def _multiply_in(self) -> None:
-        """D = K * G, and under clipping the part of g_B's own direction taken off."""
+    def _multiply_in(self) -> tuple[Tensor, Tensor]:
+        """D = K * G, and under clipping the part of g_B's own direction taken off.
+
+        Returns:
+            For each target, `[M]` or of the only one `[]`: what K misses of the update, and what a sample earns by its
+            gradient's square (see `Beside`).
+        """
         tracker = self.tracker
+        log, slopes, units = self._clipped or (0.0, {}, {})
+        found = []
         for m, name in enumerate(tracker.targets):
             parts = [(w[name] if isinstance(w, dict) else w, gradients[name]) for w, gradients in self._parts]
             mean = [_mean([(w, gradients[i]) for w, gradients in parts]) for i in range(len(tracker.slots))]
-            log, slopes, units = self._clipped or (0.0, {}, {})
             along: list[Tensor] = []
             for i, (slot, g) in enumerate(zip(tracker.slots, mean, strict=True)):
                 slice_ = self._slices(slot)[m]
@@ -443,9 +525,15 @@ class Deferred:
                     along.append((slope * units[i]).sum())
             # A sum over the processes, to which all of them come.
             taken_off = 0.0 if self._clipped is None else self._total(log * hessian.added(along))
+            if self._beside is not None:
+                *of_samples, by_unit = self._beside.along_gradients(mean, tracker.ranks)
+                found.append(torch.stack(of_samples))
+                taken_off = taken_off - float(by_unit) if units else taken_off
             for i, unit in units.items():
                 if mean[i] is not None:
                     self._slices(tracker.slots[i])[m].sub_(unit, alpha=taken_off)
+        surplus, by_size = torch.stack(found, 1) if found else torch.zeros(2, len(tracker.targets))
+        return (surplus[0], by_size[0]) if self._many is None else (surplus, by_size)
 
     def _mean_value(self, name: str, start: Gradients, end: Gradients) -> Tensor:
         """How far from the first end's gradient to the second's lies the one that gives the measured drop.

@@ -190,11 +190,21 @@ def gathered(places: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
     shards = [(owner, name, p) for owner, name, p in found if hasattr(p, "full_tensor")]
     try:
         for owner, name, p in shards:
-            owner._parameters[name] = p.full_tensor()
+            owner._parameters[name] = p.full_tensor().detach().requires_grad_(p.requires_grad)
         yield
     finally:
         for owner, name, p in shards:
             owner._parameters[name] = p
+
+
+def shard_of(whole: Tensor, param: Any) -> Tensor:
+    """Of a tensor of a parameter's whole shape, what belongs to this process's shard of it."""
+    if not hasattr(param, "placements"):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = param.device_mesh
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim).redistribute(mesh, param.placements).to_local()
 
 
 def require_whole(names: Iterable[tuple[str, Any]]) -> None:

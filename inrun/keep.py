@@ -231,10 +231,18 @@ class Keeper:
         return columns[0] if many is None else torch.stack(columns, 1)
 
     def sample_gradients(self, kept: Kept, samples: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-        """Of each sample, by `id` of a parameter's direction: the gradient that one run of a layer gave it."""
+        """Of each sample, by `id` of a parameter's direction: the gradient that one run of a layer gave it.
+
+        Samples are rows, or documents where the batch has those; single tokens are not told apart.
+        """
         kept.require_unchanged()
-        module, device = kept.module, next(kept.module.parameters()).device
+        module, device, layout = kept.module, next(kept.module.parameters()).device, self.layouts[kept.batch]
         grads = moved(kept.grads, device)
+        ends = None if layout.segments is None or layout.per_token else layout.segments.tolist()
+
+        def of(x: Tensor, v: int) -> Tensor:
+            return x[v : v + 1] if ends is None else x.flatten(0, 1)[ends[v] : ends[v + 1]].unsqueeze(0)
+
         if not module._inrun.forward_mode:
             found = {id(d): p for n, p in module._parameters.items()
                      if p is not None and p.requires_grad and (d := module._parameters.get(n + SUFFIX)) is not None
@@ -243,9 +251,9 @@ class Keeper:
             x = x.to(next(iter(found.values())).dtype) if x.is_floating_point() else x
             for v in samples:
                 with torch.enable_grad():
-                    y = module.plain(x[v : v + 1])
+                    y = module.plain(of(x, v))
                     one = torch.autograd.grad(
-                        y, list(found.values()), grads[0][v : v + 1].to(y.dtype), materialize_grads=True
+                        y, list(found.values()), of(grads[0], v).to(y.dtype), materialize_grads=True
                     )
                 yield dict(zip(found, one, strict=True))
             return
@@ -256,8 +264,9 @@ class Keeper:
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
         names = [id(owner._parameters[local + SUFFIX]) for owner, local in places]
         for v in samples:
-            only = [torch.zeros_like(grad).index_copy(0, torch.full((1,), v, device=device), grad[v : v + 1])
-                    for grad in grads.values()]  # fmt: skip
+            only = [torch.zeros_like(grad, memory_format=torch.contiguous_format) for grad in grads.values()]
+            for zeros, grad in zip(only, grads.values(), strict=True):
+                of(zeros, v).copy_(of(grad, v))
             outputs = [leaves[leaf] for leaf in grads]
             one = torch.autograd.grad(outputs, params, only, retain_graph=True, allow_unused=True)
             yield {name: g for name, g in zip(names, one, strict=True) if g is not None}

@@ -74,36 +74,53 @@ class Pairs:
         self.start[target] = (keeper, scale)
         return keeper
 
-    def dots(self, train: Keeper, both_ends: bool) -> list[Tensor | None]:
-        """Of each batch, `[count, columns]`: the dots with every sample of every target, as K stands."""
+    def dots(
+        self, train: Keeper, both_ends: bool, left: Mapping[int, Tensor]
+    ) -> tuple[list[Tensor | None], Tensor | float]:
+        """Of each batch, `[count, columns]`: the dots with every sample of every target, as K stands.
+
+        Args:
+            left: number of a slot -> what K * g_B misses of the update.
+
+        Returns:
+            The dots; and what all samples share, `[columns]` (0 without `left`).
+        """
         ends = [self.start, self.kept] if both_ends else [self.start]
+        slots = self.tracker.slots
         found: list[list[Tensor]] = [[] for _ in train.layouts]  # of each batch, the targets' columns
+        surplus = []
         for target in self.tracker.targets:
-            at_ends = []
+            at_ends, shared = [], 0.0
             for keeper, scale in (kept[target] for kept in ends):
-                parts = dots(train, keeper, self.tracker.slots, self.scalars)
+                parts, missed = dots(train, keeper, slots, self.scalars, {id(slots[i]): x for i, x in left.items()})
                 at_ends.append([None if part is None else part / scale / len(ends) for part in parts])
+                shared = shared + missed / scale / len(ends)
             for columns, parts in zip(found, zip(*at_ends, strict=True), strict=True):
                 if (total := together(parts)) is not None:
                     columns.append(total)
+            surplus.append(shared)
         self.start = {}
-        return [torch.cat(columns, 1) if columns else None for columns in found]
+        return [torch.cat(columns, 1) if columns else None for columns in found], torch.cat(surplus) if left else 0.0
 
 
 @torch.no_grad()
-def dots(train: Keeper, validation: Keeper, slots: Sequence[Any], scalars: Mapping[int, Any]) -> list[Tensor | None]:
+def dots(
+    train: Keeper, validation: Keeper, slots: Sequence[Any], scalars: Mapping[int, Any], left: Mapping[int, Tensor]
+) -> tuple[list[Tensor | None], Tensor]:
     """The dots of every value of the training batches with every validation sample.
 
     Args:
         train: keeps the step's batches.
         validation: keeps one batch, of V samples.
         slots: the tracked parameters, each with K in its `direction`, of the parameter's shape.
-        scalars: `id` of a slot -> K, where K is a number.
+        scalars: `id` of a slot -> K, where K is a number; left: -> what else meets the validation samples' gradients.
 
     Returns:
-        Of each batch, float32 `[count, V]`; None where no backward reached a tracked layer.
+        Of each batch, float32 `[count, V]`, None where no backward reached a tracked layer; and the dots of `left`,
+        `[V]`.
     """
     many = validation.layouts[0].count
+    missed = torch.zeros(many, dtype=torch.float64, device=slots[0].param.device)
     found: list[Tensor | None] = [None] * len(train.layouts)
 
     def add(kept: Kept, part: slice, dots: Tensor) -> None:
@@ -125,27 +142,31 @@ def dots(train: Keeper, validation: Keeper, slots: Sequence[Any], scalars: Mappi
         for low in range(0, many, size):
             samples = range(low, min(low + size, many))
             factors = [slot.sibling.data for slot in members]
-            gradients = _gradients(validation, theirs, members, samples)
+            gradients = gradients_of(validation, theirs, members, samples)
             try:
                 for slot, factor, gradient in zip(members, factors, gradients, strict=True):
+                    if id(slot) in left:
+                        of_slot = (gradient * left[id(slot)]).flatten(1).sum(1, dtype=missed.dtype)
+                        missed[samples.start : samples.stop] += of_slot.to(missed.device)
                     slot.sibling.data = targets_second(gradient.mul_(factor))
                 for kept in ours:
                     add(kept, slice(samples.start, samples.stop), train.dots_of(kept, len(samples)))
             finally:
                 for slot, factor in zip(members, factors, strict=True):
                     slot.sibling.data = factor
-    return found
+    return found, missed
 
 
-def _gradients(validation: Keeper, runs: list[Kept], members: Sequence[Any], samples: range) -> list[Tensor]:
-    """Of each parameter, its gradients by these samples, `[m, *shape]`."""
+def gradients_of(keeper: Keeper, runs: list[Kept], members: Sequence[Any], samples: range) -> list[Tensor]:
+    """Of each parameter, its gradients by these samples of one batch, `[m, *shape]`."""
     total = [torch.zeros((len(samples), *s.param.shape), dtype=s.direction.dtype, device=s.param.device)
              for s in members]  # fmt: skip
-    place = {id(slot.direction): gradient for slot, gradient in zip(members, total, strict=True)}
+    place = {id(slot.sibling): gradient for slot, gradient in zip(members, total, strict=True)}
     for kept in runs:
-        for i, one in enumerate(validation.sample_gradients(kept, samples)):
+        for i, one in enumerate(keeper.sample_gradients(kept, samples)):
             for name, gradient in one.items():
-                place[name][i] += gradient
+                if name in place:
+                    place[name][i] += gradient
     return total
 
 

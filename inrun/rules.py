@@ -152,7 +152,7 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
 def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     """Change a site's module into its tracked class and put the directions beside their parameters."""
     tap = Tap(site.name)
-    tap.form, tap.flat = site.form, site.flat
+    tap.form, tap.flat, tap.by_row = site.form, site.flat, site.takes_one_sample
     tap.owned = [(owner, local) for owner, local, _ in site.owned]
     for owner, local, full in site.owned:
         if not isinstance(owner, Holder):

@@ -1,0 +1,292 @@
+"""Path values of updates that turn at once (Lion's sign; Adam's first steps, which are one), and of clipped gradients.
+
+Along the straight path from no gradient to g_B an update of the first kind jumps, in a coordinate once or not at all.
+Which samples turn it is seen by the coalitions beside the path: one that every sample joins with chance t has, in each
+coordinate, a gradient around t * g_B with the variance t (1 - t) * sum_z g_z^2; the Shapley value is the mean over t
+of what a sample adds to it (Owen, 1972). So K is taken as the mean slope of the update among such gradients, normally
+distributed,
+
+    K = -E[x^2 (u(t g_B + h) - u(t g_B - h)) / 2h],      h = x * sqrt(t (1 - t) (1 - 1/n) * sum_z g_z^2),
+
+by `NODES` points of a lattice of t from 0 to 1 and x > 0; 1 - 1/n as a sample is not beside itself. That takes the sum
+of the n samples' squared gradients, about one weight gradient more of everything, and two updates for a point. What no
+slope can give, -(u(g_B) - u(0)) - K g_B, all samples share alike, so that values add up to what they do along the path.
+
+Clipping by norm is part of the update, u(c_S g_S) with a factor c for each coalition, which goes by the squared norm
+
+    N(t)^2 = t^2 |g_B|^2 + t (1 - t) sum_z |g_z|^2,      to which a sample adds 2t <g_B, g_z> + (1 - 2t) |g_z|^2:
+
+by half of that part c shrinks, and with it all of the coalition's gradient y, which moves u by its derivative along y.
+So values have two terms more, <A, G> <g_B, g_z> and <B, G> |g_z|^2 with G the validation gradient along the step,
+
+    A = E[u'(y) y t / N^2],      B = E[u'(y) y (1/2 - t) / N^2],      over the t at which a coalition is clipped.
+
+N is taken half way to the norm that it has with one sample more. Where the update does not turn, x is 1, and factors
+are means around each t.
+
+Source: multilinear extension, Owen, Management Science 18 (1972); equal shares of what is left, the least square values
+of Ruiz, Valenciano and Zarzuelo (1998). To take the slope for the update, and clipping, are this library's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import check, pairwise
+from .distributed import Ranks, gathered, shard_of
+from .updates import UpdateRule, chunks, updates
+
+if TYPE_CHECKING:
+    from .keep import Keeper
+
+Batches = Iterable[tuple["Keeper", Mapping[int, int]]]
+
+TURNS = 0.02  # of the squared update: how far from the middle of its ends the update of g_B / 2 lies where it turns
+LENGTH = 0.1  # the part of a gradient by which it is shortened, to see how the update changes along it
+FINE = 64  # values of t for the mean around one
+NODES, STRIDE = (
+    8,
+    5,
+)  # of the lattice: number k is at (k + 1/2) / NODES in t and at (k * STRIDE % NODES + 1/2) / NODES in x
+
+
+class Bend:
+    """How far a step's update is from a straight line along the path, over the parameters that are `add`ed."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def add(self, at_zero: Tensor, at_half: Tensor, at_full: Tensor) -> None:
+        """One parameter's update at no gradient, at g_B / 2 and at g_B; float64."""
+        aside, moved = at_half - (at_zero + at_full) / 2, at_full - at_zero
+        self._parts.append(torch.stack([aside.square().sum(), moved.square().sum()]))
+
+    def turns(self, ranks: Ranks, device: torch.device) -> bool:
+        """Whether the update turns too suddenly for the path; the device is waited for."""
+        total = sum((part.to(device) for part in self._parts), torch.zeros(2, dtype=torch.float64, device=device))
+        aside, moved = ranks.over_shards(total).tolist()
+        return aside > TURNS * moved
+
+
+@dataclass
+class Squares:
+    """Of a step's samples, their gradients as the backward made them.
+
+    Attributes:
+        of_slots: by number, the sum of the squared gradients of all processes' samples, of this process's shard. A slot
+            has none where a layer of its own does not hold samples as rows.
+        of_samples: by number of a batch, each sample's squared norm over those slots, `[count]`.
+        players: how many samples all processes have. Single tokens count as their row.
+    """
+
+    of_slots: dict[int, Tensor]
+    of_samples: dict[int, Tensor]
+    players: int
+
+
+def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
+    """See `Squares`.
+
+    Args:
+        batches: keepers, and by the number of a batch there, its number in the step; as many keepers in every process
+            where parameters are sharded.
+    """
+    found = Squares({}, {}, 0)
+    number, device = {id(slot): i for i, slot in enumerate(slots)}, slots[0].param.device
+    components = [(members, list(dict.fromkeys(tap for slot in members for tap in slot.taps)))
+                  for members in check.components(slots)]  # fmt: skip
+    components = [(members, taps) for members, taps in components if all(tap.by_row for tap in taps)]
+    for keeper, numbers in batches:
+        counts = {b: layout.rows if layout.per_token else layout.count
+                  for b, layout in enumerate(keeper.layouts) if b in numbers}  # fmt: skip
+        found.of_samples |= {numbers[b]: torch.zeros(count, device=device) for b, count in counts.items()}
+        for members, taps in components:
+            with gathered(place for tap in taps for place in tap.owned):
+                size = max(1, pairwise.CHUNK // sum(slot.param.numel() for slot in members))
+                sums = [torch.zeros_like(s.param, dtype=torch.promote_types(s.param.dtype, torch.float32))
+                        for s in members]  # fmt: skip
+                for batch, count in counts.items():
+                    runs = [kept for kept in keeper.kept if kept.batch == batch and kept.module._inrun in taps]
+                    for low in range(0, count if runs else 0, size):
+                        samples = range(low, min(low + size, count))
+                        for total, gradients in zip(
+                            sums, pairwise.gradients_of(keeper, runs, members, samples), strict=True
+                        ):
+                            squared = gradients.to(total.dtype).square()
+                            total += squared.sum(0)
+                            norms = found.of_samples[numbers[batch]][samples.start : samples.stop]
+                            norms += squared.flatten(1).sum(1).to(norms)
+            for slot, total in zip(members, sums, strict=True):
+                i = number[id(slot)]
+                part = shard_of(ranks.sum(total), slot.param) if ranks.sharded else total
+                found.of_slots[i] = found.of_slots[i] + part if i in found.of_slots else part
+    if not ranks.sharded:
+        found.of_slots = {i: ranks.sum(total) for i, total in found.of_slots.items()}
+    players = sum(len(norms) for norms in found.of_samples.values())
+    found.players = int(ranks.sum(torch.tensor(players, device=device)))
+    return found
+
+
+@dataclass
+class Slope:
+    """Of one slot: K; and where the gradient was clipped A and B, else None. Float64, and not finite where no sample
+    has a gradient."""
+
+    k: Tensor
+    a: Tensor | None
+    b: Tensor | None
+
+
+def slopes(
+    of: Squares,
+    slots: Sequence[Any],
+    only: Set[int],
+    unscale: Any,
+    factor: Tensor,
+    clipped: tuple[float, float] | None,
+    turns: bool,
+    update: UpdateRule | str | None,
+    ranks: Ranks,
+) -> Iterator[tuple[int, Slope]]:
+    """By its number, the slope of each slot that has squares.
+
+    Args:
+        slots: those of `of`, whose gradients are g_B; only: the numbers of those that are meant.
+        unscale: what those must still be multiplied by; factor: what the kept gradients must.
+        clipped: by what g_B was multiplied when it was clipped, and its norm since; None if it was not.
+        turns: whether the update does; update: as of `updates`.
+    """
+    points = _points(of, factor, clipped, turns, ranks)
+    for part in chunks([(i, slots[i]) for i in of.of_slots if i in only]):
+        here, full = [slot for _, slot in part], [slot.grad.double() * unscale for _, slot in part]
+        beside = [(of.of_slots[i].double() * (1 - 1 / of.players)).sqrt() * factor.to(g.device)
+                  for (i, _), g in zip(part, full, strict=True)]  # fmt: skip
+        k, a, b = ([torch.zeros_like(g) for g in full] for _ in range(3))
+        for point in points:
+            ends = []  # the updates at both sides of the path
+            for side in (-point.x, point.x):
+                at = [point.c * (point.t * g + side * h) for g, h in zip(full, beside, strict=True)]
+                ends.append(updates(here, at, update))
+                if point.along_g or point.along_self:
+                    shorter = updates(here, [(1 - LENGTH) * y for y in at], update)
+                    for i, (whole, short) in enumerate(zip(ends[-1], shorter, strict=True)):
+                        a[i].add_(whole - short, alpha=point.along_g / LENGTH)
+                        b[i].add_(whole - short, alpha=point.along_self / LENGTH)
+            for i, (low, high) in enumerate(zip(*ends, strict=True)):
+                k[i].sub_(high - low, alpha=point.weight / (2 * point.x))
+        for i, (number, _) in enumerate(part):
+            yield number, Slope(k[i] / beside[i], *((None, None) if clipped is None else (a[i], b[i])))
+
+
+@dataclass
+class _Point:
+    """One of the lattice: the gradients `c * (t * g_B +- x * sqrt(sum_z g_z^2))`, and what their updates count."""
+
+    t: float
+    x: float
+    c: float = 1.0
+    weight: float = 0.0  # of the slope, times what a sample's part is multiplied by at this t
+    along_g: float = 0.0  # of the derivative along the gradient itself, in A
+    along_self: float = 0.0  # in B
+
+
+def _points(
+    of: Squares, factor: Tensor, clipped: tuple[float, float] | None, turns: bool, ranks: Ranks
+) -> list[_Point]:
+    """Where an update turns, x is spread; else it is 1, and what its part is multiplied by is a mean around each t."""
+    shrunk, norm = (1.0, 0.0) if clipped is None else clipped
+    spread = 0.0
+    if clipped is not None:
+        squared = sum((total.sum(dtype=torch.float64).to(factor.device) for total in of.of_slots.values()), factor * 0)
+        spread = float(ranks.over_shards(squared) * factor * factor)
+
+    def at(t: float) -> tuple[float, float]:
+        """By how much a coalition is less shrunk than g_B was, and (where it is clipped) one over its squared norm."""
+        squared = (t * norm) ** 2 + (1 - t) * (t + 0.5 / of.players) * spread  # as far shrunk as g_B was
+        if squared <= (shrunk * norm) ** 2:
+            return 1 / shrunk, 0.0
+        return norm / math.sqrt(squared), 1 / squared
+
+    found, nodes = [], NODES if turns else NODES // 2
+    for k in range(nodes):
+        t = (k + 0.5) / nodes
+        x = NormalDist().inv_cdf(0.5 + (k * STRIDE % nodes + 0.5) / (2 * nodes)) if turns else 1.0
+        c, _ = at(t)
+        near = [t] if turns else [(k + (j + 0.5) / FINE) / nodes for j in range(FINE)]
+        less, along_g, along_self = (
+            sum(part) / (c * len(near))
+            for part in zip(*((c, c * t * w, c * (0.5 - t) * w) for t in near for c, w in (at(t),)), strict=True)
+        )
+        found.append(
+            _Point(t, x * math.sqrt(t * (1 - t)), c, x * x * less, along_g / (2 * nodes), along_self / (2 * nodes))
+        )
+    total = sum(point.x**2 / (point.t * (1 - point.t)) for point in found)
+    for point in found:
+        point.weight /= total
+    return found
+
+
+class Beside:
+    """What the samples of a step earn besides K, where that is not the path's.
+
+    Args:
+        factor: what the dots are multiplied by to be values.
+        of_samples: as in `Squares`.
+        norm: of g_B, where it was clipped.
+
+    Attributes:
+        left: number of a slot -> -(u(g_B) - u(0)) - K g_B.
+        along: -> A and B, where g_B was clipped.
+    """
+
+    def __init__(self, factor: Tensor, of_samples: dict[int, Tensor], norm: float) -> None:
+        self.left: dict[int, Tensor] = {}
+        self.along: dict[int, tuple[Tensor, Tensor]] = {}
+        self._factor, self._of_samples, self._norm = factor, of_samples, norm
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.left.values()
+        yield from (x for pair in self.along.values() for x in pair)
+
+    def along_gradients(self, gradients: Sequence[Tensor | None], ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+        """Along a validation gradient, float64 scalars: what all samples share; what one earns by its squared norm; and
+        by its product with g_B of unit length."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self._factor.device)
+        for i, left in self.left.items():
+            if (g := gradients[i]) is not None:
+                for k, x in enumerate((left, *self.along.get(i, ()))):
+                    sums[k] += (x * g).sum(dtype=torch.float64).to(sums.device)
+        left, a, b = ranks.over_shards(sums)
+        squared = sum((norms.double().sum().to(sums) for norms in self._of_samples.values()), sums[0] * 0)
+        squared = ranks.sum(squared) * self._factor.double() ** 2
+        return left - a * self._norm**2 - b * squared, b, a * self._norm
+
+    def shared(
+        self, found: list[Tensor | None], surplus: Tensor | float, by_size: Tensor | float, ranks: Ranks
+    ) -> list[Tensor | None]:
+        """The dots of each batch, with equal parts of `surplus` and by their squares of `by_size`.
+
+        Args:
+            found: `[count]` or `[count, columns]`; surplus, by_size: numbers, or `[columns]`.
+        """
+        factor = self._factor.double()
+        count = sum(len(dots) for dots in found if dots is not None)
+        count = ranks.sum(torch.full_like(factor, count))
+        surplus, by_size = (torch.as_tensor(x, device=factor.device) for x in (surplus, by_size))
+        share = torch.where(factor * count == 0, 0.0, surplus / (factor * count))
+        result: list[Tensor | None] = []
+        for batch, dots in enumerate(found):
+            if dots is not None:
+                squares = self._of_samples[batch].to(factor)
+                squares = squares.repeat_interleave(len(dots) // max(1, len(squares))) / (len(dots) / len(squares))
+                earned = squares * factor if dots.dim() == 1 else (squares * factor)[:, None]
+                dots = dots + (share + by_size * earned).to(dots)
+            result.append(dots)
+        return result

@@ -1,0 +1,225 @@
+"""Path values of updates that turn at once: against the formula written out here, and the exact Shapley value."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from statistics import NormalDist
+
+import pytest
+import torch
+from models import B, data, gradient, loss_of, make, sample_gradients
+from torch import nn
+
+import inrun
+from inrun import shapley
+from inrun.tasks import Lion
+
+OPTIMIZERS = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.0005),
+    "lion": lambda p: Lion(p, lr=0.0005),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+}
+
+
+def start(name, kind, steps, dtype=torch.float64):
+    """A model and its optimizer after some steps."""
+    model = make(name).to(dtype)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    for t in range(steps):
+        loss_of(model, *of(name, dtype, seed=50 + t)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def of(name, dtype=torch.float64, size=B, seed=1):
+    x, y = data(name, size, seed)
+    return x.to(dtype) if x.is_floating_point() else x, y
+
+
+def values(name, kind, method="path", *, steps=0, clip=None, order=None, cuts=(B,), recompute=False, **options):
+    """Of one step after `steps` others; the batch in another order, cut into several."""
+    model, optimizer = start(name, kind, steps)
+    x, y = of(name)
+    order = list(range(B)) if order is None else order
+    x, y = x[order], y[order]
+    target = {"validation": lambda: loss_of(model, *of(name, size=4, seed=2)), **options}
+    update = "elementwise" if kind == "lion" else None
+    tracker = inrun.track(model, optimizer, method, update=update, clip=clip, **target)
+    with tracker.step() as step:
+        for low, high in itertools.pairwise((0, *cuts)):
+
+            def loss(part=slice(low, high)):
+                return loss_of(model, x[part], y[part]) * len(y[part]) / len(y)
+
+            step.batch(order[low:high], recompute=loss if recompute else None)
+            loss().backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    tracker.close()
+    return step.values.double()
+
+
+def moved_by(model, optimizer, g):
+    """The optimizer's update for a gradient by names, on copies."""
+    model, optimizer = copy.deepcopy((model, optimizer))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for n, p in model.named_parameters():
+        p.grad = g[n].clone()
+    optimizer.step()
+    return {n: p.detach() - before[n] for n, p in model.named_parameters()}
+
+
+def exact(name, kind, steps, clip=None):
+    """The Shapley value of the real step, and its sum."""
+    model, optimizer = start(name, kind, steps)
+    samples = sample_gradients(model, *of(name))
+
+    def utility(members):
+        g = {n: sum(s[n] for s, here in zip(samples, members, strict=True) if here) for n in samples[0]}
+        g = {n: torch.zeros_like(samples[0][n]) + v for n, v in g.items()}
+        if clip is not None:
+            norm = torch.stack([v.norm() for v in g.values()]).norm()
+            g = {n: v * min(1.0, clip / (norm + 1e-6)) for n, v in g.items()}
+        moved = moved_by(model, optimizer, g)
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for n, p in other.named_parameters():
+                p.add_(moved[n])
+            return -loss_of(other, *of(name, size=4, seed=2)).item()
+
+    found, total = shapley.exact(utility, B)
+    return torch.from_numpy(found), total
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("adam", 0), ("adam", 2), ("lion", 5), ("adam", 40)])
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("name", ["gpt_tied", "unknown"])
+def test_values_are_the_written_out_ones(name, kind, steps, clip):
+    """All of `turning.py` in plain loops, from per-sample gradients and the optimizer's own step."""
+    model, optimizer = start(name, kind, steps)
+    along = gradient(model, *of(name, size=4, seed=2))
+    samples = sample_gradients(model, *of(name))
+    g = {n: sum(s[n] for s in samples) for n in along}
+    norm = math.sqrt(sum(v.square().sum() for v in g.values()))
+    shrunk = 1.0 if clip is None else clip / (norm + 1e-6)
+    g, *samples = ({n: v * shrunk for n, v in each.items()} for each in (g, *samples))
+    sizes = [sum(v.square().sum().item() for v in s.values()) for s in samples]
+    beside = {n: (sum(s[n].square() for s in samples) * (1 - 1 / B)).sqrt() for n in g}
+    part = {p: moved_by(model, optimizer, {n: p * v for n, v in g.items()}) for p in (0.0, 0.5, 1.0)}
+    line = sum((part[1.0][n] - part[0.0][n]).square().sum() for n in g)
+    turns = sum((part[0.5][n] - (part[0.0][n] + part[1.0][n]) / 2).square().sum() for n in g) > 0.02 * line
+    assert turns or steps in (2, 40)
+    whole = -sum(((part[1.0][n] - part[0.0][n]) * along[n]).sum() for n in g)
+    if not turns and clip is None:
+        directions = {n: -(part[1.0][n] - part[0.0][n]) / torch.where(g[n] == 0, 1.0, g[n]) * along[n] for n in g}
+        earned = [0.0] * B
+    else:
+
+        def factor(t):
+            """What the coalition's clipped share is multiplied by, and its squared norm where it is clipped."""
+            squared = (t * clip) ** 2 + (1 - t) * (t + 0.5 / B) * sum(sizes) if clip is not None else 0.0
+            return (
+                (clip / math.sqrt(squared), squared)
+                if squared > (shrunk * (clip or 0)) ** 2
+                else (1 / shrunk, math.inf)
+            )
+
+        count = 8 if turns else 4
+        slope, a, b, weights = {n: 0.0 for n in g}, 0.0, 0.0, 0.0
+        for k in range(count):
+            t = (k + 0.5) / count
+            x = NormalDist().inv_cdf(0.5 + (k * 5 % 8 + 0.5) / 16) if turns else 1.0
+            c, _ = factor(t)
+            times = [t] if turns else [(k + (j + 0.5) / 64) / 4 for j in range(64)]
+            c_near = sum(factor(near)[0] for near in times) / len(times)
+            h = {n: x * math.sqrt(t * (1 - t)) * beside[n] for n in g}
+            y = [{n: c * (t * g[n] + side * h[n]) for n in g} for side in (-1, 1)]
+            low, high = (moved_by(model, optimizer, at) for at in y)
+            for n in g:
+                rate = torch.where(h[n] == 0, 0.0, (high[n] - low[n]) / (2 * torch.where(h[n] == 0, 1.0, h[n])))
+                slope[n] = slope[n] - x * x * c_near / c * rate
+            weights += x * x
+            shorter = [moved_by(model, optimizer, {n: 0.9 * v for n, v in at.items()}) for at in y]
+            ends = zip((low, high), shorter, strict=True)
+            radial = sum(((one[n] - less[n]) * along[n]).sum() / 0.1 / 2 for one, less in ends for n in g)
+            for near in times:
+                c_here, squared = factor(near)
+                a += c_here / c * near / squared * radial / len(times) / count
+                b += c_here / c * (0.5 - near) / squared * radial / len(times) / count
+        directions = {n: slope[n] / weights * along[n] + (a * g[n] if clip is not None else 0.0) for n in g}
+        earned = [b * size for size in sizes]
+    expected = torch.stack([sum((directions[n] * s[n]).sum() for n in g) for s in samples]) + torch.tensor(earned)
+    expected = expected + (whole - expected.sum()) / B
+    found = values(name, kind, steps=steps, clip=clip)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "within"), [("adam", 1, 0.2), ("lion", 0, 0.35), ("adam", 40, 0.1), ("sgd", 5, 0.1)]
+)
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_values_are_near_the_exact_shapley_value(kind, steps, within, clip, monkeypatch):
+    expected, total = exact("gpt_tied", kind, steps, clip)
+    found = values("gpt_tied", kind, "path_secant", steps=steps, clip=clip)
+    assert found.sum().item() == pytest.approx(total, rel=0.02)
+    error = ((found - expected).norm() / expected.norm()).item()
+    assert error < within
+    if steps < 2:
+        monkeypatch.setattr("inrun.turning.TURNS", 1.0)
+        found = values("gpt_tied", kind, "path_secant", steps=steps, clip=clip)
+        of_path = ((found - expected).norm() / expected.norm()).item()
+        assert of_path > 1.5 * error
+
+
+@pytest.mark.parametrize("kind", ["adam", "lion"])
+def test_they_depend_neither_on_order_nor_on_microbatches_nor_on_what_is_kept(kind):
+    expected = values("gpt_tied", kind)
+    order = [3, 0, 4, 1, 2]
+    changed = [
+        values("gpt_tied", kind, order=order)[[order.index(i) for i in range(B)]],
+        values("gpt_tied", kind, cuts=(2, B)),
+        values("gpt_tied", kind, recompute=True),
+        values("gpt_tied", kind, cuts=(2, B), recompute=True),
+        values("gpt_tied", kind, keep="host"),
+    ]
+    for found in changed:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_targets_documents_tokens_and_pairs_score_as_whole_samples_do():
+    expected = values("gpt_tied", "adam")
+    halves = {k: (lambda k=k: loss_of(MODEL[0], *of("gpt_tied", size=4, seed=2)) * k / 4) for k in (1, 3)}
+    MODEL = []
+
+    def scored(layout, **options):
+        model, optimizer = start("gpt_tied", "adam", 0)
+        MODEL[:] = [model]
+        x, y = of("gpt_tied")
+        tracker = inrun.track(model, optimizer, "path", **options)
+        if tracker.samples:
+            with tracker.validation():
+                loss_of(model, *of("gpt_tied", size=4, seed=2)).backward()
+        with tracker.step(range(B) if "segments" not in layout else range(2 * B), **layout) as step:
+            loss_of(model, x, y).backward()
+            optimizer.step()
+        tracker.close()
+        return step.values.double()
+
+    def close(found, whole=expected):
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+    one = {"validation": lambda: loss_of(MODEL[0], *of("gpt_tied", size=4, seed=2))}
+    targets = scored({}, validation={f"of {k}": loss for k, loss in halves.items()})
+    close(targets, torch.stack([expected / 4, expected * 3 / 4], 1))
+    tokens = of("gpt_tied")[0].shape[1]
+    close(scored({"tokens": tokens}, **one).sum(1))
+    halved = torch.arange(0, 2 * B + 1) * tokens // 2
+    documents = scored({"segments": halved, "tokens": tokens}, **one)
+    assert documents.shape == (2 * B,) and not torch.allclose(documents.view(B, 2).sum(1), expected, rtol=1e-2)
+    torch.testing.assert_close(documents.sum(), expected.sum(), rtol=1e-4, atol=1e-9)
+    close(scored({}, pairwise=range(4)).sum(1))
