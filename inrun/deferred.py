@@ -5,10 +5,9 @@ into an update, G is the validation gradient along the step. K is written where 
 update begins, G multiplied in when its last part is known, and then each kept layer is scored once.
 
     secant        K = the frozen-state coefficient      G = (g_v(w_t) + g_v(w_{t+1})) / 2
-    path          K = -(u(g_B) - u(0)) / g_B            G = g_v(w_t)
+    path          K = -(u(g_B) - u(0)) / g_B: path.py   G = g_v(w_t)
     path_secant   K as path                             G = between g_v at w + u(0) and g_v at w + u(g_B)
     path_simpson  K as path                             G = Simpson's mean of both ends and the middle
-                  (where the update is not elementwise, a Jacobian in the place of K: `coupled.py`)
     second        lr * g_v - (lr^2 / 2) H_v g_B, SGD only
     first         K as secant                           G = g_v(w_t); scored inline unless each validation sample
                                                         has a score of its own (`pairwise.py`)
@@ -19,8 +18,6 @@ Path values are Aumann-Shapley values: every sample's gradient grows from 0 to f
 its growth changed. With G exact along the path they add up to the loss change net of u(0), which belongs to nobody.
 Where `path_secant` knows the loss at both ends, it takes the G between theirs by which they do: a mean value that
 sees the bend of the loss along the step (Simpson's nearly) for the cost of the two ends.
-Clipping by norm is part of the update: along the path the gradient grows until its norm is `clip`, and from there on
-only its direction can change, of which a sample's own part is `g_z` less its component along `g_B`.
 
 Source: second order, arXiv 2406.11011, theorem 4; the others are this library's.
 """
@@ -28,7 +25,6 @@ Source: second order, arXiv 2406.11011, theorem 4; the others are this library's
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -36,17 +32,17 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from . import check, directions, hessian, turning
-from .coupled import KNOWN, Coupled
+from . import check, directions, hessian
+from .coupled import KNOWN
 from .distributed import local
 from .errors import InRunError
 from .inline import Inline
 from .keep import Budget, Keeper, in_modes, modes_of
 from .layers import ForwardModeRule
 from .pairwise import Pairs
+from .path import Path
 from .tap import Layout, random_kept, random_state, set_random_state, size_of, together
-from .turning import Bend, Beside
-from .updates import ELEMENTWISE, UpdateRule, chunks, require_known, updates, weights_moved
+from .updates import ELEMENTWISE, UpdateRule, require_known, weights_moved
 from .validation import Gradients
 
 if TYPE_CHECKING:
@@ -95,7 +91,7 @@ class Deferred:
             raise InRunError(f"method {name!r}: expected validation=<callable>, got validation blocks")
         if name in TWO_ENDS and tracker.validations.every != 1:
             raise ValueError(f"validate_every: expected 1 with method {name!r}, got {tracker.validations.every}")
-        self.tracker, self.name, self.update, self.clip = tracker, name, update, clip
+        self.tracker, self.name, self.update = tracker, name, update
         self.true_ends = by_callable and name in ("path_secant", "path_simpson") and not pairwise
         self.budget = Budget(keep, keep_bytes)
         self.keeper = Keeper(tracker.taps, self.budget, weights_move=name != "second")
@@ -104,10 +100,8 @@ class Deferred:
         self.scale: float | Tensor = 1.0
         self._start: dict[str, Gradients] = {}
         self._parts: list[tuple[float | dict[str, Tensor], dict[str, Gradients]]] = []
-        self._clipped: tuple[float, dict[int, Tensor], dict[int, Tensor]] | None = None
-        self._coupled = Coupled(update)
+        self._path = Path(tracker, update, clip)
         self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
-        self._beside: Beside | None = None  # where K is not the path's
         self._early: list[Tensor | None] | None = None
         self._random: list[Any] = []  # of each batch, the random state and the modules' modes before its forward
         self._weights: list[tuple[Tensor, Tensor]] = []  # each, and what they were, if its loss will be computed again
@@ -160,9 +154,9 @@ class Deferred:
     def begin(self) -> None:
         self.keeper.reset()
         self.recompute, self._random, self._weights = [], [], []
-        self._parts, self._clipped, self._rest, self._early, self._beside = [], None, {}, None, None
+        self._parts, self._rest, self._early = [], {}, None
         self.drop, self.updated = {}, False
-        self._coupled.release()  # of a step that an exception ended
+        self._path.release()  # of a step that an exception ended
         if self.pairs is not None:
             self.pairs.begin()
         if self.starts_with_validation:
@@ -185,16 +179,15 @@ class Deferred:
         self.keeper.pause()
 
     def memory(self) -> dict[str, int]:
-        """Bytes kept now and at most, and those of copied weights and of what K misses."""
-        left = () if self._beside is None else self._beside.tensors()
-        copies = size_of([*(before for _, before in self._weights), *self._coupled.tensors, *left])
+        """Bytes kept now and at most, and those of copied weights and what stands for the update."""
+        copies = size_of([*(before for _, before in self._weights), *self._path.tensors()])
         return {"kept": self.budget.bytes, "kept_peak": self.budget.peak, "weights": copies}
 
     def release(self) -> None:
         """Forget all that waits."""
         self.keeper.reset()
         self._start, self._parts, self._weights, self._rest = {}, [], [], {}
-        self._coupled.release()
+        self._path.release()
         if self.pairs is not None:
             self.pairs.kept, self.pairs.start = {}, {}
 
@@ -213,7 +206,11 @@ class Deferred:
             self._write_coefficients()
             self._parts = [(0.5 if self.name == "secant" else 1.0, self._start)]
         else:
-            self._write_path(factor, unscale)
+            moves = self._path.write(factor, unscale, self.scale, self._batches(), self.true_ends)
+            if self.true_ends:
+                self._run_along(moves)
+            else:
+                self._parts = [(0.5 if self.name == "path_secant" else 1.0, self._start)]
         for slot in self.tracker.slots:  # one may have been frozen since it was tracked
             if not slot.param.requires_grad:
                 slot.direction.zero_()
@@ -233,12 +230,10 @@ class Deferred:
         if self._early is not None:
             return self._early
         if self.pairs is not None:
-            left = {} if self._beside is None else self._beside.left
-            dots, surplus = self.pairs.dots(self.keeper, self.ends_with_validation, left)
-            if self._beside is not None:
-                dots = self._beside.shared(dots, surplus, 0.0, self.tracker.ranks)
+            dots, surplus = self.pairs.dots(self.keeper, self.ends_with_validation, self._path.left)
+            dots = self._path.shared(dots, surplus)
             self.keeper.reset()
-            self._beside = None
+            self._path.release()
             return dots
         if self.true_ends:
             for name, loss in self.tracker.validations.last_losses.items():
@@ -250,12 +245,10 @@ class Deferred:
                 weight = {name: self._mean_value(name, self._parts[0][1][name], gradients[name]) for name in gradients}
                 self._parts = [({name: 1 - w for name, w in weight.items()}, self._parts[0][1])]
             self._parts.append((weight, gradients))
-        surplus, by_size = self._multiply_in()
-        dots = self._scored()
-        if self._beside is not None:
-            dots = self._beside.shared(dots, surplus, by_size, self.tracker.ranks)
-        self._start, self._parts, self._clipped, self._rest, self._beside = {}, [], None, {}, None
-        self._coupled.release()
+        self._multiply_in()
+        dots = self._path.shared(self._scored())
+        self._start, self._parts, self._rest = {}, [], {}
+        self._path.release()
         return dots
 
     # ------------------------------------------------------------------ scoring
@@ -354,129 +347,12 @@ class Deferred:
             if self.pairs is not None and (not isinstance(factor, Tensor) or factor.dim() == 0):
                 self.pairs.scalars[id(slot)] = factor
 
-    def _write_path(self, factor: Tensor, unscale: Any) -> None:
-        """K, from the optimizer's own update at g_B, at 0, and (where it was clipped) around g_B."""
-        slots = self.tracker.slots
-        moving = [(i, s) for i, s in enumerate(slots) if s.grad is not None]
-        clipped = self._clipping([s for _, s in moving], factor, unscale)
-        slopes: dict[int, Tensor] = {}
-        units: dict[int, Tensor] = {}
-        moves: dict[int, tuple[Tensor, Tensor]] = {}  # slot -> u(0), u(g_B) - u(0)
-        coupled = {i for i, _ in self._among_coupled([(i, s) for i, s in moving if s.param.requires_grad], unscale)}
-        straight = self.update is None and all(type(slot.optimizer) is SGD for _, slot in moving)
-        bend = Bend()
-        for part in chunks(moving):
-            here = [slot for _, slot in part]
-            full = [slot.grad.double() * unscale for slot in here]
-            at_zero = updates(here, [torch.zeros_like(g) for g in full], self.update)
-            at_full = updates(here, full, self.update)
-            at_half = updates(here, [g / 2 for g in full], self.update) if not straight else at_full
-            around = [] if clipped is None else self._slopes(here, full)
-            for k, (i, slot) in enumerate(part):
-                g, dtype = full[k], slot.param.dtype
-                if self.true_ends:
-                    moves[i] = (at_zero[k].to(dtype), (at_full[k] - at_zero[k]).to(dtype))
-                if clipped is not None:
-                    units[i] = (g / clipped[1]).to(dtype)
-                if i in coupled:
-                    self._coupled.hold(i, slot, g, at_full[k] - at_zero[k])
-                    continue
-                if not straight:
-                    bend.add(at_zero[k], at_half[k], at_full[k])
-                zero = g == 0
-                coefficient = -(at_full[k] - at_zero[k]) / torch.where(zero, 1.0, g)
-                coefficient.masked_fill_(zero, 0.0)
-                if clipped is not None:
-                    slopes[i] = around[k].to(dtype)
-                slot.direction[...] = coefficient
-        for slot in slots:
-            if slot.grad is None:
-                slot.direction.zero_()
-        turns = bend.turns(self.tracker.ranks, slots[0].param.device)
-        if turns or clipped is not None:
-            self._write_beside(moving, coupled, factor, unscale, clipped, turns, slopes)
-        if clipped is not None:
-            for i, slope in slopes.items():
-                slots[i].direction.add_(slope, alpha=clipped[0])
-            self._clipped = (clipped[0], slopes, units)
-        if self.true_ends:
-            self._run_along(moves)
-        else:
-            self._parts = [(0.5 if self.name == "path_secant" else 1.0, self._start)]
-
-    def _write_beside(
-        self,
-        moving: list[tuple[int, Any]],
-        coupled: set[int],
-        factor: Tensor,
-        unscale: Any,
-        clipped: tuple[float, float] | None,
-        turns: bool,
-        around: dict[int, Tensor],
-    ) -> None:
-        """K from beside the path (`turning.py`) in the place of the path's, and what else a sample then earns.
-
-        Takes the slots that it does from `around`.
-        """
-        numbers, slots = zip(*moving, strict=True)
-        ranks, clip = self.tracker.ranks, None if clipped is None else (math.exp(-clipped[0]), clipped[1])
-        squares = turning.squares(self._batches(), slots, ranks)
-        only = {k for k, i in enumerate(numbers) if i not in coupled}
-        self._beside = Beside(factor, squares.of_samples, 0.0 if clip is None else clip[1])
-        for k, slope in turning.slopes(squares, slots, only, unscale, factor, clip, turns, self.update, ranks):
-            i, slot = numbers[k], slots[k]
-            of_path = self._slices(slot)[0]
-            wide = torch.promote_types(of_path.dtype, torch.float32)
-            written = torch.where(slope.k.isfinite(), slope.k, of_path).to(of_path.dtype)
-            self._beside.left[i] = (of_path.to(wide) - written) * slot.grad * unscale
-            if slope.a is not None and slope.b is not None:
-                self._beside.along[i] = slope.a.to(wide), slope.b.to(wide)
-            slot.direction[...] = written
-            around.pop(i, None)
-
-    def _among_coupled(self, moving: list[tuple[int, Any]], unscale: Any) -> list[tuple[int, Any]]:
-        found = self._coupled.among(moving, unscale)
-        if found and (self.pairs is not None or self.tracker.ranks.sharded):
-            raise InRunError(
-                f"{'fully_shard' if self.pairs is None else 'pairwise'}: expected an optimizer that updates coordinate "
-                f"by coordinate, got {type(found[0][1].optimizer).__name__}"
-            )
-        return found
-
-    def _slopes(self, slots: list[Any], grads: list[Tensor]) -> list[Tensor]:
-        """-u'(g), by differences."""
-        steps = [1e-3 * g.abs() + 1e-12 for g in grads]
-        low = updates(slots, [g - h for g, h in zip(grads, steps, strict=True)], self.update)
-        high = updates(slots, [g + h for g, h in zip(grads, steps, strict=True)], self.update)
-        return [-(b - a) / (2 * h) for a, b, h in zip(low, high, steps, strict=True)]
-
-    def _clipping(self, slots: list[Any], factor: Tensor, unscale: Any) -> tuple[float, float] | None:
-        """Where the gradient was clipped: log(1 / what it was multiplied by), and its norm since."""
-        if self.clip is None:
-            return None
-        norm = hessian.norm(self.tracker, (s.grad.double() * unscale for s in slots))
-        shrink = float(factor) * float(self.scale) * self.tracker.ranks.size  # of the mean over the processes
-        if shrink >= 1 - 1e-6:
-            return None
-        if norm <= self.clip * (1 - 1e-3):
-            grads = [local(p.grad) for p in self.tracker.model.parameters() if p.grad is not None]
-            every = hessian.norm(self.tracker, (g.double() * unscale for g in grads))
-            if every > self.clip * (1 - 1e-3):
-                raise InRunError(
-                    f"clip: expected gradients clipped to the norm {self.clip} over the tracked parameters together, "
-                    f"got their norm {norm:.4g}, and {every:.4g} with the excluded ones"
-                )
-            return None  # it was something else that made them smaller
-        return math.log(1 / shrink), norm
-
-    def _total(self, part: float) -> float:
-        return self.tracker.ranks.total(part, self.tracker.slots[0].param.device)
-
     def _run_along(self, moves: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Validation gradients at w + u(0) and, for Simpson, in the middle; the weights are restored to the bit."""
         validations = self.tracker.validations
         simpson = self.name == "path_simpson"
-        moved = self._total(hessian.added(u0.any() for u0, _ in moves.values()))
+        device = self.tracker.slots[0].param.device
+        moved = self.tracker.ranks.total(hessian.added(u0.any() for u0, _ in moves.values()), device)
         for at, weight in ((0.0, 1 / 6 if simpson else 0.5), *(((0.5, 4 / 6),) if simpson else ())):
             still = at == 0.0 and not moved
             if still and all(age == 0 for age in validations.age.values()):
@@ -494,46 +370,13 @@ class Deferred:
             self._rest = {i: rest for i, (_, rest) in moves.items()}
 
     @torch.no_grad()
-    def _multiply_in(self) -> tuple[Tensor, Tensor]:
-        """D = K * G, and under clipping the part of g_B's own direction taken off.
-
-        Returns:
-            For each target, `[M]` or of the only one `[]`: what K misses of the update, and what a sample earns by its
-            gradient's square (see `Beside`).
-        """
-        tracker = self.tracker
-        log, slopes, units = self._clipped or (0.0, {}, {})
-        found = []
-        for m, name in enumerate(tracker.targets):
+    def _multiply_in(self) -> None:
+        """D = K * G, of every target."""
+        slots = self.tracker.slots
+        for m, name in enumerate(self.tracker.targets):
             parts = [(w[name] if isinstance(w, dict) else w, gradients[name]) for w, gradients in self._parts]
-            mean = [_mean([(w, gradients[i]) for w, gradients in parts]) for i in range(len(tracker.slots))]
-            along: list[Tensor] = []
-            for i, (slot, g) in enumerate(zip(tracker.slots, mean, strict=True)):
-                slice_ = self._slices(slot)[m]
-                if g is None:
-                    slice_.zero_()
-                    continue
-                slope = slopes[i] * g if i in slopes else None
-                if i in self._coupled:
-                    slice_.copy_(self._coupled.direction(i, g))
-                    if i in units:
-                        slope = self._coupled.slope(i, g)
-                        slice_.add_(slope, alpha=log)
-                else:
-                    slice_.mul_(g)
-                if slope is not None:
-                    along.append((slope * units[i]).sum())
-            # A sum over the processes, to which all of them come.
-            taken_off = 0.0 if self._clipped is None else self._total(log * hessian.added(along))
-            if self._beside is not None:
-                *of_samples, by_unit = self._beside.along_gradients(mean, tracker.ranks)
-                found.append(torch.stack(of_samples))
-                taken_off = taken_off - float(by_unit) if units else taken_off
-            for i, unit in units.items():
-                if mean[i] is not None:
-                    self._slices(tracker.slots[i])[m].sub_(unit, alpha=taken_off)
-        surplus, by_size = torch.stack(found, 1) if found else torch.zeros(2, len(tracker.targets))
-        return (surplus[0], by_size[0]) if self._many is None else (surplus, by_size)
+            mean = [_mean([(w, gradients[i]) for w, gradients in parts]) for i in range(len(slots))]
+            self._path.multiply_in([self._slices(slot)[m] for slot in slots], mean)
 
     def _mean_value(self, name: str, start: Gradients, end: Gradients) -> Tensor:
         """How far from the first end's gradient to the second's lies the one that gives the measured drop.

@@ -12,9 +12,12 @@ approximate, the Aumann-Shapley value, with many nodes: what it misses, no quadr
 to find. `coordinates` is the exact Shapley value of every coordinate's own update, at the validation gradient's mean
 along the step: what it misses is the bend of the loss between coalitions, which no method that takes one mean sees.
 
+AdamW's rates have two rows more: its first step from no state, and a step clipped to a quarter of its gradient's norm.
+
 Where path values fall short: Lion's sign turns at once, in every coordinate, when one coalition is large enough: a game
-of votes, whose Shapley value (`coordinates`) is not a linear function of a sample's gradient, as every method's are.
-Muon's orthogonalization is such a sign of the whole matrix.
+of votes, whose Shapley value (`coordinates`) is not a linear function of a sample's gradient. `path` and those after it
+take the line that fits it best (`turning.py`). Muon's orthogonalization is such a sign of the whole matrix, and they
+do not know one that fits it.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ KINDS = {
 ENUMERATED = 12
 FIRST = 1000  # number of the first step after a task's warm start
 FRACTIONS = (1 / 16, 1 / 4, 1.0, 4.0)  # of the largest stable learning rate
+OTHER_STEPS: dict[str, dict[str, Any]] = {"first step": {"steps": 0}, "clipped": {"clipped_to": 1 / 4}}  # of adamw
 NODES = 16  # of the integral along the path
 
 
@@ -57,13 +61,22 @@ class StepUtility:
     Args:
         task: whose validation loss; model, optimizer: at the step's beginning; they are copied, not changed.
         x, y: the step's batch, n samples; out_of: what its loss is divided by, None for its mean.
+        clipped_to: the part of the batch gradient's norm that gradients are clipped to, None for no clipping.
 
     Attributes:
+        clip: the norm that they are clipped to, or None.
         shares: each sample's share of the batch gradient, float64 [n, P], by one backward pass for each.
     """
 
     def __init__(
-        self, task: Task, model: nn.Module, optimizer: optim.Optimizer, x: Tensor, y: Tensor, out_of: int | None = None
+        self,
+        task: Task,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        x: Tensor,
+        y: Tensor,
+        out_of: int | None = None,
+        clipped_to: float | None = None,
     ) -> None:
         self.task = task
         self.model, self.optimizer = copy.deepcopy((model, optimizer))
@@ -72,6 +85,7 @@ class StepUtility:
         whole = predictions(y) if out_of is None else out_of
         parts = [loss(self.model, x[i : i + 1], y[i : i + 1], whole) for i in range(len(x))]
         self.shares = torch.stack([self.gradient(part) for part in parts])
+        self.clip = None if clipped_to is None else clipped_to * float(self.shares.sum(0).norm())
         self.validation_gradient = self.gradient(task.validation_loss(self.model))
         self.before = float(task.validation_loss(self.model).detach())
         self._weights = [p.detach().clone() for p in self.params]
@@ -88,6 +102,8 @@ class StepUtility:
     @torch.no_grad()
     def stepped(self, gradient: Tensor) -> Tensor:
         """The weights after the step with this gradient, [P], where the model then stands."""
+        if self.clip is not None:
+            gradient = gradient * (self.clip / (gradient.norm() + 1e-6)).clamp(max=1.0)
         parts = gradient.split([p.numel() for p in self.params])
         held = zip(self.params, self._weights, self._states, self._before, parts, strict=True)
         for p, weight, states, before, part in held:
@@ -169,8 +185,11 @@ def largest_stable(task: Task, starts: Sequence[nn.Module], kind: str, steps: in
     return lr
 
 
-def applicable(kind: str, size: int) -> list[str]:
-    """The columns that are defined for an optimizer and a batch of this size."""
+def applicable(kind: str, size: int, clipped: bool = False) -> list[str]:
+    """The columns that are defined for an optimizer and a batch of this size, and where gradients are clipped."""
+    if clipped:
+        without = ("sgd_proxy", "path_integral")  # neither knows of it
+        return [m for m in applicable(kind, size) if m not in without]
     always = [m for m in COLUMNS if m.startswith("path") or m == "monte_carlo"]
     if size <= ENUMERATED:
         always.append("coordinates")
@@ -189,13 +208,17 @@ def tracked_values(
     x: Tensor,
     y: Tensor,
     out_of: int | None = None,
+    clip: float | None = None,
 ) -> tuple[np.ndarray, float | None]:
     """The tracker's values of this step, and the drop it measured (where the method does); on copies."""
     model, optimizer = copy.deepcopy((model, optimizer))
     update = "elementwise" if isinstance(optimizer, Lion) else None
-    tracker = track(model, optimizer, method, validation=lambda: task.validation_loss(model), update=update)
+    options: dict[str, Any] = {"clip": clip} if method.startswith("path") or method == "monte_carlo" else {}
+    tracker = track(model, optimizer, method, validation=lambda: task.validation_loss(model), update=update, **options)
     with tracker.step(range(len(x))) as step:
         loss(model, x, y, out_of).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
     tracker.close()
@@ -204,9 +227,18 @@ def tracked_values(
 
 
 def measure(
-    task: Task, start: nn.Module, kind: str, lr: float, *, steps: int, size: int, seed: int, permutations: int = 60
+    task: Task,
+    start: nn.Module,
+    kind: str,
+    lr: float,
+    *,
+    steps: int,
+    size: int,
+    seed: int,
+    permutations: int = 60,
+    clipped_to: float | None = None,
 ) -> dict[str, Any]:
-    """One step's Shapley value, and every method's distance from it.
+    """One step's Shapley value, and every method's distance from it; `clipped_to` as of `StepUtility`.
 
     Returns:
         A row: task, optimizer, lr, seed, batch, total (the step's drop net of u(0), nats), truth (the Shapley value),
@@ -214,21 +246,21 @@ def measure(
     """
     model, optimizer = continued(task, start, kind, lr, steps, size, seed)
     x, y = task.batch(FIRST + steps, size, seed)
-    utility = StepUtility(task, model, optimizer, x, y)
+    utility = StepUtility(task, model, optimizer, x, y, clipped_to=clipped_to)
     half_width = None
     if size <= ENUMERATED:
         truth, total = shapley.exact(utility, size)
     else:
         truth, half_width, total = shapley.monte_carlo(utility, size, permutations, seed)
     values: dict[str, np.ndarray] = {}
-    for method in applicable(kind, size):
+    for method in applicable(kind, size, clipped_to is not None):
         if method == "sgd_proxy":
             values[method] = lr * (utility.shares @ utility.validation_gradient).numpy()
             continue
         if method in ("path_integral", "coordinates"):
             values[method] = getattr(utility, method)()
             continue
-        values[method], drop = tracked_values(method, task, model, optimizer, x, y)
+        values[method], drop = tracked_values(method, task, model, optimizer, x, y, clip=utility.clip)
         if drop is not None and not math.isclose(drop, total, rel_tol=1e-6, abs_tol=1e-9):
             raise InRunError(f"{task.name}, {kind}, lr {lr:g}: the tracker's drop is {drop:g}, the game's {total:g}")
     return {
@@ -281,6 +313,10 @@ def run(
             for part, batch, s in cases:
                 options = {"steps": steps, "size": batch, "seed": s, "permutations": permutations}
                 rows.append({**measure(task, starts[s], kind, top * part, **options), "of_largest": part})
+            for name, other in OTHER_STEPS.items() if kind == "adamw" else ():
+                for s in range(seeds):
+                    row = measure(task, starts[s], kind, top / 4, **{"steps": steps, "size": size, "seed": s, **other})
+                    rows.append({**row, "optimizer": f"{kind}, {name}", "of_largest": 1 / 4})
     return {**results.provenance(0), "steps": steps, "seeds": seeds, "largest": largest, "rows": rows}
 
 

@@ -1,0 +1,228 @@
+"""K of the path methods: how the optimizer's own update turns this step's gradient into a move of the weights.
+
+    along the path      K = -(u(g_B) - u(0)) / g_B, coordinate by coordinate
+    beside it           where the update turns at once or the gradient was clipped: `turning.py`
+    not elementwise     a Jacobian in the place of K: `coupled.py`
+
+Clipping is along the path itself for updates that are not elementwise, and for layers whose samples are no rows: the
+gradient grows until its norm is `clip`, and from there on only its direction can change, of which a sample's own part
+is `g_z` less its component along `g_B`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from . import hessian, turning
+from .coupled import Coupled
+from .distributed import local
+from .errors import InRunError
+from .turning import Batches, Bend, Beside
+from .updates import UpdateRule, chunks, updates
+
+if TYPE_CHECKING:
+    from .tracker import Tracker
+
+
+class Path:
+    """Of one step at a time; `release` forgets it.
+
+    Args:
+        tracker: whose slots have K, and then K * G, written where their directions stand.
+        update: a user's update rule, "elementwise", or None.
+        clip: the `max_norm` of the user's clipping by norm, or None.
+    """
+
+    def __init__(self, tracker: Tracker, update: UpdateRule | str | None, clip: float | None) -> None:
+        self.tracker, self.update, self.clip = tracker, update, clip
+        self._coupled = Coupled(update)
+        self.release()
+
+    def release(self) -> None:
+        """Forget the step."""
+        self._coupled.release()
+        self._log = 0.0  # of one over what the gradient was multiplied by when it was clipped
+        self._slopes: dict[int, Tensor] = {}  # slot -> -u'(g_B), where it was clipped along the path
+        self._units: dict[int, Tensor] = {}  # slot -> g_B / |g_B|, where it was clipped
+        self._beside: Beside | None = None
+        self._earned: list[tuple[Tensor, Tensor]] = []  # of each target, what `Beside.shared` shares
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is held, but for what clipping holds."""
+        yield from self._coupled.tensors
+        if self._beside is not None:
+            yield from self._beside.tensors()
+
+    @property
+    def left(self) -> dict[int, Tensor]:
+        """Slot -> what K * g_B misses of the update, where that is not all."""
+        return {} if self._beside is None else self._beside.left
+
+    def write(
+        self, factor: Tensor, unscale: Any, scale: float | Tensor, batches: Batches, ends: bool
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Write K of this step; returns slot -> u(0), u(g_B) - u(0), if `ends` are asked for.
+
+        Args:
+            factor: what dots are multiplied by to be values.
+            unscale: what the gradients must still be multiplied by; scale: what the loss was.
+            batches: as of `turning.squares`.
+
+        Raises:
+            InRunError: gradients clipped to another norm, or an update that is not what was said of it.
+        """
+        tracker, moves = self.tracker, {}
+        moving = [(i, s) for i, s in enumerate(tracker.slots) if s.grad is not None]
+        clipped = self._clipping([s for _, s in moving], factor, unscale, scale)
+        coupled = {i for i, _ in self._among_coupled([(i, s) for i, s in moving if s.param.requires_grad], unscale)}
+        linear = self.update is None and all(type(slot.optimizer) is SGD for _, slot in moving)
+        bend = Bend()
+        for part in chunks(moving):
+            here = [slot for _, slot in part]
+            full = [slot.grad.double() * unscale for slot in here]
+            at_zero = updates(here, [torch.zeros_like(g) for g in full], self.update)
+            at_full = updates(here, full, self.update)
+            at_half = None if linear else updates(here, [g / 2 for g in full], self.update)
+            around = None if clipped is None else self._slopes_of(here, full)
+            for k, (i, slot) in enumerate(part):
+                g, dtype = full[k], slot.param.dtype
+                if ends:
+                    moves[i] = (at_zero[k].to(dtype), (at_full[k] - at_zero[k]).to(dtype))
+                if clipped is not None:
+                    self._units[i] = (g / clipped[1]).to(dtype)
+                if i in coupled:
+                    self._coupled.hold(i, slot, g, at_full[k] - at_zero[k])
+                    continue
+                if at_half is not None:
+                    bend.add(at_zero[k], at_half[k], at_full[k])
+                if around is not None:
+                    self._slopes[i] = around[k].to(dtype)
+                slot.direction[...] = torch.where(g == 0, 0.0, -(at_full[k] - at_zero[k]) / torch.where(g == 0, 1.0, g))
+        for slot in tracker.slots:
+            if slot.grad is None:
+                slot.direction.zero_()
+        turns = bend.turns(tracker.ranks, tracker.slots[0].param.device)
+        if moving and (turns or clipped is not None):
+            self._write_beside(moving, coupled, factor, unscale, clipped, turns, batches)
+        if clipped is not None:
+            self._log = math.log(1 / clipped[0])
+            for i, slope in self._slopes.items():
+                tracker.slots[i].direction.add_(slope, alpha=self._log)
+        return moves
+
+    def multiply_in(self, slices: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Make K in one target's slices K * G, and take off what clipping takes of g_B's own direction.
+
+        Args:
+            slices: of each slot; gradients: G there, None where the loss has none.
+        """
+        ranks, along = self.tracker.ranks, []
+        for i, (slice_, g) in enumerate(zip(slices, gradients, strict=True)):
+            if g is None:
+                slice_.zero_()
+                continue
+            slope = self._slopes[i] * g if i in self._slopes else None
+            if i in self._coupled:
+                slice_.copy_(self._coupled.direction(i, g))
+                if i in self._units:
+                    slope = self._coupled.slope(i, g)
+                    slice_.add_(slope, alpha=self._log)
+            else:
+                slice_.mul_(g)
+            if slope is not None:
+                along.append((slope * self._units[i]).sum())
+        taken_off = 0.0
+        if self._log:  # sums over the processes, to which all of them come
+            taken_off = ranks.total(self._log * hessian.added(along), slices[0].device)
+        if self._beside is not None:
+            surplus, by_size, by_unit = self._beside.along_gradients(gradients, ranks)
+            self._earned.append((surplus, by_size))
+            taken_off = taken_off - float(by_unit) if self._units else 0.0
+        for i, unit in self._units.items():
+            if gradients[i] is not None:
+                slices[i].sub_(unit, alpha=taken_off)
+
+    def shared(self, found: list[Tensor | None], surplus: Tensor | float | None = None) -> list[Tensor | None]:
+        """The dots of each batch, `[count]` or `[count, columns]`, and what samples earn besides.
+
+        Args:
+            surplus: of each column, in the place of what `multiply_in` found.
+        """
+        if self._beside is None:
+            return found
+        by_size: Tensor | float = 0.0
+        if surplus is None:
+            both = [torch.stack(of_targets) for of_targets in zip(*self._earned, strict=True)]
+            surplus, by_size = both if self.tracker.many is not None else (both[0][0], both[1][0])
+        return self._beside.shared(found, surplus, by_size, self.tracker.ranks)
+
+    def _write_beside(
+        self,
+        moving: Sequence[tuple[int, Any]],
+        coupled: set[int],
+        factor: Tensor,
+        unscale: Any,
+        clipped: tuple[float, float] | None,
+        turns: bool,
+        batches: Batches,
+    ) -> None:
+        """K from beside the path in the place of the path's, and what it misses of the update."""
+        numbers, slots = zip(*moving, strict=True)
+        ranks, many = self.tracker.ranks, self.tracker.many
+        squares = turning.squares(batches, slots, ranks)
+        only = {k for k, i in enumerate(numbers) if i not in coupled}
+        self._beside = Beside(factor, squares.of_samples, 0.0 if clipped is None else clipped[1])
+        for k, slope in turning.slopes(squares, slots, only, unscale, factor, clipped, turns, self.update, ranks):
+            i, slot = numbers[k], slots[k]
+            of_path = slot.direction if many is None else slot.direction[0]
+            wide = torch.promote_types(of_path.dtype, torch.float32)
+            written = torch.where(slope.k.isfinite(), slope.k, of_path).to(of_path.dtype)
+            self._beside.left[i] = (of_path.to(wide) - written) * slot.grad * unscale
+            if slope.a is not None and slope.b is not None:
+                self._beside.along[i] = slope.a.to(wide), slope.b.to(wide)
+            slot.direction[...] = written
+            self._slopes.pop(i, None)
+
+    def _among_coupled(self, moving: list[tuple[int, Any]], unscale: Any) -> list[tuple[int, Any]]:
+        found = self._coupled.among(moving, unscale)
+        pairwise = bool(self.tracker.samples)
+        if found and (pairwise or self.tracker.ranks.sharded):
+            raise InRunError(
+                f"{'pairwise' if pairwise else 'fully_shard'}: expected an optimizer that updates coordinate by "
+                f"coordinate, got {type(found[0][1].optimizer).__name__}"
+            )
+        return found
+
+    def _slopes_of(self, slots: list[Any], grads: list[Tensor]) -> list[Tensor]:
+        """-u'(g), by differences."""
+        steps = [1e-3 * g.abs() + 1e-12 for g in grads]
+        low = updates(slots, [g - h for g, h in zip(grads, steps, strict=True)], self.update)
+        high = updates(slots, [g + h for g, h in zip(grads, steps, strict=True)], self.update)
+        return [-(b - a) / (2 * h) for a, b, h in zip(low, high, steps, strict=True)]
+
+    def _clipping(
+        self, slots: list[Any], factor: Tensor, unscale: Any, scale: float | Tensor
+    ) -> tuple[float, float] | None:
+        """Where the gradient was clipped: what it was multiplied by, and its norm since."""
+        if self.clip is None:
+            return None
+        norm = hessian.norm(self.tracker, (s.grad.double() * unscale for s in slots))
+        shrunk = float(factor) * float(scale) * self.tracker.ranks.size  # of the mean over the processes
+        if shrunk >= 1 - 1e-6:
+            return None
+        if norm <= self.clip * (1 - 1e-3):
+            grads = [local(p.grad) for p in self.tracker.model.parameters() if p.grad is not None]
+            every = hessian.norm(self.tracker, (g.double() * unscale for g in grads))
+            if every > self.clip * (1 - 1e-3):
+                raise InRunError(
+                    f"clip: expected gradients clipped to the norm {self.clip} over the tracked parameters together, "
+                    f"got their norm {norm:.4g}, and {every:.4g} with the excluded ones"
+                )
+            return None  # it was something else that made them smaller
+        return shrunk, norm
