@@ -23,6 +23,7 @@ from bench import table
 from bench.bench_step import GPU_CASES, Case
 from bench.measure import BASE, Machine, Row, interleaved, require_close, rows_of
 from bench.peers import LR, Training, loss_of
+from inrun import turning
 
 START, END = "<!-- variants: python -m bench.bench_variants --save-results -->", "<!-- variants end -->"
 PASS = "validation pass"
@@ -42,6 +43,7 @@ class Variant:
     targets: int = 1
     sgd: bool = False
     recompute: bool = False
+    turns: bool = False  # whether the update is taken for one that turns at once, as Adam's first are
 
 
 class Tracked(Training):
@@ -65,6 +67,7 @@ class Tracked(Training):
         self.drops: list[Tensor] = []  # of each step, where it is measured
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        turning.TURNS = -1.0 if self.variant.turns else 1.0
         recompute = functools.partial(loss_of, self.model, x, y) if self.variant.recompute else None
         count, self.passes = len(x) * self.variant.documents, 0
         with self.tracker.step(range(count), recompute=recompute, **self.variant.layout) as step:
@@ -87,6 +90,7 @@ def variants(batch: int, tokens: int, on_gpu: bool) -> dict[str, Variant]:
         "path": Variant("path"),
         "path, recompute": Variant("path", recompute=True),
         "path_secant": Variant("path_secant"),
+        "path_secant, turning": Variant("path_secant", turns=True),
         "path_simpson": Variant("path_simpson"),
         f"monte_carlo, {ORDERS} orders": Variant("monte_carlo", {"permutations": ORDERS}),
     }
@@ -111,7 +115,7 @@ def require_right(values: dict[str, Tensor], runs: dict[str, Any]) -> None:
     for name, found in sums.items():
         require_close(name, found, first, 1e-3)
     require_close("path, recompute", values["path, recompute"], path, 1e-3)
-    for name in ("path_secant", "path_simpson", f"monte_carlo, {ORDERS} orders"):
+    for name in ("path_secant", "path_secant, turning", "path_simpson", f"monte_carlo, {ORDERS} orders"):
         found, drop = values[name], runs[name].drops[0]
         if abs(found.sum() - drop) > 1e-2 * found.abs().sum():
             raise ValueError(f"{name}: expected values that add up to the drop, {drop:.4g}, got {found.tolist()}")
@@ -180,7 +184,8 @@ def as_markdown(rows: list[Row]) -> str:
         f"Ratios to plain training ({plain['ms']:.0f} ms, and {plain['peak_bytes'] / 1e6:.0f} MB, weights and AdamW's "
         f"state included); {plain['case']}, {plain['device']}, {plain['threads']} threads, {plain['dtype']}. A "
         f"validation pass over as many samples takes {one['ratio']:.2f}. monte_carlo's "
-        "own, one for each coalition that its orders meet, have no backward and are left in."
+        "own, one for each coalition that its orders meet, have no backward and are left in. `turning`: a step whose "
+        "update turns at once."
     )
     return "\n".join([*lines, "", note])
 

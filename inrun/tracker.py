@@ -356,7 +356,8 @@ class Tracker:
                 has no samples left, and only takes part.
             segments, tokens: one value for each document of packed rows, or for each token; see `Step.batch`.
             recompute: for deferred methods: returns the batch's loss once more, exactly as the block computes
-                it, so that nothing need be kept.
+                it, so that nothing need be kept. Path methods call it twice, and keep that batch for as long, in
+                steps whose gradient was clipped or whose update turns at once (see `inrun.turning`).
             scale: for path methods and "monte_carlo" with `clip`, and for validation="batch": what the loss is
                 multiplied by (a loss scaler's factor).
 
