@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from . import hessian, turning
+from . import hessian
 from .coupled import Coupled
 from .distributed import local
 from .errors import InRunError
-from .turning import Batches, Bend, Beside
+from .turning import Batches, Beside, slopes, squares, turns
 from .updates import UpdateRule, chunks, updates
 
 if TYPE_CHECKING:
@@ -82,13 +82,11 @@ class Path:
         clipped = self._clipping([s for _, s in moving], factor, unscale, scale)
         coupled = {i for i, _ in self._among_coupled([(i, s) for i, s in moving if s.param.requires_grad], unscale)}
         linear = self.update is None and all(type(slot.optimizer) is SGD for _, slot in moving)
-        bend = Bend()
         for part in chunks(moving):
             here = [slot for _, slot in part]
             full = [slot.grad.double() * unscale for slot in here]
             at_zero = updates(here, [torch.zeros_like(g) for g in full], self.update)
             at_full = updates(here, full, self.update)
-            at_half = None if linear else updates(here, [g / 2 for g in full], self.update)
             around = None if clipped is None else self._slopes_of(here, full)
             for k, (i, slot) in enumerate(part):
                 g, dtype = full[k], slot.param.dtype
@@ -99,17 +97,16 @@ class Path:
                 if i in coupled:
                     self._coupled.hold(i, slot, g, at_full[k] - at_zero[k])
                     continue
-                if at_half is not None:
-                    bend.add(at_zero[k], at_half[k], at_full[k])
                 if around is not None:
                     self._slopes[i] = around[k].to(dtype)
                 slot.direction[...] = torch.where(g == 0, 0.0, -(at_full[k] - at_zero[k]) / torch.where(g == 0, 1.0, g))
         for slot in tracker.slots:
             if slot.grad is None:
                 slot.direction.zero_()
-        turns = bend.turns(tracker.ranks, tracker.slots[0].param.device)
-        if moving and (turns or clipped is not None):
-            self._write_beside(moving, coupled, factor, unscale, clipped, turns, batches)
+        alone = [] if linear else [slot for i, slot in moving if i not in coupled]
+        turning = turns(alone, unscale, self.update, tracker.ranks)
+        if moving and (turning or clipped is not None):
+            self._write_beside(moving, coupled, factor, unscale, clipped, turning, batches)
         if clipped is not None:
             self._log = math.log(1 / clipped[0])
             for i, slope in self._slopes.items():
@@ -169,16 +166,16 @@ class Path:
         factor: Tensor,
         unscale: Any,
         clipped: tuple[float, float] | None,
-        turns: bool,
+        turning: bool,
         batches: Batches,
     ) -> None:
         """K from beside the path in the place of the path's, and what it misses of the update."""
         numbers, slots = zip(*moving, strict=True)
         ranks, many = self.tracker.ranks, self.tracker.many
-        squares = turning.squares(batches, slots, ranks)
+        of = squares(batches, slots, ranks)
         only = {k for k, i in enumerate(numbers) if i not in coupled}
-        self._beside = Beside(factor, squares.of_samples, 0.0 if clipped is None else clipped[1])
-        for k, slope in turning.slopes(squares, slots, only, unscale, factor, clipped, turns, self.update, ranks):
+        self._beside = Beside(factor, of.of_samples, 0.0 if clipped is None else clipped[1])
+        for k, slope in slopes(of, slots, only, unscale, factor, clipped, turning, self.update, ranks):
             i, slot = numbers[k], slots[k]
             of_path = slot.direction if many is None else slot.direction[0]
             wide = torch.promote_types(of_path.dtype, torch.float32)

@@ -8,7 +8,7 @@ distributed,
 
     K = -E[x^2 (u(t g_B + h) - u(t g_B - h)) / 2h],      h = x * sqrt(t (1 - t) (1 - 1/n) * sum_z g_z^2),
 
-by `NODES` points of a lattice of t from 0 to 1 and x > 0; 1 - 1/n as a sample is not beside itself. That takes the sum
+by the points of a lattice of t from 0 to 1 and x > 0; 1 - 1/n as a sample is not beside itself. That takes the sum
 of the n samples' squared gradients, about one weight gradient more of everything, and two updates for a point. What no
 slope can give, -(u(g_B) - u(0)) - K g_B, all samples share alike, so that values add up to what they do along the path.
 
@@ -41,7 +41,7 @@ from torch import Tensor
 
 from . import check, pairwise
 from .distributed import Ranks, gathered, shard_of
-from .updates import UpdateRule, chunks, updates
+from .updates import UpdateRule, chunks, sampled, updates
 
 if TYPE_CHECKING:
     from .keep import Keeper
@@ -51,28 +51,27 @@ Batches = Iterable[tuple["Keeper", Mapping[int, int]]]
 TURNS = 0.02  # of the squared update: how far from the middle of its ends the update of g_B / 2 lies where it turns
 LENGTH = 0.1  # the part of a gradient by which it is shortened, to see how the update changes along it
 FINE = 64  # values of t for the mean around one
-NODES, STRIDE = (
-    8,
-    5,
-)  # of the lattice: number k is at (k + 1/2) / NODES in t and at (k * STRIDE % NODES + 1/2) / NODES in x
+LOOKED_AT = 1 << 14  # coordinates of each parameter, to see whether it turns
+# Points and stride of the lattice: k is (k + 1/2) / points of t, and (k * stride % points + 1/2) / points of x > 0.
+LATTICE, COARSE = (8, 5), (4, 3)
+MANY = 1 << 20  # coordinates, over which what the coarse one misses is averaged out
 
 
-class Bend:
-    """How far a step's update is from a straight line along the path, over the parameters that are `add`ed."""
+def turns(slots: Sequence[Any], unscale: Any, update: UpdateRule | str | None, ranks: Ranks) -> bool:
+    """Whether these slots' update turns too suddenly for the path; the device is waited for.
 
-    def __init__(self) -> None:
-        self._parts: list[Tensor] = []
-
-    def add(self, at_zero: Tensor, at_half: Tensor, at_full: Tensor) -> None:
-        """One parameter's update at no gradient, at g_B / 2 and at g_B; float64."""
-        aside, moved = at_half - (at_zero + at_full) / 2, at_full - at_zero
-        self._parts.append(torch.stack([aside.square().sum(), moved.square().sum()]))
-
-    def turns(self, ranks: Ranks, device: torch.device) -> bool:
-        """Whether the update turns too suddenly for the path; the device is waited for."""
-        total = sum((part.to(device) for part in self._parts), torch.zeros(2, dtype=torch.float64, device=device))
-        aside, moved = ranks.over_shards(total).tolist()
-        return aside > TURNS * moved
+    Some coordinates of each slot tell: without a turn, the update of g_B / 2 is half way between those of 0 and g_B.
+    """
+    device = slots[0].param.device if slots else torch.device("cpu")
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for slot in slots:
+        part, here = sampled(slot, LOOKED_AT)
+        g = slot.grad.flatten()[here].double() * unscale
+        zero, half, full = (updates([part], [t * g], update)[0] for t in (0.0, 0.5, 1.0))
+        squared = [(half - (zero + full) / 2).square().sum(), (full - zero).square().sum()]
+        total += torch.stack(squared).to(device) * (slot.shard.numel() / max(1, g.numel()))
+    aside, moved = ranks.over_shards(total).tolist()
+    return aside > TURNS * moved
 
 
 @dataclass
@@ -151,7 +150,7 @@ def slopes(
     unscale: Any,
     factor: Tensor,
     clipped: tuple[float, float] | None,
-    turns: bool,
+    turning: bool,
     update: UpdateRule | str | None,
     ranks: Ranks,
 ) -> Iterator[tuple[int, Slope]]:
@@ -161,9 +160,9 @@ def slopes(
         slots: those of `of`, whose gradients are g_B; only: the numbers of those that are meant.
         unscale: what those must still be multiplied by; factor: what the kept gradients must.
         clipped: by what g_B was multiplied when it was clipped, and its norm since; None if it was not.
-        turns: whether the update does; update: as of `updates`.
+        turning: whether the update turns; update: as of `updates`.
     """
-    points = _points(of, factor, clipped, turns, ranks)
+    points = _points(of, slots, factor, clipped, turning, ranks)
     for part in chunks([(i, slots[i]) for i in of.of_slots if i in only]):
         here, full = [slot for _, slot in part], [slot.grad.double() * unscale for _, slot in part]
         beside = [(of.of_slots[i].double() * (1 - 1 / of.players)).sqrt() * factor.to(g.device)
@@ -198,7 +197,12 @@ class _Point:
 
 
 def _points(
-    of: Squares, factor: Tensor, clipped: tuple[float, float] | None, turns: bool, ranks: Ranks
+    of: Squares,
+    slots: Sequence[Any],
+    factor: Tensor,
+    clipped: tuple[float, float] | None,
+    turning: bool,
+    ranks: Ranks,
 ) -> list[_Point]:
     """Where an update turns, x is spread; else it is 1, and what its part is multiplied by is a mean around each t."""
     shrunk, norm = (1.0, 0.0) if clipped is None else clipped
@@ -214,12 +218,13 @@ def _points(
             return 1 / shrunk, 0.0
         return norm / math.sqrt(squared), 1 / squared
 
-    found, nodes = [], NODES if turns else NODES // 2
+    points, stride = COARSE if sum(slot.param.numel() for slot in slots) > MANY else LATTICE
+    found, nodes = [], points if turning else points // 2
     for k in range(nodes):
         t = (k + 0.5) / nodes
-        x = NormalDist().inv_cdf(0.5 + (k * STRIDE % nodes + 0.5) / (2 * nodes)) if turns else 1.0
+        x = NormalDist().inv_cdf(0.5 + (k * stride % nodes + 0.5) / (2 * nodes)) if turning else 1.0
         c, _ = at(t)
-        near = [t] if turns else [(k + (j + 0.5) / FINE) / nodes for j in range(FINE)]
+        near = [t] if turning else [(k + (j + 0.5) / FINE) / nodes for j in range(FINE)]
         less, along_g, along_self = (
             sum(part) / (c * len(near))
             for part in zip(*((c, c * t * w, c * (0.5 - t) * w) for t in near for c, w in (at(t),)), strict=True)

@@ -124,6 +124,20 @@ def repeated(slot: Any, count: int) -> Any:
     )  # fmt: skip
 
 
+def sampled(slot: Any, most: int) -> tuple[Any, slice]:
+    """At most so many coordinates of a parameter, for the `updates` of an elementwise optimizer; and which they are."""
+    like = local(slot.param).detach()
+    here = slice(None, None, max(1, -(-like.numel() // most)))
+    state = {key: local(value) for key, value in slot.state.items()}
+    shaped = {key: value.flatten()[here] for key, value in state.items()
+              if isinstance(value, Tensor) and value.shape == like.shape and key not in _SCALARS}  # fmt: skip
+    part = SimpleNamespace(
+        param=like.flatten()[here], optimizer=slot.optimizer, group=slot.group, options=slot.options,
+        state={**state, **shaped},
+    )  # fmt: skip
+    return part, here
+
+
 def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any], int]]) -> None:
     """Take the optimizer's step with other parameters, each with its state and the number of its group."""
     twin = _twin(

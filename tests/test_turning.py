@@ -99,8 +99,12 @@ def exact(name, kind, steps, clip=None):
 @pytest.mark.parametrize(("kind", "steps"), [("adam", 0), ("adam", 2), ("lion", 5), ("adam", 40)])
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("name", ["gpt_tied", "unknown"])
-def test_values_are_the_written_out_ones(name, kind, steps, clip):
+@pytest.mark.parametrize("coarse", [False, True])
+def test_values_are_the_written_out_ones(name, kind, steps, clip, coarse, monkeypatch):
     """All of `turning.py` in plain loops, from per-sample gradients and the optimizer's own step."""
+    if coarse:
+        monkeypatch.setattr("inrun.turning.MANY", 0)
+    points, stride = (4, 3) if coarse else (8, 5)
     model, optimizer = start(name, kind, steps)
     along = gradient(model, *of(name, size=4, seed=2))
     samples = sample_gradients(model, *of(name))
@@ -129,13 +133,13 @@ def test_values_are_the_written_out_ones(name, kind, steps, clip):
                 else (1 / shrunk, math.inf)
             )
 
-        count = 8 if turns else 4
+        count = points if turns else points // 2
         slope, a, b, weights = {n: 0.0 for n in g}, 0.0, 0.0, 0.0
         for k in range(count):
             t = (k + 0.5) / count
-            x = NormalDist().inv_cdf(0.5 + (k * 5 % 8 + 0.5) / 16) if turns else 1.0
+            x = NormalDist().inv_cdf(0.5 + (k * stride % points + 0.5) / (2 * points)) if turns else 1.0
             c, _ = factor(t)
-            times = [t] if turns else [(k + (j + 0.5) / 64) / 4 for j in range(64)]
+            times = [t] if turns else [(k + (j + 0.5) / 64) / count for j in range(64)]
             c_near = sum(factor(near)[0] for near in times) / len(times)
             h = {n: x * math.sqrt(t * (1 - t)) * beside[n] for n in g}
             y = [{n: c * (t * g[n] + side * h[n]) for n in g} for side in (-1, 1)]
