@@ -281,7 +281,7 @@ class Deferred:
             if run is None:
                 continue
             budget = Budget(self.budget.where, None)
-            keeper = Keeper(self.tracker.taps, budget, weights_move=False)
+            keeper = Keeper(self.tracker.taps, budget, weights_move=self.tracker.ranks.sharded)
             with self._as_it_was(i):
                 try:
                     keeper.begin_batch(self.keeper.layouts[i])
@@ -290,10 +290,11 @@ class Deferred:
                     keeper.pause()
             self.budget.peak = max(self.budget.peak, self.budget.bytes + budget.peak)
             yield keeper, {0: i}
+            keeper.reset()
 
     @contextlib.contextmanager
     def _as_it_was(self, i: int) -> Iterator[None]:
-        """Compute a batch again with the weights, buffers, random numbers and modes that it had; no gradient stays."""
+        """Compute a batch again with the weights, random numbers and modes that it had; no gradient or buffer stays."""
         tracker = self.tracker
         after = [(t, t.detach().clone()) for t in (*(p for p, _ in self._weights), *tracker.model.buffers())]
         for shard, weight in self._weights:

@@ -188,7 +188,7 @@ def largest_stable(task: Task, starts: Sequence[nn.Module], kind: str, steps: in
 def applicable(kind: str, size: int, clipped: bool = False) -> list[str]:
     """The columns that are defined for an optimizer and a batch of this size, and where gradients are clipped."""
     if clipped:
-        without = ("sgd_proxy", "path_integral")  # neither knows of it
+        without = ("sgd_proxy", "path_integral")  # the one knows nothing of it, the other goes coordinate by coordinate
         return [m for m in applicable(kind, size) if m not in without]
     always = [m for m in COLUMNS if m.startswith("path") or m == "monte_carlo"]
     if size <= ENUMERATED:
@@ -315,7 +315,8 @@ def run(
                 rows.append({**measure(task, starts[s], kind, top * part, **options), "of_largest": part})
             for name, other in OTHER_STEPS.items() if kind == "adamw" else ():
                 for s in range(seeds):
-                    row = measure(task, starts[s], kind, top / 4, **{"steps": steps, "size": size, "seed": s, **other})
+                    options = {"steps": steps, "size": size, "seed": s, "permutations": permutations, **other}
+                    row = measure(task, starts[s], kind, top / 4, **options)
                     rows.append({**row, "optimizer": f"{kind}, {name}", "of_largest": 1 / 4})
     return {**results.provenance(0), "steps": steps, "seeds": seeds, "largest": largest, "rows": rows}
 

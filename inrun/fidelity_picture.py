@@ -48,7 +48,7 @@ def draw(task: str, cells: dict[Any, list], columns: Sequence[str], figure_of: C
                 axes.axhline(i - 0.5, color="black", linewidth=0.8)
         axes.tick_params(length=0)
         figure.colorbar(image, ax=axes, shrink=0.6, pad=0.01).ax.tick_params(labelsize=7)
-    figure.suptitle(f"{task}, one step in mid-training; medians over seeds", fontsize=11)
+    figure.suptitle(f"{task}, one step; medians over seeds", fontsize=11)
     return figure
 
 

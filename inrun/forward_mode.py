@@ -126,9 +126,9 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
 
 
 @contextlib.contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
+def buffers_kept(*modules: nn.Module) -> Iterator[None]:
     """Buffers that the block writes stand again after it."""
-    buffers = [(b, b.clone()) for b in module.buffers()]
+    buffers = [(b, b.clone()) for module in modules for b in module.buffers()]
     yield
     with torch.no_grad():
         for buffer, saved in buffers:

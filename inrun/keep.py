@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,6 +102,7 @@ class Keeper:
         self.bytes = 0
         self._counted: set[tuple] = set()
         self.layouts: list[Layout] = []  # of the step's batches
+        self._ends: dict[int, list[int]] = {}
         self.held: Keeper | None = None  # of the batch's last rows, where those are validation samples
         self._weights: dict[tuple[Any, str], Tensor] = {}  # by the module that holds them, and their name there
 
@@ -236,26 +237,32 @@ class Keeper:
         Samples are rows, or documents where the batch has those; single tokens are not told apart.
         """
         kept.require_unchanged()
-        module, device, layout = kept.module, next(kept.module.parameters()).device, self.layouts[kept.batch]
-        grads = moved(kept.grads, device)
-        ends = None if layout.segments is None or layout.per_token else layout.segments.tolist()
+        module, device = kept.module, next(kept.module.parameters()).device
+        grads, ends = moved(kept.grads, device), self._document_ends(kept.batch)
+        rows = {leaf: grad if ends is None else grad.flatten(0, 1) for leaf, grad in grads.items()}
 
         def of(x: Tensor, v: int) -> Tensor:
-            return x[v : v + 1] if ends is None else x.flatten(0, 1)[ends[v] : ends[v + 1]].unsqueeze(0)
+            return x[v : v + 1] if ends is None else x[ends[v] : ends[v + 1]].unsqueeze(0)
 
         if not module._inrun.forward_mode:
-            found = {id(d): p for n, p in module._parameters.items()
-                     if p is not None and p.requires_grad and (d := module._parameters.get(n + SUFFIX)) is not None
-                     }  # fmt: skip
+            params = {n: p for n, p in module._parameters.items() if p is not None and p.requires_grad
+                      and module._parameters.get(n + SUFFIX) is not None}  # fmt: skip
+            names = [id(module._parameters[n + SUFFIX]) for n in params]
             x = moved(kept.x, device)
-            x = x.to(next(iter(found.values())).dtype) if x.is_floating_point() else x
+            x = x if ends is None else x.flatten(0, 1)
+            dtype = next(iter(params.values())).dtype
+            whole = [kept.module] if isinstance(kept.module, torch.nn.Module) else []  # else a part of one
             for v in samples:
-                with torch.enable_grad():
-                    y = module.plain(of(x, v))
-                    one = torch.autograd.grad(
-                        y, list(found.values()), of(grads[0], v).to(y.dtype), materialize_grads=True
-                    )
-                yield dict(zip(found, one, strict=True))
+                with (
+                    _standing_in(module, params) as inputs,
+                    in_modes(kept.modes),
+                    forward_mode.buffers_kept(*whole),
+                    torch.enable_grad(),
+                ):
+                    one_x = of(x, v)
+                    y = module.plain(one_x.to(dtype) if one_x.is_floating_point() else one_x)
+                    one = torch.autograd.grad(y, inputs, of(rows[0], v).to(y.dtype), materialize_grads=True)
+                yield dict(zip(names, one, strict=True))
             return
         args, kwargs = moved(kept.x, device)
         places = [(owner, n) for owner, n in module._inrun.forward_mode if owner._parameters[n].requires_grad]
@@ -265,11 +272,20 @@ class Keeper:
         names = [id(owner._parameters[local + SUFFIX]) for owner, local in places]
         for v in samples:
             only = [torch.zeros_like(grad, memory_format=torch.contiguous_format) for grad in grads.values()]
-            for zeros, grad in zip(only, grads.values(), strict=True):
-                of(zeros, v).copy_(of(grad, v))
+            for zeros, grad in zip(only, rows.values(), strict=True):
+                of(zeros if ends is None else zeros.flatten(0, 1), v).copy_(of(grad, v))
             outputs = [leaves[leaf] for leaf in grads]
             one = torch.autograd.grad(outputs, params, only, retain_graph=True, allow_unused=True)
             yield {name: g for name, g in zip(names, one, strict=True) if g is not None}
+
+    def _document_ends(self, batch: int) -> list[int] | None:
+        """Offsets of a batch's documents into its tokens, read from the device once; None where rows are samples."""
+        layout = self.layouts[batch]
+        if layout.segments is None or layout.per_token:
+            return None
+        if batch not in self._ends:
+            self._ends[batch] = layout.segments.tolist()
+        return self._ends[batch]
 
     @contextlib.contextmanager
     def _as_it_was(self, kept: Kept, device: torch.device) -> Iterator[None]:
@@ -355,6 +371,17 @@ def moved(x: Any, device: torch.device) -> Any:
     """Tensors, of any structure, on the device; a GPU takes them from pinned memory in its turn, unwaited for."""
     queued = device.type == "cuda"
     return pytree.tree_map(lambda v: v.to(device, non_blocking=queued) if isinstance(v, Tensor) else v, x)
+
+
+@contextlib.contextmanager
+def _standing_in(module: Any, params: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
+    """Others in the place of a module's parameters, to be differentiated by: a user's hooks are not theirs."""
+    others = {n: p.detach().requires_grad_() for n, p in params.items()}
+    try:
+        module._parameters.update(others)
+        yield list(others.values())
+    finally:
+        module._parameters.update(params)
 
 
 def _without_gradients(module: Any, plain: Callable, x: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def dots(
         for low in range(0, many, size):
             samples = range(low, min(low + size, many))
             factors = [slot.sibling.data for slot in members]
-            gradients = gradients_of(validation, theirs, members, samples)
+            gradients = _gradients(validation, theirs, members, samples)
             try:
                 for slot, factor, gradient in zip(members, factors, gradients, strict=True):
                     if id(slot) in left:
@@ -157,13 +157,13 @@ def dots(
     return found, missed
 
 
-def gradients_of(keeper: Keeper, runs: list[Kept], members: Sequence[Any], samples: range) -> list[Tensor]:
+def _gradients(validation: Keeper, runs: list[Kept], members: Sequence[Any], samples: range) -> list[Tensor]:
     """Of each parameter, its gradients by these samples of one batch, `[m, *shape]`."""
     total = [torch.zeros((len(samples), *s.param.shape), dtype=s.direction.dtype, device=s.param.device)
              for s in members]  # fmt: skip
     place = {id(slot.sibling): gradient for slot, gradient in zip(members, total, strict=True)}
     for kept in runs:
-        for i, one in enumerate(keeper.sample_gradients(kept, samples)):
+        for i, one in enumerate(validation.sample_gradients(kept, samples)):
             for name, gradient in one.items():
                 if name in place:
                     place[name][i] += gradient

@@ -4,7 +4,7 @@
     beside it           where the update turns at once or the gradient was clipped: `turning.py`
     not elementwise     a Jacobian in the place of K: `coupled.py`
 
-Clipping is along the path itself for updates that are not elementwise, and for layers whose samples are no rows: the
+An update that is not elementwise, and layers whose samples are no rows, stay on the path in such a step. There the
 gradient grows until its norm is `clip`, and from there on only its direction can change, of which a sample's own part
 is `g_z` less its component along `g_B`.
 """
@@ -54,8 +54,9 @@ class Path:
         self._earned: list[tuple[Tensor, Tensor]] = []  # of each target, what `Beside.shared` shares
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that is held, but for what clipping holds."""
+        """All that is held."""
         yield from self._coupled.tensors
+        yield from (*self._slopes.values(), *self._units.values())
         if self._beside is not None:
             yield from self._beside.tensors()
 
@@ -87,7 +88,6 @@ class Path:
             full = [slot.grad.double() * unscale for slot in here]
             at_zero = updates(here, [torch.zeros_like(g) for g in full], self.update)
             at_full = updates(here, full, self.update)
-            around = None if clipped is None else self._slopes_of(here, full)
             for k, (i, slot) in enumerate(part):
                 g, dtype = full[k], slot.param.dtype
                 if ends:
@@ -97,20 +97,22 @@ class Path:
                 if i in coupled:
                     self._coupled.hold(i, slot, g, at_full[k] - at_zero[k])
                     continue
-                if around is not None:
-                    self._slopes[i] = around[k].to(dtype)
                 slot.direction[...] = torch.where(g == 0, 0.0, -(at_full[k] - at_zero[k]) / torch.where(g == 0, 1.0, g))
         for slot in tracker.slots:
             if slot.grad is None:
                 slot.direction.zero_()
-        alone = [] if linear else [slot for i, slot in moving if i not in coupled]
-        turning = turns(alone, unscale, self.update, tracker.ranks)
+        alone = [(i, slot) for i, slot in moving if i not in coupled and slot.param.requires_grad]
+        turning = turns([] if linear else [slot for _, slot in alone], unscale, self.update, tracker.ranks)
         if moving and (turning or clipped is not None):
-            self._write_beside(moving, coupled, factor, unscale, clipped, turning, batches)
+            self._write_beside(moving, {i for i, _ in alone}, factor, unscale, clipped, turning, batches)
         if clipped is not None:
             self._log = math.log(1 / clipped[0])
-            for i, slope in self._slopes.items():
-                tracker.slots[i].direction.add_(slope, alpha=self._log)
+            for part in chunks([(i, slot) for i, slot in alone if i not in self.left]):
+                here = [slot for _, slot in part]
+                of_here = self._slopes_of(here, [slot.grad.double() * unscale for slot in here])
+                for (i, slot), slope in zip(part, of_here, strict=True):
+                    self._slopes[i] = slope.to(slot.param.dtype)
+                    slot.direction.add_(self._slopes[i], alpha=self._log)
         return moves
 
     def multiply_in(self, slices: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -142,8 +144,7 @@ class Path:
             self._earned.append((surplus, by_size))
             taken_off = taken_off - float(by_unit) if self._units else 0.0
         for i, unit in self._units.items():
-            if gradients[i] is not None:
-                slices[i].sub_(unit, alpha=taken_off)
+            slices[i].sub_(unit, alpha=taken_off)
 
     def shared(self, found: list[Tensor | None], surplus: Tensor | float | None = None) -> list[Tensor | None]:
         """The dots of each batch, `[count]` or `[count, columns]`, and what samples earn besides.
@@ -162,7 +163,7 @@ class Path:
     def _write_beside(
         self,
         moving: Sequence[tuple[int, Any]],
-        coupled: set[int],
+        alone: set[int],
         factor: Tensor,
         unscale: Any,
         clipped: tuple[float, float] | None,
@@ -173,7 +174,7 @@ class Path:
         numbers, slots = zip(*moving, strict=True)
         ranks, many = self.tracker.ranks, self.tracker.many
         of = squares(batches, slots, ranks)
-        only = {k for k, i in enumerate(numbers) if i not in coupled}
+        only = {k for k, i in enumerate(numbers) if i in alone}
         self._beside = Beside(factor, of.of_samples, 0.0 if clipped is None else clipped[1])
         for k, slope in slopes(of, slots, only, unscale, factor, clipped, turning, self.update, ranks):
             i, slot = numbers[k], slots[k]
@@ -184,7 +185,6 @@ class Path:
             if slope.a is not None and slope.b is not None:
                 self._beside.along[i] = slope.a.to(wide), slope.b.to(wide)
             slot.direction[...] = written
-            self._slopes.pop(i, None)
 
     def _among_coupled(self, moving: list[tuple[int, Any]], unscale: Any) -> list[tuple[int, Any]]:
         found = self._coupled.among(moving, unscale)
@@ -211,7 +211,7 @@ class Path:
             return None
         norm = hessian.norm(self.tracker, (s.grad.double() * unscale for s in slots))
         shrunk = float(factor) * float(scale) * self.tracker.ranks.size  # of the mean over the processes
-        if shrunk >= 1 - 1e-6:
+        if not 0 < shrunk < 1 - 1e-6:  # 0: a fused optimizer will skip the update
             return None
         if norm <= self.clip * (1 - 1e-3):
             grads = [local(p.grad) for p in self.tracker.model.parameters() if p.grad is not None]

@@ -3,14 +3,14 @@
 Along the straight path from no gradient to g_B an update of the first kind jumps, in a coordinate once or not at all.
 Which samples turn it is seen by the coalitions beside the path: one that every sample joins with chance t has, in each
 coordinate, a gradient around t * g_B with the variance t (1 - t) * sum_z g_z^2; the Shapley value is the mean over t
-of what a sample adds to it (Owen, 1972). So K is taken as the mean slope of the update among such gradients, normally
-distributed,
+of what a sample adds to it (Owen, 1972). So K is taken as the mean slope of the update between gradients on both sides,
 
-    K = -E[x^2 (u(t g_B + h) - u(t g_B - h)) / 2h],      h = x * sqrt(t (1 - t) (1 - 1/n) * sum_z g_z^2),
+    K = -mean over t of (u(t g_B + h) - u(t g_B - h)) / 2h,      h = 1.5 sqrt(t (1 - t) (1 - 1/n) sum_z g_z^2),
 
-by the points of a lattice of t from 0 to 1 and x > 0; 1 - 1/n as a sample is not beside itself. That takes the sum
-of the n samples' squared gradients, about one weight gradient more of everything, and two updates for a point. What no
-slope can give, -(u(g_B) - u(0)) - K g_B, all samples share alike, so that values add up to what they do along the path.
+1 - 1/n as none of the n samples is beside itself, and one and a half standard deviations as there the slope of a sign
+is nearest to the line that fits the values best. That takes two updates for each t, and the sum of the samples' squared
+gradients, each computed by itself. What no slope can give, -(u(g_B) - u(0)) - K g_B, all samples share alike, so that
+values add up to what they do along the path.
 
 Clipping by norm is part of the update, u(c_S g_S) with a factor c for each coalition, which goes by the squared norm
 
@@ -21,8 +21,8 @@ So values have two terms more, <A, G> <g_B, g_z> and <B, G> |g_z|^2 with G the v
 
     A = E[u'(y) y t / N^2],      B = E[u'(y) y (1/2 - t) / N^2],      over the t at which a coalition is clipped.
 
-N is taken half way to the norm that it has with one sample more. Where the update does not turn, x is 1, and factors
-are means around each t.
+The N^2 of a sample's coalition is that of the others at t and half of what it adds, in the mean over samples. Where the
+update does not turn, factors are means around each t.
 
 Source: multilinear extension, Owen, Management Science 18 (1972); equal shares of what is left, the least square values
 of Ruiz, Valenciano and Zarzuelo (1998). To take the slope for the update, and clipping, are this library's.
@@ -33,28 +33,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import check, pairwise
+from . import check
 from .distributed import Ranks, gathered, shard_of
 from .updates import UpdateRule, chunks, sampled, updates
 
 if TYPE_CHECKING:
-    from .keep import Keeper
+    from .keep import Keeper, Kept
 
 Batches = Iterable[tuple["Keeper", Mapping[int, int]]]
 
 TURNS = 0.02  # of the squared update: how far from the middle of its ends the update of g_B / 2 lies where it turns
 LENGTH = 0.1  # the part of a gradient by which it is shortened, to see how the update changes along it
 FINE = 64  # values of t for the mean around one
-LOOKED_AT = 1 << 14  # coordinates of each parameter, to see whether it turns
-# Points and stride of the lattice: k is (k + 1/2) / points of t, and (k * stride % points + 1/2) / points of x > 0.
-LATTICE, COARSE = (8, 5), (4, 3)
-MANY = 1 << 20  # coordinates, over which what the coarse one misses is averaged out
+LOOKED_AT = 1 << 12  # coordinates of each parameter, to see whether it turns
+POINTS, ASIDE = 8, 1.5  # values of t, and how many standard deviations beside the path
 
 
 def turns(slots: Sequence[Any], unscale: Any, update: UpdateRule | str | None, ranks: Ranks) -> bool:
@@ -62,15 +59,17 @@ def turns(slots: Sequence[Any], unscale: Any, update: UpdateRule | str | None, r
 
     Some coordinates of each slot tell: without a turn, the update of g_B / 2 is half way between those of 0 and g_B.
     """
-    device = slots[0].param.device if slots else torch.device("cpu")
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for slot in slots:
-        part, here = sampled(slot, LOOKED_AT)
-        g = slot.grad.flatten()[here].double() * unscale
-        zero, half, full = (updates([part], [t * g], update)[0] for t in (0.0, 0.5, 1.0))
+    if not slots:
+        return False
+    total = torch.zeros(2, dtype=torch.float64, device=slots[0].param.device)
+    some = [sampled(slot, LOOKED_AT, update) for slot in slots]
+    grads = [slot.grad.flatten()[here].double().view_as(part.param) * unscale
+             for slot, (part, here) in zip(slots, some, strict=True)]  # fmt: skip
+    ends = [updates([part for part, _ in some], [t * g for g in grads], update) for t in (0.0, 0.5, 1.0)]
+    for slot, zero, half, full in zip(slots, *ends, strict=True):
         squared = [(half - (zero + full) / 2).square().sum(), (full - zero).square().sum()]
-        total += torch.stack(squared).to(device) * (slot.shard.numel() / max(1, g.numel()))
-    aside, moved = ranks.over_shards(total).tolist()
+        total += torch.stack(squared).to(total.device) * (slot.shard.numel() / max(1, zero.numel()))
+    aside, moved = ranks.sum(total).tolist()  # of all processes, so that all decide alike
     return aside > TURNS * moved
 
 
@@ -106,31 +105,40 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
         counts = {b: layout.rows if layout.per_token else layout.count
                   for b, layout in enumerate(keeper.layouts) if b in numbers}  # fmt: skip
         found.of_samples |= {numbers[b]: torch.zeros(count, device=device) for b, count in counts.items()}
+        runs: dict[Any, list[Kept]] = {}
+        for kept in keeper.kept:
+            runs.setdefault(kept.module._inrun, []).append(kept)
         for members, taps in components:
             with gathered(place for tap in taps for place in tap.owned):
-                size = max(1, pairwise.CHUNK // sum(slot.param.numel() for slot in members))
-                sums = [torch.zeros_like(s.param, dtype=torch.promote_types(s.param.dtype, torch.float32))
-                        for s in members]  # fmt: skip
+                dtypes = [torch.promote_types(s.param.dtype, torch.float32) for s in members]
+                sums = {id(s.sibling): torch.zeros_like(s.param, dtype=d) for s, d in zip(members, dtypes, strict=True)}
                 for batch, count in counts.items():
-                    runs = [kept for kept in keeper.kept if kept.batch == batch and kept.module._inrun in taps]
-                    for low in range(0, count if runs else 0, size):
-                        samples = range(low, min(low + size, count))
-                        for total, gradients in zip(
-                            sums, pairwise.gradients_of(keeper, runs, members, samples), strict=True
-                        ):
-                            squared = gradients.to(total.dtype).square()
-                            total += squared.sum(0)
-                            norms = found.of_samples[numbers[batch]][samples.start : samples.stop]
-                            norms += squared.flatten(1).sum(1).to(norms)
-            for slot, total in zip(members, sums, strict=True):
+                    here = [kept for tap in taps for kept in runs.get(tap, ()) if kept.batch == batch]
+                    samples = [keeper.sample_gradients(kept, range(count)) for kept in here]
+                    for i, gradients in enumerate(zip(*samples, strict=True)):
+                        for name, gradient in _added(gradients).items():
+                            if name in sums:
+                                squared = gradient.to(sums[name].dtype).square()
+                                sums[name] += squared
+                                found.of_samples[numbers[batch]][i] += squared.sum().to(device)
+            for slot, total in zip(members, sums.values(), strict=True):
                 i = number[id(slot)]
                 part = shard_of(ranks.sum(total), slot.param) if ranks.sharded else total
                 found.of_slots[i] = found.of_slots[i] + part if i in found.of_slots else part
     if not ranks.sharded:
         found.of_slots = {i: ranks.sum(total) for i, total in found.of_slots.items()}
     players = sum(len(norms) for norms in found.of_samples.values())
-    found.players = int(ranks.sum(torch.tensor(players, device=device)))
+    found.players = max(1, int(ranks.sum(torch.tensor(players, device=device))))
     return found
+
+
+def _added(gradients: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:
+    """What several runs of layers give one sample."""
+    total: dict[int, Tensor] = {}
+    for one in gradients:
+        for name, gradient in one.items():
+            total[name] = total[name] + gradient if name in total else gradient
+    return total
 
 
 @dataclass
@@ -162,12 +170,13 @@ def slopes(
         clipped: by what g_B was multiplied when it was clipped, and its norm since; None if it was not.
         turning: whether the update turns; update: as of `updates`.
     """
-    points = _points(of, slots, factor, clipped, turning, ranks)
+    points = _points(of, slots, unscale, factor, clipped, turning, ranks)
     for part in chunks([(i, slots[i]) for i in of.of_slots if i in only]):
         here, full = [slot for _, slot in part], [slot.grad.double() * unscale for _, slot in part]
         beside = [(of.of_slots[i].double() * (1 - 1 / of.players)).sqrt() * factor.to(g.device)
                   for (i, _), g in zip(part, full, strict=True)]  # fmt: skip
-        k, a, b = ([torch.zeros_like(g) for g in full] for _ in range(3))
+        k = [torch.zeros_like(g) for g in full]
+        a, b = ([torch.zeros_like(g) for g in full] if clipped is not None else [] for _ in range(2))
         for point in points:
             ends = []  # the updates at both sides of the path
             for side in (-point.x, point.x):
@@ -181,60 +190,61 @@ def slopes(
             for i, (low, high) in enumerate(zip(*ends, strict=True)):
                 k[i].sub_(high - low, alpha=point.weight / (2 * point.x))
         for i, (number, _) in enumerate(part):
-            yield number, Slope(k[i] / beside[i], *((None, None) if clipped is None else (a[i], b[i])))
+            yield number, Slope(k[i] / beside[i], *((a[i], b[i]) if clipped is not None else (None, None)))
 
 
 @dataclass
 class _Point:
-    """One of the lattice: the gradients `c * (t * g_B +- x * sqrt(sum_z g_z^2))`, and what their updates count."""
+    """At one t, the gradients `c * (t * g_B +- x * sqrt(sum_z g_z^2))`, and what their updates count."""
 
     t: float
     x: float
-    c: float = 1.0
-    weight: float = 0.0  # of the slope, times what a sample's part is multiplied by at this t
-    along_g: float = 0.0  # of the derivative along the gradient itself, in A
-    along_self: float = 0.0  # in B
+    c: float
+    weight: float  # of the slope, times what a sample's part is multiplied by at this t
+    along_g: float  # of the derivative along the gradient itself, in A
+    along_self: float  # in B
 
 
 def _points(
     of: Squares,
     slots: Sequence[Any],
+    unscale: Any,
     factor: Tensor,
     clipped: tuple[float, float] | None,
     turning: bool,
     ranks: Ranks,
 ) -> list[_Point]:
-    """Where an update turns, x is spread; else it is 1, and what its part is multiplied by is a mean around each t."""
+    """What a sample's part is multiplied by is that at each t where the update turns, else a mean around it."""
     shrunk, norm = (1.0, 0.0) if clipped is None else clipped
-    spread = 0.0
+    spread, others = 0.0, 1.0
     if clipped is not None:
-        squared = sum((total.sum(dtype=torch.float64).to(factor.device) for total in of.of_slots.values()), factor * 0)
-        spread = float(ranks.over_shards(squared) * factor * factor)
+        parts = torch.zeros(2, dtype=torch.float64, device=factor.device)
+        for i, squared in of.of_slots.items():
+            g = slots[i].grad.double() * unscale
+            parts += torch.stack([squared.sum(dtype=g.dtype), g.square().sum()]).to(parts.device)
+        spread, here = ranks.over_shards(parts).tolist()
+        others = norm**2 / here if here else 1.0  # slots without squares, taken to be as the others
+        spread *= others * float(factor) ** 2
 
     def at(t: float) -> tuple[float, float]:
         """By how much a coalition is less shrunk than g_B was, and (where it is clipped) one over its squared norm."""
-        squared = (t * norm) ** 2 + (1 - t) * (t + 0.5 / of.players) * spread  # as far shrunk as g_B was
+        n = of.players
+        squared = t * (t + (1 - 2 * t) / n) * norm**2 + (t * (1 - t) * (1 - 2 / n) + 0.5 / n) * spread  # of shrunk ones
         if squared <= (shrunk * norm) ** 2:
             return 1 / shrunk, 0.0
         return norm / math.sqrt(squared), 1 / squared
 
-    points, stride = COARSE if sum(slot.param.numel() for slot in slots) > MANY else LATTICE
-    found, nodes = [], points if turning else points // 2
-    for k in range(nodes):
-        t = (k + 0.5) / nodes
-        x = NormalDist().inv_cdf(0.5 + (k * stride % nodes + 0.5) / (2 * nodes)) if turning else 1.0
+    found = []
+    for k in range(POINTS):
+        t = (k + 0.5) / POINTS
         c, _ = at(t)
-        near = [t] if turning else [(k + (j + 0.5) / FINE) / nodes for j in range(FINE)]
+        near = [t] if turning else [(k + (j + 0.5) / FINE) / POINTS for j in range(FINE)]
         less, along_g, along_self = (
             sum(part) / (c * len(near))
             for part in zip(*((c, c * t * w, c * (0.5 - t) * w) for t in near for c, w in (at(t),)), strict=True)
         )
-        found.append(
-            _Point(t, x * math.sqrt(t * (1 - t)), c, x * x * less, along_g / (2 * nodes), along_self / (2 * nodes))
-        )
-    total = sum(point.x**2 / (point.t * (1 - point.t)) for point in found)
-    for point in found:
-        point.weight /= total
+        weights = less / POINTS, along_g / (2 * POINTS), others * along_self / (2 * POINTS)
+        found.append(_Point(t, ASIDE * math.sqrt(t * (1 - t)), c, *weights))
     return found
 
 
@@ -290,7 +300,8 @@ class Beside:
         for batch, dots in enumerate(found):
             if dots is not None:
                 squares = self._of_samples[batch].to(factor)
-                squares = squares.repeat_interleave(len(dots) // max(1, len(squares))) / (len(dots) / len(squares))
+                tokens = len(dots) // max(1, len(squares))  # that share their row's
+                squares = squares.repeat_interleave(tokens) / max(1, tokens)
                 earned = squares * factor if dots.dim() == 1 else (squares * factor)[:, None]
                 dots = dots + (share + by_size * earned).to(dots)
             result.append(dots)

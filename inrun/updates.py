@@ -100,6 +100,7 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
     """
     params = [local(s.param).detach().to(torch.float64, copy=True) for s in slots]
     states = [copied(s.state, local(s.param), torch.float64) for s in slots]
+    _steps_to_host(states)
     if callable(rule):
         options = [s.options for s in slots]
         return [rule(*args) for args in zip(grads, params, states, options, strict=True)]
@@ -118,24 +119,38 @@ def repeated(slot: Any, count: int) -> Any:
     like = local(slot.param).detach()
     shaped = {key: value.expand(count, *like.shape) for key, value in slot.state.items()
               if isinstance(value, Tensor) and value.shape == like.shape and key not in _SCALARS}  # fmt: skip
-    return SimpleNamespace(
-        param=like.expand(count, *like.shape), optimizer=slot.optimizer, group=slot.group, options=slot.options,
-        state={**slot.state, **shaped},
-    )  # fmt: skip
+    return slot_of(slot, like.expand(count, *like.shape), {**slot.state, **shaped})
 
 
-def sampled(slot: Any, most: int) -> tuple[Any, slice]:
-    """At most so many coordinates of a parameter, for the `updates` of an elementwise optimizer; and which they are."""
+def _steps_to_host(states: Sequence[dict[str, Any]]) -> None:
+    """Counts of steps that fused optimizers hold on a device, read at once: a twin would wait for each by itself."""
+    counts = [s for s in states if isinstance(s.get("step"), Tensor) and s["step"].is_cuda]
+    if counts:
+        for state, step in zip(counts, torch.stack([s["step"].flatten()[0] for s in counts]).cpu(), strict=True):
+            state["step"] = step.clone()
+
+
+def sampled(slot: Any, most: int, rule: UpdateRule | str | None) -> tuple[Any, slice]:
+    """At most so many coordinates of a parameter, for the `updates` of an elementwise optimizer; and which they are.
+
+    All of them, in their shape, for a user's function, which may look at the shape.
+    """
     like = local(slot.param).detach()
-    here = slice(None, None, max(1, -(-like.numel() // most)))
+    every = 1 if callable(rule) else -(-like.numel() // most) | 1  # odd: no column of a matrix is seen alone
+    if every <= 1:
+        return slot_of(slot, like, slot.state), slice(None)
+    here = slice(None, None, every)
     state = {key: local(value) for key, value in slot.state.items()}
     shaped = {key: value.flatten()[here] for key, value in state.items()
               if isinstance(value, Tensor) and value.shape == like.shape and key not in _SCALARS}  # fmt: skip
-    part = SimpleNamespace(
-        param=like.flatten()[here], optimizer=slot.optimizer, group=slot.group, options=slot.options,
-        state={**state, **shaped},
+    return slot_of(slot, like.flatten()[here], {**state, **shaped}), here
+
+
+def slot_of(slot: Any, param: Tensor, state: dict[str, Any]) -> Any:
+    """What `updates` needs of a slot, with another parameter and state."""
+    return SimpleNamespace(
+        param=param, optimizer=slot.optimizer, group=slot.group, options=slot.options, state=state
     )  # fmt: skip
-    return part, here
 
 
 def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any], int]]) -> None:
