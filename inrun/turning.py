@@ -62,13 +62,15 @@ def turns(slots: Sequence[Any], unscale: Any, update: UpdateRule | str | None, r
     if not slots:
         return False
     total = torch.zeros(2, dtype=torch.float64, device=slots[0].param.device)
-    some = [sampled(slot, LOOKED_AT, update) for slot in slots]
-    grads = [slot.grad.flatten()[here].double().view_as(part.param) * unscale
-             for slot, (part, here) in zip(slots, some, strict=True)]  # fmt: skip
-    ends = [updates([part for part, _ in some], [t * g for g in grads], update) for t in (0.0, 0.5, 1.0)]
-    for slot, zero, half, full in zip(slots, *ends, strict=True):
-        squared = [(half - (zero + full) / 2).square().sum(), (full - zero).square().sum()]
-        total += torch.stack(squared).to(total.device) * (slot.shard.numel() / max(1, zero.numel()))
+    numbered = list(enumerate(slots))
+    for part in chunks(numbered) if callable(update) else [numbered]:  # a user's function has all coordinates
+        some = [sampled(slot, LOOKED_AT, update) for _, slot in part]
+        grads = [slot.grad.flatten()[here].double().view_as(few.param) * unscale
+                 for (_, slot), (few, here) in zip(part, some, strict=True)]  # fmt: skip
+        ends = [updates([few for few, _ in some], [t * g for g in grads], update) for t in (0.0, 0.5, 1.0)]
+        for (_, slot), zero, half, full in zip(part, *ends, strict=True):
+            squared = [(half - (zero + full) / 2).square().sum(), (full - zero).square().sum()]
+            total += torch.stack(squared).to(total.device) * (slot.shard.numel() / max(1, zero.numel()))
     aside, moved = ranks.sum(total).tolist()  # of all processes, so that all decide alike
     return aside > TURNS * moved
 
