@@ -51,7 +51,7 @@ TURNS = 0.02  # of the squared update: how far from the middle of its ends the u
 LENGTH = 0.1  # the part of a gradient by which it is shortened, to see how the update changes along it
 FINE = 64  # values of t for the mean around one
 LOOKED_AT = 1 << 12  # coordinates of each parameter, to see whether it turns
-POINTS, ASIDE = 8, 1.5  # values of t, and how many standard deviations beside the path
+POINTS, ASIDE = 4, 1.5  # values of t, and how many standard deviations beside the path
 
 
 def turns(slots: Sequence[Any], unscale: Any, update: UpdateRule | str | None, ranks: Ranks) -> bool:

@@ -130,24 +130,24 @@ def test_values_are_the_written_out_ones(name, kind, steps, clip):
             return (clip / math.sqrt(squared), squared) if squared > (shrunk * clip) ** 2 else (1 / shrunk, math.inf)
 
         slope, a, b = {n: 0.0 for n in g}, 0.0, 0.0
-        for k in range(8):
-            t = (k + 0.5) / 8
+        for k in range(4):
+            t = (k + 0.5) / 4
             c, _ = factor(t)
-            times = [t] if turns else [(k + (j + 0.5) / 64) / 8 for j in range(64)]
+            times = [t] if turns else [(k + (j + 0.5) / 64) / 4 for j in range(64)]
             c_near = sum(factor(near)[0] for near in times) / len(times)
             h = {n: 1.5 * math.sqrt(t * (1 - t)) * beside[n] for n in g}
             y = [{n: c * (t * g[n] + side * h[n]) for n in g} for side in (-1, 1)]
             low, high = (moved_by(model, optimizer, at) for at in y)
             for n in g:
                 rate = torch.where(h[n] == 0, 0.0, (high[n] - low[n]) / (2 * torch.where(h[n] == 0, 1.0, h[n])))
-                slope[n] = slope[n] - c_near / c * rate / 8
+                slope[n] = slope[n] - c_near / c * rate / 4
             shorter = [moved_by(model, optimizer, {n: 0.9 * v for n, v in at.items()}) for at in y]
             ends = zip((low, high), shorter, strict=True)
             radial = sum(((one[n] - less[n]) * along[n]).sum() / 0.1 / 2 for one, less in ends for n in g)
             for near in times:
                 c_here, squared = factor(near)
-                a += c_here / c * near / squared * radial / len(times) / 8
-                b += c_here / c * (0.5 - near) / squared * radial / len(times) / 8
+                a += c_here / c * near / squared * radial / len(times) / 4
+                b += c_here / c * (0.5 - near) / squared * radial / len(times) / 4
         directions = {n: slope[n] * along[n] + (a * g[n] if clip is not None else 0.0) for n in g}
         earned = [b * size for size in sizes]
     expected = torch.stack([sum((directions[n] * s[n]).sum() for n in g) for s in samples]) + torch.tensor(earned)
