@@ -159,7 +159,7 @@ def utility_of(validation_loss, make_optimizer):
     task: Any = SimpleNamespace(validation_loss=validation_loss)
     utility = fidelity.StepUtility.__new__(fidelity.StepUtility)
     optimizer = make_optimizer(model.parameters())
-    vars(utility).update(task=task, model=model, optimizer=optimizer, params=[model.weight])
+    vars(utility).update(task=task, model=model, optimizer=optimizer, params=[model.weight], clip=None)
     vars(utility).update(_states=[optimizer.state], _before=[{}])
     utility._weights = [model.weight.detach().clone()]
     utility.shares = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -208,8 +208,11 @@ def test_the_suite_writes_its_table_json_and_picture(tmp_path: Path):
     found = fidelity.run(
         [task], kinds={"gpt": ("adamw", "lion")}, seeds=1, size=3, sampled=13, steps=10, permutations=2
     )
-    assert len(found["rows"]) == 9 and found["largest"]["gpt"].keys() == {"adamw", "lion"}
+    assert len(found["rows"]) == 11 and found["largest"]["gpt"].keys() == {"adamw", "lion"}
     assert sum(row["half_width"] is not None for row in found["rows"]) == 1
+    others = {row["optimizer"]: row["fidelity"].keys() for row in found["rows"] if "," in row["optimizer"]}
+    assert others.keys() == {"adamw, first step", "adamw, clipped"}
+    assert others["adamw, first step"] - others["adamw, clipped"] == {"sgd_proxy", "path_integral"}
     text = fidelity.as_text(found)
     assert "path_secant below Pearson .999 or above a gap of 1%:" in text and "13 +-" in text
     rows = {key[1:]: rows for key, rows in fidelity.cells(found["rows"]).items()}
