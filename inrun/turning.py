@@ -7,8 +7,8 @@ of what a sample adds to it (Owen, 1972). So K is taken as the mean slope of the
 
     K = -mean over t of (u(t g_B + h) - u(t g_B - h)) / 2h,      h = 1.5 sqrt(t (1 - t) (1 - 1/n) sum_z g_z^2),
 
-1 - 1/n as none of the n samples is beside itself, and one and a half standard deviations as there the slope of a sign
-is nearest to the line that fits the values best. That takes two updates for each t, and the sum of the samples' squared
+1 - 1/n as none of the n samples is beside itself, and one and a half standard deviations by trial on Lion's steps in
+`inrun fidelity`. That takes two updates for each t, and the sum of the samples' squared
 gradients, each computed by itself. What no slope can give, -(u(g_B) - u(0)) - K g_B, all samples share alike, so that
 values add up to what they do along the path.
 

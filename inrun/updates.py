@@ -116,10 +116,7 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
 
 def repeated(slot: Any, count: int) -> Any:
     """`count` times a parameter, along a new first dimension, for the `updates` of an elementwise optimizer."""
-    like = local(slot.param).detach()
-    shaped = {key: value.expand(count, *like.shape) for key, value in slot.state.items()
-              if isinstance(value, Tensor) and value.shape == like.shape and key not in _SCALARS}  # fmt: skip
-    return slot_of(slot, like.expand(count, *like.shape), {**slot.state, **shaped})
+    return _reshaped(slot, lambda x: x.expand(count, *x.shape))
 
 
 def _steps_to_host(states: Sequence[dict[str, Any]]) -> None:
@@ -135,22 +132,23 @@ def sampled(slot: Any, most: int, rule: UpdateRule | str | None) -> tuple[Any, s
 
     All of them, in their shape, for a user's function, which may look at the shape.
     """
-    like = local(slot.param).detach()
-    every = 1 if callable(rule) else -(-like.numel() // most) | 1  # odd: no column of a matrix is seen alone
+    size = local(slot.param).numel()
+    every = 1 if callable(rule) else -(-size // most) | 1  # odd: no column of a matrix is seen alone
     if every <= 1:
-        return slot_of(slot, like, slot.state), slice(None)
+        return _reshaped(slot, lambda x: x), slice(None)
     here = slice(None, None, every)
+    return _reshaped(slot, lambda x: x.flatten()[here]), here
+
+
+def _reshaped(slot: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What `updates` needs of a slot, its parameter and the state of the parameter's shape changed alike."""
+    like = local(slot.param).detach()
     state = {key: local(value) for key, value in slot.state.items()}
-    shaped = {key: value.flatten()[here] for key, value in state.items()
+    shaped = {key: change(value) for key, value in state.items()
               if isinstance(value, Tensor) and value.shape == like.shape and key not in _SCALARS}  # fmt: skip
-    return slot_of(slot, like.flatten()[here], {**state, **shaped}), here
-
-
-def slot_of(slot: Any, param: Tensor, state: dict[str, Any]) -> Any:
-    """What `updates` needs of a slot, with another parameter and state."""
     return SimpleNamespace(
-        param=param, optimizer=slot.optimizer, group=slot.group, options=slot.options, state=state
-    )  # fmt: skip
+        param=change(like), optimizer=slot.optimizer, group=slot.group, options=slot.options, state={**state, **shaped}
+    )
 
 
 def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any], int]]) -> None:
