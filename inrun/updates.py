@@ -39,7 +39,7 @@ ELEMENTWISE = (
     optim.ASGD,
 )
 _SCALARS = ("step", "mu_product", "eta", "mu")  # state that does not belong to a coordinate
-CHUNK = 1 << 22  # elements of the parameters whose update is computed together
+CHUNK, CHUNK_OF_CPU = 1 << 22, 1 << 18  # elements of the parameters whose update is computed together
 
 # update(grad, param, state, group) -> what the step adds to param; all in float64, nothing changed.
 UpdateRule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], Tensor]
@@ -72,11 +72,12 @@ def require_known(optimizer: Optimizer, rule: UpdateRule | str | None, known: Se
 
 
 def chunks(slots: Sequence[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
-    """Numbered parameters in runs of at most `CHUNK` elements (or one parameter)."""
+    """Numbered parameters in runs of at most `CHUNK` elements (or one parameter); fewer of a CPU, which takes longer to
+    be given larger memory than to compute there."""
     part: list[tuple[int, Any]] = []
     size = 0
     for i, slot in slots:
-        if part and size + slot.param.numel() > CHUNK:
+        if part and size + slot.param.numel() > (CHUNK if slot.param.is_cuda else CHUNK_OF_CPU):
             yield part
             part, size = [], 0
         part.append((i, slot))
@@ -98,20 +99,33 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
     Returns:
         float64 tensors, the gradients' shapes.
     """
+    if not callable(rule) and len(slots) == 1 and _is_long(slots[0], grads[0]):
+        moved = torch.empty_like(grads[0])
+        for start in range(0, moved.numel(), CHUNK_OF_CPU):
+            here = slice(start, start + CHUNK_OF_CPU)
+            part = _reshaped(slots[0], lambda x, here=here: x.view(-1)[here])
+            moved.view(-1)[here] = updates([part], [grads[0].view(-1)[here]], rule)[0]
+        return [moved]
     params = [local(s.param).detach().to(torch.float64, copy=True) for s in slots]
     states = [copied(s.state, local(s.param), torch.float64) for s in slots]
     _steps_to_host(states)
     if callable(rule):
         options = [s.options for s in slots]
         return [rule(*args) for args in zip(grads, params, states, options, strict=True)]
-    before = [p.clone() for p in params]
     for p, grad in zip(params, grads, strict=True):
         p.grad = grad
     for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
         held = [(p, state, s.group) for p, state, s in zip(params, states, slots, strict=True)
                 if s.optimizer is optimizer]  # fmt: skip
         _step_twin(optimizer, held)
-    return [p - b for p, b in zip(params, before, strict=True)]
+    return [p.sub_(local(s.param).detach()) for p, s in zip(params, slots, strict=True)]
+
+
+def _is_long(slot: Any, grad: Tensor) -> bool:
+    """Whether a CPU had better compute the update piece by piece, and may."""
+    alike = [x for x in (local(x) for x in slot.state.values() if isinstance(x, Tensor)) if x.shape == grad.shape]
+    whole = all(x.is_contiguous() for x in (local(slot.param), grad, *alike))
+    return grad.is_cpu and grad.numel() > CHUNK_OF_CPU and type(slot.optimizer) in ELEMENTWISE and whole
 
 
 def repeated(slot: Any, count: int) -> Any:
