@@ -231,6 +231,23 @@ class Keeper:
             columns.append(self._contract(module, kept, tangents, device))
         return columns[0] if many is None else torch.stack(columns, 1)
 
+    def squares(self, kept: Kept) -> dict[int, tuple[Tensor, Tensor]] | None:
+        """Of one run of a layer, by `id` of a parameter's direction: its samples' squared gradients added up, and each
+        sample's squared norm; None where the layer has to be asked for `sample_gradients`, of which these are."""
+        module = kept.module
+        if module._inrun.forward_mode or not isinstance(module, torch.nn.Module):  # else a part of one
+            return None
+        kept.require_unchanged()
+        device = next(module.parameters()).device
+        layout = self.layouts[kept.batch].on(device)
+        with in_modes(kept.modes):
+            segments = None if layout.per_token else layout.segments
+            found = module.squares(moved(kept.x, device), moved(kept.grads[0], device), segments)
+        if found is None:
+            return None
+        return {id(module._parameters[n + SUFFIX]): pair for n, pair in found.items()
+                if module._parameters[n].requires_grad}  # fmt: skip
+
     def sample_gradients(self, kept: Kept, samples: Iterable[int]) -> Iterator[dict[int, Tensor]]:
         """Of each sample, by `id` of a parameter's direction: the gradient that one run of a layer gave it.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inrun_kernels import bias_dot, embedding_dot, ghost_dot, norm_dot
+from inrun_kernels import bias_dot, embedding_dot, ghost_dot, ghost_square, norm_dot
 
 from . import functional
 from .convolution import Geometry, convolution, convolution_dots
@@ -108,6 +108,13 @@ class Rule(Holder):
         """The dots `[B]` or `[B, M]` (`[S]` or `[S, M]`), from the layer's input and the gradient of its output."""
         raise NotImplementedError
 
+    def squares(self, x: Tensor, grad: Tensor, segments: Tensor | None) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """By a parameter's name: its samples' squared gradients added up, and each one's squared norm `[B]` or `[S]`.
+
+        From the layer's input and the gradient of its output; None where no product has them in one pass.
+        """
+        return None
+
 
 class LinearRule(Rule):
     weight: Tensor
@@ -119,6 +126,19 @@ class LinearRule(Rule):
 
     def dots(self, x, grad, segments):
         return self.dots_along((along(self, "weight"), along(self, "bias")), x, grad, segments)
+
+    def squares(self, x, grad, segments):
+        acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
+        segments, found = functional.by_row(segments, x, acts), {}
+        if along(self, "weight") is not None:
+            found["weight"] = self.weight_squares(acts, grads, segments)
+        if along(self, "bias") is not None:
+            squares, norms = ghost_square(torch.ones_like(grads[..., :1]), grads, segments=segments)
+            found["bias"] = squares.squeeze(1), norms
+        return found
+
+    def weight_squares(self, acts: Tensor, grads: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ghost_square(acts, grads, segments=segments)
 
     def dots_along(self, directions: functional.Directions, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
         acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
@@ -140,6 +160,9 @@ class Conv1dRule(LinearRule):
 
     def weight_dots(self, acts, grads, direction, segments):
         return ghost_dot(grads, acts, direction, segments=segments)  # the weight is [I, O]
+
+    def weight_squares(self, acts, grads, segments):
+        return ghost_square(grads, acts, segments=segments)
 
 
 class EmbeddingRule(Rule):

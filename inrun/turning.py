@@ -8,9 +8,9 @@ of what a sample adds to it (Owen, 1972). So K is taken as the mean slope of the
     K = -mean over t of (u(t g_B + h) - u(t g_B - h)) / 2h,      h = 1.5 sqrt(t (1 - t) (1 - 1/n) sum_z g_z^2),
 
 1 - 1/n as none of the n samples is beside itself, and one and a half standard deviations by trial on Lion's steps in
-`inrun fidelity`. That takes two updates for each t, and the sum of the samples' squared
-gradients, each computed by itself. What no slope can give, -(u(g_B) - u(0)) - K g_B, all samples share alike, so that
-values add up to what they do along the path.
+`inrun fidelity`. That takes two updates for each t, and the sum of the samples' squared gradients: of a linear layer
+from one product (`ghost_square`), of any other each computed by itself. What no slope can give, -(u(g_B) - u(0)) -
+K g_B, all samples share alike, so that values add up to what they do along the path.
 
 Clipping by norm is part of the update, u(c_S g_S) with a factor c for each coalition, which goes by the squared norm
 
@@ -116,6 +116,13 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
                 sums = {id(s.sibling): torch.zeros_like(s.param, dtype=d) for s, d in zip(members, dtypes, strict=True)}
                 for batch, count in counts.items():
                     here = [kept for tap in taps for kept in runs.get(tap, ()) if kept.batch == batch]
+                    at_once = keeper.squares(here[0]) if len(here) == 1 else None
+                    if at_once is not None:
+                        for name, (squared, norms) in at_once.items():
+                            if name in sums:
+                                sums[name] += squared
+                                found.of_samples[numbers[batch]] += norms.to(found.of_samples[numbers[batch]])
+                        continue
                     samples = [keeper.sample_gradients(kept, range(count)) for kept in here]
                     for i, gradients in enumerate(zip(*samples, strict=True)):
                         for name, gradient in _added(gradients).items():

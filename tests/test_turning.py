@@ -6,15 +6,18 @@ import copy
 import itertools
 import math
 
+import models
 import pytest
 import torch
 from models import B, data, gradient, loss_of, make, sample_gradients
 from torch import nn
 
 import inrun
-from inrun import shapley
+from inrun import path, shapley, turning
+from inrun.keep import Keeper
 from inrun.tasks import Lion
 
+Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.0005),
     "lion": lambda p: Lion(p, lr=0.0005),
@@ -186,6 +189,57 @@ def test_they_depend_neither_on_order_nor_on_microbatches_nor_on_what_is_kept(ki
     ]
     for found in changed:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def with_conv1d():
+    """A GPT whose inner layers hold their weights as `[I, O]`."""
+    model = models.gpt(tied=False)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and child.bias is not None:
+                setattr(parent, name, Conv1D(child.out_features, child.in_features))
+    return model
+
+
+@pytest.mark.parametrize("layout", ["rows", "documents", "tokens"])
+@pytest.mark.parametrize("name", ["gpt_untied", "gpt_conv1d"])
+def test_squares_in_one_product_are_those_of_single_samples(name, layout, monkeypatch):
+    """Of linear layers and Hugging Face's Conv1D, with biases; a frozen one has none."""
+    monkeypatch.setitem(models.MODELS, "gpt_conv1d", with_conv1d)
+    x, y = of(name)
+    tokens = x.shape[1]
+    options = {
+        "rows": {},
+        "documents": {"tokens": tokens, "segments": torch.tensor([0, tokens // 2, 2 * tokens, B * tokens])},
+        "tokens": {"tokens": tokens},
+    }[layout]
+    taken = []
+    at_once = Keeper.squares
+    monkeypatch.setattr(Keeper, "squares", lambda *a: taken.append(at_once(*a)) or taken[-1])
+
+    def squares_of(frozen=False):
+        model, optimizer = start(name, "adam", 0)
+        found = []
+        kept = turning.squares
+        monkeypatch.setattr(path, "squares", lambda *a: found.append(kept(*a)) or found[-1])
+        tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, x, y))
+        if frozen:
+            next(m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))).requires_grad_(False)
+        with tracker.step(range(3 if layout == "documents" else B), **options):
+            loss_of(model, x, y).backward()
+            optimizer.step()
+        tracker.close()
+        return found[0]
+
+    for frozen in (False, True):
+        taken.clear()
+        here = squares_of(frozen)
+        assert sum(pair is not None for pair in taken) > 4
+        monkeypatch.setattr(Keeper, "squares", lambda *a: None)
+        expected = squares_of(frozen)
+        monkeypatch.setattr(Keeper, "squares", lambda *a: taken.append(at_once(*a)) or taken[-1])
+        torch.testing.assert_close(here.of_slots, expected.of_slots, rtol=1e-9, atol=0)
+        torch.testing.assert_close(here.of_samples, expected.of_samples, rtol=1e-6, atol=0)
 
 
 def test_targets_documents_tokens_and_pairs_score_as_whole_samples_do():

@@ -154,6 +154,38 @@ def linear_wgrad_dot(
     return weight_grad, bias_grad, dots if val_grad.dim() == 3 else dots.squeeze(-1)
 
 
+def ghost_square(
+    acts: Tensor, grads: Tensor, *, segments: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The samples' squared weight gradients added up, and each one's squared norm, in one pass.
+
+        squares = sum_b (grads_b^T acts_b)^2, each element squared        norms[b] = |grads_b^T acts_b|^2
+
+    2*B*T*I*O FLOPs, those of the weight gradient, and 3*S*I*O to square and add; the bytes of its GEMM. A tile of one
+    sample's gradient exists at a time, in registers (on a CPU, one block of a weight that stays in cache). They are the
+    second moment of the samples' gradients (the diagonal of the empirical Fisher matrix, and what a gradient noise
+    scale is made of), and the norms that clipping by sample goes by.
+
+    Args, Raises: as `ghost_dot`; there is no per_token.
+
+    Returns:
+        `(squares [O, I], norms [B], or [S] with segments)`, float32, or float64 for float64 input. Errors are relative
+        to the sample's own terms.
+
+    Source: norms by sample, Goodfellow, arXiv 1510.01799, where tokens are one; to square tile by tile is this
+    library's.
+
+    Example:
+        >>> squares, norms = ghost_square(acts, grads)
+        >>> torch.testing.assert_close(norms.sum(), squares.sum())
+    """
+    check_tokens("acts", acts)
+    check_tokens("grads", grads, acts, "acts")
+    check_grouping(segments, False, acts)
+    check_backend(backend)
+    return ops.call(ops.ghost_square, acts, grads, segments, backend)
+
+
 def ghost_dot_pairwise(
     acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, *, backend: str | None = None
 ) -> Tensor:

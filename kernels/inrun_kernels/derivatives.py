@@ -7,6 +7,7 @@ A dot is linear in each of its inputs, so with `u` the incoming gradient of the 
 Nothing is stored per sample here either. Gradients come back in the dtype of their input.
 """
 
+from itertools import pairwise as neighbours
 from typing import Any
 
 import torch
@@ -41,6 +42,27 @@ def ghost_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_bias: Tensor | No
         of_grads = through_bias if of_grads is None else of_grads + through_bias
     found = (of_acts, of_grads, of_direction, of_bias)
     return (*_like(ctx.needs_input_grad, found, tuple(inputs)), None, None, None, None)
+
+
+def save_ghost_square(ctx: Any, inputs: tuple, output: Any) -> None:
+    _save(ctx, *inputs[:3])
+
+
+def ghost_square(ctx: Any, of_squares: Tensor | None, of_norms: Tensor | None) -> tuple:
+    """One sample's gradient at a time, times what its square's gradient is."""
+    acts, grads, segments = ctx.saved_tensors
+    flat_acts, flat_grads = _widen(acts).flatten(0, 1), _widen(grads).flatten(0, 1)
+    count, tokens = acts.shape[:2]
+    bounds = [b * tokens for b in range(count + 1)] if segments is None else segments.tolist()
+    found: list[tuple[Tensor, Tensor]] = []
+    for s, (low, high) in enumerate(neighbours(bounds)):
+        a, g = flat_acts[low:high], flat_grads[low:high]
+        weight = sum(x for x in (of_squares, None if of_norms is None else of_norms[s]) if x is not None)
+        along = 2 * (g.T @ a) * weight
+        found.append((g @ along, a @ along.T))
+    both = (torch.cat(x) for x in zip(*found, strict=True)) if found else (flat_acts * 0, flat_grads * 0)
+    shaped = tuple(x.view(like.shape) for x, like in zip(both, (acts, grads), strict=True))
+    return (*_like(ctx.needs_input_grad, shaped, (acts, grads)), None, None)
 
 
 def save_pairwise(ctx: Any, inputs: tuple, output: Any) -> None:

@@ -109,6 +109,18 @@ def ghost_wgrad_dot(
         return weight_grad, bias_grad.to(weight_grad.dtype), dots + of_bias
 
 
+@torch.library.custom_op("inrun::ghost_square", mutates_args=())
+def ghost_square(acts: Tensor, grads: Tensor, segments: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
+    check_segment_values(segments, acts.shape[0] * acts.shape[1])
+    with launch_context(acts):
+        if use_triton(backend, acts, grads):
+            from inrun_kernels.wgrad_dot import launch_wgrad_dot
+
+            squares, _, norms = launch_wgrad_dot(acts, grads, None, None, segments, "two")
+            return squares, norms.squeeze(1)
+        return torch_path.ghost_square(acts, grads, segments)
+
+
 @torch.library.custom_op("inrun::ghost_dot_pairwise", mutates_args=())
 def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, backend: str | None) -> Tensor:
     with launch_context(acts):
@@ -183,6 +195,12 @@ def _(acts, grads, val_grad, bias_val_grad, segments, form, grad_dtype, backend)
     return weight_grad, bias_grad, _fake_dots(acts, val_grad, segments, False)
 
 
+@ghost_square.register_fake
+def _(acts, grads, segments, backend):
+    count, dtype = acts.shape[0] if segments is None else segments.shape[0] - 1, accumulate_dtype(acts)
+    return acts.new_empty(grads.shape[2], acts.shape[2], dtype=dtype), acts.new_empty(count, dtype=dtype)
+
+
 @ghost_dot_pairwise.register_fake
 def _(acts, grads, val_acts, val_grads, backend):
     return acts.new_empty(acts.shape[0], val_acts.shape[0], dtype=accumulate_dtype(acts))
@@ -214,6 +232,7 @@ def _fake_dots(x: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: 
 
 ghost_dot.register_autograd(derivatives.ghost_dot, setup_context=derivatives.save_ghost_dot)
 ghost_wgrad_dot.register_autograd(derivatives.ghost_wgrad_dot, setup_context=derivatives.save_ghost_wgrad_dot)
+ghost_square.register_autograd(derivatives.ghost_square, setup_context=derivatives.save_ghost_square)
 ghost_dot_pairwise.register_autograd(derivatives.pairwise, setup_context=derivatives.save_pairwise)
 embedding_dot.register_autograd(derivatives.embedding_dot, setup_context=derivatives.save_embedding_dot)
 row_dot.register_autograd(derivatives.row_dot, setup_context=derivatives.save_row_dot)

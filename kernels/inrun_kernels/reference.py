@@ -24,6 +24,16 @@ def linear_wgrad_dot(acts, grads, val_grad, bias_val_grad, *, segments=None) -> 
     return weight_grad, bias_grad, dots + of_bias
 
 
+def ghost_square(acts, grads, *, segments=None) -> tuple[Tensor, Tensor]:
+    gradients = [g.T @ a for a, g in _samples(acts, grads, segments, False)]
+    squares = acts.new_zeros(grads.shape[2], acts.shape[2], dtype=torch.float64)
+    norms = acts.new_zeros(len(gradients), dtype=torch.float64)
+    for s, gradient in enumerate(gradients):
+        squares += gradient.square()
+        norms[s] = gradient.square().sum()
+    return squares, norms
+
+
 def ghost_dot_pairwise(acts, grads, val_acts, val_grads) -> Tensor:
     dots = acts.new_zeros(acts.shape[0], val_acts.shape[0], dtype=torch.float64)
     for b in range(acts.shape[0]):

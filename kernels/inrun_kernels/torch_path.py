@@ -85,6 +85,22 @@ def ghost_wgrad_dot(
     return total.to(grad_dtype or wide), dots.to(wide)
 
 
+def ghost_square(acts: Tensor, grads: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A GEMM per sample and block of rows, squared while it is in cache."""
+    wide = accumulate_dtype(acts)
+    samples = list(zip(_split_tokens(acts, segments), _split_tokens(grads, segments), strict=True))
+    total = acts.new_zeros(grads.shape[2], acts.shape[2], dtype=wide)
+    norms = acts.new_zeros(len(samples), dtype=torch.float64)
+    for rows in _chunks(total.shape[0], total.shape[1], _BLOCK):
+        block, product = total[rows], torch.empty_like(total[rows])
+        pieces = product.view(-1).split(_DOT)
+        for s, (a, g) in enumerate(samples):
+            torch.mm(g[:, rows].to(wide).T, a.to(wide), out=product)
+            block.addcmul_(product, product)
+            norms[s] += torch.stack([torch.dot(piece, piece) for piece in pieces]).sum(dtype=norms.dtype)
+    return total, norms.to(wide)
+
+
 def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, form: str) -> Tensor:
     """sum_{t,s} (a_t . a_s)(b_t . b_s), a bounded chunk of token pairs at a time.
 

@@ -16,6 +16,9 @@ direction. Two forms:
 Where tiles are copied by tensor descriptors and there is one direction, its tile waits in shared memory: Triton sinks
 the load of a loop-invariant operand to its use.
 
+Without a direction the same loop has the samples' squares (`ghost_square`, form "two"): a tile is squared before it is
+added, and its sum is the sample's share of its squared norm.
+
 A bias rides along: its gradient is the sum of the rows of grads, of which the programs of the weight's first column of
 tiles have each in hand. They keep it as they keep the tile, in either form, and add its dots to the tile's. Not where
 matrix instructions run on while the program does: of a tile that such an instruction and the program both read,
@@ -78,12 +81,12 @@ def _count_blocks(offsets_ptr, first, last, BLOCK_T: tl.constexpr, BLOCK_S: tl.c
 def _wgrad_dot_kernel(
     acts,  # pointer or descriptor, [B, T, I]
     grads,  # pointer or descriptor, [B, T, O]
-    val_grad,  # pointer or descriptor, [M, O, I]
+    val_grad,  # pointer or descriptor, [M, O, I]; None for squares
     bias_val_grad_ptr,  # [M, O]
     offsets_ptr,
     weight_ptr,  # [splits, O, I], float32, or of one split in the gradient's dtype
     bias_ptr,  # [splits, O]
-    partial_ptr,  # [S, M, tiles]
+    partial_ptr,  # [S, M or 1, tiles]
     tokens,
     inputs,
     outputs,
@@ -101,7 +104,7 @@ def _wgrad_dot_kernel(
     stride_di,
     stride_bm,
     stride_bo,
-    DIRECTIONS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,  # 0: squares
     HAS_BIAS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
     COPY_TOKENS: tl.constexpr,
@@ -171,7 +174,11 @@ def _wgrad_dot_kernel(
             if pid_i == 0:
                 product_b += tl.sum(g.to(tl.float32), 1)
         if left <= BLOCK_T:
-            dots_ptr = partial_ptr + sample.to(tl.int64) * DIRECTIONS * tl.num_programs(0) + pid_tile
+            dots_ptr = partial_ptr + sample.to(tl.int64) * max(DIRECTIONS, 1) * tl.num_programs(0) + pid_tile
+            if DIRECTIONS == 0:
+                squares = product * product
+                total += squares
+                tl.store(dots_ptr, tl.sum(squares))
             for m in tl.static_range(DIRECTIONS):
                 if COPY_D and not KEEP_D:
                     d = val_grad.load([m, first_o, first_i]).reshape(BLOCK_O, BLOCK_I)
@@ -184,7 +191,7 @@ def _wgrad_dot_kernel(
                     b = tl.load(b_ptrs, mask=mask_b, other=0.0)
                     dot += tl.sum(product_b * b.to(tl.float32))
                 tl.store(dots_ptr + m * tl.num_programs(0), dot)
-            if not PREFIX:
+            if not PREFIX and DIRECTIONS:
                 total += product
                 if HAS_BIAS:
                     total_b += product_b
@@ -211,16 +218,18 @@ def _wgrad_dot_kernel(
 def launch_wgrad_dot(
     acts: Tensor,
     grads: Tensor,
-    val_grad: Tensor,
+    val_grad: Tensor | None,
     bias_val_grad: Tensor | None,
     segments: Tensor | None,
     form: str,
     grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`acts [B,T,I]`, `grads [B,T,O]`, `val_grad [M,O,I]`, `bias_val_grad [M,O]` or None -> `(weight_grad [O,I],
-    bias_grad [O or 0], dots [S,M])`: gradients in `grad_dtype` or float32; float32 dots of weight and bias together."""
+    bias_grad [O or 0], dots [S,M])`: gradients in `grad_dtype` or float32; float32 dots of weight and bias together.
+
+    With None for `val_grad`, and form "two": the samples' squared gradients added up, and squared norms `[S,1]`."""
     acts, grads = one_row(acts, segments), one_row(grads, segments)
-    weight_grad = torch.empty(val_grad.shape[1:], dtype=grad_dtype or torch.float32, device=acts.device)
+    weight_grad = torch.empty(grads.shape[2], acts.shape[2], dtype=grad_dtype or torch.float32, device=acts.device)
     copies = chip(acts.device).copies and segments is None
     readable = copyable if copies else aligned
     if acts.dtype == torch.float32 or readable(grads) or not readable(acts) or len(weight_grad) < _COLUMNS:
@@ -237,7 +246,8 @@ def launch_wgrad_dot(
         here = grads[..., part]
         here = rows[..., : here.shape[2]].copy_(here) if part.start < rest else here
         of_bias = None if bias_val_grad is None else bias_val_grad[:, part]
-        found.append(_launch(acts, here, val_grad[:, part], of_bias, segments, form, weight_grad[part]))
+        along = None if val_grad is None else val_grad[:, part]
+        found.append(_launch(acts, here, along, of_bias, segments, form, weight_grad[part]))
     bias_grads, dots = zip(*found, strict=True)
     return weight_grad, torch.cat(bias_grads), torch.stack(dots).sum(0)
 
@@ -245,7 +255,7 @@ def launch_wgrad_dot(
 def _launch(
     acts: Tensor,
     grads: Tensor,
-    val_grad: Tensor,
+    val_grad: Tensor | None,
     bias_val_grad: Tensor | None,
     segments: Tensor | None,
     form: str,
@@ -254,13 +264,15 @@ def _launch(
     """Writes `weight_grad`, `[O,I]` of adjacent elements; returns `(bias_grad, dots)`."""
     n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
     batch, tokens, inputs = acts.shape
-    n_directions, outputs, _ = val_grad.shape
+    outputs, n_directions = grads.shape[2], 0 if val_grad is None else len(val_grad)
     where, prefix = chip(acts.device), form == "prefix"
     rides = bias_val_grad is not None and not (where.asynchronous or where.accumulates_apart)
     copies = where.copies and acts.dtype != torch.float32
-    copy_d, copy_tokens = copies and copyable(val_grad), copies and segments is None and copyable(acts, grads)
+    copy_tokens = copies and segments is None and copyable(acts, grads)
+    copy_d = copies and (copyable(val_grad) if val_grad is not None else copy_tokens)
     accumulators = 1 if prefix else 2
-    kept = val_grad.element_size()  # bytes of each of its elements in shared memory: to wait, or on the way there
+    # Bytes of each of a direction's elements in shared memory: to wait, or on the way there.
+    kept = 0 if val_grad is None else val_grad.element_size()
     tiles_that_fit = matrix_tiles(
         where,
         acts.dtype,
@@ -282,12 +294,12 @@ def _launch(
         if splits != 1:
             weight = torch.empty(splits, outputs, inputs, dtype=torch.float32, device=acts.device)
         bias = torch.empty((splits, outputs) if rides else 0, dtype=torch.float32, device=acts.device)
-        partial = torch.empty(n_samples, n_directions, tiles, dtype=torch.float32, device=acts.device)
+        partial = torch.empty(n_samples, max(1, n_directions), tiles, dtype=torch.float32, device=acts.device)
         operands = [acts, grads, val_grad]
         if copy_tokens:
             operands[0] = descriptor(acts, [1, tile.block_k, tile.block_n])
             operands[1] = descriptor(grads, [1, tile.block_k, tile.block_m])
-        if copy_d:
+        if copy_d and val_grad is not None:
             operands[2] = descriptor(val_grad, [1, tile.block_m, tile.block_n])
         _wgrad_dot_kernel[(tiles, splits)](
             *operands,
@@ -304,13 +316,13 @@ def _launch(
             1.0 if prefix else 0.0,
             *acts.stride(),
             *grads.stride(),
-            *val_grad.stride(),
+            *((0, 0, 0) if val_grad is None else val_grad.stride()),
             *((0, 0) if bias_val_grad is None else bias_val_grad.stride()),
             DIRECTIONS=n_directions,
             HAS_BIAS=rides,
             HAS_OFFSETS=segments is not None,
             COPY_TOKENS=copy_tokens,
-            COPY_D=copy_d,
+            COPY_D=copy_d and n_directions > 0,
             KEEP_D=copy_d and n_directions == 1 and not where.accumulates_apart,
             PREFIX=prefix,
             ASYNCHRONOUS=where.asynchronous,
@@ -331,7 +343,7 @@ def _launch(
     tile = tiles_that_fit[0]
     if tuning.is_on():
         sizes = Sizes(n_samples, batch * tokens // max(1, n_samples), inputs, outputs, n_directions)
-        facts = f"{copy_tokens} {copy_d} {segments is not None} {rides} {val_grad.dtype}"
+        facts = f"{copy_tokens} {copy_d} {segments is not None} {rides} {None if val_grad is None else val_grad.dtype}"
         tile = tuning.choose("wgrad_dot", tiles_that_fit, sizes, facts, acts, run, form)
     bias_grad, dots = run(tile)
     if bias_val_grad is None or rides:

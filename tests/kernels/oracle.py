@@ -90,6 +90,18 @@ def gradient_of(case: Case, dtype: torch.dtype) -> Tensor:
     return gradients(whole, dtype)[0].double()
 
 
+def squares_of(case: Case, dtype: torch.dtype) -> Tensor:
+    """The samples' squared gradients added up, each by autograd in `dtype`; returned in float64."""
+    found = [g.double().square() for g in gradients(case, dtype)]
+    return torch.stack(found).sum(0) if found else gradient_of(case, torch.float64)
+
+
+def norms_of(case: Case, dtype: torch.dtype) -> Tensor:
+    """Each sample's squared norm, as in `squares_of`."""
+    found = [g.double().square().sum() for g in gradients(case, dtype)]
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)
+
+
 def absolute(case: Case) -> Case:
     """The case with every number's sign removed: its result bounds the sum of the terms' magnitudes."""
     x = case.x.abs() if case.x.is_floating_point() else case.x
@@ -119,6 +131,10 @@ def check(case: Case, backend: str | None) -> None:
         weight_grad, dots = WGRAD_DOTS[case.layer](case.x, case.grads, case.val_grad, **options)
         assert_close(dots, dots_of, case)
         assert_close(weight_grad, gradient_of, case)
+    if case.layer == "linear" and not case.per_token:
+        squares, norms = k.ghost_square(case.x, case.grads, **options)
+        assert_close(squares, squares_of, case)
+        assert_close(norms, norms_of, case)
 
 
 def make(

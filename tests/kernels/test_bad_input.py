@@ -52,6 +52,16 @@ BAD = {
         ValueError,
         "grads: expected device cpu, received meta",
     ),
+    "squares of tokens that differ": (
+        lambda: k.ghost_square(ACTS, GRADS[:, :2]),
+        ValueError,
+        r"grads: expected .* of acts \[2, 3, 4\], received \[2, 2, 5\]",
+    ),
+    "squares of segments that end early": (
+        lambda: k.ghost_square(ACTS, GRADS, segments=torch.tensor([0, 5])),
+        ValueError,
+        "segments: expected",
+    ),
     "direction shape": (
         lambda: k.ghost_wgrad_dot(ACTS, GRADS, MATRIX.T),
         ValueError,

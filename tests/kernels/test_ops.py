@@ -46,6 +46,8 @@ def calls(dtype: torch.dtype, backend: str | None) -> dict[str, tuple]:
         "wgrad": (ops.ghost_wgrad_dot, (*linear, None, None, "two", dtype, backend)),
         "wgrad, bias": (ops.ghost_wgrad_dot, (*linear, x["rows"], None, "two", None, backend)),
         "wgrad, bias, segments": (ops.ghost_wgrad_dot, (*linear, x["rows"], SEGMENTS, "prefix", dtype, backend)),
+        "square": (ops.ghost_square, (*linear[:2], None, backend)),
+        "square, segments": (ops.ghost_square, (*linear[:2], SEGMENTS, backend)),
         "pairwise": (ops.ghost_dot_pairwise, (*pairs, backend)),
         "embedding": (ops.embedding_dot, (ids, x["grads"], x["tables"], SEGMENTS, False, 1, backend)),
         "embedding, tokens": (ops.embedding_dot, (ids, x["grads"], x["tables"], None, True, None, backend)),

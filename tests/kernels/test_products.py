@@ -8,7 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DOTS, LAYERS, PADDING, WGRAD_DOTS, Case, absolute, assert_close, check, dots_of, gradient_of, make
+from oracle import (
+    DOTS,
+    LAYERS,
+    PADDING,
+    WGRAD_DOTS,
+    Case,
+    absolute,
+    assert_close,
+    check,
+    dots_of,
+    gradient_of,
+    make,
+    norms_of,
+    squares_of,
+)
 
 import inrun_kernels as k
 from inrun_kernels import reference, torch_path
@@ -240,6 +254,27 @@ def test_forms_on_every_kind_of_chip(form, chip, segments, monkeypatch):
     )
     check_form(form, case(inputs=32, outputs=75, directions=2, dtype=torch.bfloat16))
     assert launched[:3] == [32, 32, 11]
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("segments", [None, torch.tensor([0, 0, 3, 40, 40, 140])])
+def test_squares_on_every_kind_of_chip(chip, segments, monkeypatch):
+    """As the forms; and a sample's norm is its own, to the bit, whatever else is in the batch."""
+    from inrun_kernels import tiles, wgrad_dot
+
+    monkeypatch.setattr(tiles, "ON_CPU", chip)
+    monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(wgrad_dot, "resident_programs", lambda tile, accumulators: 1)
+    monkeypatch.setattr(wgrad_dot, "_COLUMNS", 16)
+    for dtype, inputs, outputs in ((torch.bfloat16, 136, 40), (torch.bfloat16, 32, 75), (torch.float32, 24, 40)):
+        case = make("linear", 7, 20, inputs, outputs, segments=segments, dtype=dtype)
+        squares, norms = k.ghost_square(case.x, case.grads, segments=segments, backend="triton")
+        assert_close(squares, squares_of, case)
+        assert_close(norms, norms_of, case)
+        torch.testing.assert_close(norms.sum(), squares.sum())
+        if segments is None:
+            order = [3, 1, 1, 0, 6]
+            assert torch.equal(k.ghost_square(case.x[order], case.grads[order], backend="triton")[1], norms[order])
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
