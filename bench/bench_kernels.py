@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure import CLOCK, SEED, Machine, Row, Work, interleaved, require_close, rows_of
-from bench.peers import DOT, ROWS, WGRAD_DOT
+from bench.measure import BASE, CLOCK, SEED, Machine, Row, Work, interleaved, require_close, rows_of
+from bench.peers import DOT, ROWS, SQUARES, WGRAD_DOT
 from inrun_kernels import cost
 
-SUITES = {"weight gradient + dots": WGRAD_DOT, "dots alone": DOT, **ROWS}
+SUITES = {"weight gradient + dots": WGRAD_DOT, "dots alone": DOT, "squares": SQUARES, **ROWS}
 RTOL = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of a root mean square; a peer rounds its products once more
 
 
@@ -88,12 +88,13 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
     torch.compiler.reset()
     inputs = _row_inputs(suite, case, machine) if suite in ROWS else _inputs(case, machine)
     runs = {name: partial(kernel, *inputs) for name, kernel in SUITES[suite].items()}
-    weight_grad, dots = (_row_reference if suite in ROWS else _reference)(*_exact(suite, *inputs[:3]))
+    gradient = (_row_reference if suite in ROWS else _reference)(*_exact(suite, *inputs[:3]))
+    expected = dict.fromkeys(runs, _squares(*inputs[:2]) if suite == "squares" else gradient) | {BASE: gradient}
     for name, run in runs.items():
-        found_grad, found_dots = run()
+        (weight_grad, dots), (found_grad, found_dots) = expected[name], run()
         require_close(f"{name}, weight gradient", found_grad, weight_grad, RTOL[machine.dtype])
         require_close(f"{name}, dots", found_dots, dots, RTOL[machine.dtype])
-    del weight_grad, found_grad
+    del weight_grad, expected, gradient, found_grad
     if request.config.getoption("benchmark_disable"):
         return {name: ([0.0], {}) for name in runs}
     peaks = {name: machine.peak_bytes(run) for name, run in runs.items()}
@@ -116,6 +117,13 @@ def test_wgrad_dot(measured, provider, benchmark):
 @pytest.mark.parametrize("provider", DOT)
 @pytest.mark.parametrize("measured", [("dots alone", case) for case in CASES], indirect=True, ids=_id)
 def test_dot(measured, provider, benchmark):
+    CLOCK.replay(benchmark, *measured[provider])
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("provider", SQUARES)
+@pytest.mark.parametrize("measured", [("squares", case) for case in CASES], indirect=True, ids=_id)
+def test_squares(measured, provider, benchmark):
     CLOCK.replay(benchmark, *measured[provider])
 
 
@@ -181,3 +189,12 @@ def _reference(acts: Tensor, grads: Tensor, direction: Tensor) -> tuple[Tensor, 
         dots[b] = (gradient * direction).sum()
         total += gradient
     return total, dots
+
+
+def _squares(acts: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """float64, one sample at a time."""
+    total, norms = 0.0, []
+    for a, g in zip(acts, grads, strict=True):
+        square = (g.double().T @ a.double()).square()
+        total, norms = total + square, [*norms, square.sum()]
+    return torch.as_tensor(total), torch.stack(norms)

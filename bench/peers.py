@@ -12,6 +12,7 @@ Each is written here from its formula, at its best in plain PyTorch. Throughout,
     stored              per-sample gradients [B,O,I] by hooks, kept to the end of the backward (Opacus; "in-run with
                         per-sample gradients" in the paper's table 1)
     vmap                per-sample gradients by torch.func: vmap(grad(loss))
+    loop                squares of gradients: one sample's gradient at a time
     two_steps           norms, biases and embeddings: the parameter's gradient, then the dots, as torch operations
 """
 
@@ -30,6 +31,7 @@ from inrun_kernels import (
     embedding_dot,
     ghost_dot,
     ghost_dot_pairwise,
+    ghost_square,
     ghost_wgrad_dot,
     norm_wgrad_dot,
 )
@@ -95,6 +97,32 @@ DOT: dict[str, Kernel] = {
     "inrun_pairwise": lambda a, g, d, va, vg: (None, ghost_dot_pairwise(a, g, va, vg).sum(1)),
     "gemm_rowsum": lambda a, g, d, *_: (None, gemm_rowsum(a, g, d)),
     "gemm_rowsum_compiled": lambda a, g, d, *_: (None, gemm_rowsum_compiled(a, g, d)),
+}
+
+
+def stored_squares(acts: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    squares = (grads.mT @ acts).square()
+    return squares.sum(0), squares.sum((1, 2))
+
+
+def looped_squares(acts: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    total, norms = torch.zeros(grads.shape[2], acts.shape[2], device=acts.device, dtype=acts.dtype), []
+    for a, g in zip(acts, grads, strict=True):
+        square = (g.T @ a).square()
+        total += square
+        norms.append(square.sum())
+    return total, torch.stack(norms)
+
+
+stored_squares_compiled = compiled(stored_squares)
+
+# Each sample's squared norm and the sum of their squared gradients; `plain` is the weight gradient, without either.
+SQUARES: dict[str, Kernel] = {
+    "plain": lambda a, g, d, *_: (plain(a, g, d)[0], None),
+    "inrun": lambda a, g, *_: ghost_square(a, g),
+    "stored": lambda a, g, *_: stored_squares(a, g),
+    "stored_compiled": lambda a, g, *_: stored_squares_compiled(a, g),
+    "loop": lambda a, g, *_: looped_squares(a, g),
 }
 
 # ---------------------------------------------------------------- norms, biases, embeddings: (x, grads, direction)

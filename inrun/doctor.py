@@ -27,7 +27,7 @@ FORMS: dict[str, tuple[str | None, ...]] = dict.fromkeys(
     ("ghost_wgrad_dot", "linear_wgrad_dot"), ("two", "prefix", "direct")
 )
 GROUPED = ("grouped_mm", "grouped_wgrad")  # torch's own kernels, or a loop over them
-BUILT = {("ghost_wgrad_dot", "two"), ("linear_wgrad_dot", "two")}
+BUILT = {("ghost_wgrad_dot", "two"), ("linear_wgrad_dot", "two"), ("ghost_square", None)}
 BUILT |= {(name, None) for name in ("norm_dot", "norm_wgrad_dot", "bias_dot", "bias_wgrad_dot", "embedding_dot")}
 PRODUCTS = [*(name for name in inrun_kernels.__all__ if name not in ("explain", "tune")), *GROUPED]
 PACKAGES = ("torch", "triton", "numpy", "pyarrow", "duckdb", "matplotlib", "transformers")
@@ -130,6 +130,8 @@ def _arguments(
         ends = torch.tensor([rows // 3, rows // 3, rows], dtype=torch.int32, device=device)
         other = rand(len(ends), inputs, outputs) if name == "grouped_mm" else rand(rows, outputs)
         return (rand(rows, inputs), other, ends), offsets
+    if name == "ghost_square":
+        return (acts, grads), offsets
     if name in ("ghost_dot", "ghost_wgrad_dot", "linear_wgrad_dot"):
         of_bias = (rand(*directions, outputs),) if name == "linear_wgrad_dot" else ()
         return (acts, grads, rand(*directions, outputs, inputs), *of_bias), offsets

@@ -234,8 +234,8 @@ class Keeper:
     def squares(self, kept: Kept) -> dict[int, tuple[Tensor, Tensor]] | None:
         """Of one run of a layer, by `id` of a parameter's direction: its samples' squared gradients added up, and each
         sample's squared norm; None where the layer has to be asked for `sample_gradients`, of which these are."""
-        module = kept.module
-        if module._inrun.forward_mode or not isinstance(module, torch.nn.Module):  # else a part of one
+        module, whole = kept.module, isinstance(kept.module, torch.nn.Module)  # else a part of one
+        if module._inrun.forward_mode or not whole:
             return None
         kept.require_unchanged()
         device = next(module.parameters()).device
@@ -245,8 +245,8 @@ class Keeper:
             found = module.squares(moved(kept.x, device), moved(kept.grads[0], device), segments)
         if found is None:
             return None
-        return {id(module._parameters[n + SUFFIX]): pair for n, pair in found.items()
-                if module._parameters[n].requires_grad}  # fmt: skip
+        params = module._parameters
+        return {id(params[n + SUFFIX]): pair for n, pair in found.items() if params[n].requires_grad}
 
     def sample_gradients(self, kept: Kept, samples: Iterable[int]) -> Iterator[dict[int, Tensor]]:
         """Of each sample, by `id` of a parameter's direction: the gradient that one run of a layer gave it.

@@ -162,11 +162,12 @@ def ghost_square(
         squares = sum_b (grads_b^T acts_b)^2, each element squared        norms[b] = |grads_b^T acts_b|^2
 
     2*B*T*I*O FLOPs, those of the weight gradient, and 3*S*I*O to square and add; the bytes of its GEMM. A tile of one
-    sample's gradient exists at a time, in registers (on a CPU, one block of a weight that stays in cache). They are the
-    second moment of the samples' gradients (the diagonal of the empirical Fisher matrix, and what a gradient noise
+    sample's gradient exists at a time, in registers (on the torch path, a block of one that stays in cache). They are
+    the second moment of the samples' gradients (the diagonal of the empirical Fisher matrix, and what a gradient noise
     scale is made of), and the norms that clipping by sample goes by.
 
     Args, Raises: as `ghost_dot`; there is no per_token.
+        backend: None takes on a CPU the kernels in C for samples of at most 512 tokens, else torch.
 
     Returns:
         `(squares [O, I], norms [B], or [S] with segments)`, float32, or float64 for float64 input. Errors are relative

@@ -39,6 +39,7 @@ _SIGNATURES = {  # what a kernel returns, and takes
     "adam_directions": (None, _ADDRESS, _SIZE, _COUNT),
 }
 _DEPTH = 128  # as in `c/common.h`
+_DEEPEST = 512  # rows of a sample whose panel stays in a core's cache
 _KEPT = 1 << 26  # bytes of scratch at most that stay allocated
 _kept = threading.local()
 
@@ -90,6 +91,17 @@ def ghost_wgrad_dot(
     bias = total.new_empty(0 if bias_val_grad is None else total.shape[0])
     product = _product(acts, grads, val_grad, bias_val_grad, segments, None if bias_val_grad is None else bias, 2)
     return total, bias, _call("inrun_ghost_wgrad_dot", product, total)
+
+
+def ghost_square(acts: Tensor, grads: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The samples' squared weight gradients added up `[O, I]`, and each one's squared norm `[S]`, in float32."""
+    total = torch.empty(grads.shape[2], acts.shape[2])
+    return total, _call("inrun_ghost_wgrad_dot", _product(acts, grads, None, None, segments), total)
+
+
+def squares_fit(acts: Tensor, segments: Tensor | None) -> bool:
+    """Whether `ghost_square` takes samples of these lengths: each is one panel."""
+    return (acts.shape[1] if segments is None else int(segments.diff().max())) <= _DEEPEST
 
 
 def row_wgrad_dot(
@@ -235,7 +247,7 @@ def _product(
     held = _matrix(acts), _matrix(grads), _matrix(val_grad), _matrix(bias_val_grad)
     fields = array("q", [field for _, *fields in held for field in fields])
     bias_at = 0 if bias is None else bias.data_ptr()
-    fields.extend((bias_at, ends.data_ptr(), samples, inputs, outputs, many[0] if many else 1, 0, 0, 0, 0))
+    fields.extend((bias_at, ends.data_ptr(), samples, inputs, outputs, many[0] if many else 1, 0, 0, 0, 0, 0))
     return fields, grads.new_empty((samples, *many), dtype=torch.float32), (held, ends)
 
 

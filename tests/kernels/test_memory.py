@@ -49,6 +49,9 @@ def test_no_per_sample_gradient_is_stored(dtype, packed, form, monkeypatch):
     for run in (torch_path.ghost_wgrad_dot, *([launch] if form != "direct" else [])):
         found = largest(run, acts, grads, matrix, segments=segments, form=form)
         assert 4 * OUT * IN <= found < 4 * BATCH * OUT * IN
+    squared = partial(wgrad_dot.launch_wgrad_dot, val_grad=None, bias_val_grad=None, form="two")
+    for run in (torch_path.ghost_square, squared):
+        assert 4 * OUT * IN <= largest(run, acts, grads, segments=segments) < 4 * BATCH * OUT * IN
     for run in (torch_path.ghost_dot, dot.launch_dot):
         assert largest(run, acts, grads, matrix, segments, False) < 4 * BATCH * OUT * IN
 

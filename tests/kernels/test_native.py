@@ -70,6 +70,7 @@ def test_products_match_their_definitions(data):
     try:
         found = native.ghost_wgrad_dot(acts, grads, direction, of_bias, ends)
         without = native.ghost_wgrad_dot(acts, grads, direction, None, ends)
+        squares = native.ghost_square(acts, grads, ends)
         of_rows = native.row_wgrad_dot(acts[..., :1].expand_as(grads), grads, of_bias, ends)
         of_bias_alone = native.row_wgrad_dot(None, grads, of_bias, ends)
     finally:
@@ -80,10 +81,24 @@ def test_products_match_their_definitions(data):
         assert_close(got, right)
     assert_close(without[2], reference.ghost_wgrad_dot(acts, grads, direction, segments=ends)[1])
     assert torch.equal(without[0], found[0]) and without[1].numel() == 0
+    for got, right in zip(squares, reference.ghost_square(acts, grads, segments=ends), strict=True):
+        assert_close(got, right)
     scaled = acts[..., :1].expand_as(grads)
     for got, right in zip(of_rows, reference.norm_wgrad_dot(scaled, grads, of_bias, segments=ends), strict=True):
         assert_close(got, right)
     for got, right in zip(of_bias_alone, reference.bias_wgrad_dot(grads, of_bias, segments=ends), strict=True):
+        assert_close(got, right)
+
+
+@pytest.mark.parametrize("lengths", [(4, 512), (513, 3)])
+def test_squares_of_samples_too_long_for_a_panel_go_by_torch(lengths, monkeypatch):
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    acts, grads = torch.randn(1, sum(lengths), 33), torch.randn(1, sum(lengths), 18)
+    kernel, taken = native.ghost_square, []
+    monkeypatch.setattr(native, "ghost_square", lambda *a: taken.append(1) or kernel(*a))
+    found = k.ghost_square(acts, grads, segments=ends)
+    assert len(taken) == (max(lengths) <= 512)
+    for got, right in zip(found, reference.ghost_square(acts, grads, segments=ends), strict=True):
         assert_close(got, right)
 
 

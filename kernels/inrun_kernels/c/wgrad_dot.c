@@ -2,6 +2,9 @@
 
        total[o, i] = sum_n grads[n, o] acts[n, i]        dots[s, m] = sum_{o, i} (s's share of total)[o, i] dirs[m, o, i]
 
+   Without directions it is ghost_square: each sample's tile is squared before it is added, and its own direction; no
+   sample is then cut into parts.
+
    The weight is cut into blocks that stay in a core's cache with their directions. For each panel of rows, both
    operands are copied to strips as wide as a tile (Goto and van de Geijn, ACM TOMS 34(3), 2008); a tile of one sample's
    product then lives in registers, where it is contracted before it is added to the total. Nothing of a sample's
@@ -90,9 +93,9 @@ static void pack(matrix x, int64_t row, int64_t column, int rows, int columns, i
                    : strips(x, row, column, rows, columns, WIDTH, strip, out, 0);
 }
 
-/* One tile of one sample. Not inlined: compilers then keep all of it in registers. */
-static __attribute__((noinline)) void tile(const float *grads, const float *acts, int depth, const float *dirs,
-                                           int64_t dir_stride, int64_t n_dirs, float *total, vec *dots)
+/* One tile of one sample. */
+INLINE void tile_of(const float *grads, const float *acts, int depth, const float *dirs, int64_t dir_stride,
+                    int64_t n_dirs, float *total, vec *dots, int squares)
 {
     vec product[ROWS][COLS];
     UNROLL for (int r = 0; r < ROWS; r++)
@@ -100,7 +103,13 @@ static __attribute__((noinline)) void tile(const float *grads, const float *acts
     for (int k = 0; k < depth; k++, grads += ROWS, acts += WIDTH)
         UNROLL for (int r = 0; r < ROWS; r++)
             UNROLL for (int c = 0; c < COLS; c++) product[r][c] += grads[r] * ((const vec *)acts)[c];
-    for (int64_t m = 0; m < n_dirs; m++) {
+    if (squares) {
+        vec sum[COLS] = {0};
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int c = 0; c < COLS; c++) sum[c] += product[r][c] *= product[r][c];
+        dots[0] += sum[0] + sum[1];
+    }
+    for (int64_t m = 0; !squares && m < n_dirs; m++) {
         const vec *dir = (const vec *)(dirs + m * dir_stride);
         vec sum[COLS] = {0};
         UNROLL for (int r = 0; r < ROWS; r++)
@@ -109,6 +118,19 @@ static __attribute__((noinline)) void tile(const float *grads, const float *acts
     }
     UNROLL for (int r = 0; r < ROWS; r++)
         UNROLL for (int c = 0; c < COLS; c++) ((vec *)total)[r * COLS + c] += product[r][c];
+}
+
+/* Not inlined: compilers then keep all of a tile in registers. */
+static __attribute__((noinline)) void square_tile(const float *grads, const float *acts, int depth, float *total,
+                                                  vec *dots)
+{
+    tile_of(grads, acts, depth, NULL, 0, 0, total, dots, 1);
+}
+
+static __attribute__((noinline)) void tile(const float *grads, const float *acts, int depth, const float *dirs,
+                                           int64_t dir_stride, int64_t n_dirs, float *total, vec *dots)
+{
+    tile_of(grads, acts, depth, dirs, dir_stride, n_dirs, total, dots, 0);
 }
 
 /* The bias's share of one sample: column sums of strips of `grads`, rows `low` to `high` of `depth`. */
@@ -137,19 +159,20 @@ static void block(const product *p, int64_t first_output, int64_t first_input, f
     int inputs = least(p->block_inputs, p->inputs - first_input);
     int64_t area = p->block_outputs * p->block_inputs, strip = ceil_div(outputs, ROWS) * TILE, n_dirs = p->directions;
     float *sum = scratch, *dirs = sum + area, *grads = dirs + n_dirs * area;
-    float *acts = grads + DEPTH * p->block_outputs;
-    vec *lanes = (vec *)(acts + DEPTH * p->block_inputs);
+    float *acts = grads + p->depth * p->block_outputs;
+    vec *lanes = (vec *)(acts + p->depth * p->block_inputs);
     memset(sum, 0, 4 * area);
     if (outputs % ROWS) memset(dirs, 0, 4 * n_dirs * area);
+    int squares = !p->dirs.data;
     int has_bias = p->bias && !first_input; /* of the blocks beside each other, the first sees to it */
     if (has_bias) memset(p->bias + first_output, 0, 4 * outputs);
-    for (int64_t m = 0; m < n_dirs; m++)
+    for (int64_t m = 0; m < n_dirs && !squares; m++)
         pack(p->dirs, m * p->outputs + first_output, first_input, outputs, inputs, WIDTH, strip, dirs + m * area);
 
     for (int64_t s = 0, count; s < p->samples; s += count) {
         const int64_t *ends = p->ends + s;
-        int64_t parts = ceil_div(ends[1] - ends[0], DEPTH);
-        for (count = 1; parts <= 1 && count < DEPTH && s + count < p->samples && ends[count + 1] - ends[0] <= DEPTH;)
+        int64_t parts = ceil_div(ends[1] - ends[0], p->depth);
+        for (count = 1; parts <= 1 && count < DEPTH && s + count < p->samples && ends[count + 1] - ends[0] <= p->depth;)
             count++;
         int64_t rows = parts > 1 ? ceil_div(ends[1] - ends[0], parts) : ends[count] - ends[0];
         for (int64_t row = ends[0]; row < ends[count]; row += rows) {
@@ -165,8 +188,10 @@ static void block(const product *p, int64_t first_output, int64_t first_input, f
                     int64_t at = i / WIDTH * strip + o / ROWS * TILE;
                     for (int64_t j = 0; j < count; j++) {
                         int64_t low = parts > 1 ? 0 : ends[j] - row, high = parts > 1 ? depth : ends[j + 1] - row;
-                        tile(grads + (int64_t)o * depth + low * ROWS, acts + (int64_t)i * depth + low * WIDTH,
-                             high - low, dirs + at, area, n_dirs, sum + at, lanes + j * n_dirs);
+                        const float *g = grads + (int64_t)o * depth + low * ROWS;
+                        const float *a = acts + (int64_t)i * depth + low * WIDTH;
+                        if (squares) square_tile(g, a, high - low, sum + at, lanes + j);
+                        else tile(g, a, high - low, dirs + at, area, n_dirs, sum + at, lanes + j * n_dirs);
                     }
                 }
                 for (int64_t j = 0; j < count * n_dirs; j++)
@@ -197,7 +222,7 @@ static void small_block(const product *p, int64_t first_output, int64_t first_in
 {
     int outputs = least(p->block_outputs, p->outputs - first_output);
     int inputs = least(p->block_inputs, p->inputs - first_input);
-    int depth = p->ends[p->samples];
+    int depth = p->ends[p->samples], squares = !p->dirs.data;
     int64_t n_dirs = p->directions, stride = p->inputs, lines = 4 * WIDTH / 64;
     float *sum = scratch, *dirs = sum + TILE, *grads = dirs + n_dirs * TILE, *acts = grads + FEW * p->block_outputs;
     vec *lanes = (vec *)(acts + FEW * p->block_inputs);
@@ -218,18 +243,22 @@ static void small_block(const product *p, int64_t first_output, int64_t first_in
             for (int r = 0; r < height; r++)
                 for (int line = 0; line < lines; line++) __builtin_prefetch(to + r * stride + 16 * line, 1);
             if (height < ROWS) memset(dirs, 0, 4 * n_dirs * TILE);
-            for (int64_t m = 0; m < n_dirs; m++)
+            for (int64_t m = 0; m < n_dirs && !squares; m++)
                 pack(p->dirs, m * p->outputs + first_output + o, first_input + i, height, width, WIDTH, TILE,
                      dirs + m * TILE);
             memset(sum, 0, 4 * TILE);
             int last = o + ROWS >= outputs; /* the next tile's directions are asked for while this one is computed */
             int64_t next = first_output + (last ? 0 : o + ROWS), column = first_input + (last ? i + WIDTH : i);
-            for (int64_t m = 0; m < n_dirs && column < p->inputs; m++)
+            for (int64_t m = 0; m < n_dirs && column < p->inputs && !squares; m++)
                 for (int64_t r = next; r < least(next + ROWS, p->outputs); r++)
                     ask(p->dirs, m * p->outputs + r, column, WIDTH);
-            for (int64_t s = 0; s < p->samples; s++)
-                tile(grads + (int64_t)o * depth + p->ends[s] * ROWS, acts + (int64_t)i * depth + p->ends[s] * WIDTH,
-                     p->ends[s + 1] - p->ends[s], dirs, TILE, n_dirs, sum, lanes + s * n_dirs);
+            for (int64_t s = 0; s < p->samples; s++) {
+                const float *g = grads + (int64_t)o * depth + p->ends[s] * ROWS;
+                const float *a = acts + (int64_t)i * depth + p->ends[s] * WIDTH;
+                int rows = p->ends[s + 1] - p->ends[s];
+                if (squares) square_tile(g, a, rows, sum, lanes + s);
+                else tile(g, a, rows, dirs, TILE, n_dirs, sum, lanes + s * n_dirs);
+            }
             for (int r = 0; r < height; r++)
                 if (width == WIDTH) memcpy(to + r * stride, sum + r * WIDTH, 4 * WIDTH);
                 else memcpy(to + r * stride, sum + r * WIDTH, 4 * width);
@@ -249,9 +278,12 @@ static int64_t plan(product *p, int threads)
     p->block_outputs = padded(p->outputs, ceil_div(p->outputs, outputs), ROWS);
     p->block_inputs = padded(p->inputs, ceil_div(p->inputs, inputs), WIDTH);
     p->slots = least(threads, ceil_div(p->outputs, p->block_outputs) * ceil_div(p->inputs, p->block_inputs));
+    p->depth = DEPTH;
+    for (int64_t at = 0; !p->dirs.data && at < p->samples; at++)
+        if (p->ends[at + 1] - p->ends[at] > p->depth) p->depth = ceil_div(p->ends[at + 1] - p->ends[at], LANES) * LANES;
     int64_t operands = p->block_outputs + p->block_inputs, lanes = DEPTH * p->directions * LANES;
     if (is_small(p)) return scratch_of(p, (1 + p->directions) * TILE + FEW * operands + lanes);
-    return scratch_of(p, (1 + p->directions) * p->block_outputs * p->block_inputs + DEPTH * operands + lanes);
+    return scratch_of(p, (1 + p->directions) * p->block_outputs * p->block_inputs + p->depth * operands + lanes);
 }
 
 /* total [O, I], dots [S, M]; scratch at a multiple of 64. No size is 0. Returns the bytes of scratch that it needs: with
