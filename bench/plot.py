@@ -30,7 +30,9 @@ _COLOURS = {
     "gemm_rowsum": "#30638e",
     "gemm_rowsum_compiled": "#7ea8be",
     "stored": "#5f7367",
+    "stored_compiled": "#8aa093",
     "vmap": "#a9b4a2",
+    "loop": "#c9b79c",
     BASE: "#222222",
 }
 _SHOWN = 5.0  # ratios beyond this are cut off and written out
@@ -95,13 +97,19 @@ def draw_roofline(rows: list[Row]) -> Figure:
         found = [r["flops_per_byte"] for r in counted]
         intensity = np.geomspace(min(found), max(found), 200)
         axes.plot(intensity, np.minimum(peak, bandwidth * intensity), color=_COLOURS[BASE], label="measured ceiling")
-        for suite, marker in zip(_unique(counted, "suite"), itertools.cycle("o^sDvPX"), strict=False):
-            of_suite = [r for r in counted if r["suite"] == suite]
-            for provider in _unique(of_suite, "provider"):
-                mine = [r for r in of_suite if r["provider"] == provider]
+        suites = zip(_unique(counted, "suite"), itertools.cycle("o^sDvPX"), strict=False)
+        for suite, marker in suites:
+            for provider in _unique(counted, "provider"):
+                mine = [r for r in counted if r["provider"] == provider and r["suite"] == suite]
                 x, y = ([r[key] for r in mine] for key in ("flops_per_byte", "tflops"))
-                label = f"{suite}: {provider}"
-                axes.scatter(x, y, s=22, marker=marker, color=_COLOURS[provider], label=label, alpha=0.8)
+                axes.scatter(x, y, s=22, marker=marker, color=_COLOURS[provider], alpha=0.8)
+            axes.scatter([], [], marker=marker, color="#888888", label=suite)
+        of_colour: dict[str, list[str]] = {}
+        for provider in _unique(counted, "provider"):
+            of_colour.setdefault(_COLOURS[provider], []).append(provider)
+        for colour, providers in of_colour.items():
+            axes.bar([0], [0], color=colour, label="\n".join(providers))
+        axes.set(xlim=(min(found) / 1.5, max(found) * 1.5))
     axes.set(xscale="log", yscale="log", xlabel="FLOPs needed / bytes needed", ylabel="TFLOP/s (needed / time)")
     axes.set_title(_machine(rows[0]), fontsize=9)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
