@@ -1,6 +1,6 @@
 """The products of one layer: gradient with dots, and of linear layers dots alone, at the shapes of real layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -26,12 +26,12 @@ class Case:
     def __str__(self) -> str:
         return f"B{self.batch} T{self.tokens} {self.inputs}x{self.outputs}"
 
-    def work(self, provider: str, itemsize: int) -> Work:
+    def work(self, provider: str, itemsize: int, directions: int = 1) -> Work:
         tokens, weight = self.batch * self.tokens, self.inputs * self.outputs
         if provider == "inrun_pairwise":  # one validation sample of T tokens stands for the direction
             wide = (tokens + self.tokens) * (self.inputs + self.outputs)
             return Work(2 * tokens * self.tokens * (self.inputs + self.outputs), itemsize * wide)
-        return Work(2 * tokens * weight, itemsize * (tokens * (self.inputs + self.outputs) + 2 * weight))
+        return Work(2 * tokens * weight, itemsize * (tokens * (self.inputs + self.outputs) + (1 + directions) * weight))
 
     def row_work(self, layer: str, itemsize: int) -> Work:
         """Of a norm's, bias's or embedding's product over `inputs`, whose vocabulary is `outputs`."""
@@ -60,6 +60,8 @@ class Case:
             reads = {"norm": 2, "layer norm": 5}.get(suite, 1)  # of a layer norm with its forward
             row = cost.Sizes(self.batch, reads * self.tokens, 0, self.inputs)
             return {} if suite == "embedding" else {"inrun": seconds("rows", row)}
+        if suite == "squares":
+            return {"inrun": seconds("wgrad_dot", replace(sizes, directions=0))}
         if machine.on_gpu:
             return {"inrun": seconds("wgrad_dot")}
         whole = cost.Sizes(1, self.batch * self.tokens, self.inputs, self.outputs)
@@ -100,7 +102,8 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
     peaks = {name: machine.peak_bytes(run) for name, run in runs.items()}
     taken = interleaved(runs, machine, rounds=25, least=5, seconds=0.4)
     item = inputs[1].element_size()
-    work = {name: case.row_work(suite, item) if suite in ROWS else case.work(name, item) for name in runs}
+    count = int(suite != "squares")
+    work = {name: case.row_work(suite, item) if suite in ROWS else case.work(name, item, count) for name in runs}
     found = rows_of(taken, peaks, work, machine, case.predicted(suite, machine), suite=suite, case=str(case))
     rows += found
     return {row["provider"]: (taken[row["provider"]], row) for row in found}

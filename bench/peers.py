@@ -108,9 +108,9 @@ def stored_squares(acts: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
 def looped_squares(acts: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
     total, norms = torch.zeros(grads.shape[2], acts.shape[2], device=acts.device, dtype=acts.dtype), []
     for a, g in zip(acts, grads, strict=True):
-        square = (g.T @ a).square()
-        total += square
-        norms.append(square.sum())
+        product = g.T @ a
+        total.addcmul_(product, product)
+        norms.append(product.flatten().dot(product.flatten()))
     return total, torch.stack(norms)
 
 

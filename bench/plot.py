@@ -108,8 +108,7 @@ def draw_roofline(rows: list[Row]) -> Figure:
         for provider in _unique(counted, "provider"):
             of_colour.setdefault(_COLOURS[provider], []).append(provider)
         for colour, providers in of_colour.items():
-            axes.bar([0], [0], color=colour, label="\n".join(providers))
-        axes.set(xlim=(min(found) / 1.5, max(found) * 1.5))
+            axes.scatter([], [], marker="s", color=colour, label="\n".join(providers))
     axes.set(xscale="log", yscale="log", xlabel="FLOPs needed / bytes needed", ylabel="TFLOP/s (needed / time)")
     axes.set_title(_machine(rows[0]), fontsize=9)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))

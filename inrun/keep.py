@@ -242,11 +242,8 @@ class Keeper:
         layout = self.layouts[kept.batch].on(device)
         with in_modes(kept.modes):
             segments = None if layout.per_token else layout.segments
-            found = module.squares(moved(kept.x, device), moved(kept.grads[0], device), segments)
-        if found is None:
-            return None
-        params = module._parameters
-        return {id(params[n + SUFFIX]): pair for n, pair in found.items() if params[n].requires_grad}
+            found = module.sample_squares(moved(kept.x, device), moved(kept.grads[0], device), segments)
+        return None if found is None else {id(module._parameters[n + SUFFIX]): pair for n, pair in found.items()}
 
     def sample_gradients(self, kept: Kept, samples: Iterable[int]) -> Iterator[dict[int, Tensor]]:
         """Of each sample, by `id` of a parameter's direction: the gradient that one run of a layer gave it.

@@ -108,7 +108,9 @@ class Rule(Holder):
         """The dots `[B]` or `[B, M]` (`[S]` or `[S, M]`), from the layer's input and the gradient of its output."""
         raise NotImplementedError
 
-    def squares(self, x: Tensor, grad: Tensor, segments: Tensor | None) -> dict[str, tuple[Tensor, Tensor]] | None:
+    def sample_squares(
+        self, x: Tensor, grad: Tensor, segments: Tensor | None
+    ) -> dict[str, tuple[Tensor, Tensor]] | None:
         """By a parameter's name: its samples' squared gradients added up, and each one's squared norm `[B]` or `[S]`.
 
         From the layer's input and the gradient of its output; None where no product has them in one pass.
@@ -127,12 +129,12 @@ class LinearRule(Rule):
     def dots(self, x, grad, segments):
         return self.dots_along((along(self, "weight"), along(self, "bias")), x, grad, segments)
 
-    def squares(self, x, grad, segments):
+    def sample_squares(self, x, grad, segments):
         acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
         segments, found = functional.by_row(segments, x, acts), {}
-        if along(self, "weight") is not None:
+        if along(self, "weight") is not None and self.weight.requires_grad:
             found["weight"] = self.weight_squares(acts, grads, segments)
-        if along(self, "bias") is not None:
+        if self.bias is not None and along(self, "bias") is not None and self.bias.requires_grad:
             squares, norms = ghost_square(torch.ones_like(grads[..., :1]), grads, segments=segments)
             found["bias"] = squares.squeeze(1), norms
         return found

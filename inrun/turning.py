@@ -9,8 +9,8 @@ of what a sample adds to it (Owen, 1972). So K is taken as the mean slope of the
 
 1 - 1/n as none of the n samples is beside itself, and one and a half standard deviations by trial on Lion's steps in
 `inrun fidelity`. That takes two updates for each t, and the sum of the samples' squared gradients: of a linear layer
-from one product (`ghost_square`), of any other each computed by itself. What no slope can give, -(u(g_B) - u(0)) -
-K g_B, all samples share alike, so that values add up to what they do along the path.
+that runs once and shares no weight from one product (`ghost_square`), of any other each computed by itself. What no
+slope can give, -(u(g_B) - u(0)) - K g_B, all samples share alike, so that values add up to what they do along the path.
 
 Clipping by norm is part of the update, u(c_S g_S) with a factor c for each coalition, which goes by the squared norm
 

@@ -77,7 +77,7 @@ def chunks(slots: Sequence[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
     part: list[tuple[int, Any]] = []
     size = 0
     for i, slot in slots:
-        if part and size + slot.param.numel() > (CHUNK if slot.param.is_cuda else CHUNK_OF_CPU):
+        if part and size + slot.param.numel() > (CHUNK_OF_CPU if slot.param.is_cpu else CHUNK):
             yield part
             part, size = [], 0
         part.append((i, slot))
@@ -118,11 +118,13 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
         held = [(p, state, s.group) for p, state, s in zip(params, states, slots, strict=True)
                 if s.optimizer is optimizer]  # fmt: skip
         _step_twin(optimizer, held)
+    for p in params:
+        p.grad = None  # or what holds the result would hold the gradient
     return [p.sub_(local(s.param).detach()) for p, s in zip(params, slots, strict=True)]
 
 
 def _is_long(slot: Any, grad: Tensor) -> bool:
-    """Whether a CPU had better compute the update piece by piece, and may."""
+    """Whether a CPU had better compute the update piece by piece, and may: what a user says of one has to be tried."""
     alike = [x for x in (local(x) for x in slot.state.values() if isinstance(x, Tensor)) if x.shape == grad.shape]
     whole = all(x.is_contiguous() for x in (local(slot.param), grad, *alike))
     return grad.is_cpu and grad.numel() > CHUNK_OF_CPU and type(slot.optimizer) in ELEMENTWISE and whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from models import B, data, gradient, loss_of, make, oracle_values, sample_gradi
 from torch import nn
 
 import inrun
-from inrun import coupled, inline, shapley
+from inrun import coupled, inline, shapley, updates
 from inrun_kernels import adam, native
 
 
@@ -186,6 +187,32 @@ class Signed(torch.optim.Optimizer):
         self.steps[0] += 1
         for p in self.param_groups[0]["params"]:
             p.sub_(self.rate["lr"] / self.steps[0] * p.grad.abs().sqrt() * p.grad.sign())
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", updates.ELEMENTWISE, ids=lambda kind: kind.__name__)
+def test_an_update_in_pieces_is_the_whole_one(kind, dtype, stepped, monkeypatch):
+    """To the bit, with the state of a first step and later; where memory is not whole it is not cut."""
+    options = {torch.optim.SGD: {"momentum": 0.9, "nesterov": True}, torch.optim.Adam: {"amsgrad": True}}.get(kind, {})
+    once = updates._step_twin
+    for whole in (True, False):
+        param = nn.Parameter(torch.randn(3, 5, dtype=dtype) if whole else torch.randn(5, 3, dtype=dtype).T)
+        optimizer = kind([param], lr=0.1, **options)
+        if stepped:
+            param.grad = torch.randn_like(param)
+            optimizer.step()
+        slot = SimpleNamespace(
+            param=param, optimizer=optimizer, group=0, options=optimizer.param_groups[0], state=optimizer.state[param]
+        )
+        gradient, steps = torch.randn(3, 5, dtype=torch.float64), []
+        (expected,) = updates.updates([slot], [gradient])
+        with monkeypatch.context() as patch:
+            patch.setattr(updates, "_step_twin", lambda *a, steps=steps: steps.append(1) or once(*a))
+            patch.setattr(updates, "CHUNK_OF_CPU", 7)
+            (found,) = updates.updates([slot], [gradient])
+        assert torch.equal(found, expected) and found.shape == gradient.shape
+        assert len(steps) == (3 if whole else 1)
 
 
 def test_an_elementwise_optimizer_may_keep_attributes_of_its_own():

@@ -13,11 +13,10 @@ from models import B, data, gradient, loss_of, make, sample_gradients
 from torch import nn
 
 import inrun
-from inrun import path, shapley, turning
+from inrun import layers, path, shapley, turning
 from inrun.keep import Keeper
 from inrun.tasks import Lion
 
-Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.0005),
     "lion": lambda p: Lion(p, lr=0.0005),
@@ -193,18 +192,27 @@ def test_they_depend_neither_on_order_nor_on_microbatches_nor_on_what_is_kept(ki
 
 def with_conv1d():
     """A GPT whose inner layers hold their weights as `[I, O]`."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     model = models.gpt(tied=False)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and child.bias is not None:
-                setattr(parent, name, Conv1D(child.out_features, child.in_features))
+                setattr(parent, name, conv1d(child.out_features, child.in_features))
     return model
 
 
 @pytest.mark.parametrize("layout", ["rows", "documents", "tokens"])
-@pytest.mark.parametrize("name", ["gpt_untied", "gpt_conv1d"])
-def test_squares_in_one_product_are_those_of_single_samples(name, layout, monkeypatch):
-    """Of linear layers and Hugging Face's Conv1D, with biases; a frozen one has none."""
+@pytest.mark.parametrize(
+    ("name", "dtype", "autocast"),
+    [
+        ("gpt_untied", torch.float64, False),
+        ("gpt_untied", torch.float32, False),
+        ("gpt_untied", torch.float32, True),
+        ("gpt_conv1d", torch.float64, False),
+    ],
+)
+def test_squares_in_one_product_are_those_of_single_samples(name, dtype, autocast, layout, monkeypatch):
+    """Of linear layers and Hugging Face's Conv1D, with biases; of a frozen weight none is computed."""
     monkeypatch.setitem(models.MODELS, "gpt_conv1d", with_conv1d)
     x, y = of(name)
     tokens = x.shape[1]
@@ -213,33 +221,37 @@ def test_squares_in_one_product_are_those_of_single_samples(name, layout, monkey
         "documents": {"tokens": tokens, "segments": torch.tensor([0, tokens // 2, 2 * tokens, B * tokens])},
         "tokens": {"tokens": tokens},
     }[layout]
-    taken = []
-    at_once = Keeper.squares
-    monkeypatch.setattr(Keeper, "squares", lambda *a: taken.append(at_once(*a)) or taken[-1])
+    product, at_once, step_squares = layers.ghost_square, Keeper.squares, turning.squares
 
-    def squares_of(frozen=False):
-        model, optimizer = start(name, "adam", 0)
-        found = []
-        kept = turning.squares
-        monkeypatch.setattr(path, "squares", lambda *a: found.append(kept(*a)) or found[-1])
+    def squares_of(frozen, one_product=True):
+        products, found = [], []
+        monkeypatch.setattr(layers, "ghost_square", lambda *a, **k: products.append(1) or product(*a, **k))
+        monkeypatch.setattr(Keeper, "squares", at_once if one_product else lambda *a: None)
+        monkeypatch.setattr(path, "squares", lambda *a: found.append(step_squares(*a)) or found[-1])
+        model, optimizer = start(name, "adam", 0, dtype)
         tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, x, y))
-        if frozen:
-            next(m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))).requires_grad_(False)
+        layer = next(m for m in model.modules() if getattr(m, "bias", None) is not None)
+        layer.weight.requires_grad_(not frozen)
         with tracker.step(range(3 if layout == "documents" else B), **options):
-            loss_of(model, x, y).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = loss_of(model, x, y)
+            loss.backward()
             optimizer.step()
         tracker.close()
-        return found[0]
+        return found[0], len(products)
 
+    rtol, atol = (1e-9, 0.0) if dtype == torch.float64 else (3e-2, 1e-2) if autocast else (1e-4, 1e-5)
+    counts = []
     for frozen in (False, True):
-        taken.clear()
-        here = squares_of(frozen)
-        assert sum(pair is not None for pair in taken) > 4
-        monkeypatch.setattr(Keeper, "squares", lambda *a: None)
-        expected = squares_of(frozen)
-        monkeypatch.setattr(Keeper, "squares", lambda *a: taken.append(at_once(*a)) or taken[-1])
-        torch.testing.assert_close(here.of_slots, expected.of_slots, rtol=1e-9, atol=0)
-        torch.testing.assert_close(here.of_samples, expected.of_samples, rtol=1e-6, atol=0)
+        (here, count), (expected, none) = squares_of(frozen), squares_of(frozen, one_product=False)
+        counts.append(count)
+        assert none == 0 and here.of_slots.keys() == expected.of_slots.keys()
+        for i, squared in expected.of_slots.items():
+            close = {"rtol": rtol, "atol": atol * squared.max().item()}
+            torch.testing.assert_close(here.of_slots[i], squared, **close)
+        for i, norms in expected.of_samples.items():
+            torch.testing.assert_close(here.of_samples[i], norms, rtol=max(rtol, 1e-6), atol=0)
+    assert counts[0] > 8 and counts[1] == counts[0] - 1
 
 
 def test_targets_documents_tokens_and_pairs_score_as_whole_samples_do():

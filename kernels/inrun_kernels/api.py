@@ -166,12 +166,12 @@ def ghost_square(
     the second moment of the samples' gradients (the diagonal of the empirical Fisher matrix, and what a gradient noise
     scale is made of), and the norms that clipping by sample goes by.
 
-    Args, Raises: as `ghost_dot`; there is no per_token.
-        backend: None takes on a CPU the kernels in C for samples of at most 512 tokens, else torch.
+    Args, Raises: as `ghost_dot`; there is neither a direction nor per_token.
+        backend: None takes on a CPU the kernels in C for samples of 2 to 512 tokens, else torch.
 
     Returns:
-        `(squares [O, I], norms [B], or [S] with segments)`, float32, or float64 for float64 input. Errors are relative
-        to the sample's own terms.
+        `(squares [O, I], norms [B], or [S] with segments)`, float32, or float64 for float64 input. A norm's error is
+        relative to the sample's own terms.
 
     Source: norms by sample, Goodfellow, arXiv 1510.01799, where tokens are one; to square tile by tile is this
     library's.

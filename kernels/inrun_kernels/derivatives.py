@@ -49,18 +49,29 @@ def save_ghost_square(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def ghost_square(ctx: Any, of_squares: Tensor | None, of_norms: Tensor | None) -> tuple:
-    """One sample's gradient at a time, times what its square's gradient is."""
+    """One sample's gradient at a time, times what its square's gradient is.
+
+    Where segments end is not read on the host: each sample takes all tokens, those of others as zeros.
+    """
     acts, grads, segments = ctx.saved_tensors
     flat_acts, flat_grads = _widen(acts).flatten(0, 1), _widen(grads).flatten(0, 1)
-    count, tokens = acts.shape[:2]
-    bounds = [b * tokens for b in range(count + 1)] if segments is None else segments.tolist()
+    if segments is None:
+        samples = list(zip(_widen(acts).unbind(0), _widen(grads).unbind(0), strict=True))
+    else:
+        token = torch.arange(len(flat_acts), device=acts.device)[:, None]
+        inside = [(token >= low) & (token < high) for low, high in neighbours(segments)]
+        samples = [(flat_acts * here, flat_grads * here) for here in inside]
     found: list[tuple[Tensor, Tensor]] = []
-    for s, (low, high) in enumerate(neighbours(bounds)):
-        a, g = flat_acts[low:high], flat_grads[low:high]
+    for s, (a, g) in enumerate(samples):
         weight = sum(x for x in (of_squares, None if of_norms is None else of_norms[s]) if x is not None)
         along = 2 * (g.T @ a) * weight
         found.append((g @ along, a @ along.T))
-    both = (torch.cat(x) for x in zip(*found, strict=True)) if found else (flat_acts * 0, flat_grads * 0)
+    if not found:
+        both = flat_acts * 0, flat_grads * 0
+    elif segments is None:
+        both = tuple(torch.cat(x) for x in zip(*found, strict=True))
+    else:
+        both = tuple(torch.stack(x).sum(0) for x in zip(*found, strict=True))
     shaped = tuple(x.view(like.shape) for x, like in zip(both, (acts, grads), strict=True))
     return (*_like(ctx.needs_input_grad, shaped, (acts, grads)), None, None)
 

@@ -228,6 +228,7 @@ def launch_wgrad_dot(
     bias_grad [O or 0], dots [S,M])`: gradients in `grad_dtype` or float32; float32 dots of weight and bias together.
 
     With None for `val_grad`, and form "two": the samples' squared gradients added up, and squared norms `[S,1]`."""
+    assert val_grad is not None or (form == "two" and bias_val_grad is None)
     acts, grads = one_row(acts, segments), one_row(grads, segments)
     weight_grad = torch.empty(grads.shape[2], acts.shape[2], dtype=grad_dtype or torch.float32, device=acts.device)
     copies = chip(acts.device).copies and segments is None

@@ -49,11 +49,20 @@ def test_no_per_sample_gradient_is_stored(dtype, packed, form, monkeypatch):
     for run in (torch_path.ghost_wgrad_dot, *([launch] if form != "direct" else [])):
         found = largest(run, acts, grads, matrix, segments=segments, form=form)
         assert 4 * OUT * IN <= found < 4 * BATCH * OUT * IN
-    squared = partial(wgrad_dot.launch_wgrad_dot, val_grad=None, bias_val_grad=None, form="two")
-    for run in (torch_path.ghost_square, squared):
-        assert 4 * OUT * IN <= largest(run, acts, grads, segments=segments) < 4 * BATCH * OUT * IN
     for run in (torch_path.ghost_dot, dot.launch_dot):
         assert largest(run, acts, grads, matrix, segments, False) < 4 * BATCH * OUT * IN
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_squared_gradient_of_a_sample_is_stored(packed, monkeypatch):
+    from inrun_kernels import wgrad_dot
+
+    monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 10_000)
+    acts, grads = torch.randn(BATCH, TOKENS, IN), torch.randn(BATCH, TOKENS, OUT)
+    segments = torch.arange(0, BATCH * TOKENS + 1, TOKENS) if packed else None
+    launch = partial(wgrad_dot.launch_wgrad_dot, val_grad=None, bias_val_grad=None, form="two")
+    for run in (torch_path.ghost_square, launch):
+        assert 4 * OUT * IN <= largest(run, acts, grads, segments=segments) < 4 * BATCH * OUT * IN
 
 
 def test_no_matrix_of_token_pairs_is_stored(monkeypatch):

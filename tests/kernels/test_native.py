@@ -90,6 +90,21 @@ def test_products_match_their_definitions(data):
         assert_close(got, right)
 
 
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_squares_of_many_samples_of_any_length(default, monkeypatch):
+    """More samples than a panel has rows of one; whatever dtype torch makes of itself."""
+    ends = torch.tensor([0, *[1] * 200, 300, *[0] * 140, 12, *[3] * 150]).cumsum(0)
+    acts, grads = torch.randn(1, int(ends[-1]), 47), torch.randn(1, int(ends[-1]), 25)
+    torch.set_default_dtype(default)
+    try:
+        found = native.ghost_square(acts, grads, ends)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for got, right in zip(found, reference.ghost_square(acts, grads, segments=ends), strict=True):
+        assert_close(got, right)
+
+
 @pytest.mark.parametrize("lengths", [(4, 512), (513, 3)])
 def test_squares_of_samples_too_long_for_a_panel_go_by_torch(lengths, monkeypatch):
     ends = torch.tensor([0, *lengths]).cumsum(0)

@@ -154,7 +154,8 @@ def test_compiles_whole_with_changing_batch_size():
         norm, of_norm = k.norm_wgrad_dot(normed, grads, matrix[:, 0])
         _, bias, of_bias = k.linear_wgrad_dot(acts, grads, matrix, matrix[:, 0])
         pairs = k.ghost_dot_pairwise(acts, grads, acts, grads)
-        return weight_grad, dots, total + of_norm + of_bias, norm + bias, pairs
+        squares = *k.ghost_square(acts, grads), *k.ghost_square(acts, grads, segments=segments)
+        return weight_grad, dots, total + of_norm + of_bias, norm + bias, pairs, *squares
 
     compiled = torch.compile(step, fullgraph=True)
     for batch in (3, 5, 4):
@@ -168,6 +169,18 @@ def test_compiles_whole_with_changing_batch_size():
         arguments = (acts, grads, normed, ids, *directions, torch.tensor([0, 5, batch * TOKENS]))
         for got, want in zip(compiled(*arguments), step(*arguments), strict=True):
             torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS])
+def test_the_backward_of_squares_compiles(segments):
+    acts, grads = (x.requires_grad_() for x in (torch.randn(BATCH, TOKENS, IN), torch.randn(BATCH, TOKENS, OUT)))
+
+    def step(acts, grads):
+        squares, norms = k.ghost_square(acts, grads, segments=segments)
+        return squares.sqrt().sum() + norms.sum()
+
+    found = torch.autograd.grad(torch.compile(step)(acts, grads), (acts, grads))
+    torch.testing.assert_close(found, torch.autograd.grad(step(acts, grads), (acts, grads)))
 
 
 def test_autocast_does_not_round_the_products():

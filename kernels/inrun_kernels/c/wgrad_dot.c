@@ -3,7 +3,7 @@
        total[o, i] = sum_n grads[n, o] acts[n, i]        dots[s, m] = sum_{o, i} (s's share of total)[o, i] dirs[m, o, i]
 
    Without directions it is ghost_square: each sample's tile is squared before it is added, and its own direction; no
-   sample is then cut into parts.
+   sample is then cut into parts, and its rows, DEPTH or more, are summed in float32.
 
    The weight is cut into blocks that stay in a core's cache with their directions. For each panel of rows, both
    operands are copied to strips as wide as a tile (Goto and van de Geijn, ACM TOMS 34(3), 2008); a tile of one sample's
@@ -162,8 +162,8 @@ static void block(const product *p, int64_t first_output, int64_t first_input, f
     float *acts = grads + p->depth * p->block_outputs;
     vec *lanes = (vec *)(acts + p->depth * p->block_inputs);
     memset(sum, 0, 4 * area);
-    if (outputs % ROWS) memset(dirs, 0, 4 * n_dirs * area);
     int squares = !p->dirs.data;
+    if (outputs % ROWS && !squares) memset(dirs, 0, 4 * n_dirs * area);
     int has_bias = p->bias && !first_input; /* of the blocks beside each other, the first sees to it */
     if (has_bias) memset(p->bias + first_output, 0, 4 * outputs);
     for (int64_t m = 0; m < n_dirs && !squares; m++)
@@ -242,7 +242,7 @@ static void small_block(const product *p, int64_t first_output, int64_t first_in
             float *to = total + (first_output + o) * stride + first_input + i;
             for (int r = 0; r < height; r++)
                 for (int line = 0; line < lines; line++) __builtin_prefetch(to + r * stride + 16 * line, 1);
-            if (height < ROWS) memset(dirs, 0, 4 * n_dirs * TILE);
+            if (height < ROWS && !squares) memset(dirs, 0, 4 * n_dirs * TILE);
             for (int64_t m = 0; m < n_dirs && !squares; m++)
                 pack(p->dirs, m * p->outputs + first_output + o, first_input + i, height, width, WIDTH, TILE,
                      dirs + m * TILE);
