@@ -116,20 +116,11 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
                 sums = {id(s.sibling): torch.zeros_like(s.param, dtype=d) for s, d in zip(members, dtypes, strict=True)}
                 for batch, count in counts.items():
                     here = [kept for tap in taps for kept in runs.get(tap, ()) if kept.batch == batch]
-                    at_once = keeper.squares(here[0]) if len(here) == 1 else None
-                    if at_once is not None:
-                        for name, (squared, norms) in at_once.items():
-                            if name in sums:
-                                sums[name] += squared
-                                found.of_samples[numbers[batch]] += norms.to(found.of_samples[numbers[batch]])
-                        continue
-                    samples = [keeper.sample_gradients(kept, range(count)) for kept in here]
-                    for i, gradients in enumerate(zip(*samples, strict=True)):
-                        for name, gradient in _added(gradients).items():
-                            if name in sums:
-                                squared = gradient.to(sums[name].dtype).square()
-                                sums[name] += squared
-                                found.of_samples[numbers[batch]][i] += squared.sum().to(device)
+                    of_batch = found.of_samples[numbers[batch]]
+                    for name, samples, squared, norms in _squares_of(keeper, here, count):
+                        if name in sums:
+                            sums[name] += squared
+                            of_batch[samples] += norms.to(of_batch)
             for slot, total in zip(members, sums.values(), strict=True):
                 i = number[id(slot)]
                 part = shard_of(ranks.sum(total), slot.param) if ranks.sharded else total
@@ -139,6 +130,21 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
     players = sum(len(norms) for norms in found.of_samples.values())
     found.players = max(1, int(ranks.sum(torch.tensor(players, device=device))))
     return found
+
+
+def _squares_of(keeper: Keeper, runs: Sequence[Kept], count: int) -> Iterator[tuple[int, slice | int, Tensor, Tensor]]:
+    """Of a batch's `count` samples, through these runs of layers: the `id` of a parameter's direction, which of the
+    samples, their squared gradients added up, and the squared norm of each."""
+    at_once = keeper.squares(runs[0]) if len(runs) == 1 else None
+    if at_once is not None:
+        for name, (squared, norms) in at_once.items():
+            yield name, slice(None), squared, norms
+        return
+    samples = [keeper.sample_gradients(kept, range(count)) for kept in runs]
+    for i, gradients in enumerate(zip(*samples, strict=True)):
+        for name, gradient in _added(gradients).items():
+            squared = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
+            yield name, i, squared, squared.sum()
 
 
 def _added(gradients: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:

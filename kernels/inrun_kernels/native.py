@@ -100,8 +100,10 @@ def ghost_square(acts: Tensor, grads: Tensor, segments: Tensor | None) -> tuple[
 
 
 def squares_fit(acts: Tensor, segments: Tensor | None) -> bool:
-    """Whether `ghost_square` takes samples of these lengths: each is one panel."""
-    return (acts.shape[1] if segments is None else int(segments.diff().max())) <= _DEEPEST
+    """Whether to take `ghost_square`: each sample is one panel, and not one token, of which torch has a GEMM."""
+    if segments is None:
+        return 1 < acts.shape[1] <= _DEEPEST
+    return int(segments.diff().max()) <= _DEEPEST
 
 
 def row_wgrad_dot(

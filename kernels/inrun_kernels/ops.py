@@ -118,8 +118,7 @@ def ghost_square(acts: Tensor, grads: Tensor, segments: Tensor | None, backend: 
 
             squares, _, norms = launch_wgrad_dot(acts, grads, None, None, segments, "two")
             return squares, norms.squeeze(1)
-        single = acts.shape[1] == 1 and segments is None
-        if not single and use_native(backend, acts, grads) and native.squares_fit(acts, segments):
+        if use_native(backend, acts, grads) and native.squares_fit(acts, segments):
             return native.ghost_square(acts, grads, segments)
         return torch_path.ghost_square(acts, grads, segments)
 
