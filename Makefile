@@ -33,7 +33,7 @@ clean: ## remove .venv and caches (runs/ is kept)
 # pip is the last thing that `venv` writes, so a half-made environment is made again.
 define install
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(1)]'
+	$(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt -e '.[$(1)]'
 endef
 
 .venv/.installed-demo: pyproject.toml constraints.txt

@@ -16,7 +16,7 @@ from torch import Tensor
 
 _CHUNK = 1 << 20  # elements of a temporary: 4 MB in float32, about an L2 cache
 _ROWS = 1 << 17  # elements of the buffer in which products of rows are formed: 512 KB, which stay in an L2 cache
-_DOT = 1 << 18  # elements of a float32 dot: a longer one's own rounding is most of a value's error
+_DOT = 1 << 17  # elements of a float32 dot: a longer one's own rounding is most of a value's error
 _BLOCK = 1 << 21  # elements of the block of weight-gradient rows that ghost_wgrad_dot fills at a time
 
 

@@ -140,9 +140,12 @@ def contents(kernel, chip: str) -> dict:
         registers, spills = (int(re.search(rf"\.{n}:\s+(\d+)", text)[1]) for n in ("vgpr_count", "vgpr_spill_count"))
         programs = None
     else:
-        text = tool("nvdisasm", "-c", cubin=kernel.asm["cubin"])
         usage = tool("cuobjdump", "-res-usage", cubin=kernel.asm["cubin"])
-        registers, spills = int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\b(?:STL|LDL)\b", text))
+        registers, *local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
+        # To disassemble takes as long as to compile: where there is something to find.
+        to_read = any(local) or "mma" in kernel.asm["ptx"]
+        text = tool("nvdisasm", "-c", "-ndf", cubin=kernel.asm["cubin"]) if to_read else ""
+        spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
         by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
         programs = min(by_registers, SHARED[chip] * 1024 // (shared + RESERVED), 2048 // threads)
     mma = sorted(set(MATRIX_INSTRUCTIONS.findall(text)))
