@@ -29,7 +29,8 @@ from bench.measure import SEED, Machine, Row, interleaved, require_close
 from inrun_kernels import forms, native, torch_path
 
 FLOPS, BYTES, RTOL = 4e10, 2e9, 1e-4
-TOKENS, BATCHES = (1, 4, 16, 64, 256, 1024, 4096), (1, 8, 64)
+TOKENS, BATCHES = (1, 4, 16, 64, 256, 1024, 4096), (1, 8, 64, 512)
+MANY = 64  # samples at most of more than a few tokens
 WIDTHS = ((64, 64), (64, 8192), (8192, 64), (384, 384), (768, 3072), (3072, 768), (2048, 2048), (8192, 8192))
 FORMS = {"ghost_wgrad_dot": ("native", "two", "prefix", "direct"), "ghost_dot_pairwise": ("pairwise", "direct")}
 
@@ -41,7 +42,7 @@ def cells() -> Iterator[Row]:
         cell["product"] = "ghost_wgrad_dot" if val is None else "ghost_dot_pairwise"
         flops = max(flops for _, flops, *_ in work_of(cell).values())
         elements = tokens * (batch + (val or 0)) * (inputs + outputs) + 4 * inputs * outputs
-        if flops <= FLOPS and 4 * elements <= BYTES and (val is None or batch == 8):
+        if flops <= FLOPS and 4 * elements <= BYTES and (val is None or batch == 8) and (batch <= MANY or tokens <= 4):
             yield cell
 
 

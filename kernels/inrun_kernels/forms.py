@@ -1,7 +1,8 @@
 """What each form of a product costs on a device, and which form is the quickest.
 
 "native" is the form "two" in C; where it runs, it takes the place of "two" and "prefix". Its contractions and sums are
-counted twice: their operands come from the cache, not from registers.
+counted twice: their operands come from the cache, not from registers. Samples of one token or two it contracts token by
+token, at two thirds of a matrix product's rate.
 
     seconds = call + sample * S + flop * FLOPs + weight * (elements of weights passed over) + row * (elements of rows)
 
@@ -9,9 +10,10 @@ The coefficients are fitted to measured times (`python -m bench.regret --fit`). 
 shared among a CPU's threads, the calls themselves are not.
 
     product         form        FLOPs, N tokens in S samples   passes over a weight   rows
-    wgrad_dot       two         2*N*I*O                        S*(3 + M) - 2          N*(I + O)
-                    prefix      2*N*I*O                        S*(1 + M)              N*(I + O)
+    wgrad_dot       two         2*N*I*O                        S*(3 + M) - 2 + M      N*(I + O)
+                    prefix      2*N*I*O                        S*(1 + M) + M          N*(I + O)
                     native      2*N*I*O + 4*S*(1 + M)*I*O      1 + M                  N*(I + O)
+                    its short   2*N*I*O*(1 + 1.5*M)            1 + M                  N*(I + O)
                     direct      2*N*I*O*(1 + M)                1 + M                  N*(I + O)
     dot_pairwise    pairwise    2*N*V*S_v*(I + O)              0                      N*V*S_v
                     direct      2*(N + S_v)*V*I*O              2*V                    N*V*(I + O)
@@ -41,26 +43,27 @@ class Cost:
         return self.call + self.sample * samples + shared / threads
 
 
-# Two cores of an AMD EPYC (Zen 4), of an Intel Xeon (Sapphire Rapids), and both together for any other CPU: torch 2.13
+# Two cores of an AMD EPYC (Zen 3), of an Intel Xeon (Sapphire Rapids), and both together for any other CPU: torch 2.13
 # with MKL, float32, cold caches. Each is: call, sample, flop, weight, row.
 COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     "AuthenticAMD": {
         "ghost_wgrad_dot": {
-            "two": Cost(161e-6, 10.4e-6, 11.3e-12, 0.152e-9, 0.462e-9),
-            "prefix": Cost(184e-6, 8.43e-6, 10.0e-12, 0.189e-9, 0.561e-9),
-            "direct": Cost(183e-6, 0.456e-6, 10.4e-12, 0.483e-9, 0.881e-9),
+            "native": Cost(86.9e-6, 0.0385e-6, 10.6e-12, 0.334e-9, 0.353e-9),
+            "two": Cost(206e-6, 18.2e-6, 11.7e-12, 0.22e-9, 0.5e-9),
+            "prefix": Cost(218e-6, 13.7e-6, 11.6e-12, 0.283e-9, 0.402e-9),
+            "direct": Cost(107e-6, 0.0918e-6, 11.2e-12, 0.496e-9, 0.754e-9),
         },
         "ghost_dot_pairwise": {
-            "pairwise": Cost(160e-6, 0.454e-6, 12.6e-12, 0, 0.435e-9),
-            "direct": Cost(141e-6, 54.7e-6, 10.5e-12, 0.542e-9, 0.380e-9),
+            "pairwise": Cost(176e-6, 0.309e-6, 12.4e-12, 0, 0.619e-9),
+            "direct": Cost(85e-6, 51.4e-6, 11.5e-12, 0.632e-9, 0.158e-9),
         },
     },
     "GenuineIntel": {
         "ghost_wgrad_dot": {
-            "native": Cost(241e-6, 0.189e-6, 9.63e-12, 0.830e-9, 1.29e-9),
-            "two": Cost(687e-6, 10.4e-6, 10.7e-12, 0.470e-9, 1.65e-9),
-            "prefix": Cost(724e-6, 8.97e-6, 10.5e-12, 0.504e-9, 1.66e-9),
-            "direct": Cost(350e-6, 1.02e-6, 9.56e-12, 0.765e-9, 2.94e-9),
+            "native": Cost(205e-6, 1.12e-6, 9.83e-12, 0.797e-9, 0.832e-9),
+            "two": Cost(559e-6, 14.6e-6, 11.5e-12, 0.426e-9, 1.20e-9),
+            "prefix": Cost(600e-6, 11.9e-6, 11.4e-12, 0.452e-9, 1.18e-9),
+            "direct": Cost(309e-6, 1.43e-6, 10.2e-12, 0.689e-9, 1.90e-9),
         },
         "ghost_dot_pairwise": {
             "pairwise": Cost(558e-6, 0, 12.8e-12, 0, 3.39e-9),
@@ -69,20 +72,19 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     },
     "cpu": {
         "ghost_wgrad_dot": {
-            "two": Cost(191e-6, 11.2e-6, 12.4e-12, 0.201e-9, 0.726e-9),
-            "prefix": Cost(207e-6, 9.32e-6, 11.1e-12, 0.256e-9, 0.835e-9),
-            "direct": Cost(202e-6, 0.239e-6, 10.4e-12, 0.597e-9, 1.38e-9),
+            "native": Cost(101e-6, 0, 10.6e-12, 0.373e-9, 0.509e-9),
+            "two": Cost(259e-6, 19e-6, 12.3e-12, 0.259e-9, 0.679e-9),
+            "prefix": Cost(275e-6, 14.2e-6, 12.1e-12, 0.326e-9, 0.593e-9),
+            "direct": Cost(132e-6, 0.0122e-6, 10.9e-12, 0.584e-9, 1.15e-9),
         },
         "ghost_dot_pairwise": {
-            "pairwise": Cost(204e-6, 0.250e-6, 13.2e-12, 0, 0.788e-9),
-            "direct": Cost(166e-6, 50.5e-6, 10.3e-12, 0.660e-9, 0.661e-9),
+            "pairwise": Cost(214e-6, 0.616e-6, 12.8e-12, 0, 1.01e-9),
+            "direct": Cost(113e-6, 56.7e-6, 11.1e-12, 0.696e-9, 0.382e-9),
         },
     },
 }
-_C_WAS_TIMED_ON = "GenuineIntel"  # whose costs are taken, all of them, for any other CPU that has the kernels in C
 _EXACT = 1.05  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
-_LARGE = 1 << 20  # elements of a weight that is better not read again for a few tokens' dot
-_HANDFUL = 4  # tokens of a sample at most, for which one GEMM more costs less than passes over a large weight
+_LARGE = 1 << 20  # elements of a weight that is better not read again for one token's dot
 _FEW_TOKENS = 32  # of a document, below which a GPU's tiles are mostly empty
 
 
@@ -149,10 +151,7 @@ def cpuinfo(*fields: str) -> list[str]:
 
 @lru_cache(4096)
 def _wgrad_dot(cpu: str, threads: int, native: bool, *sizes: int) -> Choice:
-    costs = COSTS.get(cpu, COSTS["cpu"])["ghost_wgrad_dot"]
-    if native and "native" not in costs:
-        costs = COSTS[_C_WAS_TIMED_ON]["ghost_wgrad_dot"]
-    return quickest_wgrad(costs, threads, native, *sizes)
+    return quickest_wgrad(COSTS.get(cpu, COSTS["cpu"])["ghost_wgrad_dot"], threads, native, *sizes)
 
 
 @lru_cache(4096)
@@ -162,9 +161,9 @@ def _pairwise(cpu: str, threads: int, *sizes: int) -> Choice:
 
 def quickest_wgrad(costs: dict[str, Cost], threads: int, native: bool, *sizes: int) -> Choice:
     """The form of `ghost_wgrad_dot`; `sizes` as `wgrad_work` takes them."""
-    tokens, samples, inputs, outputs, _ = sizes
-    if tokens <= _HANDFUL * samples and inputs * outputs >= _LARGE:
-        return Choice("direct", {}, "direct: few tokens to a sample, and a large weight")
+    tokens, _, inputs, outputs, _ = sizes
+    if tokens == 1 and inputs * outputs >= _LARGE:
+        return Choice("direct", {}, "direct: one token, and a large weight")
     work = wgrad_work(*sizes)
     if native:
         costs, work = {**costs, "two": costs["native"]}, {"two": work["native"], "direct": work["direct"]}
@@ -176,11 +175,15 @@ def quickest_wgrad(costs: dict[str, Cost], threads: int, native: bool, *sizes: i
 def wgrad_work(tokens: int, samples: int, inputs: int, outputs: int, directions: int) -> dict[str, tuple[float, ...]]:
     """(samples, FLOPs, elements of weights, elements of rows) of each form of `ghost_wgrad_dot`."""
     weight, rows = inputs * outputs, tokens * (inputs + outputs)
-    flops, others = 2 * tokens * weight, max(0, samples - 1)  # the first sample is written, the others are added
+    flops, others = (
+        2 * tokens * weight,
+        max(0, samples - 1),
+    )  # the first sample is written, and read with each direction
+    contracted = 1.5 * directions * flops if tokens <= 2 * samples else 4 * (1 + directions) * samples * weight
     return {
-        "two": (samples, flops, (1 + directions + others * (3 + directions)) * weight, rows),
-        "prefix": (samples, flops, (1 + directions + others * (1 + directions)) * weight, rows),
-        "native": (samples, flops + 4 * (1 + directions) * samples * weight, (1 + directions) * weight, rows),
+        "two": (samples, flops, (1 + 2 * directions + others * (3 + directions)) * weight, rows),
+        "prefix": (samples, flops, (1 + 2 * directions + others * (1 + directions)) * weight, rows),
+        "native": (samples, flops + contracted, (1 + directions) * weight, rows),
         "direct": (samples, flops * (1 + directions), (1 + directions) * weight, rows),
     }
 

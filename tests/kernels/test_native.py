@@ -53,7 +53,7 @@ def assert_close(found, expected):
 def test_products_match_their_definitions(data):
     """Ragged samples, empty ones, several panels, any mixture of dtypes, rows that lie apart, one to five threads."""
     inputs, outputs, directions = data.draw(SIZES), data.draw(SIZES), data.draw(st.integers(1, 3))
-    lengths = data.draw(st.lists(st.sampled_from([0, 1, 5, 33, 127, 128, 129, 300]), min_size=1, max_size=6))
+    lengths = data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 33, 127, 128, 129, 300]), min_size=1, max_size=6))
     lengths[0] = max(1, lengths[0])
     ends = torch.tensor([0, *lengths]).cumsum(0).to(data.draw(st.sampled_from([torch.int32, torch.int64])))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
@@ -123,7 +123,7 @@ def test_squares_of_samples_too_long_for_a_panel_go_by_torch(lengths, monkeypatc
 def test_rows_match_their_definitions(data):
     """Samples that end within a thread's rows or beyond them, wide rows, tokens, directions that lie side by side."""
     width, directions = data.draw(st.sampled_from([1, 31, 33, 64, 385, 1030])), data.draw(st.integers(1, 3))
-    lengths = data.draw(st.lists(st.sampled_from([0, 1, 5, 127, 128, 129, 300]), min_size=1, max_size=6))
+    lengths = data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 127, 128, 129, 300]), min_size=1, max_size=6))
     lengths[0], vocabulary = max(1, lengths[0]), 7
     ends, tokens = torch.tensor([0, *lengths]).cumsum(0), sum(lengths)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
@@ -175,7 +175,7 @@ def test_norms_match_their_definition(data):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 100, 128, 129, 300])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 100, 128, 129, 300])
 def test_a_dot_has_the_same_bits_whatever_else_is_in_the_batch(tokens):
     generator = torch.Generator().manual_seed(0)
     acts, grads, direction, of_bias = (
@@ -185,6 +185,9 @@ def test_a_dot_has_the_same_bits_whatever_else_is_in_the_batch(tokens):
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     assert torch.equal(native.ghost_wgrad_dot(acts[order], grads[order], direction, of_bias, None)[2], dots[order])
     assert torch.equal(native.ghost_wgrad_dot(acts[4:5], grads[4:5], direction, of_bias, None)[2], dots[4:5])
+    beside_longer = torch.tensor([0, 1, 2, 3, 4, 6]) * tokens  # the last has the rows of two
+    *_, ragged = native.ghost_wgrad_dot(acts, grads, direction, of_bias, beside_longer)
+    assert torch.equal(ragged[:4], dots[:4])
     _, dots = native.row_wgrad_dot(grads, grads, of_bias, None)
     assert torch.equal(native.row_wgrad_dot(grads[order], grads[order], of_bias, None)[1], dots[order])
 

@@ -33,7 +33,7 @@ typedef struct {
     const int64_t *ends;      /* [S + 1]: sample s has the rows from ends[s] to ends[s + 1] */
     int64_t samples, inputs, outputs, directions;
     int64_t slots, block_inputs, block_outputs, scratch; /* the plan; scratch: bytes of each slot, one for a thread */
-    int64_t depth; /* rows of a panel at most */
+    int64_t longest, depth; /* rows of a sample, and of a panel, at most */
 } product;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

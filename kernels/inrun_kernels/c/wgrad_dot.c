@@ -9,10 +9,11 @@
    operands are copied to strips as wide as a tile (Goto and van de Geijn, ACM TOMS 34(3), 2008); a tile of one sample's
    product then lives in registers, where it is contracted before it is added to the total. Nothing of a sample's
    gradient is ever stored. A dot's bits do not depend on the rest of the batch: panels hold whole samples, or one
-   sample's equal parts. Products of up to DEPTH rows, and of a dot the terms
-   of one lane and strip, are summed in float32, the rest of a dot in float64.
+   sample's equal parts. Products of up to DEPTH rows, and of a dot the terms of one lane and strip, are summed in
+   float32, the rest of a dot in float64. Samples of one row or two are contracted row by row, with no product of their
+   own: dots[s, m] = sum_{n of s, i} (sum_o grads[n, o] dirs[m, o, i]) acts[n, i].
 
-   FLOPs: 2*N*I*O + (1 + 2*M)*S*I*O.  Bytes: the operands once for each block that needs them, the directions and the
+   FLOPs: 2*N*I*O + (1 + 2*M)*S*I*O; of short samples 2*N*I*O*(1 + M).  Bytes: the operands once for each block that needs them, the directions and the
    total once. */
 #include <omp.h>
 
@@ -21,11 +22,12 @@
 enum {
     WIDTH = LANES * COLS,
     TILE = ROWS * WIDTH,
-    OUTPUTS = 192, /* of a block, multiples of any ROWS and WIDTH */
+    OUTPUTS = LANES == 16 ? 192 : 384, /* of a block, multiples of any ROWS and WIDTH; as measured on two processors */
     INPUTS = 384,
     FEW = 256,   /* rows */
     FEWEST = 48, /* columns of a block, where there are threads without one */
-    AHEAD = 8, /* rows copied together, and how far ahead the next are asked for */
+    AHEAD = 8,   /* rows copied together, and how far ahead the next are asked for */
+    SHORT = 2,   /* rows of a sample that are contracted one by one */
 };
 
 INLINE int64_t padded(int64_t size, int64_t count, int64_t to) { return ceil_div(ceil_div(size, count), to) * to; }
@@ -133,6 +135,42 @@ static __attribute__((noinline)) void tile(const float *grads, const float *acts
     tile_of(grads, acts, depth, dirs, dir_stride, n_dirs, total, dots, 0);
 }
 
+/* The rows of `count` short samples with one direction's tile, held in registers. */
+static __attribute__((noinline)) void contract(const float *grads, const float *acts, const int64_t *ends,
+                                               int64_t count, const float *dirs, int64_t n_dirs, vec *dots)
+{
+    vec dir[ROWS][COLS];
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int c = 0; c < COLS; c++) dir[r][c] = ((const vec *)dirs)[r * COLS + c];
+    for (int64_t j = 0; j < count; j++)
+        for (int64_t row = ends[j]; row < ends[j + 1]; row++, grads += ROWS, acts += WIDTH) {
+            vec sum[COLS] = {0};
+            UNROLL for (int r = 0; r < ROWS; r++)
+                UNROLL for (int c = 0; c < COLS; c++) sum[c] += grads[r] * dir[r][c];
+            dots[j * n_dirs] += sum[0] * ((const vec *)acts)[0] + sum[1] * ((const vec *)acts)[1];
+        }
+}
+
+/* One tile of `count` samples, whose rows are those of the strips. */
+static void samples_tile(const product *p, const float *grads, const float *acts, const int64_t *ends, int64_t count,
+                         const float *dirs, int64_t dir_stride, float *total, vec *dots)
+{
+    int64_t n_dirs = p->directions;
+    for (int64_t j = 0, next; j < count; j = next) {
+        next = j + 1;
+        const float *g = grads + (ends[j] - ends[0]) * ROWS, *a = acts + (ends[j] - ends[0]) * WIDTH;
+        if (!p->dirs.data) square_tile(g, a, ends[next] - ends[j], total, dots + j);
+        else if (ends[next] - ends[j] > SHORT)
+            tile(g, a, ends[next] - ends[j], dirs, dir_stride, n_dirs, total, dots + j * n_dirs);
+        else {
+            while (next < count && ends[next + 1] - ends[next] <= SHORT) next++;
+            tile(g, a, ends[next] - ends[j], NULL, 0, 0, total, NULL);
+            for (int64_t m = 0; m < n_dirs; m++)
+                contract(g, a, ends + j, next - j, dirs + m * dir_stride, n_dirs, dots + j * n_dirs + m);
+        }
+    }
+}
+
 /* The bias's share of one sample: column sums of strips of `grads`, rows `low` to `high` of `depth`. */
 static void bias(const product *p, const float *grads, int depth, int low, int high, int64_t first, int outputs,
                  double *dots)
@@ -177,22 +215,17 @@ static void block(const product *p, int64_t first_output, int64_t first_input, f
         int64_t rows = parts > 1 ? ceil_div(ends[1] - ends[0], parts) : ends[count] - ends[0];
         for (int64_t row = ends[0]; row < ends[count]; row += rows) {
             int depth = least(rows, ends[count] - row);
+            const int64_t part[2] = {row, row + depth}, *of = parts > 1 ? part : ends;
             pack(p->grads, row, first_output, depth, outputs, ROWS, (int64_t)ROWS * depth, grads);
             pack(p->acts, row, first_input, depth, inputs, WIDTH, (int64_t)WIDTH * depth, acts);
             for (int64_t j = 0; has_bias && j < count; j++)
-                bias(p, grads, depth, parts > 1 ? 0 : ends[j] - row, parts > 1 ? depth : ends[j + 1] - row, first_output,
-                     outputs, dots + (s + j) * n_dirs);
+                bias(p, grads, depth, of[j] - row, of[j + 1] - row, first_output, outputs, dots + (s + j) * n_dirs);
             for (int i = 0; i < inputs; i += WIDTH) {
                 memset(lanes, 0, count * n_dirs * sizeof(vec));
                 for (int o = 0; o < outputs; o += ROWS) {
                     int64_t at = i / WIDTH * strip + o / ROWS * TILE;
-                    for (int64_t j = 0; j < count; j++) {
-                        int64_t low = parts > 1 ? 0 : ends[j] - row, high = parts > 1 ? depth : ends[j + 1] - row;
-                        const float *g = grads + (int64_t)o * depth + low * ROWS;
-                        const float *a = acts + (int64_t)i * depth + low * WIDTH;
-                        if (squares) square_tile(g, a, high - low, sum + at, lanes + j);
-                        else tile(g, a, high - low, dirs + at, area, n_dirs, sum + at, lanes + j * n_dirs);
-                    }
+                    samples_tile(p, grads + (int64_t)o * depth, acts + (int64_t)i * depth, of, count, dirs + at, area,
+                                 sum + at, lanes);
                 }
                 for (int64_t j = 0; j < count * n_dirs; j++)
                     for (int lane = 0; lane < LANES; lane++) dots[s * n_dirs + j] += lanes[j][lane];
@@ -211,9 +244,7 @@ static void block(const product *p, int64_t first_output, int64_t first_input, f
 /* Whether all rows are one panel: directions and total are then met once, where they lie. */
 INLINE int is_small(const product *p)
 {
-    int small = p->ends[p->samples] <= FEW && p->samples <= DEPTH;
-    for (int64_t s = 0; small && s < p->samples; s++) small = p->ends[s + 1] - p->ends[s] <= DEPTH;
-    return small;
+    return p->ends[p->samples] <= FEW && p->samples <= DEPTH && p->longest <= DEPTH;
 }
 
 /* `block` for few rows. `held`: the first output and input of the operands that are in the scratch already. */
@@ -252,13 +283,8 @@ static void small_block(const product *p, int64_t first_output, int64_t first_in
             for (int64_t m = 0; m < n_dirs && column < p->inputs && !squares; m++)
                 for (int64_t r = next; r < least(next + ROWS, p->outputs); r++)
                     ask(p->dirs, m * p->outputs + r, column, WIDTH);
-            for (int64_t s = 0; s < p->samples; s++) {
-                const float *g = grads + (int64_t)o * depth + p->ends[s] * ROWS;
-                const float *a = acts + (int64_t)i * depth + p->ends[s] * WIDTH;
-                int rows = p->ends[s + 1] - p->ends[s];
-                if (squares) square_tile(g, a, rows, sum, lanes + s);
-                else tile(g, a, rows, dirs, TILE, n_dirs, sum, lanes + s * n_dirs);
-            }
+            samples_tile(p, grads + (int64_t)o * depth, acts + (int64_t)i * depth, p->ends, p->samples, dirs, TILE, sum,
+                         lanes);
             for (int r = 0; r < height; r++)
                 if (width == WIDTH) memcpy(to + r * stride, sum + r * WIDTH, 4 * WIDTH);
                 else memcpy(to + r * stride, sum + r * WIDTH, 4 * width);
@@ -278,9 +304,10 @@ static int64_t plan(product *p, int threads)
     p->block_outputs = padded(p->outputs, ceil_div(p->outputs, outputs), ROWS);
     p->block_inputs = padded(p->inputs, ceil_div(p->inputs, inputs), WIDTH);
     p->slots = least(threads, ceil_div(p->outputs, p->block_outputs) * ceil_div(p->inputs, p->block_inputs));
-    p->depth = DEPTH;
-    for (int64_t at = 0; !p->dirs.data && at < p->samples; at++)
-        if (p->ends[at + 1] - p->ends[at] > p->depth) p->depth = ceil_div(p->ends[at + 1] - p->ends[at], LANES) * LANES;
+    p->longest = 0;
+    for (int64_t s = 0; s < p->samples; s++)
+        if (p->ends[s + 1] - p->ends[s] > p->longest) p->longest = p->ends[s + 1] - p->ends[s];
+    p->depth = p->dirs.data || p->longest <= DEPTH ? DEPTH : ceil_div(p->longest, LANES) * LANES;
     int64_t operands = p->block_outputs + p->block_inputs, lanes = DEPTH * p->directions * LANES;
     if (is_small(p)) return scratch_of(p, (1 + p->directions) * TILE + FEW * operands + lanes);
     return scratch_of(p, (1 + p->directions) * p->block_outputs * p->block_inputs + p->depth * operands + lanes);
