@@ -27,7 +27,7 @@ def cpu(request, monkeypatch):
 @pytest.mark.parametrize(
     "batch, tokens, inputs, outputs, quick",
     [
-        (4096, 1, 384, 384, {"direct"}),  # a weight's passes for each token
+        (512, 1, 768, 3072, {"direct"}),  # a weight's passes for each token
         (8, 8, 768, 3072, {"direct", "in C"}),
         (8, 128, 768, 3072, {"two", "prefix"}),
         (8, 1024, 768, 768, {"two", "prefix"}),  # the passes are nothing beside the product
