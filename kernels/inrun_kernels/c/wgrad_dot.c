@@ -22,7 +22,7 @@
 enum {
     WIDTH = LANES * COLS,
     TILE = ROWS * WIDTH,
-    OUTPUTS = LANES == 16 ? 192 : 384, /* of a block, multiples of any ROWS and WIDTH; as measured on two processors */
+    OUTPUTS = 192, /* of a block, multiples of any ROWS and WIDTH */
     INPUTS = 384,
     FEW = 256,   /* rows */
     FEWEST = 48, /* columns of a block, where there are threads without one */
