@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from inrun import functional as IF
+from inrun_kernels import forms
 
 B, T, IN, OUT, VOCAB = 3, 5, 7, 6, 11
 
@@ -362,16 +363,21 @@ def test_an_rms_norm_of_another_shape_than_its_weight_is_torchs_error():
         IF.rms_norm(torch.randn(2, 3, 4, 8), (4, 8), torch.ones(8), 1e-5, torch.ones(8), probe)
 
 
-@pytest.mark.parametrize("batch", [2, 64])
-def test_a_backward_inside_autocast_keeps_the_products_of_float32(batch):
+@pytest.mark.parametrize("form", ["two", "direct"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_backward_inside_autocast_keeps_the_products_of_float32(form, has_bias, monkeypatch):
+    monkeypatch.setattr(forms, "of_cpu_sizes", lambda *sizes: forms.Choice(form, {}, form))
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(batch, 1024, generator=generator), torch.randn(1024, 1024, generator=generator)
-    direction, probe = torch.randn(1024, 1024, generator=generator), torch.zeros(batch, requires_grad=True)
-    weight.requires_grad_()
-    y = IF.linear(x, weight, None, (direction, None), probe)
+    x, weight, direction = (torch.randn(shape, generator=generator) for shape in ((8, 256), (128, 256), (128, 256)))
+    bias, along_bias = torch.randn(2, 128, generator=generator) if has_bias else (None, None)
+    probe, leaves = torch.zeros(8, requires_grad=True), [p for p in (weight, bias) if p is not None]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = IF.linear(x, weight, bias, (direction, along_bias), probe)
     with torch.autocast("cpu", torch.bfloat16):
         y.backward(loss_weights(y))
     g = loss_weights(y).double().expand(y.shape)
-    exact = ((g @ direction.double()) * x).sum(1), g.T @ x.double()
-    for found, right in zip((probe.grad, weight.grad), exact, strict=True):
+    dots = ((g @ direction.double()) * x).sum(1) + (0 if along_bias is None else g @ along_bias.double())
+    exact = (dots, g.T @ x.double(), g.sum(0))[: 1 + len(leaves)]
+    for found, right in zip((probe.grad, *(leaf.grad for leaf in leaves)), exact, strict=True):
         assert (found - right).abs().max() <= 1e-4 * right.square().mean().sqrt()

@@ -1,8 +1,8 @@
 """What each form of a product costs on a device, and which form is the quickest.
 
 "native" is the form "two" in C; where it runs, it takes the place of "two" and "prefix". Its contractions and sums are
-counted twice: their operands come from the cache, not from registers. Samples of one token or two it contracts token by
-token, at two thirds of a matrix product's rate.
+counted twice: their operands come from the cache, not from registers. Single tokens it contracts without a product of
+their own, at two thirds of a matrix product's rate.
 
     seconds = call + sample * S + flop * FLOPs + weight * (elements of weights passed over) + row * (elements of rows)
 
@@ -13,7 +13,7 @@ shared among a CPU's threads, the calls themselves are not.
     wgrad_dot       two         2*N*I*O                        S*(3 + M) - 2 + M      N*(I + O)
                     prefix      2*N*I*O                        S*(1 + M) + M          N*(I + O)
                     native      2*N*I*O + 4*S*(1 + M)*I*O      1 + M                  N*(I + O)
-                    its short   2*N*I*O*(1 + 1.5*M)            1 + M                  N*(I + O)
+                      (S = N)   2*N*I*O*(1 + 1.5*M)            1 + M                  N*(I + O)
                     direct      2*N*I*O*(1 + M)                1 + M                  N*(I + O)
     dot_pairwise    pairwise    2*N*V*S_v*(I + O)              0                      N*V*S_v
                     direct      2*(N + S_v)*V*I*O              2*V                    N*V*(I + O)
@@ -44,7 +44,8 @@ class Cost:
 
 
 # Two cores of an AMD EPYC (Zen 3), of an Intel Xeon (Sapphire Rapids), and both together for any other CPU: torch 2.13
-# with MKL, float32, cold caches. Each is: call, sample, flop, weight, row.
+# with MKL, float32, cold caches. Each is: call, sample, flop, weight, row. The Xeon's times of single tokens in C are left
+# out: they are from before these had a way of their own.
 COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     "AuthenticAMD": {
         "ghost_wgrad_dot": {
@@ -175,11 +176,9 @@ def quickest_wgrad(costs: dict[str, Cost], threads: int, native: bool, *sizes: i
 def wgrad_work(tokens: int, samples: int, inputs: int, outputs: int, directions: int) -> dict[str, tuple[float, ...]]:
     """(samples, FLOPs, elements of weights, elements of rows) of each form of `ghost_wgrad_dot`."""
     weight, rows = inputs * outputs, tokens * (inputs + outputs)
-    flops, others = (
-        2 * tokens * weight,
-        max(0, samples - 1),
-    )  # the first sample is written, and read with each direction
-    contracted = 1.5 * directions * flops if tokens <= 2 * samples else 4 * (1 + directions) * samples * weight
+    flops = 2 * tokens * weight
+    others = max(0, samples - 1)  # the first is written, and read with each direction
+    contracted = 1.5 * directions * flops if tokens <= samples else 4 * (1 + directions) * samples * weight
     return {
         "two": (samples, flops, (1 + 2 * directions + others * (3 + directions)) * weight, rows),
         "prefix": (samples, flops, (1 + 2 * directions + others * (1 + directions)) * weight, rows),

@@ -84,8 +84,8 @@ def ghost_wgrad_dot(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weight gradient `[O, I]`, the bias gradient (empty without a direction for it) and dots, in float32.
 
-    Each sample has accumulators of its own, as in the form "two". Args: as the registered op has them; directions may
-    lack their leading M, of which the dots `[S, M]` then have none either.
+    A sample's dots do not depend on the others, as in the form "two". Args: as the registered op has them; directions
+    may lack their leading M, of which the dots `[S, M]` then have none either.
     """
     total = val_grad.new_empty(val_grad.shape[-2:], dtype=torch.float32)
     bias = total.new_empty(0 if bias_val_grad is None else total.shape[0])

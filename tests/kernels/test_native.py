@@ -92,16 +92,24 @@ def test_products_match_their_definitions(data):
 
 @pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
-def test_squares_of_many_samples_of_any_length(default, monkeypatch):
-    """More samples than a panel has rows of one; whatever dtype torch makes of itself."""
-    ends = torch.tensor([0, *[1] * 200, 300, *[0] * 140, 12, *[3] * 150]).cumsum(0)
+@pytest.mark.parametrize(
+    "lengths", [[1] * 200 + [300] + [0] * 140 + [12] + [3] * 150 + [1] * 5, [1, 0] * 64, [2] * 128]
+)
+def test_many_samples_of_any_length(default, lengths):
+    """More samples than a panel has, or as many, rows of one; whatever dtype torch makes of itself."""
+    ends = torch.tensor([0, *lengths]).cumsum(0)
     acts, grads = torch.randn(1, int(ends[-1]), 47), torch.randn(1, int(ends[-1]), 25)
+    directions, of_bias = torch.randn(3, 25, 47), torch.randn(3, 25)
     torch.set_default_dtype(default)
     try:
-        found = native.ghost_square(acts, grads, ends)
+        squares = native.ghost_square(acts, grads, ends)
+        products = native.ghost_wgrad_dot(acts, grads, directions, of_bias, ends)
     finally:
         torch.set_default_dtype(torch.float32)
-    for got, right in zip(found, reference.ghost_square(acts, grads, segments=ends), strict=True):
+    for got, right in zip(squares, reference.ghost_square(acts, grads, segments=ends), strict=True):
+        assert_close(got, right)
+    expected = reference.linear_wgrad_dot(acts, grads, directions, of_bias, segments=ends)
+    for got, right in zip(products, expected, strict=True):
         assert_close(got, right)
 
 
@@ -185,9 +193,10 @@ def test_a_dot_has_the_same_bits_whatever_else_is_in_the_batch(tokens):
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     assert torch.equal(native.ghost_wgrad_dot(acts[order], grads[order], direction, of_bias, None)[2], dots[order])
     assert torch.equal(native.ghost_wgrad_dot(acts[4:5], grads[4:5], direction, of_bias, None)[2], dots[4:5])
-    beside_longer = torch.tensor([0, 1, 2, 3, 4, 6]) * tokens  # the last has the rows of two
-    *_, ragged = native.ghost_wgrad_dot(acts, grads, direction, of_bias, beside_longer)
-    assert torch.equal(ragged[:4], dots[:4])
+    wide = (torch.cat([x.new_ones(310, x.shape[2]), *x[:3], x.new_ones(50, x.shape[2]), *x[3:]]) for x in (acts, grads))
+    ends = torch.tensor([0, 310, *[tokens] * 3, 50, *[tokens] * 3]).cumsum(0)
+    *_, ragged = native.ghost_wgrad_dot(*(x[None] for x in wide), direction, of_bias, ends)
+    assert torch.equal(torch.cat([ragged[1:4], ragged[5:]]), dots)
     _, dots = native.row_wgrad_dot(grads, grads, of_bias, None)
     assert torch.equal(native.row_wgrad_dot(grads[order], grads[order], of_bias, None)[1], dots[order])
 
@@ -312,9 +321,10 @@ def test_what_has_no_memory_of_its_own_is_left_to_torch():
     assert plain == [False] and not native.runs(torch._neg_view(x)) and native.runs(x)
 
 
-def test_a_sample_that_is_not_finite_keeps_that_to_itself():
-    acts, grads, direction = torch.randn(5, 20, 33), torch.randn(5, 20, 17), torch.randn(17, 33)
-    acts[2, 3, 4] = torch.nan
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_sample_that_is_not_finite_keeps_that_to_itself(tokens):
+    acts, grads, direction = torch.randn(5, tokens, 33), torch.randn(5, tokens, 17), torch.randn(1, 17, 33)
+    acts[2, tokens // 2, 4] = torch.nan
     grads[3, 0, 0] = torch.inf
-    _, dots = k.ghost_wgrad_dot(acts, grads, direction)
-    assert dots.isfinite().tolist() == [True, True, False, False, True]
+    *_, dots = native.ghost_wgrad_dot(acts, grads, direction, None, None)
+    assert dots[:, 0].isfinite().tolist() == [True, True, False, False, True]

@@ -8,13 +8,15 @@
    The weight is cut into blocks that stay in a core's cache with their directions. For each panel of rows, both
    operands are copied to strips as wide as a tile (Goto and van de Geijn, ACM TOMS 34(3), 2008); a tile of one sample's
    product then lives in registers, where it is contracted before it is added to the total. Nothing of a sample's
-   gradient is ever stored. A dot's bits do not depend on the rest of the batch: panels hold whole samples, or one
-   sample's equal parts. Products of up to DEPTH rows, and of a dot the terms of one lane and strip, are summed in
-   float32, the rest of a dot in float64. Samples of one row or two are contracted row by row, with no product of their
-   own: dots[s, m] = sum_{n of s, i} (sum_o grads[n, o] dirs[m, o, i]) acts[n, i].
+   gradient is ever stored. Samples of a single row have no product of their own: they are added to the total together,
+   and each row is contracted by itself, sum_i (sum_o grads[n, o] dirs[m, o, i]) acts[n, i].
 
-   FLOPs: 2*N*I*O + (1 + 2*M)*S*I*O; of short samples 2*N*I*O*(1 + M).  Bytes: the operands once for each block that needs them, the directions and the
-   total once. */
+   A dot's bits do not depend on the rest of the batch: panels hold whole samples, or one sample's equal parts. Products
+   of a panel's rows at most, and of a dot the terms of one lane and strip, are summed in float32, the rest of a dot in
+   float64.
+
+   FLOPs: 2*N*I*O + (1 + 2*M)*S*I*O; of single rows 2*N*I*O*(1 + M).  Bytes: the operands once for each block that needs
+   them, the directions and the total once. */
 #include <omp.h>
 
 #include "common.h"
@@ -27,7 +29,6 @@ enum {
     FEW = 256,   /* rows */
     FEWEST = 48, /* columns of a block, where there are threads without one */
     AHEAD = 8,   /* rows copied together, and how far ahead the next are asked for */
-    SHORT = 2,   /* rows of a sample that are contracted one by one */
 };
 
 INLINE int64_t padded(int64_t size, int64_t count, int64_t to) { return ceil_div(ceil_div(size, count), to) * to; }
@@ -135,7 +136,7 @@ static __attribute__((noinline)) void tile(const float *grads, const float *acts
     tile_of(grads, acts, depth, dirs, dir_stride, n_dirs, total, dots, 0);
 }
 
-/* The rows of `count` short samples with one direction's tile, held in registers. */
+/* The rows of `count` samples with one direction's tile, held in registers. */
 static __attribute__((noinline)) void contract(const float *grads, const float *acts, const int64_t *ends,
                                                int64_t count, const float *dirs, int64_t n_dirs, vec *dots)
 {
@@ -160,10 +161,10 @@ static void samples_tile(const product *p, const float *grads, const float *acts
         next = j + 1;
         const float *g = grads + (ends[j] - ends[0]) * ROWS, *a = acts + (ends[j] - ends[0]) * WIDTH;
         if (!p->dirs.data) square_tile(g, a, ends[next] - ends[j], total, dots + j);
-        else if (ends[next] - ends[j] > SHORT)
+        else if (ends[next] - ends[j] > 1)
             tile(g, a, ends[next] - ends[j], dirs, dir_stride, n_dirs, total, dots + j * n_dirs);
         else {
-            while (next < count && ends[next + 1] - ends[next] <= SHORT) next++;
+            while (next < count && ends[next + 1] - ends[next] <= 1) next++;
             tile(g, a, ends[next] - ends[j], NULL, 0, 0, total, NULL);
             for (int64_t m = 0; m < n_dirs; m++)
                 contract(g, a, ends + j, next - j, dirs + m * dir_stride, n_dirs, dots + j * n_dirs + m);
