@@ -44,8 +44,8 @@ class Cost:
 
 
 # Two cores of an AMD EPYC (Zen 3), of an Intel Xeon (Sapphire Rapids), and both together for any other CPU: torch 2.13
-# with MKL, float32, cold caches. Each is: call, sample, flop, weight, row. Left out are the Xeon's times of single tokens
-# in C, from before these had a way of their own.
+# with MKL, float32, cold caches. Each is: call, sample, flop, weight, row. Left out are the Xeon's times of one token a
+# sample in C, from before these had a way of their own.
 COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     "AuthenticAMD": {
         "ghost_wgrad_dot": {
