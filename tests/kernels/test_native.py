@@ -183,7 +183,7 @@ def test_norms_match_their_definition(data):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 100, 128, 129, 300])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 100, 128, 129, 300])
 def test_a_dot_has_the_same_bits_whatever_else_is_in_the_batch(tokens):
     generator = torch.Generator().manual_seed(0)
     acts, grads, direction, of_bias = (
@@ -323,8 +323,8 @@ def test_what_has_no_memory_of_its_own_is_left_to_torch():
 
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_a_sample_that_is_not_finite_keeps_that_to_itself(tokens):
-    acts, grads, direction = torch.randn(5, tokens, 33), torch.randn(5, tokens, 17), torch.randn(1, 17, 33)
+    acts, grads, direction = torch.randn(5, tokens, 33), torch.randn(5, tokens, 17), torch.randn(17, 33)
     acts[2, tokens // 2, 4] = torch.nan
     grads[3, 0, 0] = torch.inf
-    *_, dots = native.ghost_wgrad_dot(acts, grads, direction, None, None)
-    assert dots[:, 0].isfinite().tolist() == [True, True, False, False, True]
+    _, dots = k.ghost_wgrad_dot(acts, grads, direction, form="two")
+    assert dots.isfinite().tolist() == [True, True, False, False, True]
