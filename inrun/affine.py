@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .forward_mode import buffers_kept
-from .layers import Rule, affine_dots, require_whole_rows
+from .layers import Factors, Rule, affine_dots, affine_factors, require_whole_rows
 from .tap import Layout, along, random_kept
 
 _CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
@@ -71,12 +71,20 @@ class AffineRule(Rule):
         return y.to(x.dtype) if affine.wide else y
 
     def dots(self: Any, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
+        normed, grad = self._rescaled(x, grad)
+        direction, bias_direction = self._directions(normed)
+        return affine_dots(normed, grad, 1, direction, bias_direction, segments)
+
+    def factors(self: Any, x: Tensor, grad: Tensor) -> dict[str, Factors]:
+        normed, grad = self._rescaled(x, grad)
+        return affine_factors(normed, grad, 1, self._inrun.form.weight, self._inrun.form.bias)
+
+    def _rescaled(self: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """`n(x)` and the gradient, of its dtype, with the features last."""
         affine: Affine = self._inrun.form
         with buffers_kept(self):  # running statistics have taken this input in already
             normed = affine.normed(self, x)
-        grad = grad.movedim(affine.axis, -1).to(normed.dtype)
-        direction, bias_direction = self._directions(normed)
-        return affine_dots(normed, grad, 1, direction, bias_direction, segments)
+        return normed, grad.movedim(affine.axis, -1).to(normed.dtype)
 
     def _directions(self: Any, normed: Tensor) -> tuple[Tensor | None, Tensor | None]:
         affine: Affine = self._inrun.form

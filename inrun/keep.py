@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from . import forward_mode, functional
 from .distributed import gathered
 from .errors import InRunError
+from .layers import Factors
 from .tap import SUFFIX, Layout, Tap, random_kept, random_state, set_random_state, size_of
 
 
@@ -231,19 +232,21 @@ class Keeper:
             columns.append(self._contract(module, kept, tangents, device))
         return columns[0] if many is None else torch.stack(columns, 1)
 
-    def squares(self, kept: Kept) -> dict[int, tuple[Tensor, Tensor]] | None:
-        """Of one run of a layer, by `id` of a parameter's direction: its samples' squared gradients added up, and each
-        sample's squared norm; None where the layer has to be asked for `sample_gradients`, of which these are."""
-        module, whole = kept.module, isinstance(kept.module, torch.nn.Module)  # else a part of one
-        if module._inrun.forward_mode or not whole:
+    def factors(self, kept: Kept) -> dict[int, Factors] | None:
+        """Of one run of a layer, by `id` of a parameter's direction, of what its gradient is made; None where the
+        layer has to be asked for `sample_gradients`."""
+        module = kept.module
+        if module._inrun.forward_mode:
             return None
         kept.require_unchanged()
         device = next(module.parameters()).device
-        layout = self.layouts[kept.batch].on(device)
         with in_modes(kept.modes):
-            segments = None if layout.per_token else layout.segments
-            found = module.sample_squares(moved(kept.x, device), moved(kept.grads[0], device), segments)
-        return None if found is None else {id(module._parameters[n + SUFFIX]): pair for n, pair in found.items()}
+            found = module.factors(moved(kept.x, device), moved(kept.grads[0], device))
+        if found is None:
+            return None
+        return {id(direction): factors for name, factors in found.items()
+                if (direction := module._parameters.get(name + SUFFIX)) is not None
+                and module._parameters[name].requires_grad}  # fmt: skip
 
     def sample_gradients(self, kept: Kept, samples: Iterable[int]) -> Iterator[dict[int, Tensor]]:
         """Of each sample, by `id` of a parameter's direction: the gradient that one run of a layer gave it.

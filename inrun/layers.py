@@ -9,12 +9,12 @@ runs its original forward.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from inrun_kernels import bias_dot, embedding_dot, ghost_dot, ghost_square, norm_dot
+from inrun_kernels import bias_dot, embedding_dot, ghost_dot, norm_dot
 
 from . import functional
 from .convolution import Geometry, convolution, convolution_dots
@@ -58,6 +58,18 @@ class Holder:
         for name in direction_names(self):
             if prefix + name in missing:
                 missing.remove(prefix + name)
+
+
+class Factors(NamedTuple):
+    """A parameter's gradient, shaped `[O, I]`, or `[O]` where I is 1, as a sum over tokens of left_t right_t^T.
+
+    Attributes:
+        left: `[B, T, O]`; of a table ids `[B, T]`, in the place of their one-hot rows.
+        right: `[B, T, I]`.
+    """
+
+    left: Tensor
+    right: Tensor
 
 
 class Rule(Holder):
@@ -108,12 +120,10 @@ class Rule(Holder):
         """The dots `[B]` or `[B, M]` (`[S]` or `[S, M]`), from the layer's input and the gradient of its output."""
         raise NotImplementedError
 
-    def sample_squares(
-        self, x: Tensor, grad: Tensor, segments: Tensor | None
-    ) -> dict[str, tuple[Tensor, Tensor]] | None:
-        """By a parameter's name: its samples' squared gradients added up, and each one's squared norm `[B]` or `[S]`.
+    def factors(self, x: Tensor, grad: Tensor) -> dict[str, Factors] | None:
+        """By a parameter's name, of what its gradient is made: from the layer's input and the gradient of its output.
 
-        From the layer's input and the gradient of its output; None where no product has them in one pass.
+        None where it is made of no such factors.
         """
         return None
 
@@ -121,6 +131,7 @@ class Rule(Holder):
 class LinearRule(Rule):
     weight: Tensor
     bias: Tensor | None
+    names: tuple[str, str] = ("weight", "bias")
 
     def probed(self, x, probe, segments):
         both = (along(self, "weight"), along(self, "bias"))
@@ -129,18 +140,13 @@ class LinearRule(Rule):
     def dots(self, x, grad, segments):
         return self.dots_along((along(self, "weight"), along(self, "bias")), x, grad, segments)
 
-    def sample_squares(self, x, grad, segments):
+    def factors(self, x, grad):
         acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
-        segments, found = functional.by_row(segments, x, acts), {}
-        if along(self, "weight") is not None and self.weight.requires_grad:
-            found["weight"] = self.weight_squares(acts, grads, segments)
-        if self.bias is not None and along(self, "bias") is not None and self.bias.requires_grad:
-            squares, norms = ghost_square(torch.ones_like(grads[..., :1]), grads, segments=segments)
-            found["bias"] = squares.squeeze(1), norms
-        return found
+        weight, bias = self.names
+        return {weight: self.weight_factors(acts, grads), bias: _sum_of(grads)}
 
-    def weight_squares(self, acts: Tensor, grads: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
-        return ghost_square(acts, grads, segments=segments)
+    def weight_factors(self, acts: Tensor, grads: Tensor) -> Factors:
+        return Factors(grads, acts)
 
     def dots_along(self, directions: functional.Directions, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
         acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
@@ -163,8 +169,8 @@ class Conv1dRule(LinearRule):
     def weight_dots(self, acts, grads, direction, segments):
         return ghost_dot(grads, acts, direction, segments=segments)  # the weight is [I, O]
 
-    def weight_squares(self, acts, grads, segments):
-        return ghost_square(grads, acts, segments=segments)
+    def weight_factors(self, acts, grads):
+        return Factors(acts, grads)
 
 
 class EmbeddingRule(Rule):
@@ -184,6 +190,12 @@ class EmbeddingRule(Rule):
         ids, grads = x.reshape(x.shape[0], -1), functional.rows(grad, 1)
         segments = functional.by_row(segments, x, ids)
         return embedding_dot(ids, grads, along(self, "weight"), segments=segments, padding_idx=self.padding_idx)
+
+    def factors(self, x, grad):
+        ids, grads = x.reshape(x.shape[0], -1), functional.rows(grad, 1)
+        if self.padding_idx is not None:
+            grads = grads.masked_fill((ids == self.padding_idx)[..., None], 0)
+        return {"weight": Factors(ids, grads)}
 
 
 class LayerNormRule(Rule):
@@ -205,6 +217,10 @@ class LayerNormRule(Rule):
             grad, len(self.normalized_shape), along(self, "weight"), along(self, "bias"), segments,
         )  # fmt: skip
 
+    def factors(self, x, grad):
+        normed = torch.nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps)
+        return affine_factors(normed, grad, len(self.normalized_shape), "weight", "bias")
+
 
 class RMSNormRule(Rule):
     weight: Tensor
@@ -221,6 +237,10 @@ class RMSNormRule(Rule):
     def dots(self, x, grad, segments):
         normed = torch.nn.functional.rms_norm(x, list(self.normalized_shape), None, self.eps)
         return affine_dots(normed, grad, len(self.normalized_shape), along(self, "weight"), None, segments)
+
+    def factors(self, x, grad):
+        normed = torch.nn.functional.rms_norm(x, list(self.normalized_shape), None, self.eps)
+        return affine_factors(normed, grad, len(self.normalized_shape), "weight")
 
 
 class ConvRule(Rule):
@@ -324,6 +344,16 @@ def affine_dots(normed, grad, last: int, direction: Tensor | None, bias_directio
         None if direction is None else norm_dot(normed, grads, functional.flat(direction, last), segments=segments),
         None if bias_direction is None else bias_dot(grads, functional.flat(bias_direction, last), segments=segments),
     )
+
+
+def affine_factors(normed, grad, last: int, weight: str, bias: str | None = None) -> dict[str, Factors]:
+    normed, grads = functional.rows(normed, last).to(grad.dtype), functional.rows(grad, last)
+    return {weight: _sum_of(normed * grads)} | ({bias: _sum_of(grads)} if bias else {})
+
+
+def _sum_of(tokens: Tensor) -> Factors:
+    """A gradient that is a sum over tokens."""
+    return Factors(tokens, torch.ones_like(tokens[..., :1]))
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor:

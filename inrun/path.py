@@ -23,7 +23,8 @@ from . import hessian
 from .coupled import Coupled
 from .distributed import local
 from .errors import InRunError
-from .turning import Batches, Beside, slopes, squares, turns
+from .squares import Batches, squares
+from .turning import Beside, slopes, turns
 from .updates import UpdateRule, chunks, updates
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Path:
         Args:
             factor: what dots are multiplied by to be values.
             unscale: what the gradients must still be multiplied by; scale: what the loss was.
-            batches: as of `turning.squares`.
+            batches: as of `squares.squares`.
 
         Raises:
             InRunError: gradients clipped to another norm, or an update that is not what was said of it.

@@ -8,9 +8,9 @@ of what a sample adds to it (Owen, 1972). So K is taken as the mean slope of the
     K = -mean over t of (u(t g_B + h) - u(t g_B - h)) / 2h,      h = 1.5 sqrt(t (1 - t) (1 - 1/n) sum_z g_z^2),
 
 1 - 1/n as none of the n samples is beside itself, and one and a half standard deviations by trial on Lion's steps in
-`inrun fidelity`. That takes two updates for each t, and the sum of the samples' squared gradients: of a linear layer
-that runs once and shares no weight from one product (`ghost_square`), of any other each computed by itself. What no
-slope can give, -(u(g_B) - u(0)) - K g_B, all samples share alike, so that values add up to what they do along the path.
+`inrun fidelity`. That takes two updates for each t, and the sum of the samples' squared gradients (`squares.py`). What
+no slope can give, -(u(g_B) - u(0)) - K g_B, all samples share alike, so that values add up to what they do along the
+path.
 
 Clipping by norm is part of the update, u(c_S g_S) with a factor c for each coalition, which goes by the squared norm
 
@@ -31,21 +31,16 @@ of Ruiz, Valenciano and Zarzuelo (1998). To take the slope for the update, and c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import check
-from .distributed import Ranks, gathered, shard_of
+from .distributed import Ranks
+from .squares import Squares
 from .updates import UpdateRule, chunks, sampled, updates
-
-if TYPE_CHECKING:
-    from .keep import Keeper, Kept
-
-Batches = Iterable[tuple["Keeper", Mapping[int, int]]]
 
 TURNS = 0.02  # of the squared update: how far from the middle of its ends the update of g_B / 2 lies where it turns
 LENGTH = 0.1  # the part of a gradient by which it is shortened, to see how the update changes along it
@@ -73,87 +68,6 @@ def turns(slots: Sequence[Any], unscale: Any, update: UpdateRule | str | None, r
             total += torch.stack(squared).to(total.device) * (slot.shard.numel() / max(1, zero.numel()))
     aside, moved = ranks.sum(total).tolist()  # of all processes, so that all decide alike
     return aside > TURNS * moved
-
-
-@dataclass
-class Squares:
-    """Of a step's samples, their gradients as the backward made them.
-
-    Attributes:
-        of_slots: by number, the sum of the squared gradients of all processes' samples, of this process's shard. A slot
-            has none where a layer of its own does not hold samples as rows.
-        of_samples: by number of a batch, each sample's squared norm over those slots, `[count]`.
-        players: how many samples all processes have. Single tokens count as their row.
-    """
-
-    of_slots: dict[int, Tensor]
-    of_samples: dict[int, Tensor]
-    players: int
-
-
-def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
-    """See `Squares`.
-
-    Args:
-        batches: keepers, and by the number of a batch there, its number in the step; as many keepers in every process
-            where parameters are sharded.
-    """
-    found = Squares({}, {}, 0)
-    number, device = {id(slot): i for i, slot in enumerate(slots)}, slots[0].param.device
-    components = [(members, list(dict.fromkeys(tap for slot in members for tap in slot.taps)))
-                  for members in check.components(slots)]  # fmt: skip
-    components = [(members, taps) for members, taps in components if all(tap.by_row for tap in taps)]
-    for keeper, numbers in batches:
-        counts = {b: layout.rows if layout.per_token else layout.count
-                  for b, layout in enumerate(keeper.layouts) if b in numbers}  # fmt: skip
-        found.of_samples |= {numbers[b]: torch.zeros(count, device=device) for b, count in counts.items()}
-        runs: dict[Any, list[Kept]] = {}
-        for kept in keeper.kept:
-            runs.setdefault(kept.module._inrun, []).append(kept)
-        for members, taps in components:
-            with gathered(place for tap in taps for place in tap.owned):
-                dtypes = [torch.promote_types(s.param.dtype, torch.float32) for s in members]
-                sums = {id(s.sibling): torch.zeros_like(s.param, dtype=d) for s, d in zip(members, dtypes, strict=True)}
-                for batch, count in counts.items():
-                    here = [kept for tap in taps for kept in runs.get(tap, ()) if kept.batch == batch]
-                    of_batch = found.of_samples[numbers[batch]]
-                    for name, samples, squared, norms in _squares_of(keeper, here, count):
-                        if name in sums:
-                            sums[name] += squared
-                            of_batch[samples] += norms.to(of_batch)
-            for slot, total in zip(members, sums.values(), strict=True):
-                i = number[id(slot)]
-                part = shard_of(ranks.sum(total), slot.param) if ranks.sharded else total
-                found.of_slots[i] = found.of_slots[i] + part if i in found.of_slots else part
-    if not ranks.sharded:
-        found.of_slots = {i: ranks.sum(total) for i, total in found.of_slots.items()}
-    players = sum(len(norms) for norms in found.of_samples.values())
-    found.players = max(1, int(ranks.sum(torch.tensor(players, device=device))))
-    return found
-
-
-def _squares_of(keeper: Keeper, runs: Sequence[Kept], count: int) -> Iterator[tuple[int, slice | int, Tensor, Tensor]]:
-    """Of a batch's `count` samples, through these runs of layers: the `id` of a parameter's direction, which of the
-    samples, their squared gradients added up, and the squared norm of each."""
-    at_once = keeper.squares(runs[0]) if len(runs) == 1 else None
-    if at_once is not None:
-        for name, (squared, norms) in at_once.items():
-            yield name, slice(None), squared, norms
-        return
-    samples = [keeper.sample_gradients(kept, range(count)) for kept in runs]
-    for i, gradients in enumerate(zip(*samples, strict=True)):
-        for name, gradient in _added(gradients).items():
-            squared = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
-            yield name, i, squared, squared.sum()
-
-
-def _added(gradients: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:
-    """What several runs of layers give one sample."""
-    total: dict[int, Tensor] = {}
-    for one in gradients:
-        for name, gradient in one.items():
-            total[name] = total[name] + gradient if name in total else gradient
-    return total
 
 
 @dataclass

@@ -13,7 +13,7 @@ from models import B, data, gradient, loss_of, make, sample_gradients
 from torch import nn
 
 import inrun
-from inrun import layers, path, shapley, turning
+from inrun import path, shapley, squares
 from inrun.keep import Keeper
 from inrun.tasks import Lion
 
@@ -201,19 +201,39 @@ def with_conv1d():
     return model
 
 
-@pytest.mark.parametrize("layout", ["rows", "documents", "tokens"])
+def with_shared():
+    """One block run twice, a norm that models write themselves, a tied head, and a token that is padding."""
+    model = models.gpt(tied=True)
+    model.blocks[1], model.tokens.padding_idx, model.norm = model.blocks[0], 3, models.Scale(models.WIDTH)
+    return model
+
+
 @pytest.mark.parametrize(
-    ("name", "dtype", "autocast"),
+    ("name", "dtype", "autocast", "layout"),
     [
-        ("gpt_untied", torch.float64, False),
-        ("gpt_untied", torch.float32, False),
-        ("gpt_untied", torch.float32, True),
-        ("gpt_conv1d", torch.float64, False),
+        *((*case, layout)
+          for layout in ("rows", "documents", "tokens")
+          for case in (
+              ("gpt_untied", torch.float64, False),
+              ("gpt_untied", torch.float32, False),
+              ("gpt_untied", torch.float32, True),
+              ("gpt_conv1d", torch.float64, False),
+              ("gpt_tied", torch.float64, False),
+              ("gpt_tied", torch.float32, True),
+              ("gpt_shared", torch.float64, False),
+              ("gpt_shared", torch.float32, False),
+          )),
+        ("mlp", torch.float64, False, "rows"),
+        ("reused", torch.float64, False, "rows"),
+        ("loose", torch.float64, False, "rows"),
+        ("attention", torch.float64, False, "rows"),
     ],
-)
+)  # fmt: skip
 def test_squares_in_one_product_are_those_of_single_samples(name, dtype, autocast, layout, monkeypatch):
-    """Of linear layers and Hugging Face's Conv1D, with biases; of a frozen weight none is computed."""
+    """Of linear layers, Hugging Face's Conv1D, attention, norms and tables, with biases; however often they run and
+    whatever they share. Of a frozen weight none is computed."""
     monkeypatch.setitem(models.MODELS, "gpt_conv1d", with_conv1d)
+    monkeypatch.setitem(models.MODELS, "gpt_shared", with_shared)
     x, y = of(name)
     tokens = x.shape[1]
     options = {
@@ -221,12 +241,12 @@ def test_squares_in_one_product_are_those_of_single_samples(name, dtype, autocas
         "documents": {"tokens": tokens, "segments": torch.tensor([0, tokens // 2, 2 * tokens, B * tokens])},
         "tokens": {"tokens": tokens},
     }[layout]
-    product, at_once, step_squares = layers.ghost_square, Keeper.squares, turning.squares
+    product, in_factors, step_squares = squares.ghost_square, Keeper.factors, squares.squares
 
     def squares_of(frozen, one_product=True):
         products, found = [], []
-        monkeypatch.setattr(layers, "ghost_square", lambda *a, **k: products.append(1) or product(*a, **k))
-        monkeypatch.setattr(Keeper, "squares", at_once if one_product else lambda *a: None)
+        monkeypatch.setattr(squares, "ghost_square", lambda *a, **k: products.append(1) or product(*a, **k))
+        monkeypatch.setattr(Keeper, "factors", in_factors if one_product else lambda *a: None)
         monkeypatch.setattr(path, "squares", lambda *a: found.append(step_squares(*a)) or found[-1])
         model, optimizer = start(name, "adam", 0, dtype)
         tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, x, y))
@@ -238,20 +258,21 @@ def test_squares_in_one_product_are_those_of_single_samples(name, dtype, autocas
             loss.backward()
             optimizer.step()
         tracker.close()
-        return found[0], len(products)
+        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+        alone = tables - {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+        loose = [n for n, _ in model.named_parameters() if n in ("cls", "pos")]  # of no layer
+        return found[0], len(products), len(list(model.parameters())) - len(alone) - len(loose)
 
     rtol, atol = (1e-9, 0.0) if dtype == torch.float64 else (3e-2, 1e-2) if autocast else (1e-4, 1e-5)
-    counts = []
+    atol = max(atol, 1e-15) if name == "gpt_shared" else atol  # where a table's part takes the head's away
     for frozen in (False, True):
-        (here, count), (expected, none) = squares_of(frozen), squares_of(frozen, one_product=False)
-        counts.append(count)
-        assert none == 0 and here.of_slots.keys() == expected.of_slots.keys()
+        (here, count, several), (expected, none, _) = squares_of(frozen), squares_of(frozen, one_product=False)
+        assert count == several - frozen and none == 0 and here.of_slots.keys() == expected.of_slots.keys()
         for i, squared in expected.of_slots.items():
             close = {"rtol": rtol, "atol": atol * squared.max().item()}
             torch.testing.assert_close(here.of_slots[i], squared, **close)
         for i, norms in expected.of_samples.items():
             torch.testing.assert_close(here.of_samples[i], norms, rtol=max(rtol, 1e-6), atol=0)
-    assert counts[0] > 8 and counts[1] == counts[0] - 1
 
 
 def test_targets_documents_tokens_and_pairs_score_as_whole_samples_do():
