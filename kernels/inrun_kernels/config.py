@@ -31,8 +31,14 @@ CHIPS = {
 
 
 def chip_named(architecture: str) -> Chip:
-    """The chip of an architecture, or what any GPU has: pointer loads and the least shared memory."""
-    return CHIPS.get(architecture, CHIPS["gfx942"])
+    """The chip of an architecture, or the last one listed before it: sm_103 is taken for sm_100, sm_121 for sm_120.
+
+    One from before all of them is taken to have what any GPU has: pointer loads and the least shared memory.
+    """
+    if architecture in CHIPS or not architecture.startswith("sm_"):
+        return CHIPS.get(architecture, CHIPS["gfx942"])
+    before = [name for name in CHIPS if name.startswith("sm_") and int(name[3:]) < int(architecture[3:])]
+    return CHIPS[before[-1] if before else "gfx942"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ _TILES = (
     Tile(64, 64, 32, 8, 3),
     Tile(64, 32, 32, 4, 3),
 )
-_FLOAT32 = Tile(64, 64, 16, 4, 2)
+# On the ordinary cores, an output to 32 of which each thread reads 12 numbers; TF32 fits as well.
+_FLOAT32 = (Tile(64, 64, 32, 4, 3), Tile(64, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3), Tile(64, 32, 16, 4, 3))
 
 
 @lru_cache(4096)
@@ -82,13 +89,14 @@ def matrix_tiles(
     `accumulators` of the tile's size stay in registers; `kept` bytes for each element of the output tile lie in
     shared memory beside the operands, which are there once for each stage (one less where matrix instructions take
     them from registers). Without `copies` the addresses and what the accumulators meet take registers
-    too: half the tile, and 64 x 64 where loads cannot be vectorised (`aligned` False). float32 runs on the
-    ordinary cores in 64 x 64. Small sizes shrink a tile, no further than the 16 that a tensor-core instruction takes.
+    too: half the tile, and 64 x 64 where loads cannot be vectorised (`aligned` False). float32 has tiles of its own.
+    Small sizes shrink a tile, no further than the 16 that a tensor-core instruction takes.
     """
     if dtype == torch.float32:
-        tile = _FLOAT32
-        warps = tile.num_warps * accumulators
-        return (Tile(_fit(m, tile.block_m), _fit(n, tile.block_n // accumulators), _fit(k, 16), warps, 2),)
+        tiles = _FLOAT32 if aligned else _FLOAT32[-1:]
+        fitted = (replace(t, block_m=_fit(m, t.block_m), block_n=_fit(n, t.block_n), block_k=_fit(k, t.block_k))
+                  for t in tiles)  # fmt: skip
+        return tuple(dict.fromkeys(fitted))
     largest = (128 * 256 if copies else 128 * 128 if aligned else 64 * 64) // accumulators
     if chip.accumulates_apart:
         largest = min(largest, 128 * 128)  # one that is read at every sample's end meets the direction in registers
@@ -108,9 +116,9 @@ def matrix_tiles(
     return tuple(fitting)
 
 
-def resident_programs(tile: Tile, accumulators: int) -> int:
-    """Programs that share a multiprocessor's 65536 registers, with 64 in each thread beside the accumulators."""
-    return max(1, 65536 // (accumulators * tile.block_m * tile.block_n + 64 * 32 * tile.num_warps))
+def resident_programs(tile: Tile, accumulators: int, beside: int = 64) -> int:
+    """Programs that share a multiprocessor's 65536 registers, with so many in each thread `beside` the accumulators."""
+    return max(1, 65536 // (accumulators * tile.block_m * tile.block_n + beside * 32 * tile.num_warps))
 
 
 @lru_cache(1024)

@@ -25,7 +25,6 @@ from inrun_kernels import tuning
 from inrun_kernels.config import Tile, ceil_div, matrix_tiles
 from inrun_kernels.cost import Sizes
 from inrun_kernels.tiles import (
-    INTERPRETED,
     aligned,
     chip,
     contract,
@@ -33,6 +32,7 @@ from inrun_kernels.tiles import (
     descriptor,
     flattens,
     load_columns,
+    precision,
     sum_tokens,
     tile_order,
     token_starts,
@@ -61,7 +61,7 @@ def _dot_kernel(
     COPIES: tl.constexpr,
     COPY_Y: tl.constexpr,
     D_TRANSPOSED: tl.constexpr,
-    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,7 +81,7 @@ def _dot_kernel(
                 d = tl.trans(direction.load([pid_m, first_y, low]).reshape(BLOCK_Y, BLOCK_K))
             else:
                 d = direction.load([pid_m, low, first_y]).reshape(BLOCK_K, BLOCK_Y)
-            product = contract(x.load([first_n, low]), d, product, WIDEN)  # [N, K] x [K, Y]
+            product = contract(x.load([first_n, low]), d, product, PRECISION)  # [N, K] x [K, Y]
     else:
         d_ptrs = direction + pid_m.to(tl.int64) * stride_dm + offs_y[None, :] * stride_dy
         x_rows = token_starts(x, offs_n, tokens, stride_xb, stride_xt)
@@ -91,7 +91,7 @@ def _dot_kernel(
             x_tile = load_columns(x_rows, mask_n, offs_k, mask_k, stride_xk)  # [N, K]
             mask_d = mask_k[:, None] & mask_y[None, :]
             d = tl.load(d_ptrs + offs_k.to(tl.int64)[:, None] * stride_dk, mask=mask_d, other=0.0)  # [K, Y]
-            product = contract(x_tile, d, product, WIDEN)
+            product = contract(x_tile, d, product, PRECISION)
     if COPY_Y:
         of_epilogue = y.load([first_n, first_y])  # [N, Y]
     else:
@@ -150,7 +150,7 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
             COPIES=copies,
             COPY_Y=copy_y,
             D_TRANSPOSED=transposed,
-            WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
+            PRECISION=precision(acts),
             BLOCK_N=tile.block_m,
             BLOCK_Y=tile.block_n,
             BLOCK_K=tile.block_k,
@@ -162,7 +162,9 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
     tile = tiles_that_fit[0]
     if tuning.is_on():
         sizes = Sizes(batch, tokens, acts.shape[2], grads.shape[2], n_directions)
-        tile = tuning.choose("dot", tiles_that_fit, sizes, f"{copies} {copy_y} {transposed} {vectors}", acts, run)
+        tile = tuning.choose(
+            "dot", tiles_that_fit, sizes, f"{precision(acts)} {copies} {copy_y} {transposed} {vectors}", acts, run
+        )
     dots = run(tile)
     return sum_tokens(dots if scale is None else dots / scale[:, None], batch, tokens, segments, per_token)
 

@@ -25,7 +25,6 @@ from inrun_kernels import tuning
 from inrun_kernels.config import Tile, ceil_div, matrix_tiles, resident_programs
 from inrun_kernels.cost import Sizes
 from inrun_kernels.tiles import (
-    INTERPRETED,
     aligned,
     chip,
     contract,
@@ -34,6 +33,7 @@ from inrun_kernels.tiles import (
     flattens,
     load_columns,
     multiprocessors,
+    precision,
     sum_tokens,
     token_starts,
 )
@@ -70,7 +70,7 @@ def _pairwise_kernel(
     stride_vgo,
     COPIES: tl.constexpr,
     ASYNCHRONOUS: tl.constexpr,
-    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -121,7 +121,7 @@ def _pairwise_kernel(
             y_rows = tl.where(on_acts, val_acts, val_grads) + v.to(tl.int64) * stride_yv + s.to(tl.int64) * stride_ys
             y_ptrs = y_rows[None, :] + offs_k.to(tl.int64)[:, None] * tl.where(on_acts, stride_vai, stride_vgo)
             y_tile = tl.load(y_ptrs, mask=mask_k[:, None] & mask_y[None, :], other=0.0)
-        product = contract(x_tile, y_tile, product, WIDEN)  # [T, K] x [K, V * S]
+        product = contract(x_tile, y_tile, product, PRECISION)  # [T, K] x [K, V * S]
         if (block == blocks_i - 1) | (block == blocks - 1):
             pairs = tl.sum(tl.reshape(of_acts * product, [BLOCK_T, BLOCK_V, BLOCK_S]), 2)
             dots += tl.where(on_acts, 0.0, pairs)
@@ -185,7 +185,7 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
             *strides,
             COPIES=copies,
             ASYNCHRONOUS=where.asynchronous,
-            WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
+            PRECISION=precision(acts),
             BLOCK_T=tile.block_m,
             BLOCK_V=block_v,
             BLOCK_S=block_s,
@@ -198,6 +198,6 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
     tile = tiles_that_fit[0]
     if tuning.is_on():
         shapes = Sizes(batch, tokens, inputs, outputs, 1, n_val, val_tokens)
-        tile = tuning.choose("pairwise", tiles_that_fit, shapes, f"{copies} {vectors}", acts, run)
+        tile = tuning.choose("pairwise", tiles_that_fit, shapes, f"{precision(acts)} {copies} {vectors}", acts, run)
     dots = run(tile)
     return sum_tokens(dots, batch, tokens, None, False)

@@ -33,12 +33,12 @@ def load_columns(row_ptrs, mask_rows, offs, mask, stride):
 
 
 @triton.jit
-def contract(x, y, acc, WIDEN: tl.constexpr):
-    """acc + x @ y with float32 products and sums (never TF32). WIDEN: the interpreter's bfloat16 dot is wrong."""
-    if WIDEN:
+def contract(x, y, acc, PRECISION: tl.constexpr):
+    """acc + x @ y, summed in float32. PRECISION: as of `precision`."""
+    if PRECISION == "widened":
         x = x.to(tl.float32)
         y = y.to(tl.float32)
-    return tl.dot(x, y, acc, input_precision="ieee")
+    return tl.dot(x, y, acc, input_precision="tf32" if PRECISION == "tf32" else "ieee")
 
 
 @triton.jit
@@ -61,6 +61,14 @@ def _segment_sum_kernel(x_ptr, offsets_ptr, out_ptr, n_tokens, n_samples, BLOCK_
         offs_t = low + tl.arange(0, BLOCK_N)
         total += tl.load(x_ptr + offs_t, mask=offs_t < length, other=0.0)
     tl.store(out_ptr + m * n_samples + sample, tl.sum(total))
+
+
+def precision(x: Tensor) -> str:
+    """How operands of `x`'s dtype are multiplied: "ieee", exactly; "tf32" where torch is told to do so with float32;
+    "widened", exactly, where the interpreter would not (its bfloat16 product is wrong)."""
+    if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip:
+        return "tf32"
+    return "widened" if INTERPRETED and x.dtype == torch.bfloat16 else "ieee"
 
 
 def aligned(*tensors: Tensor) -> bool:

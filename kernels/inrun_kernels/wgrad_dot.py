@@ -20,10 +20,12 @@ Without a direction the same loop has the samples' squares (`ghost_square`, form
 added, and its sum is the sample's share of its squared norm.
 
 A bias rides along: its gradient is the sum of the rows of grads, of which the programs of the weight's first column of
-tiles have each in hand. They keep it as they keep the tile, in either form, and add its dots to the tile's. Not where
-matrix instructions run on while the program does: of a tile that such an instruction and the program both read,
-Triton 3.7.1 holds one buffer too few, and the next copy would overwrite what the instruction still reads. There the
-bias is a pass of its own.
+tiles have each in hand. They keep it as they keep the tile, in either form, and add its dots to the tile's. They sum by
+the narrowest matrix product with ones there is, whose columns are all alike: for a tile that is also summed otherwise,
+Triton gives up the order in shared memory that the tensor cores read without conflicts. Not in float32, and not where
+matrix instructions run on while the program does: of a tile that such an instruction and the program both read, Triton
+3.7.1 holds one buffer too few, and the next copy would overwrite what the instruction still reads. There the bias is a
+pass of its own.
 
 FLOPs: 2*B*T*I*O + 2*S*M*I*O.  Bytes: acts and grads once per row or column of tiles, M*I*O of directions (S times,
 mostly from L2, where they do not wait in shared memory), I*O*4 out, and S*M*tiles*4 partial dots, which a second
@@ -46,7 +48,6 @@ from inrun_kernels.config import Tile, ceil_div, matrix_tiles, resident_programs
 from inrun_kernels.cost import Sizes
 from inrun_kernels.rows import launch_row_wgrad_dot
 from inrun_kernels.tiles import (
-    INTERPRETED,
     aligned,
     chip,
     contract,
@@ -54,10 +55,12 @@ from inrun_kernels.tiles import (
     descriptor,
     multiprocessors,
     one_row,
+    precision,
     sum_tiles,
     tile_order,
 )
 
+_ALIKE = tl.constexpr(16)  # columns of a product with ones
 _COPIED = 1 << 26  # elements of the output gradients that are copied to aligned rows at a time: 128 MB
 _COLUMNS = 128  # of them at least, and fewer are read as they are
 
@@ -112,7 +115,7 @@ def _wgrad_dot_kernel(
     KEEP_D: tl.constexpr,
     PREFIX: tl.constexpr,
     ASYNCHRONOUS: tl.constexpr,
-    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -146,7 +149,7 @@ def _wgrad_dot_kernel(
     product = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)  # of this sample; with PREFIX of all so far
     if HAS_BIAS:
         mask_b = offs_o < tl.where(pid_i == 0, outputs, 0)
-        total_b, product_b = tl.zeros([BLOCK_O], tl.float32), tl.zeros([BLOCK_O], tl.float32)
+        total_b, product_b = tl.zeros([BLOCK_O, _ALIKE], tl.float32), tl.zeros([BLOCK_O, _ALIKE], tl.float32)
     sample, row = first - 1, tl.cast(0, tl.int64)
     token, left = tl.cast(0, tl.int64), tl.cast(0, tl.int64)
     for block in range(n_blocks):
@@ -169,10 +172,11 @@ def _wgrad_dot_kernel(
             g_ptr = grads + row * stride_gb + token * stride_gt
             a = tl.load(a_ptr + offs_a, mask=mask_t & mask_i[None, :], other=0.0)
             g = tl.load(g_ptr + offs_g, mask=mask_o[:, None] & (offs_tokens < left), other=0.0)
-        product = contract(g, a, product, WIDEN)
+        product = contract(g, a, product, PRECISION)
         if HAS_BIAS:  # noqa: SIM102 (known when compiling)
             if pid_i == 0:
-                product_b += tl.sum(g.to(tl.float32), 1)
+                ones = tl.full([BLOCK_T, _ALIKE], 1.0, tl.float32).to(g.dtype)
+                product_b = contract(g, ones, product_b, PRECISION)
         if left <= BLOCK_T:
             dots_ptr = partial_ptr + sample.to(tl.int64) * max(DIRECTIONS, 1) * tl.num_programs(0) + pid_tile
             if DIRECTIONS == 0:
@@ -189,13 +193,13 @@ def _wgrad_dot_kernel(
                 if HAS_BIAS:
                     b_ptrs = bias_val_grad_ptr + tl.cast(m, tl.int64) * stride_bm + offs_o * stride_bo
                     b = tl.load(b_ptrs, mask=mask_b, other=0.0)
-                    dot += tl.sum(product_b * b.to(tl.float32))
+                    dot += tl.sum(tl.max(product_b, 1) * b.to(tl.float32))
                 tl.store(dots_ptr + m * tl.num_programs(0), dot)
             if not PREFIX and DIRECTIONS:
                 total += product
                 if HAS_BIAS:
                     total_b += product_b
-                    product_b = tl.zeros([BLOCK_O], tl.float32)
+                    product_b = tl.zeros([BLOCK_O, _ALIKE], tl.float32)
             if ASYNCHRONOUS:
                 # A choice at run time: were it known, the compiler would take the tile out of this branch and read it
                 # at every block while the tensor cores write it. n_blocks is known to be positive for the same reason.
@@ -209,7 +213,7 @@ def _wgrad_dot_kernel(
     if HAS_BIAS:
         if PREFIX:
             total_b = product_b
-        tl.store(bias_ptr + pid_split.to(tl.int64) * outputs + offs_o, total_b, mask=mask_b)
+        tl.store(bias_ptr + pid_split.to(tl.int64) * outputs + offs_o, tl.max(total_b, 1), mask=mask_b)
     split_ptr = weight_ptr + pid_split.to(tl.int64) * outputs * inputs
     total = total.to(weight_ptr.dtype.element_ty)
     tl.store(split_ptr + offs_o[:, None] * inputs + offs_i[None, :], total, mask=mask_w)
@@ -268,10 +272,13 @@ def _launch(
     outputs, n_directions = grads.shape[2], 0 if val_grad is None else len(val_grad)
     where, prefix = chip(acts.device), form == "prefix"
     rides = bias_val_grad is not None and not (where.asynchronous or where.accumulates_apart)
+    rides = rides and acts.dtype != torch.float32
     copies = where.copies and acts.dtype != torch.float32
     copy_tokens = copies and segments is None and copyable(acts, grads)
     copy_d = copies and (copyable(val_grad) if val_grad is not None else copy_tokens)
     accumulators = 1 if prefix else 2
+    # Registers of a thread beside those: addresses take them, and operands on their way to an instruction that waits.
+    beside = 64 if where.asynchronous or copy_tokens else 112
     # Bytes of each of a direction's elements in shared memory: to wait, or on the way there.
     kept = 0 if val_grad is None else val_grad.element_size()
     tiles_that_fit = matrix_tiles(
@@ -288,7 +295,9 @@ def _launch(
 
     def run(tile: Tile) -> tuple[Tensor, Tensor]:
         tiles = ceil_div(outputs, tile.block_m) * ceil_div(inputs, tile.block_n)
-        splits = sample_splits(tiles, n_samples, multiprocessors(acts.device) * resident_programs(tile, accumulators))
+        splits = sample_splits(
+            tiles, n_samples, multiprocessors(acts.device) * resident_programs(tile, accumulators, beside)
+        )
         samples_per_split = max(1, ceil_div(n_samples, splits))
         splits = ceil_div(n_samples, samples_per_split)  # none without a sample
         weight = weight_grad[None]
@@ -327,7 +336,7 @@ def _launch(
             KEEP_D=copy_d and n_directions == 1 and not where.accumulates_apart,
             PREFIX=prefix,
             ASYNCHRONOUS=where.asynchronous,
-            WIDEN=INTERPRETED and acts.dtype == torch.bfloat16,
+            PRECISION=precision(acts),
             BLOCK_O=tile.block_m,
             BLOCK_I=tile.block_n,
             BLOCK_T=tile.block_k,
@@ -344,7 +353,8 @@ def _launch(
     tile = tiles_that_fit[0]
     if tuning.is_on():
         sizes = Sizes(n_samples, batch * tokens // max(1, n_samples), inputs, outputs, n_directions)
-        facts = f"{copy_tokens} {copy_d} {segments is not None} {rides} {None if val_grad is None else val_grad.dtype}"
+        of_d = None if val_grad is None else val_grad.dtype
+        facts = f"{precision(acts)} {copy_tokens} {copy_d} {segments is not None} {rides} {of_d}"
         tile = tuning.choose("wgrad_dot", tiles_that_fit, sizes, facts, acts, run, form)
     bias_grad, dots = run(tile)
     if bias_val_grad is None or rides:

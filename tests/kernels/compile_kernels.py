@@ -39,6 +39,7 @@ FEW = (
     "wgrad two, bias",
     "wgrad two, segments",
     "wgrad prefix, D float32",
+    "wgrad two, TF32",
     "square",
     "dot",
     "pairwise",
@@ -49,7 +50,7 @@ FEW = (
     "rms norm, wide",
     "adam",
 )
-VARIANTS = (*FEW[1:4], "layer norm, wide", "rms norm, wide")  # of a kernel that is among the few already
+VARIANTS = (*FEW[1:5], "layer norm, wide", "rms norm, wide")  # of a kernel that is among the few already
 EVERY_DTYPE = {"sm_80", "sm_90", "sm_100"}  # with --few
 COLUMNS = ("call", "dtype", "kernel", "tile", "registers", "spills", "shared", "mma", "programs")
 
@@ -98,6 +99,8 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "wgrad prefix, M": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrices, None, None, "prefix"),
         "wgrad prefix, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, segments, "prefix"),
         "wgrad prefix, ragged": lambda: wgrad_dot.launch_wgrad_dot(*ragged, None, None, "prefix"),
+        "wgrad two, TF32": lambda: in_tf32(wgrad_dot.launch_wgrad_dot, acts, grads, matrix, None, None, "two"),
+        "dot, TF32": lambda: in_tf32(dot.launch_dot, acts, grads, wide, None, False),
         "square": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, None, None, None, "two"),
         "square, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, None, None, segments, "two"),
         "dot": lambda: dot.launch_dot(acts, grads, wide, segments, False),
@@ -123,6 +126,15 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
             [adam.AdamPart(*[matrix] * 3, 0.0, 1.0, (0.9, 0.99), 1e-8)] * 2
         ),
     }
+
+
+def in_tf32(launch: Callable[..., object], *arguments: object) -> None:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        launch(*arguments)
+    finally:
+        matmul.fp32_precision = before
 
 
 def tool(name: str, *options: str, cubin: bytes) -> str:
@@ -152,10 +164,14 @@ def contents(kernel, chip: str) -> dict:
     if mma == ["HGMMA"] and "WARPGROUP.DEPBAR.LE gsb0, 0x1" not in text:
         mma = ["HGMMA, each waited for"]  # ptxas found the accumulator touched while in flight
     buffers = [
-        int(n) for n in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+xb?f16", kernel.asm["ttgir"])
+        int(n)
+        for n in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x(?:b?f16|f32)", kernel.asm["ttgir"])
     ]
     if mma == ["HGMMA"] and min(buffers) < kernel.metadata.num_stages:
         mma = ["HGMMA, a buffer short"]  # a copy would overwrite what an instruction in flight still reads
+    orders = re.findall(r"local_alloc : \(\) -> !ttg.memdesc<\d+x\d+x\d+xb?f16, (#\w+)", kernel.asm["ttgir"])
+    if mma == ["HMMA"] and any(f"{x} = #ttg.swizzled_shared<{{vec = 1," in kernel.asm["ttgir"] for x in orders):
+        mma = ["HMMA, banks in conflict"]  # an operand as it lies in memory, one row under the other
     return {"registers": registers, "spills": spills, "shared": shared, "mma": mma, "programs": programs}
 
 
@@ -177,7 +193,7 @@ def compiled(chip: str, dtypes: Sequence[torch.dtype], wanted: Callable[[str, to
     JITFunction.__getitem__ = compile_only
     for dtype in dtypes:
         for name, launch in launches(dtype).items():
-            if not wanted(name, dtype):
+            if not wanted(name, dtype) or (name.endswith("TF32") and dtype != torch.float32):
                 continue
             kernels.clear()
             launch()

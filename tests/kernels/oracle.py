@@ -4,7 +4,8 @@ A weight is built, the layer is run on one sample's tokens, autograd returns tha
 gradient is contracted with each direction. Nothing here shares code with the package.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -135,6 +136,50 @@ def check(case: Case, backend: str | None) -> None:
         squares, norms = k.ghost_square(case.x, case.grads, **options)
         assert_close(squares, squares_of, case)
         assert_close(norms, norms_of, case)
+
+
+def in_form(form: str, case: Case, backend: str | None = "triton") -> tuple[torch.Tensor, torch.Tensor]:
+    return k.ghost_wgrad_dot(case.x, case.grads, case.val_grad, segments=case.segments, form=form, backend=backend)
+
+
+def check_form(form: str, case: Case, backend: str | None = "triton") -> None:
+    """The weight gradient and `two`'s dots as everywhere; `prefix` may round each sum of the whole batch's terms.
+
+    With a bias they are the same to rounding, and what differs in the dots is the bias's own, by autograd.
+    """
+    weight_grad, dots = in_form(form, case, backend)
+    assert_close(weight_grad, gradient_of, case)
+    bias = replace(case, layer="bias", val_grad=case.val_grad[..., 0].contiguous())
+    arguments = (case.x, case.grads, case.val_grad, bias.val_grad)
+    options = {"segments": case.segments, "form": form, "backend": backend}
+    same_weight_grad, bias_grad, both = k.linear_wgrad_dot(*arguments, **options)
+    assert torch.equal(same_weight_grad, weight_grad)
+    assert_close(bias_grad, gradient_of, bias)
+    of_bias = dots_of(bias, torch.float64)
+    rounding = dots_of(absolute(case), torch.float64).sum(0) + dots_of(absolute(bias), torch.float64).sum(0)
+    assert ((both - dots - of_bias).abs() <= 4 * torch.finfo(torch.float32).eps * rounding).all()
+    if case.x.dtype != torch.float32:
+        *rounded, same_dots = k.linear_wgrad_dot(*arguments, **options, grad_dtype=case.x.dtype)
+        assert torch.equal(same_dots, both)
+        for gradient, wide in zip(rounded, (weight_grad, bias_grad), strict=True):
+            assert gradient.dtype == case.x.dtype and gradient.is_contiguous()
+            torch.testing.assert_close(gradient.float(), wide, rtol=torch.finfo(case.x.dtype).eps, atol=1e-6)
+    if form != "prefix":
+        return assert_close(dots, dots_of, case)
+    exact, terms = dots_of(case, torch.float64), dots_of(absolute(case), torch.float64).sum(0)
+    plain = (dots_of(case, case.grads.dtype) - exact).abs().max()
+    assert ((dots - exact).abs() <= 2 * plain + 4 * torch.finfo(torch.float32).eps * terms).all()
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Torch told to multiply float32 in TF32 on a GPU."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def make(

@@ -4,7 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import LAYERS, WGRAD_DOTS, assert_norm_close, check, make, norm
+from oracle import (
+    LAYERS,
+    WGRAD_DOTS,
+    assert_close,
+    assert_norm_close,
+    check,
+    check_form,
+    make,
+    norm,
+    norms_of,
+    squares_of,
+    tf32,
+)
 
 import inrun_kernels as k
 
@@ -33,14 +45,51 @@ def test_kernels_match_autograd(layer, dtype, shape, grouping):
         check(case, "torch")
 
 
+@pytest.mark.parametrize("segments", [None, torch.tensor([0, 0, 700, 900, 2048])])
+@pytest.mark.parametrize("directions", [None, 2])
+@pytest.mark.parametrize("outputs", [384, 257])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_pairwise_matches_ghost_dot(dtype):
-    train = make("linear", 5, 100, 129, 257, dtype=dtype, device="cuda")
-    val = make("linear", 3, 60, 129, 257, dtype=dtype, device="cuda", seed=1)
+@pytest.mark.parametrize("form", ["two", "prefix", "direct"])
+def test_forms_match_autograd(form, dtype, outputs, directions, segments):
+    """With biases and half-precision gradients; directions that wait in shared memory, odd widths that are copied."""
+    for wide in (False, True):
+        case = make("linear", 8, 256, 256, outputs, directions=directions, dtype=dtype, wide_direction=wide,
+                    segments=segments, device="cuda")  # fmt: skip
+        check_form(form, case)
+
+
+@pytest.mark.parametrize("segments", [None, torch.tensor([0, 0, 700, 900, 2048])])
+@pytest.mark.parametrize("outputs", [384, 257])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squares_match_autograd(dtype, outputs, segments):
+    case = make("linear", 8, 256, 256, outputs, dtype=dtype, segments=segments, device="cuda")
+    squares, norms = k.ghost_square(case.x, case.grads, segments=case.segments)
+    assert_close(squares, squares_of, case)
+    assert_close(norms, norms_of, case)
+
+
+@pytest.mark.parametrize("val_tokens", [5, 60, 200])
+@pytest.mark.parametrize("inputs, outputs", [(129, 257), (256, 384)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pairwise_matches_ghost_dot(dtype, inputs, outputs, val_tokens):
+    train = make("linear", 5, 100, inputs, outputs, dtype=dtype, device="cuda")
+    val = make("linear", 3, val_tokens, inputs, outputs, dtype=dtype, device="cuda", seed=1)
     found = k.ghost_dot_pairwise(train.x, train.grads, val.x, val.grads)
     exact = k.ghost_dot_pairwise(*(x.double() for x in (train.x, train.grads, val.x, val.grads)))
     scale = k.ghost_dot_pairwise(*(x.double().abs() for x in (train.x, train.grads, val.x, val.grads)))
     assert ((found - exact).abs() <= 1e-6 * scale).all()
+
+
+@pytest.mark.parametrize("form", ["two", "prefix", "direct"])
+def test_tf32_where_torch_is_told_to(form):
+    """As exact as torch's own product then is, and not more."""
+    case = make("linear", 8, 256, 256, 384, device="cuda")
+    exact = k.ghost_wgrad_dot(case.x.double(), case.grads.double(), case.val_grad.double())
+    with tf32():
+        plain = case.grads.flatten(0, 1).T @ case.x.flatten(0, 1)
+        weight_grad, dots = k.ghost_wgrad_dot(case.x, case.grads, case.val_grad, form=form)
+    torch.testing.assert_close((weight_grad - exact[0]).norm(), (plain - exact[0]).norm(), rtol=0.5, atol=0)
+    assert 1e-5 < (dots - exact[1]).norm() / exact[1].norm() < 1e-2
 
 
 @pytest.mark.parametrize("layer", list(WGRAD_DOTS))

@@ -18,8 +18,10 @@ from oracle import (
     absolute,
     assert_close,
     check,
+    check_form,
     dots_of,
     gradient_of,
+    in_form,
     make,
     norms_of,
     squares_of,
@@ -173,39 +175,6 @@ def test_invariants(layer, backend, segments):
         assert torch.equal(repeated, dots[[0, 1, 1, 1, 2]])
 
 
-def in_form(form: str, case: Case, backend: str = "triton") -> tuple[torch.Tensor, torch.Tensor]:
-    return k.ghost_wgrad_dot(case.x, case.grads, case.val_grad, segments=case.segments, form=form, backend=backend)
-
-
-def check_form(form: str, case: Case, backend: str = "triton") -> None:
-    """The weight gradient and `two`'s dots as everywhere; `prefix` may round each sum of the whole batch's terms.
-
-    With a bias they are the same to rounding, and what differs in the dots is the bias's own, by autograd.
-    """
-    weight_grad, dots = in_form(form, case, backend)
-    assert_close(weight_grad, gradient_of, case)
-    bias = replace(case, layer="bias", val_grad=case.val_grad[..., 0].contiguous())
-    arguments = (case.x, case.grads, case.val_grad, bias.val_grad)
-    options = {"segments": case.segments, "form": form, "backend": backend}
-    same_weight_grad, bias_grad, both = k.linear_wgrad_dot(*arguments, **options)
-    assert torch.equal(same_weight_grad, weight_grad)
-    assert_close(bias_grad, gradient_of, bias)
-    of_bias = dots_of(bias, torch.float64)
-    rounding = dots_of(absolute(case), torch.float64).sum(0) + dots_of(absolute(bias), torch.float64).sum(0)
-    assert ((both - dots - of_bias).abs() <= 4 * torch.finfo(torch.float32).eps * rounding).all()
-    if case.x.dtype != torch.float32:
-        *rounded, same_dots = k.linear_wgrad_dot(*arguments, **options, grad_dtype=case.x.dtype)
-        assert torch.equal(same_dots, both)
-        for gradient, wide in zip(rounded, (weight_grad, bias_grad), strict=True):
-            assert gradient.dtype == case.x.dtype and gradient.is_contiguous()
-            torch.testing.assert_close(gradient.float(), wide, rtol=torch.finfo(case.x.dtype).eps, atol=1e-6)
-    if form != "prefix":
-        return assert_close(dots, dots_of, case)
-    exact, terms = dots_of(case, torch.float64), dots_of(absolute(case), torch.float64).sum(0)
-    plain = (dots_of(case, case.grads.dtype) - exact).abs().max()
-    assert ((dots - exact).abs() <= 2 * plain + 4 * torch.finfo(torch.float32).eps * terms).all()
-
-
 @pytest.mark.parametrize("form", ["two", "prefix", "direct"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forms_on_the_torch_path(form, dtype, monkeypatch):
@@ -241,7 +210,7 @@ def test_forms_on_every_kind_of_chip(form, chip, segments, monkeypatch):
 
     monkeypatch.setattr(tiles, "ON_CPU", chip)
     monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 3)
-    monkeypatch.setattr(wgrad_dot, "resident_programs", lambda tile, accumulators: 1)
+    monkeypatch.setattr(wgrad_dot, "resident_programs", lambda *tile: 1)
     case = partial(make, "linear", 7, 20, outputs=40, segments=segments)
     for directions, inputs in ((None, 24), (2, 136), (2, 17)):
         check_form(form, case(inputs=inputs, directions=directions, dtype=torch.bfloat16))
@@ -265,7 +234,7 @@ def test_squares_on_every_kind_of_chip(chip, segments, monkeypatch):
 
     monkeypatch.setattr(tiles, "ON_CPU", chip)
     monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 3)
-    monkeypatch.setattr(wgrad_dot, "resident_programs", lambda tile, accumulators: 1)
+    monkeypatch.setattr(wgrad_dot, "resident_programs", lambda *tile: 1)
     monkeypatch.setattr(wgrad_dot, "_COLUMNS", 16)
     for dtype, inputs, outputs in ((torch.bfloat16, 136, 40), (torch.bfloat16, 32, 75), (torch.float32, 24, 40)):
         case = make("linear", 7, 20, inputs, outputs, segments=segments, dtype=dtype)
@@ -303,7 +272,7 @@ def test_pairs_however_programs_share_the_validation_samples(slots, n_val, val_t
     from inrun_kernels import pairwise
 
     monkeypatch.setattr(pairwise, "multiprocessors", lambda device: slots)
-    monkeypatch.setattr(pairwise, "resident_programs", lambda tile, accumulators: 1)
+    monkeypatch.setattr(pairwise, "resident_programs", lambda *tile: 1)
     case = make("linear", 3, 29, 20, 33)
     val = make("linear", n_val, val_tokens, 20, 33, seed=1)
     found = k.ghost_dot_pairwise(case.x, case.grads, val.x, val.grads, backend="triton")

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import check, make
+from oracle import check, make, tf32
 
 import inrun_kernels as k
 from inrun_kernels import tuning
-from inrun_kernels.config import CHIPS, Tile, matrix_tiles
+from inrun_kernels.config import CHIPS, Tile, chip_named, matrix_tiles
 from inrun_kernels.cost import CEILINGS, Sizes, predict
 
 SIZES = Sizes(16, 1024, 768, 3072)
@@ -89,3 +89,22 @@ def test_launches_take_the_chosen_tile_and_stay_right(timed):
     k.tune(False)
     plain = k.ghost_dot_pairwise(case.x, case.grads, val.x, val.grads, backend="triton")
     torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "taken"),
+    [("sm_90", "sm_90"), ("sm_87", "sm_86"), ("sm_103", "sm_100"), ("sm_110", "sm_100"), ("sm_121", "sm_120"),
+     ("sm_75", "gfx942"), ("gfx950", "gfx942")],
+)  # fmt: skip
+def test_a_chip_that_is_not_listed_is_taken_for_the_one_before_it(architecture, taken):
+    assert chip_named(architecture) is CHIPS[taken]
+
+
+def test_float32_is_multiplied_as_torch_is_told_to():
+    from inrun_kernels.tiles import precision
+
+    exact, half = torch.empty(0), torch.empty(0, dtype=torch.float16)
+    assert precision(exact) == precision(half) == "ieee"
+    with tf32():
+        assert (precision(exact), precision(half)) == ("tf32", "ieee")
+        check(make("linear", 2, 5, 16, 24), "triton")  # interpreted, it is exact nevertheless
