@@ -1,5 +1,6 @@
 """The products of one layer: gradient with dots, and of linear layers dots alone, at the shapes of real layers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure import BASE, CLOCK, SEED, Machine, Row, Work, interleaved, require_close, rows_of
+from bench.measure import BASE, CLOCK, SEED, Machine, Measured, Row, Work, gated, interleaved, require_close, rows_of
 from bench.peers import DOT, ROWS, SQUARES, WGRAD_DOT
 from inrun_kernels import cost
 
@@ -84,7 +85,7 @@ def _id(param: tuple[str, Case]) -> str:
 
 
 @pytest.fixture(scope="module")
-def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) -> dict[str, tuple[list[float], Row]]:
+def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) -> dict[str, Measured]:
     """Every provider of one case: held to float64, then timed side by side."""
     suite, case = request.param
     torch.compiler.reset()
@@ -92,13 +93,17 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
     runs = {name: partial(kernel, *inputs) for name, kernel in SUITES[suite].items()}
     gradient = (_row_reference if suite in ROWS else _reference)(*_exact(suite, *inputs[:3]))
     expected = dict.fromkeys(runs, _squares(*inputs[:2]) if suite == "squares" else gradient) | {BASE: gradient}
-    for name, run in runs.items():
+
+    def require_right(name: str, run: Callable[[], tuple[Tensor | None, Tensor | None]]) -> None:
         (weight_grad, dots), (found_grad, found_dots) = expected[name], run()
         require_close(f"{name}, weight gradient", found_grad, weight_grad, RTOL[machine.dtype])
         require_close(f"{name}, dots", found_dots, dots, RTOL[machine.dtype])
-    del weight_grad, expected, gradient, found_grad
+
+    runs, failed = gated(runs, require_right)
+    expected.clear()
+    del gradient
     if request.config.getoption("benchmark_disable"):
-        return {name: ([0.0], {}) for name in runs}
+        return {name: ([0.0], {}) for name in runs} | failed
     peaks = {name: machine.peak_bytes(run) for name, run in runs.items()}
     taken = interleaved(runs, machine, rounds=25, least=5, seconds=0.4)
     item = inputs[1].element_size()
@@ -106,28 +111,28 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
     work = {name: case.row_work(suite, item) if suite in ROWS else case.work(name, item, count) for name in runs}
     found = rows_of(taken, peaks, work, machine, case.predicted(suite, machine), suite=suite, case=str(case))
     rows += found
-    return {row["provider"]: (taken[row["provider"]], row) for row in found}
+    return {row["provider"]: (taken[row["provider"]], row) for row in found} | failed
 
 
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("provider", WGRAD_DOT)
 @pytest.mark.parametrize("measured", [("weight gradient + dots", case) for case in CASES], indirect=True, ids=_id)
 def test_wgrad_dot(measured, provider, benchmark):
-    CLOCK.replay(benchmark, *measured[provider])
+    CLOCK.replay(benchmark, measured[provider])
 
 
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("provider", DOT)
 @pytest.mark.parametrize("measured", [("dots alone", case) for case in CASES], indirect=True, ids=_id)
 def test_dot(measured, provider, benchmark):
-    CLOCK.replay(benchmark, *measured[provider])
+    CLOCK.replay(benchmark, measured[provider])
 
 
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("provider", SQUARES)
 @pytest.mark.parametrize("measured", [("squares", case) for case in CASES], indirect=True, ids=_id)
 def test_squares(measured, provider, benchmark):
-    CLOCK.replay(benchmark, *measured[provider])
+    CLOCK.replay(benchmark, measured[provider])
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -136,7 +141,7 @@ def test_squares(measured, provider, benchmark):
     "measured", [(layer, case) for layer in ROWS for case in ROW_CASES], indirect=True, ids=lambda p: f"{p[0]} {p[1]}"
 )
 def test_rows(measured, provider, benchmark):
-    CLOCK.replay(benchmark, *measured[provider])
+    CLOCK.replay(benchmark, measured[provider])
 
 
 def _row_inputs(layer: str, case: Case, machine: Machine) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,6 +41,14 @@ def rows(request: pytest.FixtureRequest) -> list[Row]:
     return request.config.stash[ROWS]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Write what there is so far: a run may be cut short."""
+    rows = item.config.stash[ROWS]
+    if rows:
+        table.write(rows, bool(item.config.getoption("--save-results")))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows = config.stash[ROWS]
     if not rows:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pytest_benchmark.utils import get_commit_info
@@ -30,6 +30,8 @@ from inrun_kernels.cost import CEILINGS, Ceilings
 SEED = 0
 BASE = "plain"
 Row = dict[str, Any]
+Run = TypeVar("Run")
+Measured = tuple[list[float], Row] | Exception  # times of the rounds and what they come to, or why there are none
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,20 @@ def require_close(what: str, found: Tensor | None, expected: Tensor, rtol: float
         raise ValueError(f"{what}: expected the float64 reference to {rtol:g}, got a relative error of {error:.3g}")
 
 
+def gated(runs: Mapping[str, Run], check: Callable[[str, Run], None]) -> tuple[dict[str, Run], dict[str, Exception]]:
+    """The runs that pass their `check`, and what peers raised that did not; the others are measured all the same."""
+    passed, failed = {}, {}
+    for name, run in runs.items():
+        try:
+            check(name, run)
+            passed[name] = run
+        except Exception as error:
+            if name in (BASE, "inrun"):
+                raise
+            failed[name] = error.with_traceback(None)  # which would hold its tensors
+    return passed, failed
+
+
 class Replay:
     """A clock that stands still, for pytest-benchmark: `replay` moves it by what a round took.
 
@@ -266,7 +282,10 @@ class Replay:
     def __call__(self) -> float:
         return self.now
 
-    def replay(self, benchmark: Any, times: list[float], row: Row) -> None:
+    def replay(self, benchmark: Any, measured: Measured) -> None:
+        if isinstance(measured, Exception):
+            raise measured
+        times, row = measured
         left = iter(times)
 
         def one_round() -> None:

@@ -90,6 +90,9 @@ WGRAD_DOT: dict[str, Kernel] = {
     "vmap": lambda a, g, d, *_: vmap_grad(a, g, d),
 }
 
+if torch.cuda.is_available():  # the kernels' other form; C has but one
+    WGRAD_DOT["inrun_prefix"] = lambda a, g, d, *_: ghost_wgrad_dot(a, g, d, form="prefix", grad_dtype=a.dtype)
+
 # Dots alone, for a direction known only after the backward; `plain` is a GEMM of as many FLOPs.
 DOT: dict[str, Kernel] = {
     "plain": lambda a, g, d, *_: plain(a, g, d),

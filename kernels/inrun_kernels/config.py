@@ -122,14 +122,15 @@ def resident_programs(tile: Tile, accumulators: int, beside: int = 64) -> int:
 
 
 @lru_cache(1024)
-def sample_splits(tiles: int, n_samples: int, slots: int) -> int:
-    """How many programs share the samples of one weight tile, so that a small weight still fills the device.
+def sample_splits(tiles: int, n_samples: int, slots: int, least: int = 2) -> int:
+    """How many programs share the samples of one tile, so that few tiles still fill the device, and more than fill it
+    leave little of it idle at the end.
 
     The fewest that finish first: `slots` programs run at once, and each costs its samples and about a quarter of a
-    sample for its start and its store. Each split holds a partial weight gradient; at most half as many as samples,
-    so that memory stays clear of one gradient per sample.
+    sample for its start and its store. Each has `least` samples: a split of a weight gradient's holds a partial one, so
+    that memory stays clear of one gradient per sample.
     """
-    most = max(1, min(n_samples // 2, max(4, slots // tiles)))
+    most = max(1, min(n_samples // least, max(4, slots // tiles)))
     return min(range(1, most + 1), key=lambda n: ceil_div(tiles * n, slots) * (ceil_div(n_samples, n) + 0.25))
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inrun_kernels import tuning
-from inrun_kernels.config import Tile, ceil_div, matrix_tiles, resident_programs
+from inrun_kernels.config import Tile, ceil_div, matrix_tiles, resident_programs, sample_splits
 from inrun_kernels.cost import Sizes
 from inrun_kernels.tiles import (
     aligned,
@@ -164,7 +164,8 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
             ceil_div(n_val, block_v),
             ceil_div(val_tokens, block_s),
         )
-        wanted = max(1, multiprocessors(acts.device) * resident_programs(tile, 2) // tiles_t)
+        slots = multiprocessors(acts.device) * resident_programs(tile, 2)
+        wanted = sample_splits(max(1, tiles_t), groups * tiles_s, slots, least=1)
         tiles_per_split = ceil_div(tiles_s, max(1, wanted // groups))
         splits = ceil_div(tiles_s, tiles_per_split)
         pieces_per_program = ceil_div(groups * splits, wanted)
