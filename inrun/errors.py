@@ -1,4 +1,12 @@
-"""The error of this library for what a single argument cannot explain."""
+"""The error of this library for what a single argument cannot explain, and how it waits for a device's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class InRunError(RuntimeError):
@@ -7,3 +15,36 @@ class InRunError(RuntimeError):
     A wrong argument is a ``ValueError`` or a ``TypeError``; this is for what depends on what came before: a
     parameter that no rule covers, a validation pass that is missing, a step that was recorded already.
     """
+
+
+class Pending:
+    """Errors that a GPU has yet to tell of: they come some steps later, and nothing waits for them."""
+
+    def __init__(self) -> None:
+        self._asked: list[tuple[Tensor, Any, Callable[[], InRunError]]] = []
+
+    def ask(self, wrong: Tensor, error: Callable[[], InRunError]) -> None:
+        """Raise `error` where `wrong`, a scalar: at once on a CPU, at an `answer` to come on a GPU."""
+        event = None
+        if wrong.is_cuda:
+            event, stream = torch.cuda.Event(), torch.cuda.current_stream(wrong.device)
+            wrong = torch.empty_like(wrong, device="cpu", pin_memory=True).copy_(wrong, non_blocking=True)
+            event.record(stream)
+        self._asked.append((wrong, event, error))
+        self.answer()
+
+    def answer(self, wait: bool = False) -> None:
+        """Raise what is known by now.
+
+        Args:
+            wait: for the answers that are on their way.
+        """
+        while self._asked:
+            wrong, event, error = self._asked[0]
+            if event is not None and not event.query():
+                if not wait:
+                    return
+                event.synchronize()
+            del self._asked[0]
+            if wrong:
+                raise error()

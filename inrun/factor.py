@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .distributed import Ranks, local
-from .errors import InRunError
+from .errors import InRunError, Pending
 
 WATCHED_PER_GROUP = 8
 WATCHED_ELEMENTS = 4096
@@ -28,10 +28,9 @@ WATCHED_ELEMENTS = 4096
 class Watch:
     """Remembers some gradients of `slots` (`name`, `param`, `grad`, `optimizer`, `group`) while `active` is True."""
 
-    def __init__(self, slots: Sequence[Any], ranks: Ranks) -> None:
-        self.active, self._ranks = False, ranks
+    def __init__(self, slots: Sequence[Any], ranks: Ranks, pending: Pending) -> None:
+        self.active, self._ranks, self._pending = False, ranks, pending
         self._raw: dict[str, Tensor] = {}
-        self._asked: list[tuple[int, Tensor, Any]] = []
         self._slots = []
         groups: dict[Any, list[Any]] = {}
         for slot in slots:
@@ -73,37 +72,15 @@ class Watch:
     def begin(self) -> None:
         self._raw.clear()
         self.active = True
-        self.answer()
 
     def require_even(self, number: int, uneven: Tensor) -> None:
-        """Ask whether step `number` had one common factor; the answer of a GPU comes some steps later, unwaited for."""
-        event = None
-        if uneven.is_cuda:
-            event, stream = torch.cuda.Event(), torch.cuda.current_stream(uneven.device)
-            uneven = torch.empty_like(uneven, device="cpu", pin_memory=True).copy_(uneven, non_blocking=True)
-            event.record(stream)
-        self._asked.append((number, uneven, event))
-        self.answer()
-
-    def answer(self, wait: bool = False) -> None:
-        """Raise `InRunError` where a step that was asked about had no common factor.
-
-        Args:
-            wait: for the answers that are on their way.
-        """
-        while self._asked:
-            number, uneven, event = self._asked[0]
-            if event is not None and not event.query():
-                if not wait:
-                    return
-                event.synchronize()
-            del self._asked[0]
-            if uneven:
-                others = " of all processes together (as DDP adds them)" if self._ranks.size > 1 else ""
-                raise InRunError(
-                    f"optimizer.step(): expected the gradients of the backward{others} up to one common factor "
-                    f"(clipping by norm, unscaling); in step {number} got gradients changed element by element"
-                )
+        """Raise `InRunError` where step `number` had no common factor; of a GPU the answer comes some steps later."""
+        others = " of all processes together (as DDP adds them)" if self._ranks.size > 1 else ""
+        message = (
+            f"optimizer.step(): expected the gradients of the backward{others} up to one common factor "
+            f"(clipping by norm, unscaling); in step {number} got gradients changed element by element"
+        )
+        self._pending.ask(uneven, lambda: InRunError(message))
 
     def close(self) -> None:
         for handle in self._handles:

@@ -32,7 +32,7 @@ from . import distributed, rules
 from .deferred import METHODS as DEFERRED
 from .deferred import Deferred
 from .distributed import Ranks
-from .errors import InRunError
+from .errors import InRunError, Pending
 from .factor import Watch, skipped
 from .inline import Inline
 from .ledger import Ledger
@@ -215,7 +215,9 @@ class Tracker:
             _require_one_by_one(plan, "method 'monte_carlo'" if sampled else "pairwise")
         if self.in_batch:
             _require_rules(plan)
-        self.validations = Validation(model, plan.excluded, losses, self.targets, validate_every, self.ranks)
+        self._pending = Pending()
+        options = validate_every, self.ranks, self._pending
+        self.validations = Validation(model, plan.excluded, losses, self.targets, *options)
         inline = method == "first" and not self.samples and not self.in_batch
         self._method: Any = (
             Inline(self) if inline else MonteCarlo(self, *waiting) if sampled else Deferred(self, method, *waiting[:-1])
@@ -307,7 +309,7 @@ class Tracker:
             slot.optimizer, slot.group = where[id(slot.param)]
         self.optimizers = optimizers
         self._handles = [each.register_step_pre_hook(self._before_update) for each in optimizers]
-        self._watch = Watch(self.slots, self.ranks)
+        self._watch = Watch(self.slots, self.ranks, self._pending)
 
     def _require_supported(self, optimizers: Sequence[Optimizer]) -> None:
         for optimizer in optimizers:
@@ -326,7 +328,8 @@ class Tracker:
                 better than a GradScaler's, which grows until it overflows: here that is an error, not a step skipped.
 
         Raises:
-            InRunError: inside a step; no backward reached a tracked parameter; a gradient is not finite.
+            InRunError: inside a step; no backward reached a tracked parameter; a gradient is not finite (on a GPU that
+                is found out when a later step begins, or at close(): nothing waits for it).
             ValueError: an unknown target.
         """
         self._require_open()
@@ -406,8 +409,7 @@ class Tracker:
         self.validations.gradients.clear()
         self.slots.clear()
         try:
-            if self.optimizers:
-                self._watch.answer(wait=True)
+            self._pending.answer(wait=True)
         finally:
             self.ledger.flush()
 
@@ -438,6 +440,7 @@ class Tracker:
         with self._timed("direction"):
             self._method.begin()
         self._watch.begin()
+        self._pending.answer()
         self._step = step
 
     def _require_no_others(self) -> None:

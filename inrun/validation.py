@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import Ranks
-from .errors import InRunError
+from .errors import InRunError, Pending
 from .tap import random_kept
 
 Gradients = list[Tensor | None]
@@ -27,6 +27,7 @@ class Validation:
         targets: names, in the order of the values' columns.
         every: steps that a gradient may serve.
         ranks: the processes whose gradients and losses are averaged.
+        pending: errors of gradients that are not finite.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class Validation:
         targets: tuple[str, ...],
         every: int,
         ranks: Ranks,
+        pending: Pending,
     ) -> None:
-        self.model, self.excluded, self.ranks = model, bool(excluded), ranks
+        self.model, self.excluded, self.ranks, self.pending = model, bool(excluded), ranks, pending
         self.slots: Sequence[Any] = ()  # objects with `name` and `param`
         self.losses, self.targets, self.every = losses, targets, every
         self.gradients: dict[str, Gradients] = {}
@@ -119,6 +121,7 @@ class Validation:
         """The gradients that the block's backward passes leave, of the slots, and of excluded parameters until their
         share is known; filled in when it ends."""
         start = time.perf_counter()
+        self.pending.answer()  # which lets go of the gradients that were asked about
         self.ranks.settle()
         tracked = [s.param for s in self.slots]
         ours = {id(p) for p in tracked}
@@ -143,13 +146,8 @@ class Validation:
         if not grads:
             raise InRunError(f"validation({name!r}): no backward pass of the block reached a tracked parameter")
         norm = self.ranks.norm(grads)
-        if not torch.isfinite(norm):
-            bad = [s.name for s, g in zip(self.slots, ours, strict=True) if g is not None and not g.isfinite().all()]
-            raise InRunError(
-                f"validation({name!r}): expected a finite gradient, got NaN or infinity in "
-                f"{', '.join(bad[:5]) or 'the shards of another process'}"
-                f"{'' if len(bad) <= 5 else f' and {len(bad) - 5} more'}{_remedy(scale)}"
-            )
+        names = [s.name for s, g in zip(self.slots, ours, strict=True) if g is not None]
+        self.pending.ask(~torch.isfinite(norm), lambda: _not_finite(name, names, grads, scale))
         if self.excluded and self.excluded_share is None:
             others = [g for g in found[len(ours) :] if g is not None]
             squared = self.ranks.norm(others).square()
@@ -158,6 +156,15 @@ class Validation:
             for g in grads:
                 g.div_(scale)
         return ours
+
+
+def _not_finite(target: str, names: list[str], grads: list[Tensor], scale: float | Tensor) -> InRunError:
+    bad = [name for name, g in zip(names, grads, strict=True) if not g.isfinite().all()]
+    return InRunError(
+        f"validation({target!r}): expected a finite gradient, got NaN or infinity in "
+        f"{', '.join(bad[:5]) or 'the shards of another process'}"
+        f"{'' if len(bad) <= 5 else f' and {len(bad) - 5} more'}{_remedy(scale)}"
+    )
 
 
 def _remedy(scale: float | Tensor) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 import os
 import shutil
 import warnings
+from types import SimpleNamespace
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
@@ -19,6 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import inrun
+from inrun.errors import Pending
 
 NAMES = list(MODELS)
 
@@ -503,7 +506,7 @@ def test_a_gpus_answer_about_a_step_is_not_waited_for(wait):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, *data("mlp", 4, 2)), check=False)
     event = Event()
-    tracker._watch.require_even = lambda number, uneven: tracker._watch._asked.append((number, uneven, event))
+    tracker._pending.ask = lambda wrong, error: tracker._pending._asked.append((wrong, event, error))
     tracker.ledger.append = lambda *args, **kwargs: None
     for clip in (True, False):
         with tracker.step(range(B)) as step:
@@ -516,6 +519,46 @@ def test_a_gpus_answer_about_a_step_is_not_waited_for(wait):
     event.there = not wait
     with pytest.raises(inrun.InRunError, match="in step 0 got gradients changed element by element"):
         tracker.close() if wait else tracker.step(range(B)).__enter__()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scored_step_waits_for_nothing_of_a_gpu(fused):
+    """Validation, forward, backward and update are queued."""
+    model = make("gpt_tied").cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+    (x, y), (val_x, val_y) = ([t.cuda() for t in data("gpt", size, size)] for size in (B, 4))
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, val_x, val_y), check=False)
+    for asked in (False, False, True):
+        torch.cuda.set_sync_debug_mode("error" if asked else "default")
+        try:
+            with tracker.step(range(B)):
+                loss_of(model, x, y).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    tracker.close()
+
+
+def test_a_gpus_answer_about_a_validation_gradient_is_not_waited_for(monkeypatch):
+    """The next step finds out, or the end."""
+    there = []
+    asked = []
+    monkeypatch.setattr(Pending, "ask", lambda self, *question: asked.append((self, *question)))
+    model = make("mlp")
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1), check=False)
+    with tracker.validation():
+        (loss_of(model, *data("mlp")) * math.inf).backward()
+    ((pending, wrong, error),) = asked
+    event = SimpleNamespace(query=lambda: bool(there))
+    pending._asked.append((wrong, event, error))
+    pending.answer()
+    there.append(True)
+    with pytest.raises(inrun.InRunError, match=r"expected a finite gradient, got NaN or infinity in net\.0"):
+        tracker.step(range(B)).__enter__()
+    tracker.close()
 
 
 @pytest.mark.parametrize("fused", [False, True])
