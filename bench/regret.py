@@ -32,7 +32,10 @@ FLOPS, BYTES, RTOL = 4e10, 2e9, 1e-4
 TOKENS, BATCHES = (1, 4, 16, 64, 256, 1024, 4096), (1, 8, 64, 512)
 MANY = 64  # samples at most of more than a few tokens
 WIDTHS = ((64, 64), (64, 8192), (8192, 64), (384, 384), (768, 3072), (3072, 768), (2048, 2048), (8192, 8192))
-FORMS = {"ghost_wgrad_dot": ("native", "two", "prefix", "direct"), "ghost_dot_pairwise": ("pairwise", "direct")}
+FORMS = {
+    "ghost_wgrad_dot": ("native", "two", "prefix", "direct"),
+    "ghost_dot_pairwise": ("pairwise", "direct", "gradients"),
+}
 
 
 def cells() -> Iterator[Row]:
@@ -51,7 +54,7 @@ def sizes_of(cell: Row) -> tuple[int, ...]:
     tokens, widths = cell["batch"] * cell["tokens"], (cell["inputs"], cell["outputs"])
     if cell["val"] is None:
         return (tokens, cell["batch"], *widths, 1)
-    return (tokens, cell["val"], cell["tokens"], *widths)
+    return (tokens, cell["batch"], cell["val"], cell["tokens"], *widths)
 
 
 def work_of(cell: Row) -> dict[str, tuple[float, ...]]:
@@ -85,7 +88,7 @@ def measure(cell: Row, machine: Machine) -> Row:
     else:
         val_acts, val_grads = draw(val, tokens, inputs), draw(val, tokens, outputs)
         run = partial(torch_path.ghost_dot_pairwise, acts, grads, val_acts, val_grads)
-        choice, built = forms.of_pairwise(acts, grads, val_acts, False), False
+        choice, built = forms.of_pairwise(acts, grads, val_acts, None), False
         direction, weight_grad = val_grads.mT.double() @ val_acts.double(), None
     dots = torch.stack([((grads.double() @ d.double()) * acts).sum((1, 2)) for d in direction], 1)
     runs = {form: partial(run, form) for form in FORMS[cell["product"]] if form != "native"}

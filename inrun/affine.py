@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .factors import Factors
 from .forward_mode import buffers_kept
-from .layers import Factors, Rule, affine_dots, affine_factors, require_whole_rows
+from .layers import Rule, affine_dots, affine_factors, require_whole_rows
 from .tap import Layout, along, random_kept
 
 _CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
@@ -75,7 +76,7 @@ class AffineRule(Rule):
         direction, bias_direction = self._directions(normed)
         return affine_dots(normed, grad, 1, direction, bias_direction, segments)
 
-    def factors(self: Any, x: Tensor, grad: Tensor) -> dict[str, Factors]:
+    def gradient_factors(self: Any, x: Tensor, grad: Tensor) -> dict[str, Factors]:
         normed, grad = self._rescaled(x, grad)
         return affine_factors(normed, grad, 1, self._inrun.form.weight, self._inrun.form.bias)
 

@@ -61,8 +61,8 @@ class _Projection(LinearRule):
     def dots(self, x, grad, segments):
         return self.dots_along(self._directions(), x, grad, segments)
 
-    def factors(self, x, grad):
-        return super().factors(x, grad) if self.third is None else None
+    def gradient_factors(self, x, grad):
+        return self.factors_named(*self.names, x, grad) if self.third is None else None
 
     def _pair(self) -> tuple[Any, Any]:
         return self._cut(self._parameters[name] for name in self.names)

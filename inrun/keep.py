@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from . import forward_mode, functional
 from .distributed import gathered
 from .errors import InRunError
-from .layers import Factors
+from .factors import Factors
 from .tap import SUFFIX, Layout, Tap, random_kept, random_state, set_random_state, size_of
 
 
@@ -241,7 +241,7 @@ class Keeper:
         kept.require_unchanged()
         device = next(module.parameters()).device
         with in_modes(kept.modes):
-            found = module.factors(moved(kept.x, device), moved(kept.grads[0], device))
+            found = module.gradient_factors(moved(kept.x, device), moved(kept.grads[0], device))
         if found is None:
             return None
         return {id(direction): factors for name, factors in found.items()

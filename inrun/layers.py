@@ -9,7 +9,7 @@ runs its original forward.
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from inrun_kernels import bias_dot, embedding_dot, ghost_dot, norm_dot
 from . import functional
 from .convolution import Geometry, convolution, convolution_dots
 from .errors import InRunError
+from .factors import Factors
 from .forward_mode import forward_mode, split_samples
 from .tap import SUFFIX, Layout, Tap, along, eagerly, targets_first
 
@@ -58,18 +59,6 @@ class Holder:
         for name in direction_names(self):
             if prefix + name in missing:
                 missing.remove(prefix + name)
-
-
-class Factors(NamedTuple):
-    """A parameter's gradient, shaped `[O, I]`, or `[O]` where I is 1, as a sum over tokens of left_t right_t^T.
-
-    Attributes:
-        left: `[B, T, O]`; of a table ids `[B, T]`, in the place of their one-hot rows.
-        right: `[B, T, I]`.
-    """
-
-    left: Tensor
-    right: Tensor
 
 
 class Rule(Holder):
@@ -120,7 +109,7 @@ class Rule(Holder):
         """The dots `[B]` or `[B, M]` (`[S]` or `[S, M]`), from the layer's input and the gradient of its output."""
         raise NotImplementedError
 
-    def factors(self, x: Tensor, grad: Tensor) -> dict[str, Factors] | None:
+    def gradient_factors(self, x: Tensor, grad: Tensor) -> dict[str, Factors] | None:
         """By a parameter's name, of what its gradient is made: from the layer's input and the gradient of its output.
 
         None where it is made of no such factors.
@@ -131,7 +120,6 @@ class Rule(Holder):
 class LinearRule(Rule):
     weight: Tensor
     bias: Tensor | None
-    names: tuple[str, str] = ("weight", "bias")
 
     def probed(self, x, probe, segments):
         both = (along(self, "weight"), along(self, "bias"))
@@ -140,10 +128,12 @@ class LinearRule(Rule):
     def dots(self, x, grad, segments):
         return self.dots_along((along(self, "weight"), along(self, "bias")), x, grad, segments)
 
-    def factors(self, x, grad):
+    def gradient_factors(self, x, grad):
+        return self.factors_named("weight", "bias", x, grad)
+
+    def factors_named(self, weight: str, bias: str, x: Tensor, grad: Tensor) -> dict[str, Factors]:
         acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
-        weight, bias = self.names
-        return {weight: self.weight_factors(acts, grads), bias: _sum_of(grads)}
+        return {weight: self.weight_factors(acts, grads), bias: Factors(grads, None)}
 
     def weight_factors(self, acts: Tensor, grads: Tensor) -> Factors:
         return Factors(grads, acts)
@@ -191,7 +181,7 @@ class EmbeddingRule(Rule):
         segments = functional.by_row(segments, x, ids)
         return embedding_dot(ids, grads, along(self, "weight"), segments=segments, padding_idx=self.padding_idx)
 
-    def factors(self, x, grad):
+    def gradient_factors(self, x, grad):
         ids, grads = x.reshape(x.shape[0], -1), functional.rows(grad, 1)
         if self.padding_idx is not None:
             grads = grads.masked_fill((ids == self.padding_idx)[..., None], 0)
@@ -217,7 +207,7 @@ class LayerNormRule(Rule):
             grad, len(self.normalized_shape), along(self, "weight"), along(self, "bias"), segments,
         )  # fmt: skip
 
-    def factors(self, x, grad):
+    def gradient_factors(self, x, grad):
         normed = torch.nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps)
         return affine_factors(normed, grad, len(self.normalized_shape), "weight", "bias")
 
@@ -238,7 +228,7 @@ class RMSNormRule(Rule):
         normed = torch.nn.functional.rms_norm(x, list(self.normalized_shape), None, self.eps)
         return affine_dots(normed, grad, len(self.normalized_shape), along(self, "weight"), None, segments)
 
-    def factors(self, x, grad):
+    def gradient_factors(self, x, grad):
         normed = torch.nn.functional.rms_norm(x, list(self.normalized_shape), None, self.eps)
         return affine_factors(normed, grad, len(self.normalized_shape), "weight")
 
@@ -347,13 +337,9 @@ def affine_dots(normed, grad, last: int, direction: Tensor | None, bias_directio
 
 
 def affine_factors(normed, grad, last: int, weight: str, bias: str | None = None) -> dict[str, Factors]:
-    normed, grads = functional.rows(normed, last).to(grad.dtype), functional.rows(grad, last)
-    return {weight: _sum_of(normed * grads)} | ({bias: _sum_of(grads)} if bias else {})
-
-
-def _sum_of(tokens: Tensor) -> Factors:
-    """A gradient that is a sum over tokens."""
-    return Factors(tokens, torch.ones_like(tokens[..., :1]))
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    normed, grads = functional.rows(normed, last).to(wide), functional.rows(grad, last)
+    return {weight: Factors(normed * grads.to(wide), None)} | ({bias: Factors(grads, None)} if bias else {})
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor:

@@ -1,13 +1,16 @@
 """One score per validation sample: `value[z, v] = <K * g_v, g_z>`, from what was kept of both.
 
 K is what the method has written where the directions stand: how the optimizer turns a gradient into an update,
-coordinate by coordinate. Two forms, layer by layer, both exact:
+coordinate by coordinate. Three forms, layer by layer, all exact:
 
-    pairs        K a number, a linear layer, short validation samples: `ghost_dot_pairwise`, 2*B*T*V*S*(I+O) FLOPs
-    directions   all else: the gradient of some validation samples at a time, times K, as the layer's directions:
-                 2*V*(B*T + 3*S)*I*O FLOPs for a linear layer; `CHUNK` elements, or one sample's, stand at a time
+    pairs        K a number, a linear layer: `ghost_dot_pairwise`
+    gradients    layers whose gradients come in factors (`factors.py`): some rows of every sample's gradient, on both
+                 sides, and one product of them: 2*(B*T + V*S + B*V)*I*O FLOPs for a linear layer, as two weight
+                 gradients; `ROWS` elements stand at a time
+    directions   all else, and a value for each token: the gradient of some validation samples at a time, times K, as
+                 the layer's directions: 2*V*(B*T + 3*S)*I*O FLOPs; `CHUNK` elements, or one sample's, stand at a time
 
-B*T training tokens, V validation samples of S tokens. So the second costs V times a method's ordinary scoring.
+B*T training tokens, V validation samples of S tokens.
 
 Source: arXiv 2406.11011, appendix D ("ghost dot-product" of pairs).
 """
@@ -15,7 +18,7 @@ Source: arXiv 2406.11011, appendix D ("ghost dot-product" of pairs).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +28,7 @@ from inrun_kernels import bias_dot, ghost_dot_pairwise
 
 from . import check, functional, rules
 from .errors import InRunError
+from .factors import Factors, gradients
 from .keep import Budget, Keeper, Kept, moved
 from .tap import Layout, targets_second, together
 
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from .tracker import Tracker
 
 CHUNK = 1 << 24  # elements of the validation samples' gradients that stand together
+ROWS = 1 << 20, 1 << 25  # elements of all samples' gradients: on a CPU they stay in its cache
 
 
 class Pairs:
@@ -123,10 +128,10 @@ def dots(
     missed = torch.zeros(many, dtype=torch.float64, device=slots[0].param.device)
     found: list[Tensor | None] = [None] * len(train.layouts)
 
-    def add(kept: Kept, part: slice, dots: Tensor) -> None:
-        total = found[kept.batch]
+    def add(batch: int, part: slice, dots: Tensor) -> None:
+        total = found[batch]
         if total is None:
-            total = found[kept.batch] = torch.zeros(train.layouts[kept.batch].count, many, device=dots.device)
+            total = found[batch] = torch.zeros(train.layouts[batch].count, many, device=dots.device)
         total[:, part] += dots.to(total.device)
 
     for members in check.components(slots):
@@ -135,8 +140,13 @@ def dots(
         theirs = [kept for kept in validation.kept if kept.module._inrun in taps]
         if _as_pairs(train, members, ours, theirs, scalars):
             for kept in ours:
-                for other in theirs:
-                    add(kept, slice(0, many), _pairs(kept, other, members, scalars))
+                add(kept.batch, slice(0, many), _pairs(kept, theirs[0], members, scalars))
+            continue
+        by_token = any(layout.per_token for layout in train.layouts)
+        of_ours, of_theirs = (None, None) if by_token else (_factors(train, ours), _factors(validation, theirs))
+        if of_ours is not None and of_theirs is not None:
+            for slot in members:
+                missed += _by_gradients(train, validation, slot, of_ours, of_theirs, left.get(id(slot)), add)
             continue
         size = max(1, CHUNK // sum(slot.param.numel() for slot in members))
         for low in range(0, many, size):
@@ -150,11 +160,58 @@ def dots(
                         missed[samples.start : samples.stop] += of_slot.to(missed.device)
                     slot.sibling.data = targets_second(gradient.mul_(factor))
                 for kept in ours:
-                    add(kept, slice(samples.start, samples.stop), train.dots_of(kept, len(samples)))
+                    add(kept.batch, slice(samples.start, samples.stop), train.dots_of(kept, len(samples)))
             finally:
                 for slot, factor in zip(members, factors, strict=True):
                     slot.sibling.data = factor
     return found, missed
+
+
+def _factors(keeper: Keeper, runs: list[Kept]) -> list[tuple[int, dict[int, Factors]]] | None:
+    """Of each run, its batch, and by `id` of a parameter's direction what its gradient is made of; None if one has
+    none."""
+    found = []
+    for kept in runs:
+        if (factors := keeper.factors(kept)) is None:
+            return None
+        found.append((kept.batch, factors))
+    return found
+
+
+def _by_gradients(
+    train: Keeper,
+    validation: Keeper,
+    slot: Any,
+    ours: Sequence[tuple[int, dict[int, Factors]]],
+    theirs: Sequence[tuple[int, dict[int, Factors]]],
+    left: Tensor | None,
+    add: Callable[[int, slice, Tensor], None],
+) -> Tensor | float:
+    """Add one parameter's dots to those of each batch; returns the dots of `left`, float64 `[V]`."""
+    name, missed = id(slot.sibling), 0.0
+    runs = [factors[name] for _, factors in theirs if name in factors]
+    batches: dict[int, list[Factors]] = {}
+    for batch, factors in ours:
+        if name in factors:
+            batches.setdefault(batch, []).append(factors[name])
+    if not runs or not batches:
+        return missed
+    many, inputs = validation.layouts[0].count, 1 if runs[0].right is None else runs[0].right.shape[2]
+    k = slot.direction.reshape(-1, inputs)
+    wide = torch.promote_types(k.dtype, torch.float32)
+    of_left = None if left is None else left.reshape(-1, inputs)
+    samples = many + max(train.layouts[batch].count for batch in batches)
+    size = max(1, ROWS[k.is_cuda] // (samples * inputs))
+    for low in range(0, len(k), size):
+        rows = slice(low, min(low + size, len(k)))
+        of_validation = gradients(runs, validation.layouts[0], rows, wide)
+        if of_left is not None:
+            missed = missed + (of_validation * of_left[rows].flatten()).sum(1, dtype=torch.float64)
+        of_validation *= k[rows].flatten()
+        for batch, factors in batches.items():
+            of_batch = gradients(factors, train.layouts[batch], rows, wide)
+            add(batch, slice(0, many), of_batch @ of_validation.T)
+    return missed
 
 
 def _gradients(validation: Keeper, runs: list[Kept], members: Sequence[Any], samples: range) -> list[Tensor]:
@@ -171,16 +228,14 @@ def _gradients(validation: Keeper, runs: list[Kept], members: Sequence[Any], sam
 
 
 def _as_pairs(train: Keeper, members: Sequence[Any], ours: list[Kept], theirs: list[Kept], scalars: Mapping) -> bool:
-    """Whether this is one linear layer whose pairs are possible, and cheaper than directions."""
+    """Whether this is one linear layer that runs once in each batch, of which K is a number."""
     modules = {id(kept.module): kept.module for kept in (*ours, *theirs)}
-    if len(modules) != 1 or any(id(slot) not in scalars for slot in members):
+    once = len({kept.batch for kept in ours}) == len(ours) and len(theirs) == 1
+    if len(modules) != 1 or not once or any(id(slot) not in scalars for slot in members):
         return False
     (module,) = modules.values()
     layer = isinstance(module, rules.LinearRule) and isinstance(module, torch.nn.Module)  # no part of a module
-    if not layer or any(layout.segments is not None for layout in train.layouts):
-        return False
-    tokens = max((functional.rows(kept.grads[0], 1).shape[1] for kept in theirs), default=0)
-    return tokens * sum(module.weight.shape) < module.weight.numel()
+    return layer and all(layout.segments is None for layout in train.layouts)
 
 
 def _pairs(kept: Kept, other: Kept, members: Sequence[Any], scalars: Mapping[int, Any]) -> Tensor:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +26,7 @@ from inrun_kernels import ghost_square
 
 from . import check
 from .distributed import Ranks, gathered, shard_of
-from .layers import Factors
+from .factors import Factors, ends_of, joined, owners_of, split, sums
 
 if TYPE_CHECKING:
     from .keep import Keeper, Kept
@@ -119,55 +118,41 @@ def add_squares(runs: Sequence[Factors], layout: Layout, total: Tensor) -> Tenso
     Returns:
         Each sample's squared norm, `[B]` or `[S]`.
     """
-    total = total.view(-1, runs[0].right.shape[2])
-    segments = None if layout.per_token else layout.on(total.device).segments
+    if runs[0].right is None:
+        squared = sum(
+            (sums(run.left, ends_of([run], layout), total.dtype) for run in runs), total.new_zeros(())
+        ).square()
+        total += squared.sum(0).view_as(total)
+        return squared.sum(1)
     products = [run for run in runs if run.left.dim() == 3]
     lookups = [run for run in runs if run.left.dim() == 2]
-    if not lookups:
-        product, ends = _joined(products, layout, segments)
-        squares, norms = ghost_square(product.right, product.left, segments=ends)
-        total += squares
-        return norms
-    table, ends = _joined(lookups, layout, segments)
-    samples = [_by_sample(table, ends)]
-    squares, norms = torch.zeros_like(total), total.new_zeros(layout.rows if ends is None else len(ends) - 1)
+    count, sides = layout.rows if layout.per_token else layout.count, None
+    squares, norms = torch.zeros_like(total), total.new_zeros(count)
     if products:
-        product, ends = _joined(products, layout, segments)
-        squares, norms = ghost_square(product.right, product.left, segments=ends)
-        samples.append(_by_sample(product, ends))
-    for norm, (ids, grads), *others in zip(norms, *samples, strict=True):
-        ids, places = ids.unique(return_inverse=True)
-        own = total.new_zeros(len(ids), total.shape[1]).index_add_(0, places, grads.to(total.dtype))
+        (left, right), ends = joined(products, layout)
+        assert right is not None
+        squares, norms = ghost_square(right, left, segments=ends)
+        sides = split(left, ends), split(right, ends)
+    if lookups:
+        table, ends = joined(lookups, layout)
+        assert table.right is not None
+        # One row for each id of each sample, in the samples' order.
+        keys = owners_of(table, ends) * len(total) + table.left.flatten()
+        keys, places = keys.unique(return_inverse=True)
+        owners, ids = keys // len(total), keys % len(total)
+        own = total.new_zeros(len(keys), total.shape[1])
+        own.index_add_(0, places, table.right.flatten(0, 1).to(own.dtype))
         whole = own
-        for left, right in others:
-            whole = whole + 2 * (left[:, ids].to(own.dtype).T @ right.to(own.dtype))
-        here = own * whole
-        squares.index_add_(0, ids, here)
-        norm += here.sum()
-    total += squares.clamp_(min=0)  # a rounding may be all that is left
+        if sides is not None:
+            parts = ids.split(owners.bincount(minlength=count).tolist())
+            theirs = [left[:, here].to(own.dtype).T @ right.to(own.dtype)
+                      for left, right, here in zip(*sides, parts, strict=True)]  # fmt: skip
+            whole = own + 2 * torch.cat(theirs)
+        whole = whole * own
+        squares.index_add_(0, ids, whole)
+        norms.index_add_(0, owners, whole.sum(1))
+    total += squares.clamp_(min=0)  # where a table takes away what a head added, a rounding may be all that is left
     return norms.clamp_(min=0)
-
-
-def _joined(runs: Sequence[Factors], layout: Layout, segments: Tensor | None) -> tuple[Factors, Tensor | None]:
-    """Several runs as one in which a sample has the tokens of all, and the offsets of its documents."""
-    if segments is None:
-        return runs[0] if len(runs) == 1 else Factors(*(torch.cat(xs, 1) for xs in zip(*runs, strict=True))), None
-    assert layout.tokens is not None
-    times = [run.right.shape[1] // layout.tokens for run in runs]  # rows for each token
-    if len(runs) == 1:
-        return runs[0], segments * times[0]
-    owners = torch.repeat_interleave(torch.arange(len(segments) - 1, device=segments.device), segments.diff())
-    order = torch.cat([owners.repeat_interleave(many) for many in times]).argsort(stable=True)
-    joined = (torch.cat([x.flatten(0, 1) for x in xs])[order].unsqueeze(0) for xs in zip(*runs, strict=True))
-    return Factors(*joined), segments * sum(times)
-
-
-def _by_sample(run: Factors, segments: Tensor | None) -> list[Factors]:
-    """One run's factors of each sample, `[T, O]` (or ids `[T]`) and `[T, I]`."""
-    if segments is None:
-        return [Factors(*x) for x in zip(*run, strict=True)]
-    left, right = (x.flatten(0, 1) for x in run)
-    return [Factors(left[a:b], right[a:b]) for a, b in pairwise(segments.tolist())]
 
 
 def _added(gradients: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:

@@ -55,18 +55,25 @@ def test_sgd_values_are_the_products_of_single_samples(name, monkeypatch):
     step = run(tracker, model, optimizer, train, validation)
     assert step.values.shape == (B, V)
     close(step.values, expected)
-    assert bool(calls) == (name not in ("reused", "attention"))  # whose samples are too long for their widths
+    assert calls
     rows = tracker.ledger.rows().to_pylist()
     assert {row["target"] for row in rows} == set(IDS)
     close(torch.tensor([r["value"] for r in rows if r["target"] == "v2"]), expected[:, 2])
 
 
-def test_adam_in_its_second_step_and_in_parts_of_the_validation_samples(monkeypatch):
+@pytest.mark.parametrize("name", ["gpt_tied", "gpt_untied", "reused", "attention", "unknown"])
+@pytest.mark.parametrize("form", ["gradients", "directions"])
+def test_adam_in_its_second_step_and_in_parts_of_the_validation_samples(name, form, monkeypatch):
     lr, b1, b2, eps = 0.01, 0.9, 0.999, 1e-8
-    model = make("gpt_tied")
-    train, validation = data("gpt"), data("gpt", V, 2)
+    model = make(name)
+    train, validation = data(name), data(name, V, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     monkeypatch.setattr(pairwise, "CHUNK", 3 * 8 * 8 * 3)
+    monkeypatch.setattr(pairwise, "ROWS", (3 * 8 * (B + V), 0))
+    by_gradients, seen = pairwise._by_gradients, []
+    monkeypatch.setattr(pairwise, "_by_gradients", lambda *a: seen.append(1) or by_gradients(*a))
+    if form == "directions":
+        monkeypatch.setattr(pairwise, "_factors", lambda *a: None)
     tracker = inrun.track(model, optimizer, pairwise=IDS)
     run(tracker, model, optimizer, train, validation)
     states = {n: optimizer.state[p] for n, p in model.named_parameters() if p.requires_grad}
@@ -79,6 +86,7 @@ def test_adam_in_its_second_step_and_in_parts_of_the_validation_samples(monkeypa
     expected = oracle(model, train, validation, rule)
     tracker = inrun.track(model, optimizer, pairwise=IDS)
     close(run(tracker, model, optimizer, train, validation).values, expected, 1e-3)
+    assert bool(seen) == (form == "gradients")
 
 
 @pytest.mark.parametrize("name", ["gpt_tied", "unknown", "loose", "attention"])

@@ -195,8 +195,9 @@ def ghost_dot_pairwise(
         dots[b, v] = sum_{t,s} (acts[b,t] . val_acts[v,s]) * (grads[b,t] . val_grads[v,s])
 
     2*B*T*V*S*(I+O) FLOPs: cheaper than `ghost_dot` where V*S < I*O/(I+O). Tiled like attention: no matrix of
-    token pairs is stored. On a CPU validation samples that are too long for that have their gradients formed, one at
-    a time, where that is quicker (`explain` says).
+    token pairs is stored. Where samples are too long for that, gradients are formed (`explain` says which way is
+    taken): a validation sample's and its `ghost_dot`, or those of all samples on both sides, some rows of the weight at
+    a time, and one product of them, 2*(B*T + V*S + B*V)*I*O FLOPs.
 
     Args:
         acts: `[B, T, I]`.  grads: `[B, T, O]`.
@@ -244,7 +245,7 @@ def explain(
     if product is ghost_dot_pairwise:
         acts, grads, val_acts, val_grads = args
         _check_pairs(acts, grads, val_acts, val_grads, backend)
-        return forms.of_pairwise(acts, grads, val_acts, ops.use_triton(backend, *args))
+        return forms.of_pairwise(acts, grads, val_acts, backend)
     raise ValueError(f"product: expected ghost_wgrad_dot or ghost_dot_pairwise, received {product!r}")
 
 

@@ -17,6 +17,7 @@ shared among a CPU's threads, the calls themselves are not.
                     direct      2*N*I*O*(1 + M)                1 + M                  N*(I + O)
     dot_pairwise    pairwise    2*N*V*S_v*(I + O)              0                      N*V*S_v
                     direct      2*(N + S_v)*V*I*O              2*V                    N*V*(I + O)
+                    gradients   2*(N + V*S_v + S*V)*I*O        S + V                  (N + V*S_v)*(I + O)
 """
 
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
         "ghost_dot_pairwise": {
             "pairwise": Cost(176e-6, 0.309e-6, 12.4e-12, 0, 0.619e-9),
             "direct": Cost(85e-6, 51.4e-6, 11.5e-12, 0.632e-9, 0.158e-9),
+            "gradients": Cost(100e-6, 10e-6, 12e-12, 2e-9, 0.5e-9),
         },
     },
     "GenuineIntel": {
@@ -69,6 +71,7 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
         "ghost_dot_pairwise": {
             "pairwise": Cost(558e-6, 0, 12.8e-12, 0, 3.39e-9),
             "direct": Cost(389e-6, 55.4e-6, 8.91e-12, 0.896e-9, 1.62e-9),
+            "gradients": Cost(389e-6, 20e-6, 12e-12, 2e-9, 1.62e-9),
         },
     },
     "cpu": {
@@ -81,11 +84,13 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
         "ghost_dot_pairwise": {
             "pairwise": Cost(214e-6, 0.616e-6, 12.8e-12, 0, 1.01e-9),
             "direct": Cost(113e-6, 56.7e-6, 11.1e-12, 0.696e-9, 0.382e-9),
+            "gradients": Cost(100e-6, 10e-6, 12e-12, 2e-9, 0.5e-9),
         },
     },
 }
 _EXACT = 1.05  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
 _LARGE = 1 << 20  # elements of a weight that is better not read again for one token's dot
+_STORED = 2  # times fewer FLOPs that make up for gradients which are written and read again on a GPU
 _FEW_TOKENS = 32  # of a document, below which a GPU's tiles are mostly empty
 
 
@@ -94,7 +99,8 @@ class Choice:
     """Which form a product takes, and why.
 
     Attributes:
-        form: as the argument of `ghost_wgrad_dot`; of `ghost_dot_pairwise`, "pairwise" or "direct".
+        form: as the argument of `ghost_wgrad_dot`; of `ghost_dot_pairwise`, "pairwise",
+            "direct" or "gradients".
         seconds: of each form, as the device's costs predict them; empty where a rule decided.
         reason: in words.
     """
@@ -129,11 +135,17 @@ def several(acts: Tensor, segments: Tensor | None) -> bool:
     return (acts.shape[0] if segments is None else segments.shape[0] - 1) > 1
 
 
-def of_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, triton: bool) -> Choice:
+def of_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, backend: str | None) -> Choice:
     """The form of `ghost_dot_pairwise` for these inputs."""
-    if triton or acts.is_cuda:
-        return Choice("pairwise", {}, "pairwise: the only form on a GPU")
-    sizes = (acts.shape[0] * acts.shape[1], *val_acts.shape[:2], acts.shape[2], grads.shape[2])
+    if backend == "triton":
+        return Choice("pairwise", {}, "pairwise: what there is in triton")
+    (batch, tokens, inputs), (val_samples, val_tokens) = acts.shape, val_acts.shape[:2]
+    sizes = (batch * tokens, batch, val_samples, val_tokens, inputs, grads.shape[2])
+    if acts.is_cuda:
+        flops = {form: work[1] for form, work in pairwise_work(*sizes).items()}
+        form = "gradients" if _STORED * flops["gradients"] < flops["pairwise"] else "pairwise"
+        counted = ", ".join(f"{name} {flops[name] / 1e9:.3g}" for name in ("pairwise", "gradients"))
+        return Choice(form, {}, f"{form}: GFLOPs {counted}")
     return _pairwise(cpu_vendor(), torch.get_num_threads(), *sizes)
 
 
@@ -188,13 +200,17 @@ def wgrad_work(tokens: int, samples: int, inputs: int, outputs: int, directions:
 
 
 def pairwise_work(
-    tokens: int, samples: int, val_tokens: int, inputs: int, outputs: int
+    tokens: int, samples: int, val_samples: int, val_tokens: int, inputs: int, outputs: int
 ) -> dict[str, tuple[float, ...]]:
-    """The same of `ghost_dot_pairwise`, whose `samples` are the validation's."""
-    weight, both, val_total = inputs * outputs, inputs + outputs, samples * val_tokens
+    """The same of `ghost_dot_pairwise`: `tokens` in all `samples`, `val_tokens` in each of `val_samples`."""
+    weight, both, val_total = inputs * outputs, inputs + outputs, val_samples * val_tokens
+    direct = 2 * (tokens * val_samples + val_total) * weight
+    gradients = 2 * (tokens + val_total + samples * val_samples) * weight
+    stored = samples + val_samples
     return {
-        "pairwise": (samples, 2 * tokens * val_total * both, 0, tokens * val_total),
-        "direct": (samples, 2 * (tokens * samples + val_total) * weight, 2 * samples * weight, tokens * samples * both),
+        "pairwise": (val_samples, 2 * tokens * val_total * both, 0, tokens * val_total),
+        "direct": (val_samples, direct, 2 * val_samples * weight, tokens * val_samples * both),
+        "gradients": (stored, gradients, stored * weight, (tokens + val_total) * both),
     }
 
 

@@ -126,11 +126,11 @@ def ghost_square(acts: Tensor, grads: Tensor, segments: Tensor | None, backend: 
 @torch.library.custom_op("inrun::ghost_dot_pairwise", mutates_args=())
 def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, backend: str | None) -> Tensor:
     with launch_context(acts):
-        if use_triton(backend, acts, grads, val_acts, val_grads):
+        form = forms.of_pairwise(acts, grads, val_acts, backend).form
+        if form == "pairwise" and use_triton(backend, acts, grads, val_acts, val_grads):
             from inrun_kernels.pairwise import launch_pairwise
 
             return launch_pairwise(acts, grads, val_acts, val_grads)
-        form = forms.of_pairwise(acts, grads, val_acts, False).form
         return torch_path.ghost_dot_pairwise(acts, grads, val_acts, val_grads, form)
 
 

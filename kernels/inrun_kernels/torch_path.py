@@ -18,6 +18,7 @@ _CHUNK = 1 << 20  # elements of a temporary: 4 MB in float32, about an L2 cache
 _ROWS = 1 << 17  # elements of the buffer in which products of rows are formed: 512 KB, which stay in an L2 cache
 _DOT = 1 << 17  # elements of a float32 dot: a longer one's own rounding is most of a value's error
 _BLOCK = 1 << 21  # elements of the block of weight-gradient rows that ghost_wgrad_dot fills at a time
+_GRADIENTS = 1 << 20, 1 << 25  # elements of samples' gradients together, on a CPU and on a GPU
 
 
 def ghost_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool) -> Tensor:
@@ -107,13 +108,20 @@ def ghost_square(acts: Tensor, grads: Tensor, segments: Tensor | None) -> tuple[
 def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor, form: str) -> Tensor:
     """sum_{t,s} (a_t . a_s)(b_t . b_s), a bounded chunk of token pairs at a time.
 
-    "direct" in place of "pairwise": the gradient of one validation sample at a time, and its `ghost_dot`.
+    In place of "pairwise", "direct": the gradient of one validation sample at a time, and its `ghost_dot`; and
+    "gradients": those of all samples on both sides, some rows of the weight at a time, and one product of them.
     """
     (batch, tokens, _), (n_val, val_tokens, _) = acts.shape, val_acts.shape
     wide = accumulate_dtype(acts)
     if form == "direct" and n_val:
         of_samples = (weight_grad(a[None], g[None], wide) for a, g in zip(val_acts, val_grads, strict=True))
         return torch.cat([ghost_dot(acts, grads, d[None], None, False) for d in of_samples], 1)
+    if form == "gradients":
+        dots = acts.new_zeros(batch, n_val, dtype=wide)
+        for rows in _chunks(grads.shape[2], (batch + n_val) * acts.shape[2], _GRADIENTS[acts.device.type == "cuda"]):
+            of_rows = (_gradients(x, g[..., rows], wide) for x, g in ((acts, grads), (val_acts, val_grads)))
+            dots.addmm_(next(of_rows), next(of_rows).T)
+        return dots
     out = acts.new_zeros(batch * tokens, n_val, dtype=wide)
     flat_acts, flat_grads = acts.flatten(0, 1), grads.flatten(0, 1)
     for v_part in _chunks(n_val, max(1, val_tokens) * 64, _CHUNK):
@@ -123,6 +131,15 @@ def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads:
             pairs = (flat_acts[part].to(wide) @ va.T).mul_(flat_grads[part].to(wide) @ vg.T)
             out[part, v_part] = pairs.unflatten(1, (len(val_acts[v_part]), val_tokens)).sum(-1)
     return reduce_tokens(out, batch, tokens, None, False)
+
+
+def _gradients(acts: Tensor, grads: Tensor, wide: torch.dtype) -> Tensor:
+    """`[B, O * I]`: each sample's weight gradient."""
+    if acts.dtype == wide:
+        return torch.bmm(grads.mT, acts).flatten(1)
+    if acts.is_cuda:
+        return torch.bmm(grads.mT, acts, out_dtype=wide).flatten(1)
+    return torch.bmm(grads.mT.to(wide), acts.to(wide)).flatten(1)
 
 
 def embedding_dot(

@@ -106,7 +106,7 @@ def test_pairwise_matches_autograd(backend, data):
     tensors = (train.x, train.grads, val.x, val.grads)
     assert_close(k.ghost_dot_pairwise(*tensors, backend=backend), by_autograd, train)
     if backend == "torch":
-        for form in ("pairwise", "direct"):
+        for form in ("pairwise", "direct", "gradients"):
             assert_close(torch_path.ghost_dot_pairwise(*tensors, form), by_autograd, train)
 
 
