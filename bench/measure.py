@@ -266,7 +266,7 @@ def gated(runs: Mapping[str, Run], check: Callable[[str, Run], None]) -> tuple[d
         except Exception as error:
             if name in (BASE, "inrun"):
                 raise
-            failed[name] = error.with_traceback(None)  # which would hold its tensors
+            failed[name] = RuntimeError(f"{type(error).__name__}: {error}")  # itself it would hold its tensors
     return passed, failed
 
 

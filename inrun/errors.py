@@ -47,4 +47,6 @@ class Pending:
                 event.synchronize()
             del self._asked[0]
             if wrong:
+                if wait:
+                    self._asked.clear()
                 raise error()

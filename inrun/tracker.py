@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -329,7 +329,7 @@ class Tracker:
 
         Raises:
             InRunError: inside a step; no backward reached a tracked parameter; a gradient is not finite (on a GPU that
-                is found out when a later step begins, or at close(): nothing waits for it).
+                is found out later, by a step or validation to come or by close(): nothing waits for it).
             ValueError: an unknown target.
         """
         self._require_open()
@@ -410,8 +410,11 @@ class Tracker:
         self.slots.clear()
         try:
             self._pending.answer(wait=True)
-        finally:
-            self.ledger.flush()
+        except InRunError:
+            with suppress(Exception):  # values that are no numbers for the same reason
+                self.ledger.flush()
+            raise
+        self.ledger.flush()
 
     def __enter__(self) -> Tracker:
         return self
@@ -428,6 +431,7 @@ class Tracker:
     def begin(self, step: Step) -> None:
         if self._step is not None:
             raise InRunError("step: expected outside of a step block, got inside one")
+        self._pending.answer()
         self._require_no_others()
         self.ranks.require_all()
         if self.in_batch and self.ranks.size > 1:
@@ -440,7 +444,6 @@ class Tracker:
         with self._timed("direction"):
             self._method.begin()
         self._watch.begin()
-        self._pending.answer()
         self._step = step
 
     def _require_no_others(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -121,7 +122,7 @@ class Validation:
         """The gradients that the block's backward passes leave, of the slots, and of excluded parameters until their
         share is known; filled in when it ends."""
         start = time.perf_counter()
-        self.pending.answer()  # which lets go of the gradients that were asked about
+        self.pending.answer()
         self.ranks.settle()
         tracked = [s.param for s in self.slots]
         ours = {id(p) for p in tracked}
@@ -145,21 +146,25 @@ class Validation:
         grads = [g for g in ours if g is not None]
         if not grads:
             raise InRunError(f"validation({name!r}): no backward pass of the block reached a tracked parameter")
-        norm = self.ranks.norm(grads)
         names = [s.name for s, g in zip(self.slots, ours, strict=True) if g is not None]
-        self.pending.ask(~torch.isfinite(norm), lambda: _not_finite(name, names, grads, scale))
+        # Their norms are kept for the message, not they: a GPU's answer comes later.
+        each = torch._foreach_norm(grads)  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch.stack([norm.to(grads[0].device) for norm in each])
+        norm = self.ranks.norm([norms])
+        self.pending.ask(~torch.isfinite(norm), lambda: _not_finite(name, names, norms, scale))
         if self.excluded and self.excluded_share is None:
             others = [g for g in found[len(ours) :] if g is not None]
             squared = self.ranks.norm(others).square()
-            self.excluded_share = float(squared / (squared + norm.square()))
+            share = float(squared / (squared + norm.square()))
+            self.excluded_share = share if math.isfinite(share) else None
         if isinstance(scale, Tensor) or scale != 1.0:
             for g in grads:
                 g.div_(scale)
         return ours
 
 
-def _not_finite(target: str, names: list[str], grads: list[Tensor], scale: float | Tensor) -> InRunError:
-    bad = [name for name, g in zip(names, grads, strict=True) if not g.isfinite().all()]
+def _not_finite(target: str, names: list[str], norms: Tensor, scale: float | Tensor) -> InRunError:
+    bad = [name for name, finite in zip(names, norms.isfinite().tolist(), strict=True) if not finite]
     return InRunError(
         f"validation({target!r}): expected a finite gradient, got NaN or infinity in "
         f"{', '.join(bad[:5]) or 'the shards of another process'}"

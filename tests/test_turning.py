@@ -208,6 +208,33 @@ def with_shared():
     return model
 
 
+class Norms(nn.Module):
+    """Norms over several dimensions and of several rows to a token, one of them shared by layers of more and fewer."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(models.VOCAB, 8), nn.Linear(8, models.VOCAB)
+        self.whole, self.part, self.again = nn.LayerNorm((2, 4)), nn.RMSNorm(4), nn.RMSNorm(4)
+        self.again.weight = self.part.weight
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.whole(self.tokens(x).unflatten(-1, (2, 4)))
+        x = self.mix(torch.tanh(self.mix(self.part(x)))) + self.again(x[:, :, 0])[:, :, None]
+        return self.head(x.flatten(2))
+
+
+class Grouped(nn.Module):
+    """A norm whose features are not the last dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(8, 8), nn.GroupNorm(2, 6), nn.Linear(48, models.VOCAB)
+
+    def forward(self, x):
+        return self.head(self.norm(torch.tanh(self.embed(x))).flatten(1))
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "autocast", "layout"),
     [
@@ -222,7 +249,10 @@ def with_shared():
               ("gpt_tied", torch.float32, True),
               ("gpt_shared", torch.float64, False),
               ("gpt_shared", torch.float32, False),
+              ("gpt_norms", torch.float64, False),
+              ("gpt_norms", torch.bfloat16, False),
           )),
+        ("grouped", torch.float64, False, "rows"),
         ("mlp", torch.float64, False, "rows"),
         ("reused", torch.float64, False, "rows"),
         ("loose", torch.float64, False, "rows"),
@@ -234,6 +264,8 @@ def test_squares_in_one_product_are_those_of_single_samples(name, dtype, autocas
     whatever they share. Of a frozen weight none is computed."""
     monkeypatch.setitem(models.MODELS, "gpt_conv1d", with_conv1d)
     monkeypatch.setitem(models.MODELS, "gpt_shared", with_shared)
+    monkeypatch.setitem(models.MODELS, "gpt_norms", Norms)
+    monkeypatch.setitem(models.MODELS, "grouped", Grouped)
     x, y = of(name)
     tokens = x.shape[1]
     options = {
@@ -261,9 +293,13 @@ def test_squares_in_one_product_are_those_of_single_samples(name, dtype, autocas
         tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         alone = tables - {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
         loose = {p for n, p in model.named_parameters() if n in ("cls", "pos")}  # of no layer
-        return found[0], len(products), len({p for p in model.parameters() if p.dim() == 2} - alone - loose)
+        kinds = nn.LayerNorm, nn.RMSNorm, nn.GroupNorm
+        norms = {p for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
+        return found[0], len(products), len({p for p in model.parameters() if p.dim() == 2} - alone - loose - norms)
 
-    rtol, atol = (1e-9, 0.0) if dtype == torch.float64 else (3e-2, 1e-2) if autocast else (1e-4, 1e-5)
+    rtol, atol = (
+        (1e-9, 0.0) if dtype == torch.float64 else (3e-2, 1e-2) if autocast or dtype == torch.bfloat16 else (1e-4, 1e-5)
+    )
     atol = max(atol, 1e-15) if name == "gpt_shared" else atol  # where a table's part takes the head's away
     for frozen in (False, True):
         (here, count, several), (expected, none, _) = squares_of(frozen), squares_of(frozen, one_product=False)

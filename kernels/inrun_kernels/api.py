@@ -2,7 +2,8 @@
 
 Throughout, B is the batch size, T tokens per sample, I inputs, O outputs, M directions, S segments; inputs are
 float32, float16, bfloat16, or float64 (torch path only). Sums are kept in float32 (float64 for float64) and
-results come in that type. The unit of a dot is the loss's unit times the direction's: with the direction
+results come in that type; products of float32 are exact, but on a GPU for which torch is told to take TF32
+(`torch.set_float32_matmul_precision`). The unit of a dot is the loss's unit times the direction's: with the direction
 `lr * g_v`, a dot is the sample's first-order contribution in nats, positive where it lowered the loss.
 Any strides are accepted. An empty batch gives an empty result, a sample without tokens zero.
 """

@@ -2,7 +2,7 @@
 
 A bound from below by what overlaps (the largest of arithmetic, device memory and cache) plus what does not (a launch,
 the first loads of each wave of programs). It is for comparing tiles and for finding what a measured time is short of;
-nothing in it was fitted.
+nothing in it was fitted. It knows nothing of TF32, of a bias that is a pass of its own, and of how pairs are split.
 """
 
 from dataclasses import dataclass

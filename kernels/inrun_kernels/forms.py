@@ -46,7 +46,7 @@ class Cost:
 
 # Two cores of an AMD EPYC (Zen 3), of an Intel Xeon (Sapphire Rapids), and both together for any other CPU: torch 2.13
 # with MKL, float32, cold caches. Each is: call, sample, flop, weight, row. Left out are the Xeon's times of one token a
-# sample in C, from before these had a way of their own.
+# sample in C, from before these had a way of their own; the "gradients" of pairs were timed on the EPYC alone.
 COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     "AuthenticAMD": {
         "ghost_wgrad_dot": {
@@ -56,9 +56,9 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
             "direct": Cost(107e-6, 0.0918e-6, 11.2e-12, 0.496e-9, 0.754e-9),
         },
         "ghost_dot_pairwise": {
-            "pairwise": Cost(176e-6, 0.309e-6, 12.4e-12, 0, 0.619e-9),
-            "direct": Cost(85e-6, 51.4e-6, 11.5e-12, 0.632e-9, 0.158e-9),
-            "gradients": Cost(100e-6, 10e-6, 12e-12, 2e-9, 0.5e-9),
+            "pairwise": Cost(203e-6, 0.613e-6, 12.4e-12, 0, 1.43e-9),
+            "direct": Cost(102e-6, 54.9e-6, 11.5e-12, 0.609e-9, 0.254e-9),
+            "gradients": Cost(97.7e-6, 1.62e-6, 14.5e-12, 0.568e-9, 0.105e-9),
         },
     },
     "GenuineIntel": {
@@ -71,7 +71,7 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
         "ghost_dot_pairwise": {
             "pairwise": Cost(558e-6, 0, 12.8e-12, 0, 3.39e-9),
             "direct": Cost(389e-6, 55.4e-6, 8.91e-12, 0.896e-9, 1.62e-9),
-            "gradients": Cost(389e-6, 20e-6, 12e-12, 2e-9, 1.62e-9),
+            "gradients": Cost(389e-6, 1.62e-6, 14.5e-12, 0.568e-9, 0.105e-9),
         },
     },
     "cpu": {
@@ -84,7 +84,7 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
         "ghost_dot_pairwise": {
             "pairwise": Cost(214e-6, 0.616e-6, 12.8e-12, 0, 1.01e-9),
             "direct": Cost(113e-6, 56.7e-6, 11.1e-12, 0.696e-9, 0.382e-9),
-            "gradients": Cost(100e-6, 10e-6, 12e-12, 2e-9, 0.5e-9),
+            "gradients": Cost(113e-6, 1.62e-6, 14.5e-12, 0.568e-9, 0.105e-9),
         },
     },
 }

@@ -100,6 +100,10 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "wgrad prefix, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, segments, "prefix"),
         "wgrad prefix, ragged": lambda: wgrad_dot.launch_wgrad_dot(*ragged, None, None, "prefix"),
         "wgrad two, TF32": lambda: in_tf32(wgrad_dot.launch_wgrad_dot, acts, grads, matrix, None, None, "two"),
+        "wgrad prefix, TF32": lambda: in_tf32(wgrad_dot.launch_wgrad_dot, acts, grads, wide, None, None, "prefix"),
+        "wgrad segments, TF32": lambda: in_tf32(wgrad_dot.launch_wgrad_dot, acts, grads, wide, None, segments, "two"),
+        "square, TF32": lambda: in_tf32(wgrad_dot.launch_wgrad_dot, acts, grads, None, None, None, "two"),
+        "pairwise, TF32": lambda: in_tf32(pairwise.launch_pairwise, acts, grads, acts, grads),
         "dot, TF32": lambda: in_tf32(dot.launch_dot, acts, grads, wide, None, False),
         "square": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, None, None, None, "two"),
         "square, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, None, None, segments, "two"),
@@ -193,7 +197,7 @@ def compiled(chip: str, dtypes: Sequence[torch.dtype], wanted: Callable[[str, to
     JITFunction.__getitem__ = compile_only
     for dtype in dtypes:
         for name, launch in launches(dtype).items():
-            if not wanted(name, dtype) or (name.endswith("TF32") and dtype != torch.float32):
+            if not wanted(name, dtype) or (name.endswith("TF32") and (dtype != torch.float32 or chip == "gfx942")):
                 continue
             kernels.clear()
             launch()

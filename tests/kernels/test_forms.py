@@ -69,7 +69,7 @@ def test_documents_count_as_samples():
 
 @pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize(
-    "val, tokens, width, form", [(1, 16, 2048, "pairwise"), (1, 1024, 64, "direct"), (8, 1024, 64, "gradients")]
+    "val, tokens, width, form", [(1, 16, 2048, "pairwise"), (1, 1024, 768, "direct"), (8, 1024, 64, "gradients")]
 )
 def test_the_form_of_pairs_in_clear_cases(val, tokens, width, form):
     assert (
