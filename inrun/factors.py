@@ -28,12 +28,13 @@ class Factors(NamedTuple):
     right: Tensor | None
 
 
-def gradients(runs: Sequence[Factors], layout: Layout, rows: slice, wide: torch.dtype) -> Tensor:
-    """Some `rows` of each sample's gradient, side by side: `[B, rows * I]`, or `[S, rows * I]`.
+def gradients(runs: Sequence[Factors], layout: Layout, rows: Tensor, wide: torch.dtype) -> Tensor:
+    """Some rows of each sample's gradient, side by side: `[B, rows * I]`, or `[S, rows * I]`.
 
     Args:
         runs: of one parameter, whose gradient is their sum.
         layout: of the batch. Single tokens count as their row.
+        rows: int64, growing.
         wide: the result's dtype, float32 or float64.
     """
     total: Tensor | float = 0.0
@@ -43,9 +44,10 @@ def gradients(runs: Sequence[Factors], layout: Layout, rows: slice, wide: torch.
             total = total + sums(run.left[..., rows], ends, wide)
         elif run.left.dim() == 2:
             # Other rows' ids meet in one more, which is left out: to select would have the host wait for a device.
-            size = rows.stop - rows.start
+            size = len(rows)
             ids, right, owners = run.left.flatten(), run.right.flatten(0, 1).to(wide), owners_of(run, ends)
-            here = torch.where((ids >= rows.start) & (ids < rows.stop), ids - rows.start, size)
+            here = torch.searchsorted(rows, ids.to(rows.dtype)).clamp_(max=size - 1)
+            here = torch.where(rows[here] == ids, here, size)
             samples = layout.rows if ends is None else len(ends) - 1
             table = right.new_zeros(samples * (size + 1), right.shape[1])
             table.index_add_(0, owners * (size + 1) + here, right)

@@ -194,24 +194,46 @@ def _by_gradients(
     for batch, factors in ours:
         if name in factors:
             batches.setdefault(batch, []).append(factors[name])
-    if not runs or not batches:
+    if not runs:
         return missed
     many, inputs = validation.layouts[0].count, 1 if runs[0].right is None else runs[0].right.shape[2]
     k = slot.direction.reshape(-1, inputs)
     wide = torch.promote_types(k.dtype, torch.float32)
     of_left = None if left is None else left.reshape(-1, inputs)
-    samples = many + max(train.layouts[batch].count for batch in batches)
+    samples = many + max((train.layouts[batch].count for batch in batches), default=0)
     size = max(1, ROWS[k.is_cuda] // (samples * inputs))
-    for low in range(0, len(k), size):
-        rows = slice(low, min(low + size, len(k)))
-        of_validation = gradients(runs, validation.layouts[0], rows, wide)
-        if of_left is not None:
-            missed = missed + (of_validation * of_left[rows].flatten()).sum(1, dtype=torch.float64)
-        of_validation *= k[rows].flatten()
-        for batch, factors in batches.items():
-            of_batch = gradients(factors, train.layouts[batch], rows, wide)
-            add(batch, slice(0, many), of_batch @ of_validation.T)
+    for rows, kinds in _rows(len(k), k.device, runs, [run for of_batch in batches.values() for run in of_batch]):
+        for part in rows.split(size):
+            of_validation = gradients([x for x in runs if x.left.dim() in kinds], validation.layouts[0], part, wide)
+            if of_left is not None:
+                missed = missed + (of_validation * of_left[part].flatten()).sum(1, dtype=torch.float64)
+            of_validation *= k[part].flatten()
+            for batch, factors in batches.items():
+                if here := [x for x in factors if x.left.dim() in kinds]:
+                    add(batch, slice(0, many), gradients(here, train.layouts[batch], part, wide) @ of_validation.T)
     return missed
+
+
+def _rows(
+    count: int, device: torch.device, theirs: Sequence[Factors], ours: Sequence[Factors]
+) -> Iterator[tuple[Tensor, set[int]]]:
+    """A parameter's `count` rows, in parts, without those in which no validation sample has a gradient; and which runs
+    each part concerns, by the dimensions of their left factors.
+
+    A table has gradients in the rows of the ids it has met. One that is a weight too has them in all rows: those of the
+    ids come apart.
+    """
+    rows = torch.arange(count, device=device)
+    tables = [x.left.flatten().long() for x in (*theirs, *ours) if x.left.dim() == 2]
+    if not tables:
+        yield rows, {3}
+        return
+    whole = any(x.left.dim() == 3 for x in theirs)
+    met = torch.zeros(count, dtype=torch.bool, device=device)
+    met.index_fill_(0, torch.cat(tables if whole else [x.left.flatten().long() for x in theirs]), True)
+    yield rows[met], {2, 3}
+    if whole:
+        yield rows[~met], {3}
 
 
 def _gradients(validation: Keeper, runs: list[Kept], members: Sequence[Any], samples: range) -> list[Tensor]:
