@@ -5,12 +5,16 @@ A sample's gradient is the sum over its tokens, and over the runs of all layers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from inrun_kernels.torch_path import sample_gradients
 
 if TYPE_CHECKING:
     from .tap import Layout
@@ -28,41 +32,58 @@ class Factors(NamedTuple):
     right: Tensor | None
 
 
-def gradients(runs: Sequence[Factors], layout: Layout, rows: Tensor, wide: torch.dtype) -> Tensor:
-    """Some rows of each sample's gradient, side by side: `[B, rows * I]`, or `[S, rows * I]`.
+def gradients(runs: Sequence[Factors], layout: Layout, rows: Tensor, size: int, wide: torch.dtype) -> Iterator[Tensor]:
+    """Some rows of each sample's gradient at a time, side by side: `[B, size * I]`, or `[S, size * I]`; of the last
+    rows what is left.
 
     Args:
         runs: of one parameter, whose gradient is their sum.
         layout: of the batch. Single tokens count as their row.
         rows: int64, growing.
+        size: how many of them at a time.
         wide: the result's dtype, float32 or float64.
     """
-    total: Tensor | float = 0.0
-    for run in runs:
-        ends = ends_of([run], layout)
-        if run.right is None:
-            total = total + sums(run.left[..., rows], ends, wide)
-        elif run.left.dim() == 2:
-            # Other rows' ids meet in one more, which is left out: to select would have the host wait for a device.
-            size = len(rows)
-            ids, right, owners = run.left.flatten(), run.right.flatten(0, 1).to(wide), owners_of(run, ends)
-            here = torch.searchsorted(rows, ids.to(rows.dtype)).clamp_(max=size - 1)
-            here = torch.where(rows[here] == ids, here, size)
-            samples = layout.rows if ends is None else len(ends) - 1
-            table = right.new_zeros(samples * (size + 1), right.shape[1])
-            table.index_add_(0, owners * (size + 1) + here, right)
-            total = total + table.view(samples, size + 1, -1)[:, :size].flatten(1)
-        elif ends is None:
-            left, right = run.left[..., rows].mT, run.right
-            if left.is_cuda and left.dtype == right.dtype != wide:
-                total = total + torch.bmm(left, right, out_dtype=wide).flatten(1)
-            else:
-                total = total + torch.bmm(left.to(wide), right.to(wide)).flatten(1)
+    of_runs = [_of_run(run, layout, rows, size, wide) for run in runs]
+    return (functools.reduce(torch.add, parts) for parts in zip(*of_runs, strict=True))
+
+
+def _of_run(run: Factors, layout: Layout, rows: Tensor, size: int, wide: torch.dtype) -> Iterator[Tensor]:
+    left, right = run
+    ends = ends_of([run], layout)
+    if right is not None and left.dim() == 2:
+        yield from _of_table(
+            left, right.to(wide), owners_of(run, ends), rows, size, layout.rows if ends is None else len(ends) - 1
+        )
+        return
+    bounds = None if ends is None or right is None else ends.tolist()
+    for part in rows.split(size):
+        here = left[..., part]
+        if right is None:
+            yield sums(here, ends, wide)
+        elif bounds is None:
+            yield sample_gradients(right, here, wide).flatten(1)
         else:
-            pairs = zip(split(run.left[..., rows], ends), split(run.right, ends), strict=True)
-            total = total + torch.stack([(left.to(wide).T @ right.to(wide)).flatten() for left, right in pairs])
-    assert isinstance(total, Tensor)
-    return total
+            sides = (x.flatten(0, 1).tensor_split(bounds[1:-1]) for x in (here, right))
+            yield torch.stack([(a.to(wide).T @ b.to(wide)).flatten() for a, b in zip(*sides, strict=True)])
+
+
+def _of_table(ids: Tensor, right: Tensor, owners: Tensor, rows: Tensor, size: int, samples: int) -> Iterator[Tensor]:
+    """Tokens are sorted by the part that holds their row, then by sample and row."""
+    ids, right, every = ids.flatten().to(rows.dtype), right.flatten(0, 1), samples * size
+    place = torch.searchsorted(rows, ids).clamp_(max=len(rows) - 1)
+    key = (place // size * samples + owners) * size + place % size
+    parts = rows.split(size)
+    key = torch.where(rows[place] == ids, key, len(parts) * every)  # that of no row comes last
+    key, order = key.sort(stable=True)
+    starts = torch.searchsorted(key, every * torch.arange(len(parts) + 1, device=key.device)).tolist()
+    for i, (part, (a, b)) in enumerate(zip(parts, pairwise(starts), strict=True)):
+        ends = torch.searchsorted(key[a:b], torch.arange(i * every, (i + 1) * every + 1, device=key.device))
+        yield summed(right, order[a:b], ends).view(samples, size, -1)[:, : len(part)].flatten(1)
+
+
+def summed(x: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+    """Of every k, the sum of the rows `x[order[ends[k] : ends[k + 1]]]`, in this order whatever the device."""
+    return F.embedding_bag(order, x, ends, mode="sum", include_last_offset=True)
 
 
 def sums(tokens: Tensor, ends: Tensor | None, wide: torch.dtype) -> Tensor:

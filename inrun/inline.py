@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +13,13 @@ from torch.optim import Optimizer
 from inrun_kernels.adam import write_adam_directions
 
 from . import check, directions
-from .errors import InRunError
+from .errors import InRunError, Pending
 from .tap import Layout, Tap, together
 
 if TYPE_CHECKING:
     from .tracker import Tracker
+
+NEAR = 1e-6  # of a factor of two learning rates: as near the other groups' have to be
 
 
 class Inline:
@@ -84,7 +87,8 @@ class Inline:
         if tracker.check_due:
             dots = [{tap: probe.grad for tap, probe in probes.items()} for probes in self.probes]
             check.efficiency(tracker.slots, dots, [s.direction for s in tracker.slots], factor, unscale, tracker.ranks)
-        return factor * lr_change(self._lr, learning_rates(tracker.optimizers))
+        change = lr_change(self._lr, learning_rates(tracker.optimizers), tracker.validations.pending)
+        return factor * (change.to(factor) if isinstance(change, Tensor) else change)
 
     def memory(self) -> dict[str, int]:
         """Nothing is kept."""
@@ -121,25 +125,35 @@ def write_direction(slot: Any, val_grads: list[Tensor | None]) -> None:
 
 
 def learning_rates(optimizers: Iterable[Optimizer]) -> list[Any]:
-    """Of each group; a tensor's as it is now, where asking costs no synchronisation."""
+    """Of each group; one on a GPU as a tensor, which nothing waits for."""
     found = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    return [lr.item() if isinstance(lr, Tensor) and not lr.is_cuda else lr for lr in found]
+    return [lr.clone() if isinstance(lr, Tensor) and lr.is_cuda else float(lr) for lr in found]
 
 
-def lr_change(before: list[Any], now: list[Any]) -> float:
-    """The factor by which the learning rates have changed.
+def lr_change(before: Sequence[Any], now: Sequence[Any], pending: Pending) -> float | Tensor:
+    """The factor by which the learning rates have changed; a group that stands still fits any.
 
     Raises:
-        InRunError: there is no one factor.
+        InRunError: there is no one factor (`pending`: where a GPU holds one of them).
     """
-    ratios = set()
-    for old, lr in zip(before, now, strict=False):
-        if isinstance(lr, Tensor) or old or lr:  # a group that stands still fits any factor
-            unchanged = isinstance(lr, Tensor) or lr == old
-            ratios.add(1.0 if unchanged else lr / old if old else float("inf"))
-    if len(ratios) > 1 or float("inf") in ratios:
-        raise InRunError(
-            f"lr: expected the learning rates the step began with, {before}, or all of them changed by one factor; "
-            f"got {now}. Set them before the step block"
+    pairs = list(zip(before, now, strict=False))
+
+    def error() -> InRunError:
+        rates = [[float(lr) for lr in side] for side in (before, now)]
+        return InRunError(
+            f"lr: expected the learning rates the step began with, {rates[0]}, or all of them changed by one factor; "
+            f"got {rates[1]}. Set them before the step block"
         )
-    return ratios.pop() if ratios else 1.0
+
+    ratios = [lr / old if old else math.inf for old, lr in pairs if not isinstance(lr, Tensor) and (old or lr)]
+    if ratios and not max(ratios) - min(ratios) <= NEAR * max(map(abs, ratios)):
+        raise error()
+    held = [pair for pair in pairs if isinstance(pair[1], Tensor)]
+    if not held:
+        return ratios[0] if ratios else 1.0
+    old, new = (torch.stack([lr.reshape(()).to(held[0][0].device) for lr in side]) for side in zip(*held, strict=True))
+    moves = (old != 0) | (new != 0)
+    changes = torch.where(moves, new / old, 1.0)
+    ratio = changes.new_tensor(ratios[0]) if ratios else changes.take(moves.int().argmax())
+    pending.ask((moves & ~((changes - ratio).abs() <= NEAR * ratio.abs())).any(), error)
+    return ratio

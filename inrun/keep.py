@@ -3,7 +3,7 @@
 Kept tensors stay on their device, or go to (pinned) host memory; their bytes are counted and bounded. Layers with a
 rule need nothing else. A module scored by forward-mode AD is run again, with the random numbers, autocast state,
 weights and training mode it had. For one score per validation sample, the layers of the validation losses are kept
-too, and give each sample's gradient one at a time (`pairwise.py`).
+too (`pairwise.py`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ coordinate by coordinate. Three forms, layer by layer, all exact:
     pairs        K a number, a linear layer: `ghost_dot_pairwise`
     gradients    layers whose gradients come in factors (`factors.py`): some rows of every sample's gradient, on both
                  sides, and one product of them: 2*(B*T + V*S + B*V)*I*O FLOPs for a linear layer, as two weight
-                 gradients; `ROWS` elements stand at a time
+                 gradients; `ROWS` elements stand at a time, or `FEWEST` rows
     directions   all else, and a value for each token: the gradient of some validation samples at a time, times K, as
                  the layer's directions: 2*V*(B*T + 3*S)*I*O FLOPs; `CHUNK` elements, or one sample's, stand at a time
 
@@ -18,7 +18,7 @@ Source: arXiv 2406.11011, appendix D ("ghost dot-product" of pairs).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,13 +30,14 @@ from . import check, functional, rules
 from .errors import InRunError
 from .factors import Factors, gradients
 from .keep import Budget, Keeper, Kept, moved
-from .tap import Layout, targets_second, together
+from .tap import Layout, targets_second, together, without_autocast
 
 if TYPE_CHECKING:
     from .tracker import Tracker
 
 CHUNK = 1 << 24  # elements of the validation samples' gradients that stand together
 ROWS = 1 << 20, 1 << 25  # elements of all samples' gradients: on a CPU they stay in its cache
+FEWEST = 16  # rows of them; of fewer, a product reads the activations for hardly anything
 
 
 class Pairs:
@@ -109,6 +110,7 @@ class Pairs:
 
 
 @torch.no_grad()
+@without_autocast
 def dots(
     train: Keeper, validation: Keeper, slots: Sequence[Any], scalars: Mapping[int, Any], left: Mapping[int, Tensor]
 ) -> tuple[list[Tensor | None], Tensor]:
@@ -124,15 +126,14 @@ def dots(
         Of each batch, float32 `[count, V]`, None where no backward reached a tracked layer; and the dots of `left`,
         `[V]`.
     """
-    many = validation.layouts[0].count
-    missed = torch.zeros(many, dtype=torch.float64, device=slots[0].param.device)
-    found: list[Tensor | None] = [None] * len(train.layouts)
+    many, device = validation.layouts[0].count, slots[0].param.device
+    missed = torch.zeros(many, dtype=torch.float64, device=device)
+    found = {kept.batch: torch.zeros(train.layouts[kept.batch].count, many, dtype=torch.float32, device=device)
+             for kept in train.kept}  # fmt: skip
+    by_token = any(layout.per_token for layout in train.layouts)
 
     def add(batch: int, part: slice, dots: Tensor) -> None:
-        total = found[batch]
-        if total is None:
-            total = found[batch] = torch.zeros(train.layouts[batch].count, many, device=dots.device)
-        total[:, part] += dots.to(total.device)
+        found[batch][:, part] += dots.to(device)
 
     for members in check.components(slots):
         taps = {tap for slot in members for tap in slot.taps}
@@ -142,12 +143,19 @@ def dots(
             for kept in ours:
                 add(kept.batch, slice(0, many), _pairs(kept, theirs[0], members, scalars))
             continue
-        by_token = any(layout.per_token for layout in train.layouts)
-        of_ours, of_theirs = (None, None) if by_token else (_factors(train, ours), _factors(validation, theirs))
-        if of_ours is not None and of_theirs is not None:
-            for slot in members:
-                missed += _by_gradients(train, validation, slot, of_ours, of_theirs, left.get(id(slot)), add)
-            continue
+        unmet = {id(slot): left[id(slot)] for slot in members if id(slot) in left}
+        if not by_token and (of_theirs := _factors(validation, theirs)) is not None:
+            groups, ours = _together(ours, train.budget), []
+            for group in groups:
+                if (of_ours := _factors(train, group)) is None:
+                    ours += group
+                    continue
+                for slot in members:
+                    if runs := of_theirs.get(name := id(slot.sibling), {}).get(0):
+                        mine, of_left = of_ours.get(name, {}), unmet.pop(id(slot), None)
+                        missed += _by_gradients(train, validation, slot, mine, runs, of_left, add).to(device)
+            if not ours:
+                continue
         size = max(1, CHUNK // sum(slot.param.numel() for slot in members))
         for low in range(0, many, size):
             samples = range(low, min(low + size, many))
@@ -155,26 +163,36 @@ def dots(
             gradients = _gradients(validation, theirs, members, samples)
             try:
                 for slot, factor, gradient in zip(members, factors, gradients, strict=True):
-                    if id(slot) in left:
-                        of_slot = (gradient * left[id(slot)]).flatten(1).sum(1, dtype=missed.dtype)
-                        missed[samples.start : samples.stop] += of_slot.to(missed.device)
+                    if id(slot) in unmet:
+                        of_slot = (gradient * unmet[id(slot)]).flatten(1).sum(1, dtype=missed.dtype)
+                        missed[samples.start : samples.stop] += of_slot.to(device)
                     slot.sibling.data = targets_second(gradient.mul_(factor))
                 for kept in ours:
                     add(kept.batch, slice(samples.start, samples.stop), train.dots_of(kept, len(samples)))
             finally:
                 for slot, factor in zip(members, factors, strict=True):
                     slot.sibling.data = factor
-    return found, missed
+    return [found.get(batch) for batch in range(len(train.layouts))], missed
 
 
-def _factors(keeper: Keeper, runs: list[Kept]) -> list[tuple[int, dict[int, Factors]]] | None:
-    """Of each run, its batch, and by `id` of a parameter's direction what its gradient is made of; None if one has
-    none."""
-    found = []
+def _together(runs: list[Kept], budget: Budget) -> list[list[Kept]]:
+    """The runs whose factors stand on the device at a time: all, or where they wait on the host those of a batch."""
+    if budget.where == "device" or not runs:
+        return [runs]
+    batches: dict[int, list[Kept]] = {}
     for kept in runs:
-        if (factors := keeper.factors(kept)) is None:
+        batches.setdefault(kept.batch, []).append(kept)
+    return list(batches.values())
+
+
+def _factors(keeper: Keeper, runs: Iterable[Kept]) -> dict[int, dict[int, list[Factors]]] | None:
+    """By `id` of a parameter's direction, then by batch: what its gradients are made of. None where a run has none."""
+    found: dict[int, dict[int, list[Factors]]] = {}
+    for kept in runs:
+        if (of_run := keeper.factors(kept)) is None:
             return None
-        found.append((kept.batch, factors))
+        for name, factors in of_run.items():
+            found.setdefault(name, {}).setdefault(kept.batch, []).append(factors)
     return found
 
 
@@ -182,36 +200,39 @@ def _by_gradients(
     train: Keeper,
     validation: Keeper,
     slot: Any,
-    ours: Sequence[tuple[int, dict[int, Factors]]],
-    theirs: Sequence[tuple[int, dict[int, Factors]]],
+    ours: Mapping[int, list[Factors]],
+    theirs: list[Factors],
     left: Tensor | None,
     add: Callable[[int, slice, Tensor], None],
-) -> Tensor | float:
+) -> Tensor:
     """Add one parameter's dots to those of each batch; returns the dots of `left`, float64 `[V]`."""
-    name, missed = id(slot.sibling), 0.0
-    runs = [factors[name] for _, factors in theirs if name in factors]
-    batches: dict[int, list[Factors]] = {}
-    for batch, factors in ours:
-        if name in factors:
-            batches.setdefault(batch, []).append(factors[name])
-    if not runs:
-        return missed
-    many, inputs = validation.layouts[0].count, 1 if runs[0].right is None else runs[0].right.shape[2]
+    many, inputs = validation.layouts[0].count, 1 if theirs[0].right is None else theirs[0].right.shape[2]
     k = slot.direction.reshape(-1, inputs)
+    missed = torch.zeros(many, dtype=torch.float64, device=k.device)
     wide = torch.promote_types(k.dtype, torch.float32)
     of_left = None if left is None else left.reshape(-1, inputs)
-    samples = many + max((train.layouts[batch].count for batch in batches), default=0)
-    size = max(1, ROWS[k.is_cuda] // (samples * inputs))
-    for rows, kinds in _rows(len(k), k.device, runs, [run for of_batch in batches.values() for run in of_batch]):
-        for part in rows.split(size):
-            of_validation = gradients([x for x in runs if x.left.dim() in kinds], validation.layouts[0], part, wide)
+    samples = many + max((train.layouts[batch].count for batch in ours), default=0)
+    size = max(FEWEST, ROWS[k.is_cuda] // (samples * inputs))
+    for rows, kinds in _rows(len(k), k.device, theirs, [run for of_batch in ours.values() for run in of_batch]):
+        if not len(rows):
+            continue
+        of_ours = _parts(train, ours, kinds, rows, size, wide)
+        of_theirs = _parts(validation, {0: theirs}, kinds, rows, size, wide)[0]
+        for part, of_validation in zip(rows.split(size), of_theirs, strict=True):
             if of_left is not None:
-                missed = missed + (of_validation * of_left[part].flatten()).sum(1, dtype=torch.float64)
+                missed += (of_validation * of_left[part].flatten()).sum(1, dtype=missed.dtype)
             of_validation *= k[part].flatten()
-            for batch, factors in batches.items():
-                if here := [x for x in factors if x.left.dim() in kinds]:
-                    add(batch, slice(0, many), gradients(here, train.layouts[batch], part, wide) @ of_validation.T)
+            for batch, of_batch in of_ours.items():
+                add(batch, slice(0, many), next(of_batch) @ of_validation.T)
     return missed
+
+
+def _parts(
+    keeper: Keeper, batches: Mapping[int, list[Factors]], kinds: set[int], rows: Tensor, size: int, wide: torch.dtype
+) -> dict[int, Iterator[Tensor]]:
+    """Of each batch that has runs of these kinds: `gradients`."""
+    here = {batch: [run for run in runs if run.left.dim() in kinds] for batch, runs in batches.items()}
+    return {batch: gradients(runs, keeper.layouts[batch], rows, size, wide) for batch, runs in here.items() if runs}
 
 
 def _rows(

@@ -1,8 +1,8 @@
 """The samples' squared gradients added up, and each one's squared norm: what `turning.py` looks beside the path by.
 
-Linear layers, norms, biases and embeddings have their gradients in factors, sum_t left_t right_t^T, from which one
-product (`ghost_square`) makes both without a gradient of any sample. A table's left factors are the one-hot rows of
-its ids: it is squared where a sample has been.
+Linear layers have their gradients in factors, sum_t left_t right_t^T, from which one product (`ghost_square`) makes both
+without a gradient of any sample; those of norms and biases are sums, which are squared. A table's left factors are the
+one-hot rows of its ids: it is squared where a sample has been.
 
 Where layers share a parameter, or one runs several times, a sample's gradient is the sum over all of its runs: factors
 of one kind are joined, as if the sample had more tokens. A table that is a weight too (a tied head) has
@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from inrun_kernels import ghost_square
 
 from . import check
 from .distributed import Ranks, gathered, shard_of
-from .factors import Factors, ends_of, joined, owners_of, split, sums
+from .factors import Factors, ends_of, joined, owners_of, split, summed, sums
+from .tap import without_autocast
 
 if TYPE_CHECKING:
     from .keep import Keeper, Kept
@@ -73,12 +75,12 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
         for members, taps in components:
             with gathered(place for tap in taps for place in tap.owned):
                 dtypes = [torch.promote_types(s.param.dtype, torch.float32) for s in members]
-                sums = {id(s.sibling): torch.zeros_like(s.param, dtype=d, memory_format=torch.contiguous_format)
+                totals = {id(s.sibling): torch.zeros_like(s.param, dtype=d, memory_format=torch.contiguous_format)
                         for s, d in zip(members, dtypes, strict=True)}  # fmt: skip
                 for batch in counts:
                     here = [kept for tap in taps for kept in runs.get(tap, ()) if kept.batch == batch]
-                    _add_squares(keeper, here, sums, found.of_samples[numbers[batch]])
-            for slot, total in zip(members, sums.values(), strict=True):
+                    _add_squares(keeper, here, totals, found.of_samples[numbers[batch]])
+            for slot, total in zip(members, totals.values(), strict=True):
                 i = number[id(slot)]
                 part = shard_of(ranks.sum(total), slot.param) if ranks.sharded else total
                 found.of_slots[i] = found.of_slots[i] + part if i in found.of_slots else part
@@ -89,22 +91,23 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
     return found
 
 
-def _add_squares(keeper: Keeper, runs: Sequence[Kept], sums: dict[int, Tensor], norms: Tensor) -> None:
-    """Add the squared gradients of a batch's samples, as these runs of layers gave them, to `sums`, by the `id` of a
+@without_autocast
+def _add_squares(keeper: Keeper, runs: Sequence[Kept], totals: dict[int, Tensor], norms: Tensor) -> None:
+    """Add the squared gradients of a batch's samples, as these runs of layers gave them, to `totals`, by the `id` of a
     parameter's direction, and their squared norms to `norms`, `[B]` or `[S]`."""
     found = [keeper.factors(kept) for kept in runs]
     known = [of_run for of_run in found if of_run is not None]
     if len(known) == len(runs):
-        for name, total in sums.items():
+        for name, total in totals.items():
             if factors := [of_run[name] for of_run in known if name in of_run]:
                 norms += add_squares(factors, keeper.layouts[runs[0].batch], total).to(norms)
         return
     samples = [keeper.sample_gradients(kept, range(len(norms))) for kept in runs]
     for i, gradients in enumerate(zip(*samples, strict=True)):
         for name, gradient in _added(gradients).items():
-            if name in sums:
-                squared = gradient.to(sums[name].dtype).square()
-                sums[name] += squared
+            if name in totals:
+                squared = gradient.to(totals[name].dtype).square()
+                totals[name] += squared
                 norms[i] += squared.sum().to(norms)
 
 
@@ -137,22 +140,27 @@ def add_squares(runs: Sequence[Factors], layout: Layout, total: Tensor) -> Tenso
         table, ends = joined(lookups, layout)
         assert table.right is not None
         # One row for each id of each sample, in the samples' order.
-        keys = owners_of(table, ends) * len(total) + table.left.flatten()
-        keys, places = keys.unique(return_inverse=True)
+        keys, order = (owners_of(table, ends) * len(total) + table.left.flatten()).sort(stable=True)
+        keys, met = keys.unique_consecutive(return_counts=True)
+        own = summed(table.right.flatten(0, 1).to(total.dtype), order, _offsets(met))
         owners, ids = keys // len(total), keys % len(total)
-        own = total.new_zeros(len(keys), total.shape[1])
-        own.index_add_(0, places, table.right.flatten(0, 1).to(own.dtype))
+        of_sample = owners.bincount(minlength=count)
         whole = own
         if sides is not None:
-            parts = ids.split(owners.bincount(minlength=count).tolist())
+            parts = ids.split(of_sample.tolist())
             theirs = [left[:, here].to(own.dtype).T @ right.to(own.dtype)
                       for left, right, here in zip(*sides, parts, strict=True)]  # fmt: skip
             whole = own + 2 * torch.cat(theirs)
         whole = whole * own
-        squares.index_add_(0, ids, whole)
-        norms.index_add_(0, owners, whole.sum(1))
+        ids, order = ids.sort(stable=True)
+        squares += summed(whole, order, torch.searchsorted(ids, torch.arange(len(total) + 1, device=ids.device)))
+        norms = norms + torch.segment_reduce(whole.sum(1), "sum", lengths=of_sample, initial=0, unsafe=True)
     total += squares.clamp_(min=0)  # where a table takes away what a head added, a rounding may be all that is left
     return norms.clamp_(min=0)
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return F.pad(counts.cumsum(0), (1, 0))
 
 
 def _added(gradients: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .errors import InRunError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 SUFFIX = "_direction"  # a parameter's direction stands beside it under this name
 
 
@@ -117,6 +120,17 @@ def random_kept() -> AbstractContextManager:
     if not torch.cuda.is_available():
         return torch.random.fork_rng()
     return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Autocast is off inside: that of a loop around the step block would round its products to half precision."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def eagerly(function: Callable, *args: Any, **kwargs: Any) -> Any:

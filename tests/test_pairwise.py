@@ -70,6 +70,7 @@ def test_adam_in_its_second_step_and_in_parts_of_the_validation_samples(name, fo
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     monkeypatch.setattr(pairwise, "CHUNK", 3 * 8 * 8 * 3)
     monkeypatch.setattr(pairwise, "ROWS", (3 * 8 * (B + V), 0))
+    monkeypatch.setattr(pairwise, "FEWEST", 1)
     by_gradients, seen = pairwise._by_gradients, []
     monkeypatch.setattr(pairwise, "_by_gradients", lambda *a: seen.append(1) or by_gradients(*a))
     if form == "directions":
@@ -187,6 +188,82 @@ def test_autocast_and_half_precision_weights():
         with torch.autocast("cpu", torch.bfloat16, enabled=not half):
             step = run(tracker, model, optimizer, train, validation)
         close(step.values, expected, 0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_an_autocast_around_the_step_does_not_reach_the_products(method, dtype):
+    """In float16 they would overflow with a loss scale; Adam's first steps turn, which takes squares as well."""
+
+    def values(around):
+        model = make("gpt_tied")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        tracker = inrun.track(model, optimizer, method, pairwise=IDS)
+        (x, y), validation = data("gpt_tied"), data("gpt_tied", V, 2)
+        with tracker.validation():
+            loss_of(model, *validation).backward()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        with torch.autocast("cpu", dtype, enabled=around), tracker.step(range(B)) as step:
+            with torch.autocast("cpu", enabled=False):
+                scaler.scale(loss_of(model, x, y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return step.values
+
+    plain = values(False)
+    torch.testing.assert_close(values(True), plain, rtol=1e-5, atol=1e-6 * plain.abs().max().item())
+
+
+class Heads(nn.Module):
+    """Two heads on one trunk that learns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(8, 5), nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))])
+
+    def forward(self, x, head):
+        return self.heads[head](x)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_what_validation_reaches_no_part_of_is_worth_nothing(kind):
+    torch.manual_seed(0)
+    model = Heads()
+    optimizer = kind(model.parameters(), lr=0.01)
+    tracker = inrun.track(model, optimizer, pairwise=IDS)
+    with tracker.validation():
+        model(torch.randn(V, 8), 0).square().mean().backward()
+    with tracker.step(range(B)) as step:
+        model(torch.randn(B, 8), 1).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(step.values, torch.zeros(B, V))
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_batches_that_wait_on_the_host_are_scored_one_at_a_time(method, monkeypatch):
+    """A path's first step under Adam turns: what its slope misses is counted once."""
+
+    def values(keep):
+        model = make("gpt_tied")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        tracker = inrun.track(model, optimizer, method, pairwise=IDS, keep=keep)
+        (x, y), validation = data("gpt_tied"), data("gpt_tied", V, 2)
+        with tracker.validation():
+            loss_of(model, *validation).backward()
+        with tracker.step() as step:
+            for rows in (slice(0, 2), slice(2, B)):
+                step.batch(range(B)[rows])
+                (loss_of(model, x[rows], y[rows]) * len(x[rows]) / B).backward()
+            optimizer.step()
+        return step.values
+
+    together, at_once = pairwise._together, []
+    monkeypatch.setattr(pairwise, "_together", lambda *a: at_once.append(len(together(*a))) or together(*a))
+    whole = values("device")
+    assert set(at_once) == {1}
+    at_once.clear()
+    torch.testing.assert_close(values("host"), whole, rtol=1e-6, atol=1e-7 * whole.abs().max().item())
+    assert set(at_once) == {2}
 
 
 def test_training_is_untouched_and_memory_is_bounded_and_reported():

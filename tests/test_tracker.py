@@ -719,6 +719,23 @@ def test_a_learning_rate_set_inside_the_block_counts(tensor):
         run_step(tracker, model, optimizer, train, validation, before_update=warm)
 
 
+def test_learning_rates_that_a_schedule_scales_alike_are_of_one_factor():
+    """As rounded: 0.1 * 0.7 / 0.1 is not 0.12 * 0.7 / 0.12."""
+    model = make("mlp")
+    groups = [{"params": [p], "lr": 0.1 + 0.02 * i} for i, p in enumerate(model.parameters())]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    train, validation = data("mlp"), data("mlp", 4, 2)
+    rates = {n: 0.7 * g["lr"] for (n, _), g in zip(model.named_parameters(), groups, strict=True)}
+    expected = oracle_values(model, lambda n, g: rates[n] * g, train, validation)
+    tracker = inrun.track(model, optimizer)
+
+    def warm():
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.7
+
+    close(run_step(tracker, model, optimizer, train, validation, before_update=warm), expected)
+
+
 def test_excluded_and_frozen_parameters():
     model = make("gpt_untied")
     names = [n for n, p in model.named_parameters()]

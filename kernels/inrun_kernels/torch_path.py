@@ -3,8 +3,8 @@
 
 Every function takes what the registered op takes (`val_grad` always with its leading M) and returns float32,
 or float64 for float64 input. Half-precision input is widened sample by sample or chunk by chunk, so products
-and sums are float32 throughout. Temporaries hold a few `_CHUNK` elements, apart from one weight: the scratch of
-`ghost_wgrad_dot`, the widened direction of `ghost_dot`.
+and sums are float32 throughout. Temporaries hold a few `_CHUNK` elements, apart from one weight (the scratch of
+`ghost_wgrad_dot`, the widened direction of `ghost_dot`) and one sample's widened activations.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ _ROWS = 1 << 17  # elements of the buffer in which products of rows are formed: 
 _DOT = 1 << 17  # elements of a float32 dot: a longer one's own rounding is most of a value's error
 _BLOCK = 1 << 21  # elements of the block of weight-gradient rows that ghost_wgrad_dot fills at a time
 _GRADIENTS = 1 << 20, 1 << 25  # elements of samples' gradients together, on a CPU and on a GPU
+_FEWEST = 16  # rows of them; of fewer, a product reads the activations for hardly anything
 
 
 def ghost_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool) -> Tensor:
@@ -118,9 +119,11 @@ def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads:
         return torch.cat([ghost_dot(acts, grads, d[None], None, False) for d in of_samples], 1)
     if form == "gradients":
         dots = acts.new_zeros(batch, n_val, dtype=wide)
-        for rows in _chunks(grads.shape[2], (batch + n_val) * acts.shape[2], _GRADIENTS[acts.device.type == "cuda"]):
-            of_rows = (_gradients(x, g[..., rows], wide) for x, g in ((acts, grads), (val_acts, val_grads)))
-            dots.addmm_(next(of_rows), next(of_rows).T)
+        elements = max(_GRADIENTS[acts.is_cuda], _FEWEST * (batch + n_val) * acts.shape[2])
+        for rows in _chunks(grads.shape[2], (batch + n_val) * acts.shape[2], elements):
+            both = ((acts, grads), (val_acts, val_grads))
+            of_rows = [sample_gradients(x, g[..., rows], wide).flatten(1) for x, g in both]
+            dots.addmm_(of_rows[0], of_rows[1].T)
         return dots
     out = acts.new_zeros(batch * tokens, n_val, dtype=wide)
     flat_acts, flat_grads = acts.flatten(0, 1), grads.flatten(0, 1)
@@ -133,13 +136,16 @@ def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads:
     return reduce_tokens(out, batch, tokens, None, False)
 
 
-def _gradients(acts: Tensor, grads: Tensor, wide: torch.dtype) -> Tensor:
-    """`[B, O * I]`: each sample's weight gradient."""
-    if acts.dtype == wide:
-        return torch.bmm(grads.mT, acts).flatten(1)
-    if acts.is_cuda:
-        return torch.bmm(grads.mT, acts, out_dtype=wide).flatten(1)
-    return torch.bmm(grads.mT.to(wide), acts.to(wide)).flatten(1)
+def sample_gradients(acts: Tensor, grads: Tensor, wide: torch.dtype) -> Tensor:
+    """`acts [B,T,I]`, `grads [B,T,O]` -> `[B,O,I]` in `wide`, the dtype of both or a wider one."""
+    if acts.dtype == grads.dtype == wide:
+        return torch.bmm(grads.mT, acts)
+    if acts.is_cuda and acts.dtype == grads.dtype:
+        return torch.bmm(grads.mT, acts, out_dtype=wide)
+    out = acts.new_empty(len(acts), grads.shape[2], acts.shape[2], dtype=wide)
+    for a, g, of_sample in zip(acts, grads, out, strict=True):
+        torch.mm(g.to(wide).T, a.to(wide), out=of_sample)
+    return out
 
 
 def embedding_dot(
