@@ -1,8 +1,8 @@
 """The samples' squared gradients added up, and each one's squared norm: what `turning.py` looks beside the path by.
 
-Linear layers have their gradients in factors, sum_t left_t right_t^T, from which one product (`ghost_square`) makes both
-without a gradient of any sample; those of norms and biases are sums, which are squared. A table's left factors are the
-one-hot rows of its ids: it is squared where a sample has been.
+Linear layers have their gradients in factors, sum_t left_t right_t^T, from which one product (`ghost_square`) makes
+both without a gradient of any sample; those of norms and biases are sums, which are squared. A table's left factors are
+the one-hot rows of its ids: it is squared where a sample has been.
 
 Where layers share a parameter, or one runs several times, a sample's gradient is the sum over all of its runs: factors
 of one kind are joined, as if the sample had more tokens. A table that is a weight too (a tied head) has

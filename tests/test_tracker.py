@@ -521,27 +521,6 @@ def test_a_gpus_answer_about_a_step_is_not_waited_for(wait):
         tracker.close() if wait else tracker.step(range(B)).__enter__()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_scored_step_waits_for_nothing_of_a_gpu(fused):
-    """Validation, forward, backward and update are queued."""
-    model = make("gpt_tied").cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
-    (x, y), (val_x, val_y) = ([t.cuda() for t in data("gpt", size, size)] for size in (B, 4))
-    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, val_x, val_y), check=False)
-    for asked in (False, False, True):
-        torch.cuda.set_sync_debug_mode("error" if asked else "default")
-        try:
-            with tracker.step(range(B)):
-                loss_of(model, x, y).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    tracker.close()
-
-
 def test_a_gpus_answer_about_a_validation_gradient_is_not_waited_for(monkeypatch):
     """The next step finds out, or the end."""
     there = []

@@ -1,0 +1,197 @@
+"""A tracked model on a GPU has the values that it has on a CPU; on a simulated GPU where there is no other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import B, T, data, loss_of, make
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import inrun
+
+V, STEPS = 4, 3
+SGD, AdamW, Lion = torch.optim.SGD, torch.optim.AdamW, "lion"
+DOCUMENTS = {"segments": torch.tensor([0, 4, 4, 15, B * T]), "tokens": T}
+
+
+class Sign(torch.optim.Optimizer):
+    """Lion without weight decay."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    moment = state.setdefault("exp_avg", torch.zeros_like(p))
+                    p.add_(torch.sign(0.9 * moment + 0.1 * p.grad), alpha=-group["lr"])
+                    moment.mul_(0.99).add_(p.grad, alpha=0.01)
+
+
+def values(device, name="gpt_tied", kind=AdamW, method="first", block=False, step=(), dtype=None, ids=B,
+           batches=1, again=False, reentrant=None, schedule=False, by=(), **options):  # fmt: skip
+    """Of so many steps of a model, one after the other.
+
+    Args:
+        by: options of the optimizer; step: of each step; options: of the tracker.
+        block: whether validation is a block; again: whether batches are computed again; reentrant: of checkpoints.
+        dtype: of autocast, with a gradient scaler where it is float16; schedule: whether the rate grows in the step.
+    """
+    model = make(name).to(device)
+    by, lr = dict(by), 0.02
+    if schedule:
+        lr = torch.tensor(lr, device=device)
+    if kind == "muon":
+        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+        matrices = {p for p in model.parameters() if p.dim() == 2} - tables
+        rest = [p for p in model.parameters() if p not in matrices]
+        optimizers = [torch.optim.Muon(list(matrices), lr=lr), AdamW(rest, lr=lr, fused=True)]
+    else:
+        optimizers = [(Sign if kind == Lion else kind)(model.parameters(), lr=lr, **by)]
+        if kind == Lion:
+            options["update"] = "elementwise"
+    (x, y), (val_x, val_y) = ([t.to(device) for t in data(name, n, n)] for n in (B, V))
+    if reentrant is not None:
+        for layer in model.blocks:
+            layer.forward = lambda *a, run=layer.forward: checkpoint(run, *a, use_reentrant=reentrant)
+
+    def loss(x, y):
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
+            return loss_of(model, x, y)
+
+    if not block:
+        options["validation"] = lambda: loss(val_x, val_y)
+    tracker = inrun.track(model, optimizers if len(optimizers) > 1 else optimizers[0], method, **options)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10, enabled=dtype == torch.float16)
+    found = []
+
+    def validate():
+        if block:
+            with tracker.validation():
+                loss(val_x, val_y).backward()
+
+    for t in range(STEPS):
+        validate()
+        with tracker.step() as one:
+            parts = [slice(k * B // batches, (k + 1) * B // batches) for k in range(batches)]
+            for part in parts:
+                whole = lambda part=part: scaler.scale(loss(x[part], y[part]) * (len(x[part]) / B))  # noqa: E731
+                one.batch(range(ids)[part] if batches > 1 else range(ids), whole if again else None, **dict(step))
+                whole().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), options.get("clip") or 1e9)
+            if schedule:
+                lr.mul_(1 + t)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+        found.append(one)
+    validate()
+    tracker.close()
+    assert tracker.ledger.totals()["value"].to_pylist() is not None
+    return torch.stack([one.values.cpu() for one in found])
+
+
+CASES = {
+    **{name: {"name": name} for name in ("mlp", "gpt_tied", "gpt_untied", "reused", "unknown", "loose", "attention")},
+    "fused": {"by": {"fused": True}},
+    "capturable": {"by": {"capturable": True}},
+    "sgd": {"kind": SGD, "by": {"momentum": 0.9, "nesterov": True}},
+    "a rate on the device": {"kind": SGD, "schedule": True},
+    "second": {"kind": SGD, "method": "second"},
+    "secant": {"method": "secant", "block": True},
+    "path": {"method": "path", "by": {"fused": True}},
+    "path, unknown": {"method": "path", "name": "unknown"},
+    "path, loose": {"method": "path", "name": "loose"},
+    "path, clipped": {"method": "path", "clip": 0.05},
+    "path, on the host": {"method": "path", "keep": "host", "batches": 2},
+    "path, again": {"method": "path", "again": True, "batches": 2},
+    "path_secant": {"method": "path_secant"},
+    "path_secant, blocks": {"method": "path_secant", "block": True},
+    "path_simpson": {"method": "path_simpson", "kind": SGD},
+    "lion": {"method": "path_secant", "kind": Lion},
+    "muon": {"method": "path_secant", "kind": "muon"},
+    "monte_carlo": {"method": "monte_carlo", "permutations": 2, "kind": SGD, "by": {"momentum": 0.9}},
+    "documents": {"step": DOCUMENTS, "ids": 4},
+    "documents, path": {"step": DOCUMENTS, "ids": 4, "method": "path"},
+    "tokens": {"step": {"tokens": T}},
+    "pairs": {"pairwise": range(V)},
+    "pairs, SGD": {"pairwise": range(V), "kind": SGD},
+    "pairs, on the host": {"pairwise": range(V), "method": "path", "keep": "host", "batches": 2},
+    "pairs, unknown": {"pairwise": range(V), "name": "unknown"},
+    "pairs, documents": {"pairwise": range(V), "step": DOCUMENTS, "ids": 4},
+    "accumulation": {"batches": 2},
+    "checkpoints": {"reentrant": False},
+    "reentrant checkpoints": {"reentrant": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "float16, path": {"dtype": torch.float16, "method": "path"},
+}
+SIMULATED = ("unknown", "fused", "a rate on the device", "path, again", "documents", "pairs, on the host", "float16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", list(CASES))
+def test_values_are_those_of_a_cpu(case):
+    options = CASES[case]
+    on_cpu = {**options, "by": {}} if case == "capturable" else options
+    expected, found = values("cpu", **on_cpu), values("cuda", **options)
+    half = "dtype" in options or options.get("kind") == "muon"  # torch's Muon computes in bfloat16
+    rtol = 5e-2 if half else 2e-3 if options.get("kind") == Lion else 1e-3
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "secant"}, {"documents": True}], ids=["first", "secant", "documents"]
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scored_step_waits_for_nothing_of_a_gpu(fused, options):
+    """Validation, forward, backward and update are queued."""
+    step = DOCUMENTS if options.get("documents") else {}
+    model = make("gpt_tied").cuda()
+    optimizer = AdamW(model.parameters(), lr=0.01, fused=fused)
+    (x, y), (val_x, val_y) = ([t.cuda() for t in data("gpt", size, size)] for size in (B, V))
+    method = options.get("method", "first")
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, val_x, val_y), check=False)
+    for asked in (False, False, True):
+        torch.cuda.set_sync_debug_mode("error" if asked else "default")
+        try:
+            with tracker.step(range(4 if step else B), **step):
+                loss_of(model, x, y).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    tracker.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
+def test_on_a_simulated_gpu():
+    """Some of those above, and values on the ledger."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-p", "simulated_gpu", "-m", "gpu", "-p", "no:cacheprovider"]
+    paths = os.pathsep.join([str(here), str(here.parent), str(here.parent / "kernels")])
+    asked = [f"{here / 'test_gpu.py'}::test_values_are_those_of_a_cpu[{case}]" for case in SIMULATED]
+    waits = f"{here / 'test_gpu.py'}::test_a_scored_step_waits_for_nothing_of_a_gpu"
+    run = subprocess.run(
+        [*command, *asked, waits, str(here / "test_ledger.py")],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert f"{len(SIMULATED) + 7} passed" in run.stdout, run.stdout[-500:]
