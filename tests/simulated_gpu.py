@@ -87,8 +87,8 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
                  for x, a in zip(args, schema, strict=False))  # fmt: skip
     if name == "aten::set_":
         return _set(*args)
-    if name == "aten::bmm" and op._overloadname == "dtype":  # of a GPU alone
-        return torch.bmm(*(x.to(args[2]) for x in args[:2]))
+    if op in (torch.ops.aten.mm.dtype, torch.ops.aten.bmm.dtype):  # of a GPU alone
+        return op.overloadpacket(*(x.to(args[2]) for x in args[:2]))
     leaves = list(_leaves((args, kwargs)))
     ours = [x for x in leaves if isinstance(x, Tensor) and x.is_cuda]
     to = kwargs.get("device")
@@ -225,7 +225,9 @@ def _for_interpreter(x: Any) -> Any:
     return gpu.to_cpu(x)
 
 
-_H100 = SimpleNamespace(name="simulated", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
+_H100 = SimpleNamespace(
+    name="simulated", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, L2_cache_size=50 << 20
+)
 _STREAM = SimpleNamespace(device=GPU, cuda_stream=0, wait_stream=lambda s: None, wait_event=lambda e: None,
                           synchronize=lambda: _wait("Stream.synchronize"))  # fmt: skip
 for _name, _value in {
@@ -243,6 +245,7 @@ for _name, _value in {
     "get_device_properties": lambda device=None: _H100,
     "current_stream": lambda device=None: _STREAM,
     "Event": _Event,
+    "_sleep": lambda cycles: None,
     "synchronize": lambda device=None: _wait("synchronize"),
     "set_sync_debug_mode": _set_debug_mode,
     "memory_allocated": lambda device=None: 0,
