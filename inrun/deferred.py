@@ -42,7 +42,7 @@ from .layers import ForwardModeRule
 from .pairwise import Pairs
 from .path import Path
 from .tap import Layout, random_kept, random_state, set_random_state, size_of, together
-from .updates import ELEMENTWISE, UpdateRule, require_known, weights_moved
+from .updates import ELEMENTWISE, UpdateRule, counts_read, require_known, weights_moved
 from .validation import Gradients
 
 if TYPE_CHECKING:
@@ -206,7 +206,8 @@ class Deferred:
             self._write_coefficients()
             self._parts = [(0.5 if self.name == "secant" else 1.0, self._start)]
         else:
-            moves = self._path.write(factor, unscale, self.scale, self._batches(), self.true_ends)
+            with counts_read(self.tracker.slots):
+                moves = self._path.write(factor, unscale, self.scale, self._batches(), self.true_ends)
             if self.true_ends:
                 self._run_along(moves)
             else:

@@ -46,7 +46,7 @@ from .coalitions import Coalitions, gray
 from .errors import InRunError
 from .keep import Budget, Keeper
 from .tap import Layout, size_of
-from .updates import ELEMENTWISE, UpdateRule, chunks, is_known, joint_updates, updates, weights_moved
+from .updates import ELEMENTWISE, UpdateRule, chunks, counts_read, is_known, joint_updates, updates, weights_moved
 
 if TYPE_CHECKING:
     from .tracker import Tracker
@@ -157,17 +157,15 @@ class MonteCarlo:
             points = quadratic.points(players, self._moving, len(tracker.targets))
             self._slopes = {members: {} for members in points}
         found: dict[int, Tensor] = {}
-        for members in (nobody, everybody, *self._slopes):
-            if members not in found:
-                whole = members == everybody
-                gradient_of = (lambda s: s.grad.double() * unscale) if whole else self._gradient_of(members, c)
-                found[members] = self._losses(gradient_of, self._slopes.get(members))
+        with counts_read(tracker.slots):
+            for members in (nobody, everybody, *self._slopes):
+                if members not in found:
+                    whole = members == everybody
+                    gradient_of = (lambda s: s.grad.double() * unscale) if whole else self._gradient_of(members, c)
+                    found[members] = self._losses(gradient_of, self._slopes.get(members))
+            values, errors = self._exact(players, found, c) if exact else self._sampled(players, found, c)
         self.drop = dict(zip(tracker.targets, found[nobody] - found[everybody], strict=True))
         tracker.validations.last_losses.update(zip(tracker.targets, found[everybody], strict=True))
-        if exact:
-            values, errors = self._exact(players, found, c)
-        else:
-            values, errors = self._sampled(players, found, c)
         device = found[nobody].device
         values, errors = (torch.from_numpy(x).to(device, torch.float32) for x in (values, errors))
         single = len(tracker.targets) == 1

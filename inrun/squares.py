@@ -87,7 +87,7 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
     if not ranks.sharded:
         found.of_slots = {i: ranks.sum(total) for i, total in found.of_slots.items()}
     players = sum(len(norms) for norms in found.of_samples.values())
-    found.players = max(1, int(ranks.sum(torch.tensor(players, device=device))))
+    found.players = max(1, players if ranks.size == 1 else int(ranks.sum(torch.tensor(players, device=device))))
     return found
 
 

@@ -55,6 +55,7 @@ class Slot:
     taps: list[Tap]
     optimizer: Any = None  # that updates it, and the number of its group there
     group: int = -1
+    count: Tensor | None = None  # of its steps, where one on a device was read (`updates.counts_read`)
 
     @property
     def param(self) -> nn.Parameter:
@@ -86,7 +87,8 @@ class Slot:
     @property
     def state(self) -> dict[str, Any]:
         """What the optimizer holds for it; empty before its first step."""
-        return self.optimizer.state.get(self.param, {})
+        state = self.optimizer.state.get(self.param, {})
+        return state if self.count is None else {**state, "step": self.count}
 
 
 def track(

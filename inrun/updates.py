@@ -135,12 +135,30 @@ def repeated(slot: Any, count: int) -> Any:
     return _reshaped(slot, lambda x: x.expand(count, *x.shape))
 
 
+@contextlib.contextmanager
+def counts_read(slots: Iterable[Any]) -> Iterator[None]:
+    """Counts of steps that fused optimizers hold on a device are read once, together, for all updates of the block."""
+    counted = [slot for slot in slots if isinstance(step := slot.state.get("step"), Tensor) and step.is_cuda]
+    try:
+        for slot, count in zip(counted, _read([slot.state["step"] for slot in counted]), strict=True):
+            slot.count = count
+        yield
+    finally:
+        for slot in counted:
+            slot.count = None
+
+
 def _steps_to_host(states: Sequence[dict[str, Any]]) -> None:
-    """Counts of steps that fused optimizers hold on a device, read at once: a twin would wait for each by itself."""
-    counts = [s for s in states if isinstance(s.get("step"), Tensor) and s["step"].is_cuda]
-    if counts:
-        for state, step in zip(counts, torch.stack([s["step"].flatten()[0] for s in counts]).cpu(), strict=True):
-            state["step"] = step.clone()
+    """As `counts_read`, of copied states: a twin would wait for each count by itself."""
+    counted = [s for s in states if isinstance(s.get("step"), Tensor) and s["step"].is_cuda]
+    for state, count in zip(counted, _read([s["step"] for s in counted]), strict=True):
+        state["step"] = count
+
+
+def _read(counts: Sequence[Tensor]) -> list[Tensor]:
+    """Scalars on the host, after one wait."""
+    scalars = [local(x).flatten()[0].to(local(counts[0]).device) for x in counts]
+    return [x.clone() for x in torch.stack(scalars).cpu()] if scalars else []
 
 
 def sampled(slot: Any, most: int, rule: UpdateRule | str | None) -> tuple[Any, slice]:

@@ -67,7 +67,8 @@ import torch
 from torch import Tensor
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-COPIES = ("aten::copy_", "aten::_to_copy", "aten::_copy_from")  # which may have tensors of both
+COPIES = ("aten::copy_", "aten::_to_copy", "aten::_copy_from")
+MIXED = ("aten::index", "aten::index_put_", "aten::_index_put_impl_")  # take indices of the host as well
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim")
 WAITS = {f"aten::{name}" for name in (*WAITS, "unique_consecutive", "repeat_interleave")}
 waited: list[str] = []  # what has waited for the device
@@ -96,7 +97,7 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
         kinds = {x.device.type for x in leaves if isinstance(x, Tensor)} | ({to.type} if to is not None else set())
         if len(kinds) > 1 and not any(x is True for x in leaves):  # non_blocking
             _wait(f"{name} between devices")
-    elif any(isinstance(x, Tensor) and not x.is_cuda and x.dim() for x in leaves) and ours:
+    elif name not in MIXED and ours and any(isinstance(x, Tensor) and not x.is_cuda and x.dim() for x in leaves):
         raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found cuda and cpu")
     if name in WAITS and not (name == "aten::repeat_interleave" and "output_size" in kwargs):
         _wait(name)
@@ -238,7 +239,8 @@ for _name, _value in {
     "is_current_stream_capturing": lambda: False,
     "device_count": lambda: 1,
     "current_device": lambda: 0,
-    "device": lambda device: contextlib.nullcontext(),
+    "device": type("device", (contextlib.nullcontext,), {}),
+    "set_device": lambda device: None,
     "device_of": lambda tensor: contextlib.nullcontext(),
     "get_device_name": lambda device=None: _H100.name,
     "get_device_capability": lambda device=None: (_H100.major, _H100.minor),

@@ -137,7 +137,16 @@ CASES = {
     "float16": {"dtype": torch.float16},
     "float16, path": {"dtype": torch.float16, "method": "path"},
 }
-SIMULATED = ("unknown", "fused", "a rate on the device", "path, again", "documents", "pairs, on the host", "float16")
+SIMULATED = (
+    "unknown",
+    "fused",
+    "a rate on the device",
+    "path",
+    "path, again",
+    "documents",
+    "pairs, on the host",
+    "float16",
+)
 
 
 @pytest.mark.gpu
