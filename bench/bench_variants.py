@@ -9,6 +9,7 @@ such pass is timed by itself, so that the table can show what is left without th
 
 import copy
 import functools
+import gc
 import sys
 import warnings
 from collections.abc import Callable
@@ -105,7 +106,7 @@ def require_right(values: dict[str, Tensor], drops: dict[str, Tensor], rtol: flo
 
     `first` itself is held to float64 in bench_step, all of them in the tests.
     """
-    first, path = values["first"].double(), values["path"].double()
+    first = values["first"].double()
     sums = {
         "first, documents": lambda found: found.view(len(first), -1).sum(1),
         "first, tokens": lambda found: found.sum(1),
@@ -116,51 +117,68 @@ def require_right(values: dict[str, Tensor], drops: dict[str, Tensor], rtol: flo
         if name in values:
             require_close(name, summed(values[name]), first, rtol)
     if "path, recompute" in values:
-        require_close("path, recompute", values["path, recompute"], path, rtol)
+        require_close("path, recompute", values["path, recompute"], values["path"].double(), rtol)
     for name in ("path_secant", "path_secant, turning", "path_simpson", f"monte_carlo, {ORDERS} orders"):
         if name in values and abs(values[name].sum() - drops[name]) > 1e-2 * values[name].abs().sum():
             raise ValueError(f"{name}: expected the drop, {drops[name]:.4g}, as a sum, got {values[name].tolist()}")
 
 
 def measured(machine: Machine, case: Case) -> list[Row]:
-    """Every variant of one case, some at a time beside plain training: peak bytes, then timed side by side; and the
-    values of their first steps, from one model, checked. One that a GPU has no memory for is left out."""
+    """Every variant of one case, some at a time beside plain training."""
     model = case.model().to(machine.device)
-    x, y, val_x, val_y = torch.randint(case.vocab, (4, case.batch, case.tokens), device=machine.device)
+    batches = torch.randint(case.vocab, (4, case.batch, case.tokens), device=machine.device)
     every = list(variants(case.batch, case.tokens, machine.on_gpu).items())
     together = TOGETHER if machine.on_gpu else len(every)
-    values, drops, found = {}, {}, []
+    values: dict[str, Tensor] = {}
+    drops: dict[str, Tensor] = {}
+    found = []
     for at in range(0, len(every), together):
-        runs: dict[str, Any] = {
-            BASE: Training(copy.deepcopy(model), {}),
-            PASS: Pass(copy.deepcopy(model), val_x, val_y),
-        }
-        peaks, passes = {}, {}
-        for name, variant in [(BASE, None), (PASS, None), *every[at : at + together]]:
-            print(f"{name}: memory", file=sys.stderr, flush=True)
-            try:
-                if variant is not None:
-                    runs[name] = Tracked(copy.deepcopy(model), variant, val_x, val_y)
-                    values[name] = runs[name](x, y)  # it also checks its own sums
-                    drops[name] = runs[name].drops[0] if runs[name].drops else None
-                peaks[name] = peak_bytes(runs[name], machine, x, y)
-            except torch.OutOfMemoryError as error:
-                print(f"{name}: {error}", file=sys.stderr, flush=True)
-                runs.pop(name, None)
-                continue
-            passes[name] = runs[name].passes if variant is not None else 0
-        calls: dict[str, Callable[[], object]] = {name: functools.partial(run, x, y) for name, run in runs.items()}
-        taken = interleaved(calls, machine, rounds=9, least=3, seconds=5)
-        work = dict.fromkeys(runs, case.work())
-        rows = rows_of(taken, peaks, work, machine, {}, suite="variants", case=str(case))
-        one = next(row["ratio"] for row in rows if row["provider"] == PASS)
-        for row in rows:
-            row["passes"] = passes[row["provider"]]
-            row["ratio_without_passes"] = row["ratio"] - row["passes"] * one
-            row["memory_ratio"] = row["peak_bytes"] / peaks[BASE]
+        rows = group(machine, case, model, batches, dict(every[at : at + together]), values, drops)
         found += rows[2 * bool(found) :]  # plain training and the pass of the first group
-    require_right(values, drops, RTOL[machine.dtype])
+        gc.collect()  # trackers and their losses hold each other
     return found
+
+
+def group(
+    machine: Machine,
+    case: Case,
+    model: nn.Module,
+    batches: Tensor,
+    some: dict[str, Variant],
+    values: dict[str, Tensor],
+    drops: dict[str, Tensor],
+) -> list[Row]:
+    """Values of the first steps, from one model, checked, then peak bytes, then timed side by side. `values` and
+    `drops` grow. A variant that a GPU has no memory for is left out, but for those that others are held to."""
+    x, y, val_x, val_y = batches
+    runs: dict[str, Any] = {BASE: Training(copy.deepcopy(model), {}), PASS: Pass(copy.deepcopy(model), val_x, val_y)}
+    peaks, passes = {}, {}
+    for name, variant in {BASE: None, PASS: None, **some}.items():
+        print(f"{name}: memory", file=sys.stderr, flush=True)
+        try:
+            if variant is not None:
+                runs[name] = Tracked(copy.deepcopy(model), variant, val_x, val_y)
+                values[name] = runs[name](x, y)  # it also checks its own sums
+                if runs[name].drops:
+                    drops[name] = runs[name].drops[0]
+            peaks[name] = peak_bytes(runs[name], machine, x, y)
+        except torch.OutOfMemoryError as error:
+            if name in (BASE, PASS, "first", "path"):
+                raise
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            runs.pop(name, None)
+            continue
+        passes[name] = 0 if variant is None else runs[name].passes
+    require_right(values, drops, RTOL[machine.dtype])
+    calls: dict[str, Callable[[], object]] = {name: functools.partial(run, x, y) for name, run in runs.items()}
+    taken = interleaved(calls, machine, rounds=9, least=3, seconds=5)
+    rows = rows_of(taken, peaks, dict.fromkeys(runs, case.work()), machine, {}, suite="variants", case=str(case))
+    one = next(row["ratio"] for row in rows if row["provider"] == PASS)
+    for row in rows:
+        row["passes"] = passes[row["provider"]]
+        row["ratio_without_passes"] = row["ratio"] - row["passes"] * one
+        row["memory_ratio"] = row["peak_bytes"] / peaks[BASE]
+    return rows
 
 
 class Pass(Training):

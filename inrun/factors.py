@@ -78,7 +78,7 @@ def _of_table(ids: Tensor, right: Tensor, owners: Tensor, rows: Tensor, size: in
     starts = torch.searchsorted(key, every * torch.arange(len(parts) + 1, device=key.device)).tolist()
     for i, (part, (a, b)) in enumerate(zip(parts, pairwise(starts), strict=True)):
         ends = torch.searchsorted(key[a:b], torch.arange(i * every, (i + 1) * every + 1, device=key.device))
-        yield summed(right, order[a:b], ends).view(samples, size, -1)[:, : len(part)].flatten(1)
+        yield summed(right, order[a:b], ends).view(samples, size, right.shape[1])[:, : len(part)].flatten(1)
 
 
 def summed(x: Tensor, order: Tensor, ends: Tensor) -> Tensor:

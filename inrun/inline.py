@@ -19,7 +19,7 @@ from .tap import Layout, Tap, together
 if TYPE_CHECKING:
     from .tracker import Tracker
 
-NEAR = 1e-6  # of a factor of two learning rates: as near the other groups' have to be
+NEAR = 1e-6  # relative difference up to which the factors of two groups count as one
 
 
 class Inline:
@@ -134,9 +134,11 @@ def lr_change(before: Sequence[Any], now: Sequence[Any], pending: Pending) -> fl
     """The factor by which the learning rates have changed; a group that stands still fits any.
 
     Raises:
-        InRunError: there is no one factor (`pending`: where a GPU holds one of them).
+        InRunError: there is no one factor. Of rates on a GPU `pending` says so, some steps later.
     """
-    pairs = list(zip(before, now, strict=False))
+    held, known = [], []
+    for pair in zip(before, now, strict=False):
+        (held if any(isinstance(lr, Tensor) for lr in pair) else known).append(pair)
 
     def error() -> InRunError:
         rates = [[float(lr) for lr in side] for side in (before, now)]
@@ -145,15 +147,17 @@ def lr_change(before: Sequence[Any], now: Sequence[Any], pending: Pending) -> fl
             f"got {rates[1]}. Set them before the step block"
         )
 
-    ratios = [lr / old if old else math.inf for old, lr in pairs if not isinstance(lr, Tensor) and (old or lr)]
-    if ratios and not max(ratios) - min(ratios) <= NEAR * max(map(abs, ratios)):
+    ratios = [lr / old if old else math.inf for old, lr in known if old or lr]
+    if any(not math.isfinite(r) or abs(r - ratios[0]) > NEAR * abs(ratios[0]) for r in ratios):
         raise error()
-    held = [pair for pair in pairs if isinstance(pair[1], Tensor)]
     if not held:
         return ratios[0] if ratios else 1.0
-    old, new = (torch.stack([lr.reshape(()).to(held[0][0].device) for lr in side]) for side in zip(*held, strict=True))
+    device = next(lr.device for lr in held[0] if isinstance(lr, Tensor))
+    old, new = (torch.stack([torch.as_tensor(lr, device=device).reshape(()) for lr in side])
+                for side in zip(*held, strict=True))  # fmt: skip
     moves = (old != 0) | (new != 0)
     changes = torch.where(moves, new / old, 1.0)
-    ratio = changes.new_tensor(ratios[0]) if ratios else changes.take(moves.int().argmax())
-    pending.ask((moves & ~((changes - ratio).abs() <= NEAR * ratio.abs())).any(), error)
+    ratio = ratios[0] if ratios else changes.take(moves.int().argmax())
+    even = torch.isfinite(changes) & ((changes - ratio).abs() <= NEAR * abs(ratio))
+    pending.ask((moves & ~even).any(), error)
     return ratio

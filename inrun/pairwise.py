@@ -6,7 +6,7 @@ coordinate by coordinate. Three forms, layer by layer, all exact:
     pairs        K a number, a linear layer: `ghost_dot_pairwise`
     gradients    layers whose gradients come in factors (`factors.py`): some rows of every sample's gradient, on both
                  sides, and one product of them: 2*(B*T + V*S + B*V)*I*O FLOPs for a linear layer, as two weight
-                 gradients; `ROWS` elements stand at a time, or `FEWEST` rows
+                 gradients (with keep="host" V's for each batch); `ROWS` elements stand at a time, or `FEWEST` rows
     directions   all else, and a value for each token: the gradient of some validation samples at a time, times K, as
                  the layer's directions: 2*V*(B*T + 3*S)*I*O FLOPs; `CHUNK` elements, or one sample's, stand at a time
 
@@ -144,16 +144,20 @@ def dots(
                 add(kept.batch, slice(0, many), _pairs(kept, theirs[0], members, scalars))
             continue
         unmet = {id(slot): left[id(slot)] for slot in members if id(slot) in left}
-        if not by_token and (of_theirs := _factors(validation, theirs)) is not None:
+        of_theirs = None if by_token else _factors(validation, theirs)
+        if of_theirs is not None:
             groups, ours = _together(ours, train.budget), []
             for group in groups:
-                if (of_ours := _factors(train, group)) is None:
+                of_ours = _factors(train, group)
+                if of_ours is None:
                     ours += group
                     continue
                 for slot in members:
-                    if runs := of_theirs.get(name := id(slot.sibling), {}).get(0):
-                        mine, of_left = of_ours.get(name, {}), unmet.pop(id(slot), None)
-                        missed += _by_gradients(train, validation, slot, mine, runs, of_left, add).to(device)
+                    name = id(slot.sibling)
+                    if runs := of_theirs.get(name, {}).get(0):
+                        of_left, of_slot = unmet.pop(id(slot), None), of_ours.get(name, {})
+                        missed += _by_gradients(train, validation, slot, of_slot, runs, of_left, add).to(device)
+                of_ours = of_slot = None  # before those of another batch come to the device
             if not ours:
                 continue
         size = max(1, CHUNK // sum(slot.param.numel() for slot in members))
@@ -176,7 +180,8 @@ def dots(
 
 
 def _together(runs: list[Kept], budget: Budget) -> list[list[Kept]]:
-    """The runs whose factors stand on the device at a time: all, or where they wait on the host those of a batch."""
+    """The runs whose factors stand on the device at a time: all, or where they wait on the host those of a batch. Of no
+    runs one group: validation alone meets what K misses."""
     if budget.where == "device" or not runs:
         return [runs]
     batches: dict[int, list[Kept]] = {}

@@ -130,7 +130,7 @@ def add_squares(runs: Sequence[Factors], layout: Layout, total: Tensor) -> Tenso
     products = [run for run in runs if run.left.dim() == 3]
     lookups = [run for run in runs if run.left.dim() == 2]
     count, sides = layout.rows if layout.per_token else layout.count, None
-    squares, norms = torch.zeros_like(total), total.new_zeros(count)
+    squares, norms = total.new_zeros(()), total.new_zeros(count)
     if products:
         (left, right), ends = joined(products, layout)
         assert right is not None
@@ -144,17 +144,19 @@ def add_squares(runs: Sequence[Factors], layout: Layout, total: Tensor) -> Tenso
         keys, met = keys.unique_consecutive(return_counts=True)
         own = summed(table.right.flatten(0, 1).to(total.dtype), order, _offsets(met))
         owners, ids = keys // len(total), keys % len(total)
-        of_sample = owners.bincount(minlength=count)
+        of_sample = torch.searchsorted(owners, torch.arange(count + 1, device=owners.device))
         whole = own
         if sides is not None:
-            parts = ids.split(of_sample.tolist())
+            parts = ids.tensor_split(of_sample[1:-1].tolist())
             theirs = [left[:, here].to(own.dtype).T @ right.to(own.dtype)
                       for left, right, here in zip(*sides, parts, strict=True)]  # fmt: skip
             whole = own + 2 * torch.cat(theirs)
         whole = whole * own
         ids, order = ids.sort(stable=True)
-        squares += summed(whole, order, torch.searchsorted(ids, torch.arange(len(total) + 1, device=ids.device)))
-        norms = norms + torch.segment_reduce(whole.sum(1), "sum", lengths=of_sample, initial=0, unsafe=True)
+        squares = squares + summed(
+            whole, order, torch.searchsorted(ids, torch.arange(len(total) + 1, device=ids.device))
+        )
+        norms = norms + torch.segment_reduce(whole.sum(1), "sum", offsets=of_sample, initial=0, unsafe=True)
     total += squares.clamp_(min=0)  # where a table takes away what a head added, a rounding may be all that is left
     return norms.clamp_(min=0)
 

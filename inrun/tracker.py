@@ -55,7 +55,7 @@ class Slot:
     taps: list[Tap]
     optimizer: Any = None  # that updates it, and the number of its group there
     group: int = -1
-    count: Tensor | None = None  # of its steps, where one on a device was read (`updates.counts_read`)
+    count: Tensor | None = None  # its steps, on the host, while `updates.counts_read` holds what it read from a device
 
     @property
     def param(self) -> nn.Parameter:

@@ -137,7 +137,8 @@ def repeated(slot: Any, count: int) -> Any:
 
 @contextlib.contextmanager
 def counts_read(slots: Iterable[Any]) -> Iterator[None]:
-    """Counts of steps that fused optimizers hold on a device are read once, together, for all updates of the block."""
+    """Counts of steps that an optimizer (fused, capturable) holds on a device are read once, together, for all updates
+    of the block."""
     counted = [slot for slot in slots if isinstance(step := slot.state.get("step"), Tensor) and step.is_cuda]
     try:
         for slot, count in zip(counted, _read([slot.state["step"] for slot in counted]), strict=True):

@@ -1,12 +1,12 @@
 """A CUDA device for machines that have none, made of the host's memory: what is written for a GPU runs there, slowly.
 
-    PYTHONPATH=tests pytest -p simulated_gpu -m gpu tests/test_gpu.py
+    PYTHONPATH=tests pytest -p simulated_gpu -m gpu tests/test_tracker_gpu.py
 
 Tensors of the device are real ones, with memory and a place in autograd. Operators come to `_run`, which shows their
 arguments to the CPU's kernel as tensors of the CPU, in the same memory. As on a GPU, tensors of two devices do not mix;
-under `torch.cuda.set_sync_debug_mode("error")` what would wait for the device is an error; and a Triton kernel,
-interpreted here, takes no tensor of the host. Streams are one, and done with at once; random numbers are the CPU's;
-compilers have no code for it.
+under `torch.cuda.set_sync_debug_mode("error")` reads, copies and `WAITS`, which wait for a device, are errors; and a
+Triton kernel, interpreted here, takes no tensor of the host. Streams are one, and done with at once; random numbers are
+the CPU's; compilers have no code for it. Torch must be a build for the CPU alone.
 
 Must be imported before torch, which asks for its devices once: as a pytest plugin, by `-p`.
 """
@@ -70,7 +70,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 COPIES = ("aten::copy_", "aten::_to_copy", "aten::_copy_from")
 MIXED = ("aten::index", "aten::index_put_", "aten::_index_put_impl_")  # take indices of the host as well
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim")
-WAITS = {f"aten::{name}" for name in (*WAITS, "unique_consecutive", "repeat_interleave")}
+WAITS = {f"aten::{name}" for name in (*WAITS, "unique_consecutive", "repeat_interleave", "bincount", "histc")}
 waited: list[str] = []  # what has waited for the device
 debug_mode = "default"
 
@@ -99,7 +99,8 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
             _wait(f"{name} between devices")
     elif name not in MIXED and ours and any(isinstance(x, Tensor) and not x.is_cuda and x.dim() for x in leaves):
         raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found cuda and cpu")
-    if name in WAITS and not (name == "aten::repeat_interleave" and "output_size" in kwargs):
+    by_mask = name in MIXED and any(isinstance(x, Tensor) and x.dtype == torch.bool for x in _leaves(args[1]))
+    if by_mask or (name in WAITS and not (name == "aten::repeat_interleave" and "output_size" in kwargs)):
         _wait(name)
     shown = {id(x): _shown(x, whole=name == "aten::resize_") for x in ours}
     args, kwargs = _changed((args, kwargs), lambda x: shown.get(id(x), CPU if isinstance(x, torch.device) else x))

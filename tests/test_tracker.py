@@ -21,6 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import inrun
+from inrun import inline
 from inrun.errors import Pending
 
 NAMES = list(MODELS)
@@ -696,6 +697,15 @@ def test_a_learning_rate_set_inside_the_block_counts(tensor):
     optimizer.param_groups[0]["lr"] = 0.0
     with pytest.raises(inrun.InRunError, match="learning rates"):
         run_step(tracker, model, optimizer, train, validation, before_update=warm)
+
+
+@pytest.mark.parametrize("now", [(0.1, 0.1), (0.0, 0.1), (float("inf"), 0.1), (0.1, float("nan")), (0.2, 0.2, 0.1)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_learning_rates_of_no_one_factor_are_an_error(now, turned):
+    before = {(0.1, 0.1): (0.1, 0.0), (0.0, 0.1): (0.1, 0.1)}.get(now, (0.1,) * len(now))
+    before, now = (side[::-1] if turned else side for side in (before, now))
+    with pytest.raises(inrun.InRunError, match="learning rates"):
+        inline.lr_change(before, now, Pending())
 
 
 def test_learning_rates_that_a_schedule_scales_alike_are_of_one_factor():

@@ -4,7 +4,8 @@
 Every function takes what the registered op takes (`val_grad` always with its leading M) and returns float32,
 or float64 for float64 input. Half-precision input is widened sample by sample or chunk by chunk, so products
 and sums are float32 throughout. Temporaries hold a few `_CHUNK` elements, apart from one weight (the scratch of
-`ghost_wgrad_dot`, the widened direction of `ghost_dot`) and one sample's widened activations.
+`ghost_wgrad_dot`, the widened direction of `ghost_dot`), one sample's widened activations and, of pairs, `_GRADIENTS`
+elements of the samples' gradients or `_FEWEST` of their rows.
 """
 
 from collections.abc import Iterator
@@ -140,7 +141,7 @@ def sample_gradients(acts: Tensor, grads: Tensor, wide: torch.dtype) -> Tensor:
     """`acts [B,T,I]`, `grads [B,T,O]` -> `[B,O,I]` in `wide`, the dtype of both or a wider one."""
     if acts.dtype == grads.dtype == wide:
         return torch.bmm(grads.mT, acts)
-    if acts.is_cuda and acts.dtype == grads.dtype:
+    if acts.is_cuda and acts.dtype == grads.dtype and acts.dtype.itemsize == 2:
         return torch.bmm(grads.mT, acts, out_dtype=wide)
     out = acts.new_empty(len(acts), grads.shape[2], acts.shape[2], dtype=wide)
     for a, g, of_sample in zip(acts, grads, out, strict=True):

@@ -98,8 +98,10 @@ def values(device, name="gpt_tied", kind=AdamW, method="first", block=False, ste
         found.append(one)
     validate()
     tracker.close()
-    assert tracker.ledger.totals()["value"].to_pylist() is not None
-    return torch.stack([one.values.cpu() for one in found])
+    found = torch.stack([one.values.cpu() for one in found])
+    total = torch.tensor(sum(tracker.ledger.rows()["value"].to_pylist()))
+    torch.testing.assert_close(total, found.sum(), rtol=1e-3, atol=1e-3 * found.abs().sum().item())
+    return found
 
 
 CASES = {
@@ -127,7 +129,7 @@ CASES = {
     "tokens": {"step": {"tokens": T}},
     "pairs": {"pairwise": range(V)},
     "pairs, SGD": {"pairwise": range(V), "kind": SGD},
-    "pairs, on the host": {"pairwise": range(V), "method": "path", "keep": "host", "batches": 2},
+    "pairs, on the host": {"pairwise": range(V), "method": "path", "keep": "host", "batches": 2, "by": {"fused": True}},
     "pairs, unknown": {"pairwise": range(V), "name": "unknown"},
     "pairs, documents": {"pairwise": range(V), "step": DOCUMENTS, "ids": 4},
     "accumulation": {"batches": 2},
@@ -137,16 +139,7 @@ CASES = {
     "float16": {"dtype": torch.float16},
     "float16, path": {"dtype": torch.float16, "method": "path"},
 }
-SIMULATED = (
-    "unknown",
-    "fused",
-    "a rate on the device",
-    "path",
-    "path, again",
-    "documents",
-    "pairs, on the host",
-    "float16",
-)
+SIMULATED = ("unknown", "fused", "a rate on the device", "path, unknown", "documents", "pairs, on the host", "float16")
 
 
 @pytest.mark.gpu
@@ -186,21 +179,63 @@ def test_a_scored_step_waits_for_nothing_of_a_gpu(fused, options):
     tracker.close()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+@pytest.mark.gpu
+@pytest.mark.parametrize("kinds", ["floats", "on the device", "one on the device"])
+def test_rates_on_a_gpu_are_not_waited_for(kinds):
+    """Raised within a step by one factor, as before it; by two, which is an error once that is known."""
+
+    def raised(factors, within):
+        model = make("gpt_tied").cuda()
+        rates = [torch.tensor(0.01, device="cuda") if kinds.startswith(kind) else 0.01 for kind in ("on", "on the")]
+        halves = list(model.parameters())[::2], list(model.parameters())[1::2]
+        optimizers = [AdamW(half, lr=lr, fused=True) for half, lr in zip(halves, rates, strict=True)]
+        (x, y), (val_x, val_y) = ([t.cuda() for t in data("gpt", size, size)] for size in (B, V))
+        tracker = inrun.track(model, optimizers, validation=lambda: loss_of(model, val_x, val_y), check=False)
+
+        def schedule():
+            for optimizer, factor in zip(optimizers, factors, strict=True):
+                optimizer.param_groups[0]["lr"] *= factor
+
+        for t in range(2):
+            if t and not within:
+                schedule()
+            torch.cuda.set_sync_debug_mode("error" if t and len(set(factors)) == 1 else "default")
+            try:
+                with tracker.step(range(B)) as step:
+                    loss_of(model, x, y).backward()
+                    if t and within:
+                        schedule()
+                    for optimizer in optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        tracker.close()
+        return step.values
+
+    torch.testing.assert_close(raised((3, 3), within=True), raised((3, 3), within=False))
+    with pytest.raises(inrun.InRunError, match="learning rates"):
+        raised((1, 2), within=True)
+
+
+@pytest.mark.skipif(torch.version.cuda or torch.version.hip, reason="needs torch's CPU build")
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
 def test_on_a_simulated_gpu():
     """Some of those above, and values on the ledger."""
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-p", "simulated_gpu", "-m", "gpu", "-p", "no:cacheprovider"]
     paths = os.pathsep.join([str(here), str(here.parent), str(here.parent / "kernels")])
-    asked = [f"{here / 'test_gpu.py'}::test_values_are_those_of_a_cpu[{case}]" for case in SIMULATED]
-    waits = f"{here / 'test_gpu.py'}::test_a_scored_step_waits_for_nothing_of_a_gpu"
+    here_too = [f"test_values_are_those_of_a_cpu[{case}]" for case in SIMULATED]
+    here_too += [
+        "test_a_scored_step_waits_for_nothing_of_a_gpu",
+        "test_rates_on_a_gpu_are_not_waited_for[one on the device]",
+    ]
     run = subprocess.run(
-        [*command, *asked, waits, str(here / "test_ledger.py")],
+        [*command, *(f"{here / 'test_tracker_gpu.py'}::{test}" for test in here_too), str(here / "test_ledger.py")],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert f"{len(SIMULATED) + 7} passed" in run.stdout, run.stdout[-500:]
+    assert f"{len(SIMULATED) + 8} passed" in run.stdout, run.stdout[-500:]
