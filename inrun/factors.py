@@ -51,9 +51,8 @@ def _of_run(run: Factors, layout: Layout, rows: Tensor, size: int, wide: torch.d
     left, right = run
     ends = ends_of([run], layout)
     if right is not None and left.dim() == 2:
-        yield from _of_table(
-            left, right.to(wide), owners_of(run, ends), rows, size, layout.rows if ends is None else len(ends) - 1
-        )
+        samples = layout.rows if ends is None else len(ends) - 1
+        yield from _of_table(left, right.to(wide), owners_of(run, ends), rows, size, samples)
         return
     bounds = None if ends is None or right is None else ends.tolist()
     for part in rows.split(size):

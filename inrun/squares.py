@@ -153,15 +153,15 @@ def add_squares(runs: Sequence[Factors], layout: Layout, total: Tensor) -> Tenso
             whole = own + 2 * torch.cat(theirs)
         whole = whole * own
         ids, order = ids.sort(stable=True)
-        squares = squares + summed(
-            whole, order, torch.searchsorted(ids, torch.arange(len(total) + 1, device=ids.device))
-        )
+        of_row = torch.searchsorted(ids, torch.arange(len(total) + 1, device=ids.device))
+        squares = squares + summed(whole, order, of_row)
         norms = norms + torch.segment_reduce(whole.sum(1), "sum", offsets=of_sample, initial=0, unsafe=True)
     total += squares.clamp_(min=0)  # where a table takes away what a head added, a rounding may be all that is left
     return norms.clamp_(min=0)
 
 
 def _offsets(counts: Tensor) -> Tensor:
+    """Where each part begins, and the last one ends."""
     return F.pad(counts.cumsum(0), (1, 0))
 
 

@@ -1,13 +1,10 @@
 // What torch asks of a CUDA device, answered by one that is made of the host's memory. See simulated_gpu.py.
 
-#include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/Storage.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include <torch/library.h>
 
 namespace at {
 
@@ -75,21 +72,20 @@ Tensor within(const Tensor& base, const Tensor& like) {
   return out;
 }
 
+void reshape(Tensor tensor, IntArrayRef sizes, IntArrayRef strides, int64_t offset) {
+  tensor.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides, offset);
+}
+
+void set_storage(Tensor tensor, Storage storage) {
+  tensor.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
+}
+
 }  // namespace at
 
-namespace py = pybind11;
-
-static at::Tensor tensor(py::handle object) { return THPVariable_Unpack(object.ptr()); }
-static py::object python(at::Tensor t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(t))); }
-
-PYBIND11_MODULE(inrun_simulated_gpu, m) {
-  m.def("to_cpu", [](py::handle of) { return python(at::seen_from(tensor(of), false)); });
-  m.def("to_gpu", [](py::handle of) { return python(at::seen_from(tensor(of), true)); });
-  m.def("within", [](py::handle base, py::handle like) { return python(at::within(tensor(base), tensor(like))); });
-  m.def("reshape", [](py::handle t, std::vector<int64_t> sizes, std::vector<int64_t> strides, int64_t offset) {
-    tensor(t).unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides, offset);
-  });
-  m.def("set_storage", [](py::handle t, py::handle storage) {
-    tensor(t).unsafeGetTensorImpl()->set_storage_keep_dtype(THPStorage_Unpack(storage.ptr()));
-  });
+TORCH_LIBRARY(inrun_simulated_gpu, m) {
+  m.def("to_cpu(Tensor of) -> Tensor", [](const at::Tensor& of) { return at::seen_from(of, false); });
+  m.def("to_gpu(Tensor of) -> Tensor", [](const at::Tensor& of) { return at::seen_from(of, true); });
+  m.def("within(Tensor base, Tensor like) -> Tensor", at::within);
+  m.def("reshape(Tensor tensor, int[] sizes, int[] strides, int offset) -> ()", at::reshape);
+  m.def("set_storage(Tensor tensor, Storage storage) -> ()", at::set_storage);
 }

@@ -17,15 +17,15 @@ Must be imported before torch, which asks for its devices once: as a pytest plug
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import math
 import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib import machinery, metadata
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,38 +34,30 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _built() -> Path:
-    """The library beside this file, compiled for this torch and Python."""
+    """The library beside this file, compiled for this torch."""
     source = Path(__file__).with_suffix(".cpp")
-    name = f"inrun_simulated_gpu-{metadata.version('torch')}-{sys.version_info.minor}-{source.stat().st_mtime_ns}.so"
+    name = f"inrun_simulated_gpu-{metadata.version('torch')}-{source.stat().st_mtime_ns}.so"
     library = Path(tempfile.gettempdir()) / name
     if not library.exists():
         spec = importlib.util.find_spec("torch")
         assert spec is not None and spec.origin is not None
         torch_at = Path(spec.origin).parent
         made = library.with_suffix(f".{os.getpid()}")
-        headers = [torch_at / "include", torch_at / "include/torch/csrc/api/include", sysconfig.get_path("include")]
-        libraries = [f"-L{torch_at}/lib", f"-Wl,-rpath,{torch_at}/lib", "-lc10", "-ltorch_cpu", "-ltorch_python"]
-        command = [os.environ.get("CXX", "c++"), "-std=c++20", "-shared", "-fPIC", *(f"-I{h}" for h in headers)]
-        subprocess.run([*command, str(source), "-o", str(made), *libraries], check=True)
+        headers = [f"-I{torch_at}/include", f"-I{torch_at}/include/torch/csrc/api/include"]
+        libraries = [f"-L{torch_at}/lib", f"-Wl,-rpath,{torch_at}/lib", "-lc10", "-ltorch_cpu"]
+        command = [os.environ.get("CXX", "c++"), "-std=c++20", "-shared", "-fPIC", *headers, str(source), *libraries]
+        subprocess.run([*command, "-o", str(made)], check=True)
         made.replace(library)
     return library
 
 
-def _loaded() -> Any:
-    assert "torch" not in sys.modules, "expected the simulated GPU before torch"
-    loader = machinery.ExtensionFileLoader("inrun_simulated_gpu", str(_built()))
-    spec = importlib.util.spec_from_loader("inrun_simulated_gpu", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-gpu = _loaded()
+assert "torch" not in sys.modules, "expected the simulated GPU before torch"
+ctypes.CDLL(str(_built()))
 
 import torch
 from torch import Tensor
 
+gpu = torch.ops.inrun_simulated_gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 COPIES = ("aten::copy_", "aten::_to_copy", "aten::_copy_from")
 MIXED = ("aten::index", "aten::index_put_", "aten::_index_put_impl_")  # take indices of the host as well
