@@ -54,16 +54,15 @@ def _of_run(run: Factors, layout: Layout, rows: Tensor, size: int, wide: torch.d
         samples = layout.rows if ends is None else len(ends) - 1
         yield from _of_table(left, right.to(wide), owners_of(run, ends), rows, size, samples)
         return
-    bounds = None if ends is None or right is None else ends.tolist()
+    sides = None if ends is None or right is None else split(ends, left, right)
     for part in rows.split(size):
-        here = left[..., part]
         if right is None:
-            yield sums(here, ends, wide)
-        elif bounds is None:
-            yield sample_gradients(right, here, wide).flatten(1)
+            yield sums(left[..., part], ends, wide)
+        elif sides is None:
+            yield sample_gradients(right, left[..., part], wide).flatten(1)
         else:
-            sides = (x.flatten(0, 1).tensor_split(bounds[1:-1]) for x in (here, right))
-            yield torch.stack([(a.to(wide).T @ b.to(wide)).flatten() for a, b in zip(*sides, strict=True)])
+            of_samples = [a[:, part].to(wide).T @ b.to(wide) for a, b in zip(*sides, strict=True)]
+            yield torch.stack(of_samples).flatten(1)
 
 
 def _of_table(ids: Tensor, right: Tensor, owners: Tensor, rows: Tensor, size: int, samples: int) -> Iterator[Tensor]:
@@ -109,12 +108,12 @@ def owners_of(run: Factors, ends: Tensor | None) -> Tensor:
     return documents.repeat_interleave(ends.diff(), output_size=batch * tokens)
 
 
-def split(x: Tensor, ends: Tensor | None) -> Sequence[Tensor]:
-    """Each sample's part of `[B, T, ...]`."""
+def split(ends: Tensor | None, *tensors: Tensor) -> list[Sequence[Tensor]]:
+    """Each sample's parts of tensors `[B, T, ...]`; the offsets of documents are read once."""
     if ends is None:
-        return x.unbind(0)
-    flat = x.flatten(0, 1)
-    return [flat[a:b] for a, b in pairwise(ends.tolist())]
+        return [x.unbind(0) for x in tensors]
+    inner = ends.tolist()[1:-1]
+    return [x.flatten(0, 1).tensor_split(inner) for x in tensors]
 
 
 def joined(runs: Sequence[Factors], layout: Layout) -> tuple[Factors, Tensor | None]:

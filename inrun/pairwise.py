@@ -6,7 +6,7 @@ coordinate by coordinate. Three forms, layer by layer, all exact:
     pairs        K a number, a linear layer: `ghost_dot_pairwise`
     gradients    layers whose gradients come in factors (`factors.py`): some rows of every sample's gradient, on both
                  sides, and one product of them: 2*(B*T + V*S + B*V)*I*O FLOPs for a linear layer, as two weight
-                 gradients (with keep="host" V's for each batch); `ROWS` elements stand at a time, or `FEWEST` rows
+                 gradients (with keep="host" V's for each batch); `rows_at_a_time` stand together
     directions   all else, and a value for each token: the gradient of some validation samples at a time, times K, as
                  the layer's directions: 2*V*(B*T + 3*S)*I*O FLOPs; `CHUNK` elements, or one sample's, stand at a time
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from inrun_kernels import bias_dot, ghost_dot_pairwise
+from inrun_kernels.torch_path import rows_at_a_time
 
 from . import check, functional, rules
 from .errors import InRunError
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from .tracker import Tracker
 
 CHUNK = 1 << 24  # elements of the validation samples' gradients that stand together
-ROWS = 1 << 20, 1 << 25  # elements of all samples' gradients: on a CPU they stay in its cache
-FEWEST = 16  # rows of them; of fewer, a product reads the activations for hardly anything
 
 
 class Pairs:
@@ -155,9 +154,10 @@ def dots(
                 for slot in members:
                     name = id(slot.sibling)
                     if runs := of_theirs.get(name, {}).get(0):
-                        of_left, of_slot = unmet.pop(id(slot), None), of_ours.get(name, {})
-                        missed += _by_gradients(train, validation, slot, of_slot, runs, of_left, add).to(device)
-                of_ours = of_slot = None  # before those of another batch come to the device
+                        met = unmet.pop(id(slot), None)
+                        found_here = _by_gradients(train, validation, slot, of_ours.get(name, {}), runs, met, add)
+                        missed += found_here.to(device)
+                del of_ours  # before those of another batch come to the device
             if not ours:
                 continue
         size = max(1, CHUNK // sum(slot.param.numel() for slot in members))
@@ -217,7 +217,7 @@ def _by_gradients(
     wide = torch.promote_types(k.dtype, torch.float32)
     of_left = None if left is None else left.reshape(-1, inputs)
     samples = many + max((train.layouts[batch].count for batch in ours), default=0)
-    size = max(FEWEST, ROWS[k.is_cuda] // (samples * inputs))
+    size = rows_at_a_time(samples * inputs, k.is_cuda)
     for rows, kinds in _rows(len(k), k.device, theirs, [run for of_batch in ours.values() for run in of_batch]):
         if not len(rows):
             continue

@@ -135,7 +135,7 @@ def add_squares(runs: Sequence[Factors], layout: Layout, total: Tensor) -> Tenso
         (left, right), ends = joined(products, layout)
         assert right is not None
         squares, norms = ghost_square(right, left, segments=ends)
-        sides = split(left, ends), split(right, ends)
+        sides = split(ends, left, right)
     if lookups:
         table, ends = joined(lookups, layout)
         assert table.right is not None

@@ -26,7 +26,7 @@ from inrun.gpt import GPT
 from inrun.ledger import Ledger
 from inrun.tap import random_kept
 from inrun.tracker import track
-from inrun.updates import updates
+from inrun.updates import counts_read, updates
 
 
 class Stopped(Exception):
@@ -251,7 +251,8 @@ class _Run:
         """
         slots = self.tracker.slots
         nothing = [torch.zeros_like(s.param, dtype=torch.float64) for s in slots]
-        moves = updates(slots, nothing)
+        with counts_read(slots):
+            moves = updates(slots, nothing)
         return [s.param + u.to(s.param.dtype) for s, u in zip(slots, moves, strict=True)]
 
     @torch.no_grad()

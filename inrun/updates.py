@@ -108,7 +108,6 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
         return [moved]
     params = [local(s.param).detach().to(torch.float64, copy=True) for s in slots]
     states = [copied(s.state, local(s.param), torch.float64) for s in slots]
-    _steps_to_host(states)
     if callable(rule):
         options = [s.options for s in slots]
         return [rule(*args) for args in zip(grads, params, states, options, strict=True)]
@@ -138,28 +137,18 @@ def repeated(slot: Any, count: int) -> Any:
 @contextlib.contextmanager
 def counts_read(slots: Iterable[Any]) -> Iterator[None]:
     """Counts of steps that an optimizer (fused, capturable) holds on a device are read once, together, for all updates
-    of the block."""
+    of the block: a twin would wait for each by itself."""
     counted = [slot for slot in slots if isinstance(step := slot.state.get("step"), Tensor) and step.is_cuda]
+    steps = [local(slot.state["step"]).flatten()[0] for slot in counted]
     try:
-        for slot, count in zip(counted, _read([slot.state["step"] for slot in counted]), strict=True):
-            slot.count = count
+        if steps:
+            read = torch.stack([step.to(steps[0].device) for step in steps]).cpu()
+            for slot, count in zip(counted, read, strict=True):
+                slot.count = count.clone()
         yield
     finally:
         for slot in counted:
             slot.count = None
-
-
-def _steps_to_host(states: Sequence[dict[str, Any]]) -> None:
-    """As `counts_read`, of copied states: a twin would wait for each count by itself."""
-    counted = [s for s in states if isinstance(s.get("step"), Tensor) and s["step"].is_cuda]
-    for state, count in zip(counted, _read([s["step"] for s in counted]), strict=True):
-        state["step"] = count
-
-
-def _read(counts: Sequence[Tensor]) -> list[Tensor]:
-    """Scalars on the host, after one wait."""
-    scalars = [local(x).flatten()[0].to(local(counts[0]).device) for x in counts]
-    return [x.clone() for x in torch.stack(scalars).cpu()] if scalars else []
 
 
 def sampled(slot: Any, most: int, rule: UpdateRule | str | None) -> tuple[Any, slice]:

@@ -63,14 +63,12 @@ COPIES = ("aten::copy_", "aten::_to_copy", "aten::_copy_from")
 MIXED = ("aten::index", "aten::index_put_", "aten::_index_put_impl_")  # take indices of the host as well
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim")
 WAITS = {f"aten::{name}" for name in (*WAITS, "unique_consecutive", "repeat_interleave", "bincount", "histc")}
-waited: list[str] = []  # what has waited for the device
 debug_mode = "default"
 
 
 def _wait(what: str) -> None:
     if debug_mode == "error":
         raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
-    waited.append(what)
 
 
 def _run(op: Any, *args: Any, **kwargs: Any) -> Any:

@@ -69,8 +69,7 @@ def test_adam_in_its_second_step_and_in_parts_of_the_validation_samples(name, fo
     train, validation = data(name), data(name, V, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     monkeypatch.setattr(pairwise, "CHUNK", 3 * 8 * 8 * 3)
-    monkeypatch.setattr(pairwise, "ROWS", (3 * 8 * (B + V), 0))
-    monkeypatch.setattr(pairwise, "FEWEST", 1)
+    monkeypatch.setattr(pairwise, "rows_at_a_time", lambda elements, on_gpu: max(1, 3 * 8 * (B + V) // elements))
     by_gradients, seen = pairwise._by_gradients, []
     monkeypatch.setattr(pairwise, "_by_gradients", lambda *a: seen.append(1) or by_gradients(*a))
     if form == "directions":

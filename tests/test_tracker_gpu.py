@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -15,27 +16,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import inrun
+from inrun.tasks import Lion
 
 V, STEPS = 4, 2
-SGD, AdamW, Lion = torch.optim.SGD, torch.optim.AdamW, "lion"
+SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 DOCUMENTS = {"segments": torch.tensor([0, 4, 4, 15, B * T]), "tokens": T}
 
 
-class Sign(torch.optim.Optimizer):
-    """Lion without weight decay."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    moment = state.setdefault("exp_avg", torch.zeros_like(p))
-                    p.add_(torch.sign(0.9 * moment + 0.1 * p.grad), alpha=-group["lr"])
-                    moment.mul_(0.99).add_(p.grad, alpha=0.01)
+@contextlib.contextmanager
+def waiting_refused(refused):
+    torch.cuda.set_sync_debug_mode("error" if refused else "default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def values(device, name="gpt_tied", kind=AdamW, method="first", block=False, step=(), dtype=None, ids=B,
@@ -57,7 +51,7 @@ def values(device, name="gpt_tied", kind=AdamW, method="first", block=False, ste
         rest = [p for p in model.parameters() if p not in matrices]
         optimizers = [torch.optim.Muon(list(matrices), lr=lr), AdamW(rest, lr=lr, fused=True)]
     else:
-        optimizers = [(Sign if kind == Lion else kind)(model.parameters(), lr=lr, **by)]
+        optimizers = [kind(model.parameters(), lr=lr, **by)]
         if kind == Lion:
             options["update"] = "elementwise"
     (x, y), (val_x, val_y) = ([t.to(device) for t in data(name, n, n)] for n in (B, V))
@@ -86,7 +80,7 @@ def values(device, name="gpt_tied", kind=AdamW, method="first", block=False, ste
             parts = [slice(k * B // batches, (k + 1) * B // batches) for k in range(batches)]
             for part in parts:
                 whole = lambda part=part: scaler.scale(loss(x[part], y[part]) * (len(x[part]) / B))  # noqa: E731
-                one.batch(range(ids)[part] if batches > 1 else range(ids), whole if again else None, **dict(step))
+                one.batch(range(ids)[part], whole if again else None, **dict(step))
                 whole().backward()
             nn.utils.clip_grad_norm_(model.parameters(), options.get("clip") or 1e9)
             if schedule:
@@ -167,15 +161,11 @@ def test_a_scored_step_waits_for_nothing_of_a_gpu(fused, options):
     method = options.get("method", "first")
     tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, val_x, val_y), check=False)
     for asked in (False, False, True):
-        torch.cuda.set_sync_debug_mode("error" if asked else "default")
-        try:
-            with tracker.step(range(4 if step else B), **step):
-                loss_of(model, x, y).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        with waiting_refused(asked), tracker.step(range(4 if step else B), **step):
+            loss_of(model, x, y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
     tracker.close()
 
 
@@ -199,17 +189,13 @@ def test_rates_on_a_gpu_are_not_waited_for(kinds):
         for t in range(2):
             if t and not within:
                 schedule()
-            torch.cuda.set_sync_debug_mode("error" if t and len(set(factors)) == 1 else "default")
-            try:
-                with tracker.step(range(B)) as step:
-                    loss_of(model, x, y).backward()
-                    if t and within:
-                        schedule()
-                    for optimizer in optimizers:
-                        optimizer.step()
-                        optimizer.zero_grad()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+            with waiting_refused(t and len(set(factors)) == 1), tracker.step(range(B)) as step:
+                loss_of(model, x, y).backward()
+                if t and within:
+                    schedule()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
         tracker.close()
         return step.values
 

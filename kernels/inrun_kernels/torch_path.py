@@ -19,7 +19,7 @@ _CHUNK = 1 << 20  # elements of a temporary: 4 MB in float32, about an L2 cache
 _ROWS = 1 << 17  # elements of the buffer in which products of rows are formed: 512 KB, which stay in an L2 cache
 _DOT = 1 << 17  # elements of a float32 dot: a longer one's own rounding is most of a value's error
 _BLOCK = 1 << 21  # elements of the block of weight-gradient rows that ghost_wgrad_dot fills at a time
-_GRADIENTS = 1 << 20, 1 << 25  # elements of samples' gradients together, on a CPU and on a GPU
+_GRADIENTS = 1 << 20, 1 << 25  # elements of samples' gradients together, on a CPU (where they stay in its cache), a GPU
 _FEWEST = 16  # rows of them; of fewer, a product reads the activations for hardly anything
 
 
@@ -120,8 +120,7 @@ def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads:
         return torch.cat([ghost_dot(acts, grads, d[None], None, False) for d in of_samples], 1)
     if form == "gradients":
         dots = acts.new_zeros(batch, n_val, dtype=wide)
-        elements = max(_GRADIENTS[acts.is_cuda], _FEWEST * (batch + n_val) * acts.shape[2])
-        for rows in _chunks(grads.shape[2], (batch + n_val) * acts.shape[2], elements):
+        for rows in _chunks(grads.shape[2], 1, rows_at_a_time((batch + n_val) * acts.shape[2], acts.is_cuda)):
             both = ((acts, grads), (val_acts, val_grads))
             of_rows = [sample_gradients(x, g[..., rows], wide).flatten(1) for x, g in both]
             dots.addmm_(of_rows[0], of_rows[1].T)
@@ -135,6 +134,11 @@ def ghost_dot_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads:
             pairs = (flat_acts[part].to(wide) @ va.T).mul_(flat_grads[part].to(wide) @ vg.T)
             out[part, v_part] = pairs.unflatten(1, (len(val_acts[v_part]), val_tokens)).sum(-1)
     return reduce_tokens(out, batch, tokens, None, False)
+
+
+def rows_at_a_time(elements: int, on_gpu: bool) -> int:
+    """How many rows of all samples' gradients stand together, if one has so many elements."""
+    return max(_FEWEST, _GRADIENTS[on_gpu] // max(1, elements))
 
 
 def sample_gradients(acts: Tensor, grads: Tensor, wide: torch.dtype) -> Tensor:
