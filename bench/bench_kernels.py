@@ -64,7 +64,8 @@ class Case:
         if suite == "squares":
             return {"inrun": seconds("wgrad_dot", replace(sizes, directions=0))}
         if machine.on_gpu:
-            return {"inrun": seconds("wgrad_dot")}
+            forms = {f"inrun_{form}": seconds("wgrad_dot", form=form) for form in ("two", "prefix")}
+            return {"inrun": min(forms.values()), **forms}
         whole = cost.Sizes(1, self.batch * self.tokens, self.inputs, self.outputs)
         apart = seconds("wgrad_dot", whole, "prefix") + seconds("dot")
         return {"inrun": min(seconds("wgrad_dot"), seconds("wgrad_dot", form="prefix"), apart)}

@@ -90,8 +90,11 @@ WGRAD_DOT: dict[str, Kernel] = {
     "vmap": lambda a, g, d, *_: vmap_grad(a, g, d),
 }
 
-if torch.cuda.is_available():  # the kernels' other form; C has but one
-    WGRAD_DOT["inrun_prefix"] = lambda a, g, d, *_: ghost_wgrad_dot(a, g, d, form="prefix", grad_dtype=a.dtype)
+if torch.cuda.is_available():  # the kernels' forms, of which "inrun" takes one; C has but one
+    for _form in ("two", "prefix"):
+        WGRAD_DOT[f"inrun_{_form}"] = lambda a, g, d, *_, form=_form: ghost_wgrad_dot(
+            a, g, d, form=form, grad_dtype=a.dtype
+        )
 
 # Dots alone, for a direction known only after the backward; `plain` is a GEMM of as many FLOPs.
 DOT: dict[str, Kernel] = {

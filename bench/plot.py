@@ -22,7 +22,8 @@ from bench.measure import BASE, Row
 # Ours in one colour family, the peers in quiet ones; a provider keeps its colour in every panel.
 _COLOURS = {
     "inrun": "#d1495b",
-    "inrun_prefix": "#e07a5f",
+    "inrun_two": "#e07a5f",
+    "inrun_prefix": "#b23a48",
     "inrun_pairwise": "#edae49",
     "two_gemms": "#30638e",
     "two_gemms_compiled": "#7ea8be",

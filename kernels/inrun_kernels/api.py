@@ -97,9 +97,10 @@ def ghost_wgrad_dot(
             difference of two running sums, so its error is relative to the terms of all samples up to it: one
             float32 rounding (6e-8) of those for each 16 of the sample's tokens (on the CPU 2e-6 to 1e-5 of a typical
             dot where they are alike). "direct": one GEMM and a `ghost_dot`, for samples of few tokens; errors as in
-            "two". The weight gradient is as exact in all. None: what `explain` says: on a GPU "two", or "direct" for
+            "two". The weight gradient is as exact in all. None: what `explain` says, "prefix" only if it is 5 % quicker
+            than "two": on a GPU one of these by the tiles they have room for, in float32 always "two", and "direct" for
             documents of fewer than 32 tokens; on a CPU the quickest: "two" in C or "direct"; of one sample, without a C
-            compiler, and in float16 and float64, any of the three, "prefix" only if it is 5 % quicker than "two".
+            compiler, and in float16 and float64, any of the three.
         grad_dtype: of the weight gradient: float16 or bfloat16 for float16 and bfloat16 `acts`, rounded once as it
             is written; None: float32, or float64 for float64 `acts`.
 

@@ -113,10 +113,26 @@ def predict(
     return Terms(compute, memory, cache, waves * device.latency, device.launch)
 
 
-def default_tile(kernel: str, sizes: Sizes, architecture: str, dtype: torch.dtype, form: str = "two") -> Tile:
-    """The tile that a launch takes where its operands are aligned."""
+def default_tile(
+    kernel: str,
+    sizes: Sizes,
+    architecture: str,
+    dtype: torch.dtype,
+    form: str = "two",
+    *,
+    direction: torch.dtype | None = None,
+    documents: bool = False,
+) -> Tile:
+    """The tile that a launch takes where its operands are aligned.
+
+    Args:
+        direction: its dtype; None: as the inputs'.
+        documents: whether the samples of "wgrad_dot" are told apart by offsets, which forbid copies by descriptors.
+    """
     m, n, depth, _, _ = _product(kernel, sizes)
     chip = chip_named(architecture)
+    copies = chip.copies and dtype != torch.float32
+    kept = (direction or dtype).itemsize if kernel == "wgrad_dot" and sizes.directions else 0
     return matrix_tiles(
         chip,
         dtype,
@@ -124,8 +140,8 @@ def default_tile(kernel: str, sizes: Sizes, architecture: str, dtype: torch.dtyp
         n,
         depth,
         accumulators=_accumulators(kernel, form),
-        copies=chip.copies and dtype != torch.float32,
-        kept=dtype.itemsize if kernel == "wgrad_dot" else 0,
+        copies=copies and not documents,
+        kept=kept if copies or form != "prefix" else min(kept, 2),
     )[0]
 
 

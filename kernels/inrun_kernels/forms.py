@@ -7,7 +7,9 @@ their own, at two thirds of a matrix product's rate.
     seconds = call + sample * S + flop * FLOPs + weight * (elements of weights passed over) + row * (elements of rows)
 
 The coefficients are fitted to measured times (`python -m bench.regret --fit`). FLOPs and passes over memory are
-shared among a CPU's threads, the calls themselves are not.
+shared among a CPU's threads, the calls themselves are not. Of a GPU's kernels the static model of `cost` says it, which
+counts what their tiles read from the cache: one accumulator has room for a tile twice as large as two, and in half
+precision that is what limits the tensor cores of an H100.
 
     product         form        FLOPs, N tokens in S samples   passes over a weight   rows
     wgrad_dot       two         2*N*I*O                        S*(3 + M) - 2 + M      N*(I + O)
@@ -26,6 +28,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from inrun_kernels.cost import CEILINGS, Sizes, default_tile, predict
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,10 @@ def of_wgrad_dot(
     if triton:
         if segments is not None and tokens < _FEW_TOKENS * samples:
             return Choice("direct", {}, f"direct: fewer than {_FEW_TOKENS} tokens to a document")
-        return Choice("two", {}, "two: rides on the tensor cores' product")
+        from inrun_kernels.tiles import architecture
+
+        sizes = Sizes(samples, tokens // max(1, samples), acts.shape[2], grads.shape[2], val_grad.shape[0])
+        return _of_tiles(architecture(acts.device), sizes, acts.dtype, val_grad.dtype, segments is not None)
     if acts.is_cuda:
         return Choice("direct", {}, "direct: a launch for every sample would cost more")
     return of_cpu_sizes(native, tokens, samples, acts.shape[2], grads.shape[2], val_grad.shape[0])
@@ -160,6 +167,17 @@ def cpuinfo(*fields: str) -> list[str]:
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
     return [line.partition(":")[2].strip() for line in lines if line.startswith(fields)]
+
+
+@lru_cache(4096)
+def _of_tiles(architecture: str, sizes: Sizes, dtype: torch.dtype, direction: torch.dtype, documents: bool) -> Choice:
+    if architecture not in CEILINGS:
+        return Choice("two", {}, "two: no model of this chip")
+    seconds = {}
+    for form in ("two", "prefix"):
+        tile = default_tile("wgrad_dot", sizes, architecture, dtype, form, direction=direction, documents=documents)
+        seconds[form] = predict("wgrad_dot", sizes, CEILINGS[architecture], dtype, tile, form).seconds
+    return _least(seconds)
 
 
 @lru_cache(4096)
@@ -216,7 +234,10 @@ def pairwise_work(
 
 def quickest(costs: dict[str, Cost], threads: int, work: dict[str, tuple[float, ...]]) -> Choice:
     """The form of the least predicted time; "prefix" has to be clearly quicker than "two"."""
-    seconds = {form: costs[form].seconds(of_form, threads) for form, of_form in work.items()}
+    return _least({form: costs[form].seconds(of_form, threads) for form, of_form in work.items()})
+
+
+def _least(seconds: dict[str, float]) -> Choice:
     rounds = "prefix" in seconds and seconds["prefix"] * _EXACT > seconds["two"]
     best = min((form for form in seconds if not (rounds and form == "prefix")), key=seconds.__getitem__)
     others = ", ".join(f"{form} {s * 1e3:.3g}" for form, s in seconds.items() if form != best)

@@ -63,6 +63,21 @@ def _segment_sum_kernel(x_ptr, offsets_ptr, out_ptr, n_tokens, n_samples, BLOCK_
     tl.store(out_ptr + m * n_samples + sample, tl.sum(total))
 
 
+@triton.jit(do_not_specialize=["n_tiles", "samples_per_split"])
+def _step_sum_kernel(partial_ptr, out_ptr, n_tiles, samples_per_split, BLOCK_N: tl.constexpr):
+    sample, m = tl.program_id(0), tl.program_id(1)
+    partial_ptr += (sample.to(tl.int64) * tl.num_programs(1) + m) * n_tiles
+    before_ptr = partial_ptr - tl.num_programs(1).to(tl.int64) * n_tiles
+    first = sample % samples_per_split == 0
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for low in range(0, n_tiles, BLOCK_N):
+        offs_n = low + tl.arange(0, BLOCK_N)
+        mask = offs_n < n_tiles
+        after = tl.load(partial_ptr + offs_n, mask=mask, other=0.0)
+        total += after - tl.load(before_ptr + offs_n, mask=mask & (first == 0), other=0.0)
+    tl.store(out_ptr + sample * tl.num_programs(1) + m, tl.sum(total))
+
+
 def precision(x: Tensor) -> str:
     """How operands of `x`'s dtype are multiplied: "ieee", exactly; "tf32" where torch is told to do so with float32;
     "widened", exactly, where the interpreter would not (its bfloat16 product is wrong)."""
@@ -126,11 +141,12 @@ def sum_tiles(partial: Tensor, samples_per_split: int = 1) -> Tensor:
 
     With samples_per_split > 1 the sample's predecessor in its split is subtracted first, tile by tile (prefix form).
     """
-    if samples_per_split > 1:
-        steps = partial.diff(dim=0, prepend=partial.new_zeros(1, *partial.shape[1:]))
-        steps[::samples_per_split] = partial[::samples_per_split]
-        partial = steps
-    return partial.sum(2)
+    if samples_per_split == 1 or not partial.numel():
+        return partial.sum(2)
+    n_samples, n_directions, n_tiles = partial.shape
+    out = partial.new_empty(n_samples, n_directions)
+    _step_sum_kernel[(n_samples, n_directions)](partial, out, n_tiles, samples_per_split, BLOCK_N=1024)
+    return out
 
 
 def sum_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor | None, keep: bool) -> Tensor:

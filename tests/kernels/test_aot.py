@@ -18,6 +18,7 @@ ALL_KERNELS = {
     *MATRIX_KERNELS,
     "_rows_kernel",
     "_segment_sum_kernel",
+    "_step_sum_kernel",
     "_adam_direction_kernel",
     "_norm_backward_kernel",
 }

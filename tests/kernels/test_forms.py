@@ -67,6 +67,30 @@ def test_documents_count_as_samples():
     assert k.explain(k.ghost_wgrad_dot, acts, grads, direction, **interpreted).form == "two"
 
 
+@pytest.mark.parametrize(
+    "chip, dtype, batch, tokens, width, form",
+    [
+        ("sm_90", torch.bfloat16, 4, 2048, 4096, "prefix"),  # two accumulators' tiles wait for the cache
+        ("sm_90", torch.float16, 16, 1024, 768, "prefix"),
+        ("sm_90", torch.bfloat16, 2, 64, 256, "two"),  # a launch, and little else
+        ("sm_90", torch.float32, 4, 2048, 4096, "two"),  # the same tile in both
+        ("sm_100", torch.bfloat16, 4, 2048, 4096, "two"),  # results lie in tensor memory: the same tile again
+        ("sm_70", torch.float16, 4, 2048, 4096, "two"),
+    ],
+)
+def test_the_form_on_a_gpu_is_the_one_whose_tiles_are_quicker(chip, dtype, batch, tokens, width, form, monkeypatch):
+    from inrun_kernels import tiles
+
+    monkeypatch.setattr(tiles, "ON_CPU", chip)
+    acts = torch.empty(batch, tokens, width, dtype=dtype)
+    offsets = torch.arange(0, batch * tokens + 1, tokens)
+    for segments in (None, offsets):
+        choice = k.explain(k.ghost_wgrad_dot, acts, acts, acts[0, :1].expand(width, -1), segments=segments,
+                           backend="triton")  # fmt: skip
+        assert choice.form == form and choice.reason.startswith(form)
+        assert set(choice.seconds) in ({"two", "prefix"}, set())
+
+
 @pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize(
     "val, tokens, width, form", [(1, 16, 2048, "pairwise"), (1, 1024, 768, "direct"), (8, 1024, 64, "gradients")]
