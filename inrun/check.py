@@ -68,7 +68,9 @@ def efficiency(
         raise InRunError(
             "the scores do not add up to the gradients. Either something uses these parameters past their modules "
             "(call the module, track with through={parameter: the module that does}, or exclude the parameter), or "
-            "gradients were left over from before the step, or "
+            "gradients were left over from before the step, or were changed since element by element (clipping by "
+            "value), or the loss has a term of the parameters alone (a penalty, which belongs to no sample: take "
+            "weight_decay, or check=False), or is no number, or "
             "dimension 0 of a layer's input is not the sample:\n  " + "\n  ".join(wrong)
         )
 

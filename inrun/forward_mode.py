@@ -198,6 +198,10 @@ class _WrittenOutNorms(TorchFunctionMode):
         args, kwargs, pair = list(args), dict(kwargs or {}), []
         if func is Tensor.unflatten:  # whose Python code a graph cannot capture
             func = torch.unflatten
+        if func is torch._weight_norm:  # fused, without a forward derivative
+            v, g, dim = (*args, 0)[:3]
+            over = [i for i in range(v.dim()) if dim == -1 or i != dim % v.dim()]
+            return v * (g / torch.linalg.vector_norm(v, dim=over, keepdim=True))
         if func not in _NORMS:
             return func(*args, **kwargs)
         place, by_channel = _NORMS[func]

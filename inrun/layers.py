@@ -21,6 +21,7 @@ from .convolution import Geometry, convolution, convolution_dots
 from .errors import InRunError
 from .factors import Factors
 from .forward_mode import forward_mode, split_samples
+from .shared import Shared
 from .tap import SUFFIX, Layout, Tap, along, eagerly, targets_first
 
 
@@ -73,6 +74,22 @@ class Rule(Holder):
 
     def scored(self, x: Tensor) -> Tensor:
         """The layer's output, in whatever way the tracker asks for."""
+        tap = self._inrun
+        if not torch.compiler.is_compiling() and tap.watched and (tap.keep or tap.probe is not None):
+            return self._watched(x)
+        return self._scored(x)
+
+    def _watched(self, x: Tensor) -> Tensor:
+        """The layer's output, and where all samples share it, what becomes of it."""
+        lead, shared = True, isinstance(x, Shared)
+        if isinstance(x, Shared):
+            lead, x = x._lead, x.as_subclass(Tensor)
+        y = self._scored(x)
+        if not shared and not self._inrun.flat and len(y) > 1 and y.shape[:1] != x.shape[:1]:
+            lead, shared = x.shape[:1] == (1,), True
+        return Shared.of(y, self._inrun.name, lead) if shared else y
+
+    def _scored(self, x: Tensor) -> Tensor:
         tap = self._inrun
         if tap.keep is not None:
             y = eagerly(tap.keep, self, self.plain, x)

@@ -28,7 +28,10 @@ Example:
 
 from __future__ import annotations
 
+import atexit
 import os
+import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +89,8 @@ class Ledger(Reader):
         self._buffer: list[pa.RecordBatch] = []
         self._buffered_rows = 0
         self._kept: list[pa.Table] = []  # what an in-memory ledger flushed
+        self._process = os.getpid()
+        _OPEN.add(self)
         found = self._ask(lambda rows: rows.files) if self.path is not None and self.path.is_dir() else []
         own = [shard for shard in found if shard.name.startswith(self._prefix)]
         if metadata is not None:
@@ -205,6 +210,9 @@ class Ledger(Reader):
             with tqdm(total=len(self), unit="row", unit_scale=True, desc="compacting", disable=not progress) as bar:
                 shards.compact(self.path, rows, bar.update)
 
+    def __del__(self) -> None:
+        _flush_forgotten(self)
+
     def __enter__(self) -> Ledger:
         return self
 
@@ -221,6 +229,8 @@ class Ledger(Reader):
         import pyarrow.compute as pc
 
         step = shards.as_int(step, "step")
+        if step < 0:
+            raise ValueError(f"expected the next step to be run, 0 or more, received {step=}")
         before = pc.field("step") < step
         self._pending = [entry for entry in self._pending if entry[0] < step]
         self._settle()
@@ -306,6 +316,27 @@ class Ledger(Reader):
         import pyarrow as pa
 
         return pa.Table.from_batches(self._buffer, shards.make_schema(self._id_type))
+
+
+_OPEN: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+def _flush_forgotten(ledger: Ledger) -> None:
+    """Commit what nobody has flushed, in the process that appended it."""
+    vars_of = vars(ledger)
+    if vars_of.get("path") is None or vars_of.get("_process") != os.getpid():
+        return
+    if vars_of.get("_pending") or vars_of.get("_buffer"):
+        try:
+            ledger.flush()
+        except Exception as error:
+            warnings.warn(f"ledger {ledger.path}: not all that was appended could be written: {error}", stacklevel=2)
+
+
+@atexit.register
+def _flush_all_forgotten() -> None:
+    for ledger in list(_OPEN):
+        _flush_forgotten(ledger)
 
 
 def _prefix_of(rank: int) -> str:

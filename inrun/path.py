@@ -4,6 +4,10 @@
     beside it           where the update turns at once or the gradient was clipped: `turning.py`
     not elementwise     a Jacobian in the place of K: `coupled.py`
 
+Samples whose gradients cancel have a K too: of SGD its one coefficient; of others, where g_B is nothing beside the
+largest parameter's gradient, the slope of the update over as much as that one is large. (What the samples' own
+gradients are there, the path does not know.)
+
 An update that is not elementwise, and layers whose samples are no rows, stay on the path in such a step. There the
 gradient grows until its norm is `clip`, and from there on only its direction can change, of which a sample's own part
 is `g_z` less its component along `g_B`.
@@ -19,16 +23,18 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from . import hessian
+from . import directions, hessian
+from .clipping import Clipping
 from .coupled import Coupled
-from .distributed import local
 from .errors import InRunError
 from .squares import Batches, squares
 from .turning import Beside, slopes, turns
-from .updates import UpdateRule, chunks, updates
+from .updates import UpdateRule, chunks, compare, updates
 
 if TYPE_CHECKING:
     from .tracker import Tracker
+
+NOTHING = 1e-6  # of the root mean square of the largest parameter's gradient
 
 
 class Path:
@@ -41,7 +47,8 @@ class Path:
     """
 
     def __init__(self, tracker: Tracker, update: UpdateRule | str | None, clip: float | None) -> None:
-        self.tracker, self.update, self.clip = tracker, update, clip
+        self.tracker, self.update = tracker, update
+        self._clipping = Clipping(tracker, clip)
         self._coupled = Coupled(update)
         self.release()
 
@@ -81,14 +88,21 @@ class Path:
         """
         tracker, moves = self.tracker, {}
         moving = [(i, s) for i, s in enumerate(tracker.slots) if s.grad is not None]
-        clipped = self._clipping([s for _, s in moving], factor, unscale, scale)
+        clipped = self._clipping.of([s for _, s in moving], factor, unscale, scale)
         coupled = {i for i, _ in self._among_coupled([(i, s) for i, s in moving if s.param.requires_grad], unscale)}
+        if tracker.check_due and callable(self.update) and not tracker.ranks.sharded:
+            compare([slot for _, slot in moving if slot.param.requires_grad], unscale, self.update)
         linear = self.update is None and all(type(slot.optimizer) is SGD for _, slot in moving)
+        size = _size_of_gradients([slot for _, slot in moving], unscale)
         for part in chunks(moving):
             here = [slot for _, slot in part]
             full = [slot.grad.double() * unscale for slot in here]
-            at_zero = updates(here, [torch.zeros_like(g) for g in full], self.update)
-            at_full = updates(here, full, self.update)
+            whole = ends or any(i in coupled for i, _ in part)
+            at_zero = updates(here, [torch.zeros_like(g) for g in full], self.update) if whole else []
+            at_full = updates(here, full, self.update) if whole or not linear else []
+            # Of the slopes, which end at g_B.
+            starts = [torch.where(g.abs() <= NOTHING * size.to(g.device), g - size.to(g.device), 0.0) for g in full]
+            at_start = [] if linear else updates(here, starts, self.update)
             for k, (i, slot) in enumerate(part):
                 g, dtype = full[k], slot.param.dtype
                 if ends:
@@ -97,8 +111,11 @@ class Path:
                     self._units[i] = (g / clipped[1]).to(dtype)
                 if i in coupled:
                     self._coupled.hold(i, slot, g, at_full[k] - at_zero[k])
-                    continue
-                slot.direction[...] = torch.where(g == 0, 0.0, -(at_full[k] - at_zero[k]) / torch.where(g == 0, 1.0, g))
+                elif linear:
+                    slot.direction[...] = directions.sgd_coefficient(slot.options, slot.state)
+                else:
+                    over = g - starts[k]  # nothing if all gradients are
+                    slot.direction[...] = -(at_full[k] - at_start[k]) / torch.where(over == 0, 1.0, over)
         for slot in tracker.slots:
             if slot.grad is None:
                 slot.direction.zero_()
@@ -110,7 +127,7 @@ class Path:
             self._log = math.log(1 / clipped[0])
             for part in chunks([(i, slot) for i, slot in alone if i not in self.left]):
                 here = [slot for _, slot in part]
-                of_here = self._slopes_of(here, [slot.grad.double() * unscale for slot in here])
+                of_here = self._slopes_of(here, [slot.grad.double() * unscale for slot in here], size)
                 for (i, slot), slope in zip(part, of_here, strict=True):
                     self._slopes[i] = slope.to(slot.param.dtype)
                     slot.direction.add_(self._slopes[i], alpha=self._log)
@@ -197,30 +214,20 @@ class Path:
             )
         return found
 
-    def _slopes_of(self, slots: list[Any], grads: list[Tensor]) -> list[Tensor]:
+    def _slopes_of(self, slots: list[Any], grads: list[Tensor], size: Tensor) -> list[Tensor]:
         """-u'(g), by differences."""
-        steps = [1e-3 * g.abs() + 1e-12 for g in grads]
+        steps = [1e-3 * g.abs() + 0.1 * NOTHING * size.to(g.device) + 1e-12 for g in grads]
         low = updates(slots, [g - h for g, h in zip(grads, steps, strict=True)], self.update)
         high = updates(slots, [g + h for g, h in zip(grads, steps, strict=True)], self.update)
         return [-(b - a) / (2 * h) for a, b, h in zip(low, high, steps, strict=True)]
 
-    def _clipping(
-        self, slots: list[Any], factor: Tensor, unscale: Any, scale: float | Tensor
-    ) -> tuple[float, float] | None:
-        """Where the gradient was clipped: what it was multiplied by, and its norm since."""
-        if self.clip is None:
-            return None
-        norm = hessian.norm(self.tracker, (s.grad.double() * unscale for s in slots))
-        shrunk = float(factor) * float(scale) * self.tracker.ranks.size  # of the mean over the processes
-        if not 0 < shrunk < 1 - 1e-6:  # 0: a fused optimizer will skip the update
-            return None
-        if norm <= self.clip * (1 - 1e-3):
-            grads = [local(p.grad) for p in self.tracker.model.parameters() if p.grad is not None]
-            every = hessian.norm(self.tracker, (g.double() * unscale for g in grads))
-            if every > self.clip * (1 - 1e-3):
-                raise InRunError(
-                    f"clip: expected gradients clipped to the norm {self.clip} over the tracked parameters together, "
-                    f"got their norm {norm:.4g}, and {every:.4g} with the excluded ones"
-                )
-            return None  # it was something else that made them smaller
-        return shrunk, norm
+
+def _size_of_gradients(slots: Sequence[Any], unscale: Any) -> Tensor:
+    """The root mean square of the gradient of the parameter that has the largest; float64."""
+    if not slots:
+        return torch.zeros((), dtype=torch.float64)
+    norms = torch._foreach_norm([slot.grad for slot in slots])  # pyright: ignore[reportPrivateImportUsage]
+    sizes = [
+        norm.double() * unscale / max(1, slot.grad.numel()) ** 0.5 for norm, slot in zip(norms, slots, strict=True)
+    ]
+    return torch.stack([size.to(sizes[0].device) for size in sizes]).max()

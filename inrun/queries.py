@@ -6,6 +6,7 @@ what exceeds its limit. Both add float64 numbers in one thread, so the same ledg
 
 from __future__ import annotations
 
+import atexit
 import functools
 import glob
 import tempfile
@@ -164,6 +165,7 @@ def _connection() -> Any:
 
     spill = tempfile.TemporaryDirectory(prefix="inrun-")
     config: Any = {"threads": 1, "memory_limit": _MEMORY, "temp_directory": spill.name}
+    atexit.register(_connection.cache_clear)  # before modules go: duckdb's says that it was leaked, line by line
     return duckdb.connect(config=config), spill
 
 

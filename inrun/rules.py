@@ -12,11 +12,12 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from . import affine, attention, experts, projection, routing
 from .errors import InRunError
@@ -110,6 +111,9 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
         params = [(local, p) for local, p in module._parameters.items() if p is not None and p.requires_grad]
         owned[path] = [(module, k, names[id(p)]) for k, p in params if names[id(p)] not in excluded]
     owned = {path: found for path, found in owned.items() if found}
+    for full in (full for found in owned.values() for _, _, full in found):
+        if (param := model.get_parameter(full)).is_complex():
+            raise InRunError(f"{full}: expected a parameter of real numbers, got {param.dtype}; exclude it")
     via = _via(modules, owned, list(names.values()), through or {})
     for path, module in modules.items():
         if isinstance(module, _SEQUENCE_FIRST) and not module.self_attn.batch_first:
@@ -167,6 +171,13 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     return tap
 
 
+def named_parameters(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """A model's parameters without their directions: what an average of the weights, or a count, goes by."""
+    hidden = {id(m._parameters[n]) for m in model.modules() if isinstance(m, Holder) for n in direction_names(m)}
+    every = type(model).named_parameters(model, *args, **kwargs)
+    return ((name, p) for name, p in every if id(p) not in hidden)
+
+
 def remove(module: Any) -> None:
     """Give a tracked module its own class back and take its directions away."""
     for name in direction_names(module):
@@ -199,7 +210,8 @@ def _via(
     """Owner -> the module that scores all of its parameters by forward-mode AD, where that is not the owner."""
     via = {}
     for path in owned:
-        whole = next((p for p, m in modules.items() if isinstance(m, _WHOLE) and (p == path or _inside(path, p))), None)
+        whole = next((p for p, m in modules.items() if (isinstance(m, _WHOLE) or is_parametrized(m))
+                      and (p == path or _inside(path, p))), None)  # fmt: skip
         if whole is not None:
             via[path] = whole
     for pattern, target in through.items():
@@ -276,7 +288,7 @@ def _require_plain_embedding(module: nn.Module, path: str) -> None:
         if getattr(module, option) != plain:
             raise InRunError(
                 f"{path}.weight: expected an Embedding with {option}={plain}, got {getattr(module, option)}, "
-                "with which a gradient is not a sum over samples; exclude the parameter or change the option"
+                "which no rule knows; exclude the parameter or change the option"
             )
 
 

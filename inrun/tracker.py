@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -190,6 +191,8 @@ class Tracker:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if isinstance(waiting[2], str) and waiting[2] != "elementwise":
             raise ValueError(f"update: expected 'elementwise', a function or None, got {waiting[2]!r}")
+        if waiting[0] not in ("device", "host"):
+            raise ValueError(f"keep: expected 'device' or 'host', got {waiting[0]!r}")
         if not isinstance(validate_every, int) or validate_every < 1:
             raise ValueError(f"validate_every: expected an integer of at least 1, got {validate_every!r}")
         self.in_batch = isinstance(validation, str) and validation == "batch"
@@ -243,6 +246,10 @@ class Tracker:
         self._handles: list[Any] = []
         if optimizers:
             self.bind(optimizers)
+        before, now = [self.ledger.metadata.get(name) for name in ("method", "targets")], [method, list(self.columns)]
+        if self.ledger.last_step is not None and before[0] is not None and before != now:
+            warnings.warn(f"ledger: its steps so far have values of method and targets {before}, those to come of "
+                          f"{now}; sums will add them up", stacklevel=4)  # fmt: skip
         self.ledger.metadata.update(
             sign="value > 0: the sample lowered the validation loss (the paper's phi is -value)",
             unit="nats of validation loss",
@@ -311,6 +318,8 @@ class Tracker:
             slot.optimizer, slot.group = where[id(slot.param)]
         self.optimizers = optimizers
         self._handles = [each.register_step_pre_hook(self._before_update) for each in optimizers]
+        if not self.ranks.sharded:
+            self.model.__dict__["named_parameters"] = MethodType(rules.named_parameters, self.model)
         self._watch = Watch(self.slots, self.ranks, self._pending)
 
     def _require_supported(self, optimizers: Sequence[Optimizer]) -> None:
@@ -404,6 +413,7 @@ class Tracker:
             handle.remove()
         if self.optimizers:
             self._watch.close()
+        self.model.__dict__.pop("named_parameters", None)
         for module in [] if self.ranks.fully_sharded() else self.model.modules():
             if isinstance(module, rules.Holder):
                 rules.remove(module)
@@ -451,10 +461,8 @@ class Tracker:
     def _require_no_others(self) -> None:
         """Raise `InRunError` where a parameter trains that did not when they were tracked: it would have no score."""
         excluded = self.coverage["excluded"]
-        ours = [p for slot in self.slots for p in (slot.param, slot.sibling)]
-        most = sum(p.requires_grad for p in ours) + len(excluded)
-        if _count_trainable(self.model) > most:
-            known = {id(p) for p in ours}
+        known = {id(p) for slot in self.slots for p in (slot.param, slot.sibling)}
+        if sum(id(p) not in known for p in _trainable(self.model)) > len(excluded):
             others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
             others = [n for n in others if n not in excluded]
             raise InRunError(
@@ -465,6 +473,8 @@ class Tracker:
     def batch(self, step: Step, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if self._step is not step:
             raise InRunError("batch: expected inside the step block, got outside of it")
+        for tap in self.taps:
+            tap.watched = self.check_due
         self._method.batch(layout.on(self.slots[0].param.device), recompute)  # once for all layers
 
     def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -542,8 +552,8 @@ class Tracker:
         self._seconds[name] += time.perf_counter() - start
 
 
-def _count_trainable(model: nn.Module) -> int:
-    """How many parameters train. Asked once a step, so without the names that `model.parameters()` makes on its way."""
+def _trainable(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that train. Asked once a step, so without the names that `model.parameters()` makes on its way."""
     found, seen, modules = set(), set(), [model]
     while modules:
         module = modules.pop()
@@ -551,7 +561,7 @@ def _count_trainable(model: nn.Module) -> int:
             seen.add(module)
             modules += [child for child in module._modules.values() if child is not None]
             found.update([p for p in module._parameters.values() if p is not None and p.requires_grad])
-    return len(found)
+    return found
 
 
 def _sibling(param: nn.Parameter, many: int | None) -> nn.Parameter:

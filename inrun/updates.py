@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
@@ -191,6 +192,31 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
     ]
     twin.state = defaultdict(dict, {p: state for p, state, _ in held if state})
     twin.step()
+
+
+@torch.no_grad()
+def compare(slots: Sequence[Any], unscale: Any, rule: UpdateRule) -> None:
+    """Warn where a user's update function does not give what the optimizer's own step adds, if a copy of the optimizer
+    can take one."""
+    for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
+        ours = [slot for slot in slots if slot.optimizer is optimizer]
+        grads = [slot.grad.double() * unscale for slot in ours]
+        try:
+            real = joint_updates(optimizer, ours, grads)
+        except Exception:  # whatever its step may need beside gradients
+            continue
+        for slot, grad, moved in zip(ours, grads, real, strict=True):
+            (said,) = updates([slot], [grad], rule)
+            off, size = (said - moved).norm().item(), moved.double().norm().item()
+            rounding = 4 * torch.finfo(slot.param.dtype).eps * slot.param.detach().double().norm().item()
+            if off > 0.1 * size + rounding:
+                warnings.warn(
+                    f"update: expected what the step adds to a parameter, to {slot.name} by {type(optimizer).__name__} "
+                    f"a tensor of norm {size:.4g}; got one of norm {said.norm():.4g}, {off:.4g} away from it. Values "
+                    "are of the update that was given",
+                    stacklevel=2,
+                )
+                return
 
 
 @torch.no_grad()

@@ -154,6 +154,7 @@ class Validation:
         self.pending.ask(~torch.isfinite(norm), lambda: _not_finite(name, names, norms, scale))
         if self.excluded and self.excluded_share is None:
             others = [g for g in found[len(ours) :] if g is not None]
+            others = [g.coalesce().values() if g.is_sparse else g for g in others]
             squared = self.ranks.norm(others).square()
             share = float(squared / (squared + norm.square()))
             self.excluded_share = share if math.isfinite(share) else None

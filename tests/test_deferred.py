@@ -633,3 +633,113 @@ class Apply(nn.Module):
 
     def forward(self, x):
         return self.function(x)
+
+
+def cancelling(kind):
+    """A head of zeros and balanced labels: the bias's gradient is zero, each sample's is not."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2).double()
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 0, 1])
+    validation = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 0, 0, 0, 0, 1])
+    if kind == "adam":  # whose slope at no gradient is that of the steps before
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for t in range(20):
+            generator = torch.Generator().manual_seed(t)
+            for p in model.parameters():
+                p.grad = 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            optimizer.step()
+        optimizer.zero_grad()
+        for p in model.parameters():
+            nn.init.zeros_(p)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, nesterov=True)
+    return model, optimizer, x, y, validation
+
+
+@pytest.mark.parametrize("method", ["path", "path_secant", "path_simpson"])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_samples_whose_gradients_cancel_have_the_value_that_each_has(kind, method):
+    model, optimizer, x, y, validation = cancelling(kind)
+    copied, held = copy.deepcopy((model, optimizer))
+
+    def utility(members):
+        other, stepped = copy.deepcopy((copied, held))
+        (F.cross_entropy(other(x[members]), y[members], reduction="sum") / len(y)).backward()
+        stepped.step()
+        return -F.cross_entropy(other(validation[0]), validation[1]).item()
+
+    exact = torch.from_numpy(shapley.exact(utility, 4)[0])
+    tracker = inrun.track(
+        model, optimizer, method, validation=lambda: F.cross_entropy(model(validation[0]), validation[1])
+    )
+    with tracker.step(range(4)) as step:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    error = (step.values.double() - exact).norm() / exact.norm()
+    assert error < (0.05 if kind == "adam" else {"path": 0.2, "path_secant": 0.05, "path_simpson": 0.05}[method])
+    if method == "path" and kind == "sgd":  # along the gradient at the start, exact
+        start = torch.autograd.grad(F.cross_entropy(copied(validation[0]), validation[1]), list(copied.parameters()))
+        rows = [
+            torch.autograd.grad(F.cross_entropy(copied(x[[i]]), y[[i]]) / 4, list(copied.parameters()))
+            for i in range(4)
+        ]
+        lr = 0.5 * 1.9  # Nesterov's first step
+        close(step.values, torch.stack([lr * sum((d * g).sum() for d, g in zip(start, row, strict=True))
+                                        for row in rows]), 1e-6)  # fmt: skip
+
+
+def clipped_step(norm, **options):
+    model, (x, y), validation = make("mlp"), data("mlp"), data("mlp", 4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *validation), **options)
+    for _ in range(2):
+        with tracker.step(range(B)) as step:
+            loss_of(model, x, y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), *norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    return step.values
+
+
+def test_clipping_to_another_norm_or_without_a_word_is_seen():
+    clipped_step((0.05,), clip=0.05)
+    with pytest.warns(UserWarning, match=r"clip: gradients of the norm .* not the norm 0\.06\. .* say to which"):
+        clipped_step((0.05,), clip=0.06)
+    with pytest.warns(UserWarning, match=r"say to which: track\(\.\.\., clip=max_norm\)") as said:
+        clipped_step((0.05,))
+    assert len(said) == 1
+    for norm in ((0.05,), (0.05, math.inf)):
+        with pytest.raises(inrun.InRunError, match=r"clip: expected gradients of at most the norm 0\.0\d, got"):
+            clipped_step(norm, clip=0.05 if len(norm) > 1 else 0.04)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_clipping_needs_no_word():
+    clipped_step((1e6,))
+    clipped_step((1e6,), clip=1e6)
+    model, (x, y), validation = make("mlp"), data("mlp"), data("mlp", 4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *validation))
+    with tracker.step(range(B)):
+        (3 * loss_of(model, x, y)).backward()
+        for p in model.parameters():
+            p.grad /= 3
+        optimizer.step()
+
+
+def test_an_update_that_is_not_the_optimizers_is_seen():
+    def values(update):
+        step = scored_step("mlp", "path", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), update=update)[0]
+        return step.values.double()
+
+    def right(grad, param, state, group):
+        return -group["lr"] * (group["momentum"] * state["momentum_buffer"] + grad)
+
+    expected = values(None)
+    with pytest.warns(UserWarning, match="update: expected what the step adds to a parameter, to net.0.weight by SGD"):
+        assert not torch.allclose(values(lambda *given: -right(*given)), expected)
+    with pytest.warns(UserWarning, match="update: expected what the step adds"):
+        values(lambda grad, param, *rest: param + right(grad, param, *rest))
+    close(values(right), expected)

@@ -827,3 +827,40 @@ def test_two_million_rows_in_bounded_time_and_memory(tmp_path):
     np.testing.assert_allclose(totals, np.bincount(ids.ravel(), values.ravel()), atol=1e-9)
     assert wrote < 20 and read < 20, (wrote, read)  # about 0.5 s each on two idle cores
     assert peak < 24 * steps * batch / 2  # half of what the rows take in memory
+
+
+def test_what_nobody_flushed_is_written_when_its_ledger_or_the_process_goes(tmp_path):
+    script = f"""
+        import os
+        import numpy as np
+        from inrun import Ledger
+
+        def inside():
+            ledger = Ledger({str(tmp_path / "inside")!r})
+            ledger.append(0, np.arange(3), np.ones(3))
+
+        inside()
+        assert len(Ledger({str(tmp_path / "inside")!r})) == 3
+        ledger = Ledger({str(tmp_path / "at_exit")!r})
+        ledger.append(0, np.arange(3), np.ones(3))
+        if not os.fork():  # a child has copies of what is its parent's to write
+            raise SystemExit
+        os.wait()
+        assert not ledger.path.exists()
+        ledger.append(1, np.arange(3), np.ones(3))
+        raise KeyError("the run")
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1] == "KeyError: 'the run'"
+    assert steps_of(Ledger(tmp_path / "inside")) == [0, 0, 0]
+    assert steps_of(Ledger(tmp_path / "at_exit")) == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_resume_before_the_first_step_is_refused(tmp_path):
+    ledger = Ledger(tmp_path)
+    fill(ledger, range(3))
+    with pytest.raises(ValueError, match=r"0 or more, received step=-1"):
+        ledger.resume(-1)
+    assert len(ledger) == 12

@@ -15,6 +15,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import MODELS, B, Bypass, data, gpt, gradient, loss_of, make, oracle_values
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -984,3 +985,167 @@ def test_resuming_with_fewer_processes_drops_what_the_others_left(tmp_path, monk
         tracker = inrun.track(make("mlp"), ledger=tmp_path / writers)
         tracker.ledger.resume(1)
         assert inrun.Ledger(tmp_path / writers).rows()["step"].to_pylist() == left
+
+
+class Positions(nn.Module):
+    """Positions that all samples share, in whatever way `use` makes of them."""
+
+    def __init__(self, use, ids):
+        super().__init__()
+        torch.manual_seed(0)
+        self.token, self.position = nn.Embedding(20, 8), nn.Embedding(6, 8)
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 20)
+        self.use, self.ids = use, ids
+
+    def forward(self, x):
+        shared = self.use(self.norm(self.position(self.ids)), len(x))
+        return self.out(torch.tanh(self.token(x) + shared))
+
+
+ONE, BARE = torch.arange(6)[None], torch.arange(6)
+
+
+@pytest.mark.parametrize("method", ["first", "secant"])
+@pytest.mark.parametrize(
+    "use, ids",
+    [
+        (lambda p, n: p, ONE),
+        (lambda p, n: p, BARE),
+        (lambda p, n: (2 * p.float() + 1).sin().view(p.shape), ONE),
+        (lambda p, n: p.expand(n, -1, -1), ONE),
+        (lambda p, n: p.squeeze(0), ONE),
+        (lambda p, n: F.dropout(p, 0.0) / p.norm(dim=-1, keepdim=True), ONE),
+        (lambda p, n: torch.einsum("btd,td->btd", p, p.detach()[0] * 0 + 1), ONE),
+    ],
+)
+def test_what_all_samples_share_is_scored_for_each(use, ids, method):
+    model, x, validation = Positions(use, ids), *(torch.randint(20, (n, 6)) for n in (B, 4))
+    before = copy.deepcopy(model)
+
+    def loss(model, x):
+        return F.cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss(model, validation))
+    with tracker.step(range(B)) as step:
+        found = loss(model, x)
+        found.backward()
+        optimizer.step()
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, loss(before, x))
+    first, last = (dict(zip(dict(m.named_parameters()), torch.autograd.grad(loss(m, validation), m.parameters()),
+                            strict=False)) for m in (before, close_and_copy(tracker, model)))  # fmt: skip
+    expected = []
+    for row in x:
+        one = torch.autograd.grad(loss(before, row[None]) / B, before.parameters())
+        along = [g if method == "first" else (g + last[n]) / 2 for n, g in first.items()]
+        expected.append(0.1 * sum((d * g).sum() for d, g in zip(along, one, strict=True)).double())
+    close(step.values, torch.stack(expected))
+
+
+def close_and_copy(tracker, model):
+    tracker.close()
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("method", ["first", "secant"])
+@pytest.mark.parametrize(
+    "use, ids, named",
+    [
+        (lambda p, n: p[0], ONE, "getitem"),
+        (lambda p, n: p.sum(0), ONE, "sum"),
+        (lambda p, n: p / p.norm(), ONE, "norm"),
+        (lambda p, n: p.repeat(n, 1, 1), ONE, "repeat"),
+        (lambda p, n: (p * 2).flip(0), ONE, "flip"),
+        (lambda p, n: p[None], BARE, "getitem"),
+    ],
+)
+def test_what_mixes_the_rows_of_what_samples_share_is_an_error(use, ids, named, method):
+    model, x = Positions(use, ids), torch.randint(20, (B, 6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(x).square().mean())
+    with pytest.raises(inrun.InRunError, match=f"norm: expected its output.*{named}"), tracker.step(range(B)):
+        model(x).square().mean().backward()
+
+
+def test_a_models_parameters_are_its_own():
+    """Averages of weights pair them with those of a copy; so do counts."""
+    model, plain = make("gpt_tied"), make("gpt_tied")
+    tracker = inrun.track(model, torch.optim.AdamW(model.parameters()))
+    names = [n for n, _ in plain.named_parameters()]
+    assert [n for n, _ in model.named_parameters()] == names
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    pickled = io.BytesIO()
+    torch.save(model, pickled)
+    assert b"inrun.rules" not in pickled.getvalue()
+    pickled.seek(0)
+    for other in (average.module, copy.deepcopy(model), torch.load(pickled, weights_only=False)):
+        assert [n for n, _ in other.named_parameters()] == names
+        assert all(torch.equal(a, b) for a, b in zip(other.parameters(), plain.parameters(), strict=True))
+    model.requires_grad_(True)
+    assert not any(slot.sibling.requires_grad for slot in tracker.slots)
+    tracker.close()
+    assert [n for n, _ in model.named_parameters()] == names and "named_parameters" not in vars(model)
+
+
+def test_a_module_that_takes_the_place_of_a_tracked_one_is_an_error():
+    model = make("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer)
+    run_step(tracker, model, optimizer, data("mlp"), data("mlp", 4, 2))
+    model.net[0] = nn.Linear(*reversed(model.net[0].weight.shape))
+    optimizer.add_param_group({"params": model.net[0].parameters()})
+    with tracker.validation():
+        loss_of(model, *data("mlp", 4, 2)).backward()
+    with pytest.raises(inrun.InRunError, match=r"got 2 more, which would have no score: net\.0\.weight, net\.0\.bias"):
+        tracker.step(range(B)).__enter__()
+
+
+@pytest.mark.parametrize("parametrized", ["spectral_norm", "orthogonal", "weight_norm"])
+def test_a_parametrized_layer_is_scored_by_its_output(parametrized):
+    """Also where its weight has as many rows as the batch."""
+    torch.manual_seed(0)
+    change = getattr(nn.utils.parametrizations, parametrized)
+    model = nn.Sequential(change(nn.Linear(B, B)), nn.Tanh(), nn.Linear(B, 3)).eval()
+    x, other = torch.randn(B, B), torch.randn(4, B)
+    before = copy.deepcopy(model).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer)
+    with tracker.validation():
+        model(other).square().mean().backward()
+    with tracker.step(range(B)) as step:
+        model(x).pow(3).mean().backward()
+        optimizer.step()
+    params = list(before.parameters())
+    along = torch.autograd.grad(before(other.double()).square().mean(), params)
+    rows = [torch.autograd.grad(before(row[None].double()).pow(3).mean() / B, params) for row in x]
+    close(step.values, torch.stack([0.1 * sum((a * b).sum() for a, b in zip(along, row, strict=True)) for row in rows]))
+
+
+def test_bad_input_that_came_late_is_clear_at_once(tmp_path):
+    model = make("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="keep: expected 'device' or 'host', got 'disk'"):
+        inrun.track(model, optimizer, keep="disk")
+    complex_one = nn.Linear(3, 2, dtype=torch.complex64)
+    with pytest.raises(inrun.InRunError, match=r"weight: expected a parameter of real numbers, got torch\.complex64"):
+        inrun.track(complex_one, torch.optim.SGD(complex_one.parameters(), lr=0.1))
+    tracker = inrun.track(model, optimizer, ledger=tmp_path)
+    run_step(tracker, model, optimizer, data("mlp"), data("mlp", 4, 2))
+    tracker.close()
+    with pytest.warns(UserWarning, match="ledger: its steps so far have values of method and targets .*first"):
+        inrun.track(model, optimizer, "path", ledger=tmp_path).close()
+
+
+def test_an_excluded_sparse_embedding_trains_beside():
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, exclude=["0.*"])
+    ids = torch.randint(7, (B, 3))
+    with tracker.validation():
+        model(ids).square().mean().backward()
+    with tracker.step(range(B)) as step:
+        model(ids).square().mean().backward()
+        optimizer.step()
+    assert step.values.sum() > 0 and 0 < tracker.ledger.metadata["excluded_share"] < 1

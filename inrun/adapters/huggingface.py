@@ -29,7 +29,7 @@ from ..errors import InRunError
 from ..ledger import Ledger
 from ..tap import random_kept
 from ..tracker import as_ledger
-from .loop import Loop
+from .loop import Loop, with_clip
 
 
 def attach(
@@ -177,6 +177,7 @@ class InRunCallback(TrainerCallback):
             self.on_train_end(args, state, control)
             if args.auto_find_batch_size:  # and this one takes its place
                 self.ledger.resume(state.global_step)
+        self.options = with_clip(self.options, args.max_grad_norm)
         self.loop = Loop(
             kwargs["model"], kwargs["optimizer"], start=state.global_step, ledger=self.ledger, **self.options
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import InRunError
 from ..ledger import Ledger
 from ..tracker import as_ledger
-from .loop import Loop
+from .loop import Loop, with_clip
 
 
 class InRun(Callback):
@@ -61,6 +61,8 @@ class InRun(Callback):
         if len(trainer.optimizers) != 1:
             raise InRunError(f"optimizers: expected one, got {len(trainer.optimizers)}")
         start = trainer.global_step
+        if trainer.gradient_clip_algorithm in (None, "norm"):
+            self.options = with_clip(self.options, trainer.gradient_clip_val)
         self.loop = Loop(pl_module, trainer.optimizers[0], start=start, ledger=self.ledger, **self.options)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -1,0 +1,117 @@
+"""What a layer returns for all samples together, watched in the first step.
+
+A layer whose input is `[1, ...]`, or positions `[T]`, returns a row for each sample in a step, `[B, ...]`, so that each
+has a gradient of its own. Where that is added to a batch, or goes row by row, it comes to the same. Where it does not
+(`p[0]`, `p.sum(0)`, `p.norm()`), another model would train, or one sample would have the gradient of all. So each
+operation on such an output is tried with rows that differ; one that mixes them is an error as soon as a gradient comes
+through it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import InRunError
+from .tap import random_kept, random_state
+
+
+class Shared(Tensor):
+    """`[B, ...]`, of which plain training has one row: `[1, ...]`, or without `_lead` `[...]`."""
+
+    _layer = ""
+    _lead = True
+
+    @classmethod
+    def of(cls, rows: Tensor, layer: str, lead: bool) -> Shared:
+        found = rows.as_subclass(cls)
+        found._layer, found._lead = layer, lead
+        return found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, before = kwargs or {}, random_state()
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+            ours = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls)]
+            leaves, spec = pytree.tree_flatten(result)
+            computed = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+            computed = [i for i in computed if not isinstance(leaves[i], cls)]
+            if not computed or not ours:
+                return result
+            layer, size, lead = ours[0]._layer, ours[0].shape[0], ours[0]._lead
+            drew = not all(map(torch.equal, *([cpu, *gpus] for cpu, gpus in (before, random_state()))))
+            runs = None if drew else _tried(func, args, kwargs, size)
+            for i in computed:
+                x = leaves[i]
+                if runs is None:  # dropout, or what plain training cannot compute
+                    kind = lead if x.shape == ours[0].shape else "own"
+                else:
+                    whole, first, last = (run[i] for run in runs)
+                    kind = _kind(whole, first, last, size)
+                if isinstance(kind, bool):
+                    leaves[i] = cls.of(x, layer, kind)
+                elif kind == "misplaced":
+                    raise _refused(layer, size, func)
+                elif kind == "mixed":
+                    x.register_hook(lambda grad: _raise(_refused(layer, size, func)))
+            return pytree.tree_unflatten(leaves, spec)
+
+
+def _tried(func: Any, args: Any, kwargs: Any, size: int) -> list[list[Any]] | None:
+    """The outputs for rows that differ, and for the first and the last of them alone as plain training has them."""
+
+    def changed(x: Any, row: int | None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        rows = x.as_subclass(Tensor).detach().clone()
+        if not isinstance(x, Shared):
+            return rows
+        if rows.is_floating_point():
+            rows *= 1 + 0.1 * torch.arange(size, device=rows.device).view(-1, *[1] * (rows.dim() - 1))
+        return rows if row is None else rows[[row]] if x._lead else rows[row]
+
+    found = []
+    for row in (None, 0, size - 1):
+        try:
+            with torch.no_grad(), random_kept():
+                here = pytree.tree_map(lambda x, row=row: changed(x, row), (args, kwargs))
+                found.append(pytree.tree_leaves(func(*here[0], **here[1])))
+        except (RuntimeError, IndexError):
+            return None
+    return found
+
+
+def _kind(whole: Tensor, first: Tensor, last: Tensor, size: int) -> bool | str:
+    """Of an output: if it is shared still, whether it has a leading 1; "own", if rows are the samples'; else "mixed",
+    or "misplaced", on which something else will fail."""
+    if whole.dim() == 0 or whole.shape[0] != size:
+        repeated = first.shape[:1] == (size,) and whole.shape[1:] == first.shape[1:]
+        return "misplaced" if repeated or (whole.dim() > first.dim() > 0 and size in whole.shape[1:]) else "mixed"
+    if first.shape == whole.shape:
+        kind, rows = "own", (first[0], last[-1])
+    elif first.shape == whole.shape[1:]:
+        kind, rows = False, (first, last)
+    elif first.shape == (1, *whole.shape[1:]):
+        kind, rows = True, (first[0], last[0])
+    else:
+        return "mixed"
+    close = all(torch.allclose(a.double(), b.double(), 1e-2, 1e-6, equal_nan=True)
+                for a, b in zip((whole[0], whole[-1]), rows, strict=True))  # fmt: skip
+    return kind if close else "mixed"
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _refused(layer: str, size: int, func: Any) -> InRunError:
+    return InRunError(
+        f"{layer or 'model'}: expected its output, which belongs to no sample alone, to be added to the batch or to be "
+        f"worked on row by row, got {getattr(func, '__name__', func)}(). In a step it has a row for each of the {size} "
+        "samples. Give the layer an input that has them, [B, ...]; or score it by an enclosing module whose outputs "
+        "are [B, ...], track(..., through={parameter: module}); or exclude its parameters"
+    )
