@@ -91,9 +91,9 @@ class Machine:
             run()
             return self._now() - start
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Half a millisecond in which the host runs ahead, as in training: the flush alone takes less than the host
+        # Two milliseconds in which the host runs ahead, as in training: the flush alone takes less than the host
         # needs to launch a product of several kernels.
-        torch.cuda._sleep(1 << 20)
+        torch.cuda._sleep(1 << 22)
         start.record()
         run()
         end.record()

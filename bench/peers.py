@@ -96,11 +96,13 @@ if torch.cuda.is_available():  # the kernels' forms, of which "inrun" takes one;
             a, g, d, form=form, grad_dtype=a.dtype
         )
 
+_KERNEL = "triton" if torch.cuda.is_available() else None  # on a GPU the kernel, also where gradients would be formed
+
 # Dots alone, for a direction known only after the backward; `plain` is a GEMM of as many FLOPs.
 DOT: dict[str, Kernel] = {
     "plain": lambda a, g, d, *_: plain(a, g, d),
     "inrun": lambda a, g, d, *_: (None, ghost_dot(a, g, d)),
-    "inrun_pairwise": lambda a, g, d, va, vg: (None, ghost_dot_pairwise(a, g, va, vg).sum(1)),
+    "inrun_pairwise": lambda a, g, d, va, vg: (None, ghost_dot_pairwise(a, g, va, vg, backend=_KERNEL).sum(1)),
     "gemm_rowsum": lambda a, g, d, *_: (None, gemm_rowsum(a, g, d)),
     "gemm_rowsum_compiled": lambda a, g, d, *_: (None, gemm_rowsum_compiled(a, g, d)),
 }

@@ -198,9 +198,9 @@ class _WrittenOutNorms(TorchFunctionMode):
         args, kwargs, pair = list(args), dict(kwargs or {}), []
         if func is Tensor.unflatten:  # whose Python code a graph cannot capture
             func = torch.unflatten
-        if func is torch._weight_norm:  # fused, without a forward derivative
-            v, g, dim = (*args, 0)[:3]
-            over = [i for i in range(v.dim()) if dim == -1 or i != dim % v.dim()]
+        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage] - without a forward derivative
+            v, g, dim = args if len(args) > 2 else (*args, kwargs.get("dim", 0))
+            over = [i for i in range(v.dim()) if dim == -1 or i != dim]
             return v * (g / torch.linalg.vector_norm(v, dim=over, keepdim=True))
         if func not in _NORMS:
             return func(*args, **kwargs)

@@ -94,13 +94,14 @@ def ghost_wgrad_dot(
     Args, Raises, Source: as `ghost_dot`; there is no per_token.
         form: how samples are kept apart. "two" accumulators: a dot's error is relative to the
             sample's own terms, whatever else is in the batch. "prefix", faster on large tiles: a dot is the
-            difference of two running sums, so its error is relative to the terms of all samples up to it: one
-            float32 rounding (6e-8) of those for each 16 of the sample's tokens (on the CPU 2e-6 to 1e-5 of a typical
-            dot where they are alike). "direct": one GEMM and a `ghost_dot`, for samples of few tokens; errors as in
-            "two". The weight gradient is as exact in all. None: what `explain` says, "prefix" only if it is 5 % quicker
-            than "two": on a GPU one of these by the tiles they have room for, in float32 always "two", and "direct" for
-            documents of fewer than 32 tokens; on a CPU the quickest: "two" in C or "direct"; of one sample, without a C
-            compiler, and in float16 and float64, any of the three.
+            difference of two running sums, so its error is relative to the terms of all samples up to it: a
+            float32 rounding of those for each 16 of the sample's tokens, on a GPU always towards zero, 4e-8 of them
+            (where they are alike 2e-6 to 1e-5 of a dot; behind a sample a hundred times as large 2e-4), and one that is
+            no number leaves none to those behind it. "direct": one GEMM and a `ghost_dot`, for samples of few tokens;
+            errors as in "two". The weight gradient is as exact in all. None: what `explain` says. On a GPU "two", or
+            "prefix" where its larger tiles are 10 % quicker by a model (never in float32); "direct" for documents of
+            fewer than 32 tokens. On a CPU the quickest: "two" in C or "direct"; of one sample, without a C compiler,
+            and in float16 and float64, any of the three, "prefix" only if it is 5 % quicker than "two".
         grad_dtype: of the weight gradient: float16 or bfloat16 for float16 and bfloat16 `acts`, rounded once as it
             is written; None: float32, or float64 for float64 `acts`.
 

@@ -67,6 +67,9 @@ _TILES = (
     Tile(64, 64, 32, 8, 3),
     Tile(64, 32, 32, 4, 3),
 )
+# A split's tile, written and read again in float32, takes an H100's memory as long as the tensor cores need for some
+# thousand tokens: about a sample.
+SPLIT = 1.0
 # On the ordinary cores, an output to 32 of which each thread reads 12 numbers; TF32 fits as well.
 _FLOAT32 = (Tile(64, 64, 32, 4, 3), Tile(64, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3), Tile(64, 32, 16, 4, 3))
 
@@ -122,16 +125,21 @@ def resident_programs(tile: Tile, accumulators: int, beside: int = 64) -> int:
 
 
 @lru_cache(1024)
-def sample_splits(tiles: int, n_samples: int, slots: int, least: int = 2) -> int:
+def sample_splits(tiles: int, n_samples: int, slots: int, least: int = 2, price: float = 0.0) -> int:
     """How many programs share the samples of one tile, so that few tiles still fill the device, and more than fill it
     leave little of it idle at the end.
 
-    The fewest that finish first: `slots` programs run at once, and each costs its samples and about a quarter of a
-    sample for its start and its store. Each has `least` samples: a split of a weight gradient's holds a partial one, so
-    that memory stays clear of one gradient per sample.
+    The fewest that finish first: `slots` programs run at once, and each costs its samples, about a quarter of a sample
+    for its start and its store, and where there are several the `price` of what it leaves to be summed. Each has
+    `least` samples: a split of a weight gradient's holds a partial one, so that memory stays clear of one gradient per
+    sample.
     """
     most = max(1, min(n_samples // least, max(4, slots // tiles)))
-    return min(range(1, most + 1), key=lambda n: ceil_div(tiles * n, slots) * (ceil_div(n_samples, n) + 0.25))
+
+    def taken(n: int) -> float:
+        return ceil_div(tiles * n, slots) * (ceil_div(n_samples, n) + 0.25 + (price if n > 1 else 0.0))
+
+    return min(range(1, most + 1), key=taken)
 
 
 def row_tile(rows: int, width: int, element_size: int, *, sums: bool) -> tuple[int, int, int]:

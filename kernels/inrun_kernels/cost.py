@@ -1,15 +1,16 @@
 """How long a product should take: a static model of its FLOPs, bytes and programs against a device's ceilings.
 
 A bound from below by what overlaps (the largest of arithmetic, device memory and cache) plus what does not (a launch,
-the first loads of each wave of programs). It is for comparing tiles and for finding what a measured time is short of;
-nothing in it was fitted. It knows nothing of TF32, of a bias that is a pass of its own, and of how pairs are split.
+the first loads of each wave of programs, a sum over splits). It is for choosing between tiles and for finding what a
+measured time is short of; nothing in it was fitted. It knows nothing of TF32, of a bias that is a pass of its own, and
+of how pairs are split.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from inrun_kernels.config import Tile, ceil_div, chip_named, matrix_tiles, resident_programs, sample_splits
+from inrun_kernels.config import SPLIT, Tile, ceil_div, chip_named, matrix_tiles, resident_programs, sample_splits
 
 
 @dataclass(frozen=True)
@@ -101,16 +102,22 @@ def predict(
     accumulators = _accumulators(kernel, form)
     tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n) * copies
     slots = device.multiprocessors * resident_programs(tile, accumulators)
-    programs = tiles * (sample_splits(tiles, samples, slots) if kernel == "wgrad_dot" else 1)
+    splits = sample_splits(tiles, samples, slots, price=SPLIT) if kernel == "wgrad_dot" else 1
+    programs = tiles * splits
     area, blocks = tile.block_m * tile.block_n, samples * ceil_div(depth, tile.block_k)
     waves = ceil_div(programs, slots)
     # Programs that share a multiprocessor share its rate: what idles is a multiprocessor with one program fewer.
     busy = ceil_div(programs, device.multiprocessors) * device.multiprocessors / programs
-    contracted = samples * sizes.directions if kernel == "wgrad_dot" else 1  # each waits for its matrix instructions
-    compute = tiles * area * (2 * blocks * tile.block_k / rate + 3 * contracted / device.plain) * busy
+    # Contractions wait for the matrix instructions. Of a weight's tile, a direction's element is widened as well: on an
+    # H100 three instructions for each, which count as two operations.
+    contracted = 6 * samples * max(1, sizes.directions) if kernel == "wgrad_dot" else 3
+    compute = tiles * area * (2 * blocks * tile.block_k / rate + contracted / device.plain) * busy
     cached = tiles * blocks * (tile.block_m + tile.block_n) * tile.block_k * item
-    cache = cached / device.cache if device.cache else 0.0
-    return Terms(compute, memory, cache, waves * device.latency, device.launch)
+    cache = cached / device.cache * busy if device.cache else 0.0
+    fill = waves * device.latency
+    if splits > 1:  # partial weights, written and read
+        fill += 8 * splits * weight / device.memory + 2 * device.launch
+    return Terms(compute, memory, cache, fill, device.launch)
 
 
 def default_tile(

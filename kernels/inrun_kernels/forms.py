@@ -93,6 +93,7 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     },
 }
 _EXACT = 1.05  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
+_MODELLED = 1.1  # the same where a model says it that was not fitted
 _LARGE = 1 << 20  # elements of a weight that is better not read again for one token's dot
 _STORED = 2  # times fewer FLOPs that make up for gradients which are written and read again on a GPU
 _FEW_TOKENS = 32  # of a document, below which a GPU's tiles are mostly empty
@@ -177,7 +178,7 @@ def _of_tiles(architecture: str, sizes: Sizes, dtype: torch.dtype, direction: to
     for form in ("two", "prefix"):
         tile = default_tile("wgrad_dot", sizes, architecture, dtype, form, direction=direction, documents=documents)
         seconds[form] = predict("wgrad_dot", sizes, CEILINGS[architecture], dtype, tile, form).seconds
-    return _least(seconds)
+    return _least(seconds, _MODELLED)
 
 
 @lru_cache(4096)
@@ -237,8 +238,8 @@ def quickest(costs: dict[str, Cost], threads: int, work: dict[str, tuple[float, 
     return _least({form: costs[form].seconds(of_form, threads) for form, of_form in work.items()})
 
 
-def _least(seconds: dict[str, float]) -> Choice:
-    rounds = "prefix" in seconds and seconds["prefix"] * _EXACT > seconds["two"]
+def _least(seconds: dict[str, float], margin: float = _EXACT) -> Choice:
+    rounds = "prefix" in seconds and seconds["prefix"] * margin > seconds["two"]
     best = min((form for form in seconds if not (rounds and form == "prefix")), key=seconds.__getitem__)
     others = ", ".join(f"{form} {s * 1e3:.3g}" for form, s in seconds.items() if form != best)
     return Choice(best, seconds, f"{best}: predicted {seconds[best] * 1e3:.3g} ms, others {others}")

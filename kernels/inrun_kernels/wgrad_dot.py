@@ -10,8 +10,9 @@ direction. Two forms:
     two     the accumulator holds one sample, is added to a second one and starts again. Errors are relative to the
             sample's own terms, and a sample's dot does not depend on the rest of the batch.
     prefix  one accumulator runs on, and a dot is the difference of two contractions of it: registers for a tile
-            twice as large. Errors are relative to the sum of the samples before it in the batch: about 1e-7 of that
-            per float32 rounding, of which a sample makes one for each 16 of its tokens.
+            twice as large. Errors are relative to the sum of the samples before it in its split: a sample makes a
+            float32 rounding of that for each 16 of its tokens. Tensor cores round towards zero, so these add up,
+            to some 4e-8 of the sum for each.
 
 Where tiles are copied by tensor descriptors and there is one direction, its tile waits in shared memory: Triton sinks
 the load of a loop-invariant operand to its use.
@@ -44,10 +45,11 @@ import triton.language as tl
 from torch import Tensor
 
 from inrun_kernels import tuning
-from inrun_kernels.config import Tile, ceil_div, matrix_tiles, resident_programs, sample_splits
+from inrun_kernels.config import SPLIT, Tile, ceil_div, matrix_tiles, resident_programs, sample_splits
 from inrun_kernels.cost import Sizes
 from inrun_kernels.rows import launch_row_wgrad_dot
 from inrun_kernels.tiles import (
+    INTERPRETED,
     aligned,
     chip,
     contract,
@@ -135,6 +137,7 @@ def _wgrad_dot_kernel(
     # The transposed tile itself: what is transposed after it was loaded passes through registers before Hopper.
     offs_g = offs_o[:, None] * stride_go + offs_tokens.to(tl.int64) * stride_gt  # [O, T]
 
+    # Without offsets samples and tokens are counted, not divided by.
     first = pid_split * samples_per_split
     last = tl.minimum(first + samples_per_split, n_samples)
     blocks = tl.cdiv(tokens, BLOCK_T)
@@ -150,9 +153,9 @@ def _wgrad_dot_kernel(
     if HAS_BIAS:
         mask_b = offs_o < tl.where(pid_i == 0, outputs, 0)
         total_b, product_b = tl.zeros([BLOCK_O, _ALIKE], tl.float32), tl.zeros([BLOCK_O, _ALIKE], tl.float32)
-    sample, row = first - 1, tl.cast(0, tl.int64)
-    token, left = tl.cast(0, tl.int64), tl.cast(0, tl.int64)
-    for block in range(n_blocks):
+    sample, row = first - 1 if HAS_OFFSETS else first + 0, tl.cast(0, tl.int64)
+    token, left, at = tl.cast(0, tl.int64), tl.cast(0, tl.int64), tl.cast(0, tl.int32)
+    for _ in range(n_blocks):
         # Where the block starts, and how many tokens of its sample are left there.
         if HAS_OFFSETS:
             if left <= 0:
@@ -160,12 +163,14 @@ def _wgrad_dot_kernel(
                 token = tl.load(offsets_ptr + sample).to(tl.int64)
                 left = tl.load(offsets_ptr + sample + 1).to(tl.int64) - token
         else:
-            sample = first + block // blocks
-            row, token = sample.to(tl.int64), (block % blocks * BLOCK_T).to(tl.int64)
+            ended = at >= tokens
+            sample += tl.where(ended, 1, 0)
+            at = tl.where(ended, 0, at)
+            row, token = sample.to(tl.int64), at.to(tl.int64)
             left = tokens - token
         if COPY_TOKENS:
-            a = acts.load([sample, block % blocks * BLOCK_T, first_i]).reshape(BLOCK_T, BLOCK_I)
-            g = tl.trans(grads.load([sample, block % blocks * BLOCK_T, first_o]).reshape(BLOCK_T, BLOCK_O))
+            a = acts.load([sample, at, first_i]).reshape(BLOCK_T, BLOCK_I)
+            g = tl.trans(grads.load([sample, at, first_o]).reshape(BLOCK_T, BLOCK_O))
         else:
             mask_t = offs_t < left
             a_ptr = acts + row * stride_ab + token * stride_at
@@ -200,14 +205,18 @@ def _wgrad_dot_kernel(
                 if HAS_BIAS:
                     total_b += product_b
                     product_b = tl.zeros([BLOCK_O, _ALIKE], tl.float32)
-            if ASYNCHRONOUS:
-                # A choice at run time: were it known, the compiler would take the tile out of this branch and read it
-                # at every block while the tensor cores write it. n_blocks is known to be positive for the same reason.
+            # Were it known what becomes of the product, the compiler would take the tile out of this branch and read it
+            # at every block while the tensor cores write it: hence a choice at run time, or what it cannot look into.
+            # n_blocks is known to be positive for the same reason.
+            if ASYNCHRONOUS and PREFIX:
+                product = tl.inline_asm_elementwise("", "=r,0", [product], dtype=tl.float32, is_pure=False, pack=1)
+            elif ASYNCHRONOUS:
                 product = tl.where(carry > 0, product, 0.0)
             elif not PREFIX:
                 product = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
         token += BLOCK_T
         left -= BLOCK_T
+        at += BLOCK_T
     if PREFIX:
         total = product
     if HAS_BIAS:
@@ -296,7 +305,10 @@ def _launch(
     def run(tile: Tile) -> tuple[Tensor, Tensor]:
         tiles = ceil_div(outputs, tile.block_m) * ceil_div(inputs, tile.block_n)
         splits = sample_splits(
-            tiles, n_samples, multiprocessors(acts.device) * resident_programs(tile, accumulators, beside)
+            tiles,
+            n_samples,
+            multiprocessors(acts.device) * resident_programs(tile, accumulators, beside),
+            price=SPLIT,
         )
         samples_per_split = max(1, ceil_div(n_samples, splits))
         splits = ceil_div(n_samples, samples_per_split)  # none without a sample
@@ -323,7 +335,7 @@ def _launch(
             outputs,
             n_samples,
             samples_per_split,
-            1.0 if prefix else 0.0,
+            0.0,
             *acts.stride(),
             *grads.stride(),
             *((0, 0, 0) if val_grad is None else val_grad.stride()),
@@ -335,7 +347,7 @@ def _launch(
             COPY_D=copy_d and n_directions > 0,
             KEEP_D=copy_d and n_directions == 1 and not where.accumulates_apart,
             PREFIX=prefix,
-            ASYNCHRONOUS=where.asynchronous,
+            ASYNCHRONOUS=where.asynchronous and not INTERPRETED,
             PRECISION=precision(acts),
             BLOCK_O=tile.block_m,
             BLOCK_I=tile.block_n,
