@@ -14,7 +14,8 @@ Source: SGD, arXiv 2406.11011 (equation 7); Adam with frozen state, arXiv 2602.0
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .distributed import local
 from .errors import InRunError
 
 SUPPORTED = (SGD, Adam, AdamW)
+LARGE = 10.0  # times a batch's gradient, whose square is no part of a second moment any more
 _BLOCK = 1 << 20  # elements that are worked on at a time on a CPU, so that temporaries stay in its cache
 
 
@@ -37,6 +39,23 @@ def require_supported(optimizer: Optimizer) -> None:
         raise InRunError(
             f"optimizer: expected one of torch.optim's {names} (or a subclass), got {type(optimizer).__name__}; method "
             "'path_secant' knows every elementwise optimizer, Muon, and any whose update you give it"
+        )
+
+
+def warn_of_sizes(optimizers: Sequence[Optimizer], validation: Mapping[str, Tensor], batch: Tensor) -> None:
+    """Say where the square of a validation gradient cannot stand in for that of the batch's, as under Adam it has to.
+
+    Args:
+        validation: target -> norm of its gradient; batch: norm of the batch's. The device is waited for.
+    """
+    sizes, size = {name: float(norm) for name, norm in validation.items()}, float(batch)
+    target = max(sizes, key=sizes.__getitem__)
+    if size > 0 and sizes[target] > LARGE * size and not all(isinstance(each, SGD) for each in optimizers):
+        warnings.warn(
+            f"validation({target!r}): its gradient has {sizes[target] / size:.3g} times the norm of the batch's, whose "
+            "square it stands in for in Adam's second moment: values of methods 'first' and 'secant' are too small. "
+            "Take a mean loss, of a batch's samples or more, and for several targets losses of one scale; or 'path'",
+            stacklevel=2,
         )
 
 

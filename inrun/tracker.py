@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import distributed, rules
+from . import directions, distributed, rules
 from .deferred import METHODS as DEFERRED
 from .deferred import Deferred
 from .distributed import Ranks
@@ -120,15 +120,18 @@ def track(
             or later, by `Tracker.bind`, as with `fully_shard`. "first" and "secant" know SGD, Adam and AdamW,
             "second" SGD, the path methods every optimizer that updates coordinate by coordinate, and Muon, and
             "monte_carlo" every one whose `step()` needs no closure.
-        method: "first": the first-order value with the optimizer's state frozen, scored within the backward.
+        method: "first": the first-order value with the optimizer's state frozen, scored within the backward. Of Adam
+            the validation gradient's square stands in for the batch's in the second moment, also for "secant": the
+            validation loss has to be a mean, and several targets of one scale.
             The others are scored when their direction is known, from activations kept until then: "second",
             "secant", "path", "path_secant", "path_simpson" (see `inrun.deferred`). "monte_carlo": the Shapley value
             of the real step, which is taken for coalitions of the samples, with a validation loss for each: what the
             others can be held to (see `inrun.montecarlo`).
         validation: returns the validation loss (a scalar); or a dict of names and such callables. The tracker runs
-            it when it is due. Without it, validation losses are run in `Tracker.validation()` blocks. "batch", with
-            `pairwise`: the validation samples are the last rows of every batch, after those that `step(ids)` names;
-            the loop adds their loss to the batch's, and the parameters get no gradient from it.
+            it when it is due, with the model as it then is: in training mode, unless it calls `model.eval()` itself
+            (and `model.train()` after). Without it, validation losses are run in `Tracker.validation()` blocks.
+            "batch", with `pairwise`: the validation samples are the last rows of every batch, after those that
+            `step(ids)` names; the loop adds their loss to the batch's, and the parameters get no gradient from it.
         validate_every: a validation gradient serves this many steps.
         targets: names of the validation losses, when they come from blocks.
         exclude: names of parameters, or shell patterns, that get no score. Recorded with the scores.
@@ -141,9 +144,11 @@ def track(
         keep: where a deferred method's activations wait: "device", or "host" for pinned host memory.
         keep_bytes: bytes that may wait; None for no limit.
         update: for path methods and an optimizer of another class: "elementwise" says that its step is (which is
-            tried at the first); or its update as a function, `update(grad, param, state, group)`, which autograd must
-            be able to differentiate where it is not elementwise.
-        clip: for path methods and "monte_carlo": the `max_norm` that the loop clips the gradient's norm to.
+            tried at the first); or its update as a function, `update(grad, param, state, group)`, of what the step
+            adds to the parameter, which autograd must be able to differentiate where it is not elementwise. It is held
+            to the optimizer's first step.
+        clip: for path methods and "monte_carlo": the `max_norm` that the loop clips the gradient's norm to. Without
+            it what clipping left is taken for a constant.
         pairwise: ids of the validation samples (of each target, where there are several): one value for each of
             them, in place of one for their loss, as a target of its own in the ledger. Every forward of a validation
             loss must then see all of its samples, in this order. What both sides' layers do is kept until the update.
@@ -505,7 +510,11 @@ class Tracker:
         self._watch.active = False  # what the method runs from here on is no batch
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
         with self.paused():
-            step.factor = self._method.before_update(factor, 1.0 if scale is None else 1.0 / scale)
+            unscale = 1.0 if scale is None else 1.0 / scale
+            step.factor = self._method.before_update(factor, unscale)
+        if self.check_due and self.ledger.metadata["method"] in ("first", "secant") and self.validations.norms:
+            grads = [slot.grad for slot in self.slots if slot.grad is not None]
+            directions.warn_of_sizes(self.optimizers, self.validations.norms, self.ranks.norm(grads) * unscale)
         self.check_due = False
 
     def end(self, step: Step) -> None:

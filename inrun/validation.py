@@ -46,6 +46,7 @@ class Validation:
         self.losses, self.targets, self.every = losses, targets, every
         self.gradients: dict[str, Gradients] = {}
         self.age: dict[str, int | None] = dict.fromkeys(targets)
+        self.norms: dict[str, Tensor] = {}  # of the last gradients, over the tracked parameters
         self.last_losses: dict[str, Tensor] = {}
         self.excluded_share: float | None = None
         self.watch: Callable[[str, Any], AbstractContextManager] = lambda name, scale: nullcontext()
@@ -152,6 +153,7 @@ class Validation:
         norms = torch.stack([norm.to(grads[0].device) for norm in each])
         norm = self.ranks.norm([norms])
         self.pending.ask(~torch.isfinite(norm), lambda: _not_finite(name, names, norms, scale))
+        self.norms[name] = norm / scale
         if self.excluded and self.excluded_share is None:
             others = [g for g in found[len(ours) :] if g is not None]
             others = [g.coalesce().values() if g.is_sparse else g for g in others]

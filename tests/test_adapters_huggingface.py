@@ -424,3 +424,20 @@ def test_bad_input_is_one_clear_error(tmp_path):
     datasets = pytest.importorskip("datasets")
     with pytest.raises(InRunError, match=r"id_column: expected a column of the training set \(input_ids\)"):
         build(tmp_path, datasets.Dataset.from_list(nameless))
+
+
+def test_the_norm_that_a_trainer_clips_to_is_known_to_the_methods_that_ask_for_it(tmp_path):
+    def values(**options):
+        values = attach_and_train(tmp_path / str(len(options)), {"method": "path", **options})
+        return torch.tensor(values.ledger.rows()["value"].to_pylist())
+
+    def attach_and_train(folder, options):
+        trainer, values, _ = build(folder, options=options, num_train_epochs=1)
+        trainer.train()
+        return values
+
+    found = values()
+    assert torch.equal(found, values(clip=CLIP))
+    with pytest.warns(UserWarning, match="say to which"):
+        unsaid = values(exclude=["lm_head.weight"], clip=None)
+    assert len(unsaid) == len(found) and not torch.allclose(unsaid, found, rtol=1e-2)

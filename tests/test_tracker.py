@@ -1149,3 +1149,24 @@ def test_an_excluded_sparse_embedding_trains_beside():
         model(ids).square().mean().backward()
         optimizer.step()
     assert step.values.sum() > 0 and 0 < tracker.ledger.metadata["excluded_share"] < 1
+
+
+@pytest.mark.parametrize("method", ["first", "secant"])
+def test_a_validation_gradient_that_is_far_larger_than_a_batchs_is_said(method):
+    for scale, optimizer_of in ((1000.0, torch.optim.AdamW), (1.0, torch.optim.AdamW), (1000.0, torch.optim.SGD)):
+        model = make("mlp")
+        optimizer = optimizer_of(model.parameters(), lr=0.01)
+        tracker = inrun.track(model, optimizer, method, targets=("a", "b"))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                for name, times in (("a", 1.0), ("b", scale)):
+                    with tracker.validation(name):
+                        (times * loss_of(model, *data("mlp", 4, 2))).backward()
+                with tracker.step(range(B)):
+                    loss_of(model, *data("mlp")).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        told = [str(each.message) for each in said if "in Adam's second moment" in str(each.message)]
+        assert len(told) == (scale > 1 and optimizer_of is torch.optim.AdamW)
+        assert not told or told[0].startswith("validation('b'): its gradient has")
