@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from inrun_kernels import bias_dot, embedding_dot, ghost_dot, norm_dot
 
@@ -321,6 +322,8 @@ class ForwardModeRule(Holder):
 
     def forward(self, *args, **kwargs):
         tap = self._inrun
+        if not torch.compiler.is_compiling() and tap.watched and (tap.keep or tap.probe is not None):
+            self._require_samples(args, kwargs)
         if tap.keep is not None:
             return eagerly(tap.keep, self, self.plain, (args, kwargs))
         if tap.probe is not None:
@@ -329,6 +332,14 @@ class ForwardModeRule(Holder):
 
     def plain(self, *args, **kwargs) -> Any:
         return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _require_samples(self, *inputs: Any) -> None:
+        if not any(isinstance(x, Tensor) for x in pytree.tree_leaves(inputs)):
+            raise InRunError(
+                f"{self._inrun.name or 'model'} ({self._inrun_class.__name__}): expected an input that holds samples, "
+                "got none, so its output has no rows of theirs. Name an enclosing module whose outputs are [B, ...] "
+                "with track(..., through={parameter: module}), or exclude its parameters"
+            )
 
 
 def require_whole_rows(module: Any, layout: Layout) -> None:

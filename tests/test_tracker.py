@@ -1170,3 +1170,45 @@ def test_a_validation_gradient_that_is_far_larger_than_a_batchs_is_said(method):
         told = [str(each.message) for each in said if "in Adam's second moment" in str(each.message)]
         assert len(told) == (scale > 1 and optimizer_of is torch.optim.AdamW)
         assert not told or told[0].startswith("validation('b'): its gradient has")
+
+
+class LowRank(nn.Module):
+    """A weight, for whoever wants it."""
+
+    def __init__(self, rows, columns):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(rows, 2)), nn.Parameter(torch.randn(2, columns))
+
+    def forward(self):
+        return self.a @ self.b
+
+
+class Made(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.out = LowRank(B, 4), nn.Linear(B, 3)
+
+    def forward(self, x):
+        return self.out(torch.tanh(x @ self.weight().T))
+
+
+@pytest.mark.parametrize("method", ["first", "secant"])
+def test_a_module_without_an_input_is_scored_by_what_encloses_it_or_not_at_all(method):
+    """Also where what it returns has as many rows as the batch."""
+    x, other = torch.randn(B, 4), torch.randn(3, 4)
+    model = Made()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(other).square().mean())
+    with pytest.raises(inrun.InRunError, match=r"weight \(LowRank\): expected an input"), tracker.step(range(B)):
+        model(x)
+    tracker.close()
+    before = copy.deepcopy(model).double()
+    tracker = inrun.track(model, optimizer, validation=lambda: model(other).square().mean(), through={"weight.*": ""})
+    with tracker.step(range(B)) as step:
+        model(x).pow(3).mean().backward()
+        optimizer.step()
+    params = list(before.parameters())
+    along = torch.autograd.grad(before(other.double()).square().mean(), params)
+    rows = [torch.autograd.grad(before(row[None].double()).pow(3).mean() / B, params) for row in x]
+    close(step.values, torch.stack([0.1 * sum((a * b).sum() for a, b in zip(along, row, strict=True)) for row in rows]))
