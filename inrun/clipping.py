@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from . import hessian
@@ -39,24 +40,25 @@ class Clipping:
         Raises:
             InRunError: clipped to another norm, or that of other parameters too.
         """
+        rounding = 4 * max([0.0, *(torch.finfo(s.grad.dtype).eps for s in slots)])
         if self.clip is None:
-            if self.tracker.check_due:
-                self._warn_of_none(float(factor) * float(scale) * self.tracker.ranks.size)
+            if self.tracker.check_due and not (self.tracker.samples or self.tracker.coverage["excluded"]):
+                self._warn_of_none(float(factor) * float(scale) * self.tracker.ranks.size, max(1e-4, rounding))
             return None
         norm = hessian.norm(self.tracker, (s.grad.double() * unscale for s in slots))
         shrunk = float(factor) * float(scale) * self.tracker.ranks.size  # of the mean over the processes
         if not 0 < shrunk < 1 - 1e-6:  # 0: a fused optimizer will skip the update
             return None
-        if norm > self.clip * (1 + 1e-2):
+        if norm > self.clip * (1 + 1e-2 + rounding):
             raise InRunError(
                 f"clip: expected gradients of at most the norm {self.clip}, got {norm:.4g} after they were made "
                 f"{shrunk:.4g} of what they were"
             )
-        if norm > self.clip * (1 - 1e-3):
+        if norm > self.clip * (1 - 1e-3 - rounding):
             return shrunk, norm
         grads = [local(p.grad) for p in self.tracker.model.parameters() if p.grad is not None]
         every = hessian.norm(self.tracker, (g.double() * unscale for g in grads))
-        if every > self.clip * (1 - 1e-3):
+        if every > self.clip * (1 - 1e-3 - rounding):
             raise InRunError(
                 f"clip: expected gradients clipped to the norm {self.clip} over the tracked parameters together, "
                 f"got their norm {norm:.4g}, and {every:.4g} with the excluded ones"
@@ -66,10 +68,10 @@ class Clipping:
                        f"the norm {self.clip}. If they were clipped to another one, say to which")  # fmt: skip
         return None
 
-    def _warn_of_none(self, shrunk: float) -> None:
+    def _warn_of_none(self, shrunk: float, rounding: float) -> None:
         """A loss scaler's factor is one over a power of two, and that of a mean over batches over their number."""
         times = 1 / max(shrunk, 1e-30)
-        if times > 1 + 1e-6 and abs(times - round(times)) > 1e-4 * times:
+        if times > 1 and abs(times - round(times)) > rounding * times:
             self._warn(f"gradients were made {shrunk:.4g} of what they were before the update. If they were clipped by "
                        "norm, say to which: track(..., clip=max_norm)")  # fmt: skip
 

@@ -46,6 +46,7 @@ class Holder:
         plain: Any = object.__new__(self._inrun_class)
         plain.__dict__.update(self.__dict__)
         del plain.__dict__["_inrun"]
+        plain.__dict__.pop("named_parameters", None)
         without = direction_names(self)
         plain.__dict__["_parameters"] = {n: p for n, p in plain._parameters.items() if n not in without}
         return plain
@@ -334,7 +335,8 @@ class ForwardModeRule(Holder):
         return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _require_samples(self, *inputs: Any) -> None:
-        if not any(isinstance(x, Tensor) for x in pytree.tree_leaves(inputs)):
+        plain = (bool, int, float, str, torch.dtype, torch.device, type(None))
+        if all(isinstance(x, plain) for x in pytree.tree_leaves(inputs)):
             raise InRunError(
                 f"{self._inrun.name or 'model'} ({self._inrun_class.__name__}): expected an input that holds samples, "
                 "got none, so its output has no rows of theirs. Name an enclosing module whose outputs are [B, ...] "

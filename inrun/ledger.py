@@ -89,7 +89,10 @@ class Ledger(Reader):
         self._buffer: list[pa.RecordBatch] = []
         self._buffered_rows = 0
         self._kept: list[pa.Table] = []  # what an in-memory ledger flushed
-        self._process = os.getpid()
+        self._process: int | None = os.getpid()  # whose rows to write these are; of a copy nobody's
+        for other in list(_OPEN):
+            if self.path is not None and other.path == self.path:
+                _flush_forgotten(other)
         _OPEN.add(self)
         found = self._ask(lambda rows: rows.files) if self.path is not None and self.path.is_dir() else []
         own = [shard for shard in found if shard.name.startswith(self._prefix)]
@@ -209,6 +212,9 @@ class Ledger(Reader):
         if self.path is not None and self.path.is_dir():
             with tqdm(total=len(self), unit="row", unit_scale=True, desc="compacting", disable=not progress) as bar:
                 shards.compact(self.path, rows, bar.update)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_process": None}
 
     def __del__(self) -> None:
         _flush_forgotten(self)

@@ -5,8 +5,8 @@
     not elementwise     a Jacobian in the place of K: `coupled.py`
 
 Samples whose gradients cancel have a K too: of SGD its one coefficient; of others, where g_B is nothing beside the
-largest parameter's gradient, the slope of the update over as much as that one is large. (What the samples' own
-gradients are there, the path does not know.)
+largest parameter's gradient and moves nothing beside what that would, the slope of the update over as much as that
+one is large. (What the samples' own gradients are there, the path does not know.)
 
 An update that is not elementwise, and layers whose samples are no rows, stay on the path in such a step. There the
 gradient grows until its norm is `clip`, and from there on only its direction can change, of which a sample's own part
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .tracker import Tracker
 
 NOTHING = 1e-6  # of the root mean square of the largest parameter's gradient
+STILL = 1e-3  # of the move over as much as that
 
 
 class Path:
@@ -93,16 +94,14 @@ class Path:
         if tracker.check_due and callable(self.update) and not tracker.ranks.sharded:
             compare([slot for _, slot in moving if slot.param.requires_grad], unscale, self.update)
         linear = self.update is None and all(type(slot.optimizer) is SGD for _, slot in moving)
-        size = _size_of_gradients([slot for _, slot in moving], unscale)
+        size, near = _near_nothing([slot for _, slot in moving], unscale)
+        cancelled = {i for (i, _), some in zip(moving, near.tolist() if not linear else (), strict=False) if some}
         for part in chunks(moving):
             here = [slot for _, slot in part]
             full = [slot.grad.double() * unscale for slot in here]
-            whole = ends or any(i in coupled for i, _ in part)
+            whole = ends or not linear or any(i in coupled for i, _ in part)
             at_zero = updates(here, [torch.zeros_like(g) for g in full], self.update) if whole else []
-            at_full = updates(here, full, self.update) if whole or not linear else []
-            # Of the slopes, which end at g_B.
-            starts = [torch.where(g.abs() <= NOTHING * size.to(g.device), g - size.to(g.device), 0.0) for g in full]
-            at_start = [] if linear else updates(here, starts, self.update)
+            at_full = updates(here, full, self.update) if whole else []
             for k, (i, slot) in enumerate(part):
                 g, dtype = full[k], slot.param.dtype
                 if ends:
@@ -114,8 +113,15 @@ class Path:
                 elif linear:
                     slot.direction[...] = directions.sgd_coefficient(slot.options, slot.state)
                 else:
-                    over = g - starts[k]  # nothing if all gradients are
-                    slot.direction[...] = -(at_full[k] - at_start[k]) / torch.where(over == 0, 1.0, over)
+                    moved = at_full[k] - at_zero[k]
+                    ratio = torch.where(g == 0, 0.0, -moved / torch.where(g == 0, 1.0, g))
+                    if i in cancelled:
+                        over = size.to(g.device)
+                        (start,) = updates([slot], [g - over], self.update)
+                        beyond = at_full[k] - start
+                        nothing = (g.abs() <= NOTHING * over) & (moved.abs() <= STILL * beyond.abs())
+                        ratio = torch.where(nothing, -beyond / over, ratio)
+                    slot.direction[...] = ratio
         for slot in tracker.slots:
             if slot.grad is None:
                 slot.direction.zero_()
@@ -222,12 +228,19 @@ class Path:
         return [-(b - a) / (2 * h) for a, b, h in zip(low, high, steps, strict=True)]
 
 
-def _size_of_gradients(slots: Sequence[Any], unscale: Any) -> Tensor:
-    """The root mean square of the gradient of the parameter that has the largest; float64."""
+def _near_nothing(slots: Sequence[Any], unscale: Any) -> tuple[Tensor, Tensor]:
+    """The root mean square of the gradient of the parameter that has the largest, float64; and of each parameter,
+    whether some coordinate of its gradient is nothing beside that."""
     if not slots:
-        return torch.zeros((), dtype=torch.float64)
-    norms = torch._foreach_norm([slot.grad for slot in slots])  # pyright: ignore[reportPrivateImportUsage]
-    sizes = [
-        norm.double() * unscale / max(1, slot.grad.numel()) ** 0.5 for norm, slot in zip(norms, slots, strict=True)
-    ]
-    return torch.stack([size.to(sizes[0].device) for size in sizes]).max()
+        return torch.zeros((), dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
+    at = slots[0].grad.device
+    sizes = []
+    for slot in slots:
+        dtype = torch.promote_types(slot.grad.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(slot.grad, dtype=dtype).double() * unscale
+        sizes.append((norm / max(1, slot.grad.numel()) ** 0.5).to(at))
+    size = torch.stack(sizes).max()
+    bound = NOTHING * size / unscale
+    return size, torch.stack([(slot.grad.abs() <= bound.to(slot.grad.device)).any().to(at) for slot in slots]) & (
+        size > 0
+    )

@@ -111,8 +111,8 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
         params = [(local, p) for local, p in module._parameters.items() if p is not None and p.requires_grad]
         owned[path] = [(module, k, names[id(p)]) for k, p in params if names[id(p)] not in excluded]
     owned = {path: found for path, found in owned.items() if found}
-    for full in (full for found in owned.values() for _, _, full in found):
-        if (param := model.get_parameter(full)).is_complex():
+    for owner, local, full in (one for found in owned.values() for one in found):
+        if (param := getattr(owner, local)).is_complex():
             raise InRunError(f"{full}: expected a parameter of real numbers, got {param.dtype}; exclude it")
     via = _via(modules, owned, list(names.values()), through or {})
     for path, module in modules.items():
@@ -173,7 +173,10 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
 
 def named_parameters(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """A model's parameters without their directions: what an average of the weights, or a count, goes by."""
-    hidden = {id(m._parameters[n]) for m in model.modules() if isinstance(m, Holder) for n in direction_names(m)}
+    holders = [m._parameters for m in model.modules() if isinstance(m, Holder)]
+    hidden = {
+        id(p) for held in holders for n, p in held.items() if n.endswith(SUFFIX) and n.removesuffix(SUFFIX) in held
+    }
     every = type(model).named_parameters(model, *args, **kwargs)
     return ((name, p) for name, p in every if id(p) not in hidden)
 
@@ -209,9 +212,9 @@ def _via(
 ) -> dict[str, str]:
     """Owner -> the module that scores all of its parameters by forward-mode AD, where that is not the owner."""
     via = {}
+    wholes = [p for p, m in modules.items() if isinstance(m, _WHOLE) or is_parametrized(m)]
     for path in owned:
-        whole = next((p for p, m in modules.items() if (isinstance(m, _WHOLE) or is_parametrized(m))
-                      and (p == path or _inside(path, p))), None)  # fmt: skip
+        whole = next((p for p in wholes if p == path or _inside(path, p)), None)
         if whole is not None:
             via[path] = whole
     for pattern, target in through.items():

@@ -478,8 +478,9 @@ class Tracker:
     def batch(self, step: Step, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if self._step is not step:
             raise InRunError("batch: expected inside the step block, got outside of it")
+        watched = self.check_due and not any(_is_compiled(m) for m in self.model.modules())  # which takes plain tensors
         for tap in self.taps:
-            tap.watched = self.check_due
+            tap.watched = watched
         self._method.batch(layout.on(self.slots[0].param.device), recompute)  # once for all layers
 
     def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -559,6 +560,10 @@ class Tracker:
         start = time.perf_counter()
         yield
         self._seconds[name] += time.perf_counter() - start
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def _trainable(model: nn.Module) -> set[nn.Parameter]:

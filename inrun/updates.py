@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from .distributed import Ranks, local
 from .errors import InRunError
+from .tap import random_kept
 
 # Exactly these classes: a subclass may override what its base does coordinate by coordinate.
 ELEMENTWISE = (
@@ -200,9 +201,10 @@ def compare(slots: Sequence[Any], unscale: Any, rule: UpdateRule) -> None:
     can take one."""
     for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
         ours = [slot for slot in slots if slot.optimizer is optimizer]
-        grads = [slot.grad.double() * unscale for slot in ours]
         try:
-            real = joint_updates(optimizer, ours, grads)
+            with random_kept():
+                grads = [slot.grad.double() * unscale for slot in ours]
+                real = joint_updates(optimizer, ours, grads)
         except Exception:  # whatever its step may need beside gradients
             continue
         for slot, grad, moved in zip(ours, grads, real, strict=True):

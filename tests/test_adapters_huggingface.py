@@ -439,5 +439,6 @@ def test_the_norm_that_a_trainer_clips_to_is_known_to_the_methods_that_ask_for_i
     found = values()
     assert torch.equal(found, values(clip=CLIP))
     with pytest.warns(UserWarning, match="say to which"):
-        unsaid = values(exclude=["lm_head.weight"], clip=None)
-    assert len(unsaid) == len(found) and not torch.allclose(unsaid, found, rtol=1e-2)
+        unsaid = values(clip=None, check=True)
+    assert not torch.allclose(unsaid, found, rtol=1e-2)
+    assert len(values(exclude=["lm_head.weight"], check=True, keep="device")) == len(found)  # of which it is not known

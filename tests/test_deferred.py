@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -743,3 +744,51 @@ def test_an_update_that_is_not_the_optimizers_is_seen():
     with pytest.warns(UserWarning, match="update: expected what the step adds"):
         values(lambda grad, param, *rest: param + right(grad, param, *rest))
     close(values(right), expected)
+
+
+@pytest.mark.parametrize("warm", [0, 20])
+def test_a_parameter_of_tiny_gradients_moves_as_adam_has_it(warm, monkeypatch):
+    """Nothing cancels there: its values are those of its own update."""
+    monkeypatch.setattr(turning, "TURNS", 1.0)
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.large, self.small = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.large(x) + 1e-7 * self.small(x)
+
+    model = Two()
+    x, y = torch.randn(B, 4, dtype=torch.float64), torch.randint(2, (B,))
+    model = model.double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=1e-30)
+    for _ in range(warm):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tracker = inrun.track(
+        model, optimizer, "path_secant", validation=lambda: 1e5 * F.cross_entropy(model(x[:3]), y[:3])
+    )
+    with tracker.step(range(B)) as step:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert step.values.sum().item() == pytest.approx(step.drop["validation"].item(), rel=1e-4)
+
+
+def test_rounding_to_16_bits_is_no_other_clipping():
+    model = make("mlp").bfloat16()
+    x, y = data("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    validation = data("mlp", 4, 2)
+    tracker = inrun.track(model, optimizer, "path", clip=0.05,
+                          validation=lambda: loss_of(model, validation[0].bfloat16(), validation[1]))  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(8):
+            with tracker.step(range(B)):
+                loss_of(model, x.bfloat16(), y).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+                optimizer.step()
+                optimizer.zero_grad()

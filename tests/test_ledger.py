@@ -1,5 +1,6 @@
 """The ledger: what was appended comes back, whole and once, whatever is killed, resumed or merged."""
 
+import copy
 import json
 import os
 import subprocess
@@ -864,3 +865,17 @@ def test_a_resume_before_the_first_step_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"0 or more, received step=-1"):
         ledger.resume(-1)
     assert len(ledger) == 12
+
+
+def test_a_second_ledger_of_a_folder_sees_what_the_first_has_not_written(tmp_path):
+    first = Ledger(tmp_path)
+    fill(first, range(2))
+    second = Ledger(tmp_path)
+    assert second.last_step == 1 and len(second) == 8
+    fill(second, range(2, 4))
+    second.flush()
+    copied = copy.deepcopy(second)
+    fill(copied, range(4, 5))
+    del copied  # nobody's
+    del first
+    assert steps_of(Ledger(tmp_path)) == sorted([*range(4)] * 4)

@@ -1212,3 +1212,45 @@ def test_a_module_without_an_input_is_scored_by_what_encloses_it_or_not_at_all(m
     along = torch.autograd.grad(before(other.double()).square().mean(), params)
     rows = [torch.autograd.grad(before(row[None].double()).pow(3).mean() / B, params) for row in x]
     close(step.values, torch.stack([0.1 * sum((a * b).sum() for a, b in zip(along, row, strict=True)) for row in rows]))
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_blocks_take_what_all_samples_share(fullgraph):
+    model, x = Positions(lambda p, n: p, ONE), torch.randint(20, (B, 6))
+    model.norm.compile(backend="eager", fullgraph=fullgraph)
+    plain = Positions(lambda p, n: p, ONE)
+    values = []
+    for each in (plain, model):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        tracker = inrun.track(each, optimizer, validation=lambda each=each: each(x[:2]).square().mean())
+        with tracker.step(range(B)) as step:
+            each(x).square().mean().backward()
+            optimizer.step()
+        values.append(step.values.double())
+    close(values[1], values[0])
+
+
+class Batch:
+    """As a dataclass, which torch's trees of tensors do not open."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+def test_inputs_may_come_in_containers_that_torch_does_not_open():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.out = nn.Parameter(torch.ones(4)), nn.Linear(4, 2)
+
+        def forward(self, batch):
+            return self.out(batch.x.sin() * self.scale)
+
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = Batch(torch.randn(B, 4))
+    tracker = inrun.track(model, optimizer, validation=lambda: model(batch).square().mean())
+    with tracker.step(range(B)) as step:
+        model(batch).square().mean().backward()
+        optimizer.step()
+    assert step.values.sum() > 0

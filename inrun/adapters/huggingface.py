@@ -177,10 +177,8 @@ class InRunCallback(TrainerCallback):
             self.on_train_end(args, state, control)
             if args.auto_find_batch_size:  # and this one takes its place
                 self.ledger.resume(state.global_step)
-        self.options = with_clip(self.options, args.max_grad_norm)
-        self.loop = Loop(
-            kwargs["model"], kwargs["optimizer"], start=state.global_step, ledger=self.ledger, **self.options
-        )
+        options = with_clip(self.options, None if args.fp16 else args.max_grad_norm)
+        self.loop = Loop(kwargs["model"], kwargs["optimizer"], start=state.global_step, ledger=self.ledger, **options)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         assert self.loop is not None

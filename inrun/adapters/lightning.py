@@ -61,9 +61,10 @@ class InRun(Callback):
         if len(trainer.optimizers) != 1:
             raise InRunError(f"optimizers: expected one, got {len(trainer.optimizers)}")
         start = trainer.global_step
-        if trainer.gradient_clip_algorithm in (None, "norm"):
-            self.options = with_clip(self.options, trainer.gradient_clip_val)
-        self.loop = Loop(pl_module, trainer.optimizers[0], start=start, ledger=self.ledger, **self.options)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        by_norm = trainer.gradient_clip_algorithm in (None, "norm") and not scaled
+        options = with_clip(self.options, trainer.gradient_clip_val if by_norm else None)
+        self.loop = Loop(pl_module, trainer.optimizers[0], start=start, ledger=self.ledger, **options)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         assert self.loop is not None

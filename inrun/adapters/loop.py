@@ -142,13 +142,14 @@ class Loop:
 def with_clip(options: Mapping[str, Any], max_norm: float | None) -> dict[str, Any]:
     """`inrun.track`'s options, with the norm that a trainer clips to where a method asks for it and nobody has said it.
 
-    Not where some parameters are excluded, which the trainer's norm is also of.
+    Not where some parameters are excluded, which the trainer's norm is also of; nor (None) under a loss scaler, whose
+    factor nobody tells here.
     """
     method = options.get("method", "first")
     asked = (method.startswith("path") or method == "monte_carlo") and not (
         options.get("pairwise") or options.get("exclude")
     )
-    return {"clip": float(max_norm), **options} if asked and max_norm else dict(options)
+    return {"clip": float(max_norm), **options} if asked and max_norm and max_norm > 0 else dict(options)
 
 
 def _in_eval_mode(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -60,9 +60,9 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
             "direct": Cost(107e-6, 0.0918e-6, 11.2e-12, 0.496e-9, 0.754e-9),
         },
         "ghost_dot_pairwise": {
-            "pairwise": Cost(203e-6, 0.613e-6, 12.4e-12, 0, 1.43e-9),
-            "direct": Cost(102e-6, 54.9e-6, 11.5e-12, 0.609e-9, 0.254e-9),
-            "gradients": Cost(97.7e-6, 1.62e-6, 14.5e-12, 0.568e-9, 0.105e-9),
+            "pairwise": Cost(202e-6, 0, 12.5e-12, 0, 1.15e-9),
+            "direct": Cost(107e-6, 52.8e-6, 10.5e-12, 0.767e-9, 0.534e-9),
+            "gradients": Cost(108e-6, 0, 14.4e-12, 0.635e-9, 0.141e-9),
         },
     },
     "GenuineIntel": {
@@ -75,7 +75,7 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
         "ghost_dot_pairwise": {
             "pairwise": Cost(558e-6, 0, 12.8e-12, 0, 3.39e-9),
             "direct": Cost(389e-6, 55.4e-6, 8.91e-12, 0.896e-9, 1.62e-9),
-            "gradients": Cost(389e-6, 1.62e-6, 14.5e-12, 0.568e-9, 0.105e-9),
+            "gradients": Cost(389e-6, 0, 14.4e-12, 0.635e-9, 0.141e-9),
         },
     },
     "cpu": {
@@ -88,7 +88,7 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
         "ghost_dot_pairwise": {
             "pairwise": Cost(214e-6, 0.616e-6, 12.8e-12, 0, 1.01e-9),
             "direct": Cost(113e-6, 56.7e-6, 11.1e-12, 0.696e-9, 0.382e-9),
-            "gradients": Cost(113e-6, 1.62e-6, 14.5e-12, 0.568e-9, 0.105e-9),
+            "gradients": Cost(113e-6, 0, 14.4e-12, 0.635e-9, 0.141e-9),
         },
     },
 }
