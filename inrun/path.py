@@ -113,15 +113,8 @@ class Path:
                 elif linear:
                     slot.direction[...] = directions.sgd_coefficient(slot.options, slot.state)
                 else:
-                    moved = at_full[k] - at_zero[k]
-                    ratio = torch.where(g == 0, 0.0, -moved / torch.where(g == 0, 1.0, g))
-                    if i in cancelled:
-                        over = size.to(g.device)
-                        (start,) = updates([slot], [g - over], self.update)
-                        beyond = at_full[k] - start
-                        nothing = (g.abs() <= NOTHING * over) & (moved.abs() <= STILL * beyond.abs())
-                        ratio = torch.where(nothing, -beyond / over, ratio)
-                    slot.direction[...] = ratio
+                    over = size.to(g.device) if i in cancelled else None
+                    slot.direction[...] = self._ratio(slot, g, at_zero[k], at_full[k], over)
         for slot in tracker.slots:
             if slot.grad is None:
                 slot.direction.zero_()
@@ -183,6 +176,17 @@ class Path:
             both = [torch.stack(of_targets) for of_targets in zip(*self._earned, strict=True)]
             surplus, by_size = both if self.tracker.many is not None else (both[0][0], both[1][0])
         return self._beside.shared(found, surplus, by_size, self.tracker.ranks)
+
+    def _ratio(self, slot: Any, g: Tensor, at_zero: Tensor, at_full: Tensor, over: Tensor | None) -> Tensor:
+        """-(u(g) - u(0)) / g; where g is nothing beside `over`, and moves nothing, the slope over that."""
+        moved = at_full - at_zero
+        ratio = torch.where(g == 0, 0.0, -moved / torch.where(g == 0, 1.0, g))
+        if over is None:
+            return ratio
+        (start,) = updates([slot], [g - over], self.update)
+        beyond = at_full - start
+        nothing = (g.abs() <= NOTHING * over) & (moved.abs() <= STILL * beyond.abs())
+        return torch.where(nothing, -beyond / over, ratio)
 
     def _write_beside(
         self,
