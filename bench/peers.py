@@ -220,6 +220,11 @@ def loss_of(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
+def held_by(model: nn.Module) -> list[Tensor]:
+    """A model's parameters, and where it is tracked their directions."""
+    return [p for module in model.modules() for p in module._parameters.values() if p is not None]
+
+
 class Training:
     """Plain training: forward, backward, fused AdamW. Calling it makes one step; peers also return the dots `[B]`."""
 
@@ -234,7 +239,7 @@ class Training:
     def resident(self) -> list[Tensor]:
         """What is held between steps, gradients left out."""
         states = [t for state in self.optimizer.state.values() for t in state.values()]
-        return [*self.model.parameters(), *states, *self.directions.values()]
+        return [*held_by(self.model), *states, *self.directions.values()]
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor | None:
         self.optimizer.zero_grad()
@@ -263,8 +268,8 @@ class InRun(Training):
 
     def written_directions(self) -> dict[str, Tensor]:
         """The directions of the last step."""
-        siblings = dict(self.model.named_parameters())
-        return {n: siblings[f"{n}_direction"].detach().clone() for n in self.tracker.coverage["tracked"]}
+        tracked = self.tracker.coverage["tracked"]
+        return {n: self.model.get_parameter(f"{n}_direction").detach().clone() for n in tracked}
 
 
 class Hooked(Training):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import inrun
 from bench.bench_step import Case
 from bench.measure import SEED, Machine
-from bench.peers import LR
+from bench.peers import LR, held_by
 
 EVERY = 4  # steps that a validation gradient serves
 Turn = Callable[[nn.Module, torch.optim.Optimizer, Any], None]
@@ -271,7 +271,7 @@ class Run:
     def peak_bytes(self) -> int:
         """The most that is held in one step: weights, optimizer and all else that is torch's."""
         state = [t for each in self.optimizer.state.values() for t in each.values() if isinstance(t, Tensor)]
-        held = [*self.model.parameters(), *(p.grad for p in self.model.parameters()), *state]
+        held = [*held_by(self.model), *(p.grad for p in self.model.parameters()), *state]
         if self.tracker is not None:
             held += [g for grads in self.tracker.validations.gradients.values() for g in grads]
         storages = [t.untyped_storage() for t in held if t is not None]
