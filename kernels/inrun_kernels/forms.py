@@ -127,7 +127,7 @@ def of_wgrad_dot(
         from inrun_kernels.tiles import architecture
 
         sizes = Sizes(samples, tokens // max(1, samples), acts.shape[2], grads.shape[2], val_grad.shape[0])
-        return _of_tiles(architecture(acts.device), sizes, acts.dtype, val_grad.dtype, segments is not None)
+        return of_gpu_sizes(architecture(acts.device), sizes, acts.dtype, val_grad.dtype, segments is not None)
     if acts.is_cuda:
         return Choice("direct", {}, "direct: a launch for every sample would cost more")
     return of_cpu_sizes(native, tokens, samples, acts.shape[2], grads.shape[2], val_grad.shape[0])
@@ -171,7 +171,10 @@ def cpuinfo(*fields: str) -> list[str]:
 
 
 @lru_cache(4096)
-def _of_tiles(architecture: str, sizes: Sizes, dtype: torch.dtype, direction: torch.dtype, documents: bool) -> Choice:
+def of_gpu_sizes(
+    architecture: str, sizes: Sizes, dtype: torch.dtype, direction: torch.dtype, documents: bool = False
+) -> Choice:
+    """The same in Triton, by the model of the chip."""
     if architecture not in CEILINGS:
         return Choice("two", {}, "two: no model of this chip")
     seconds = {}
