@@ -94,8 +94,10 @@ class Path:
         if tracker.check_due and callable(self.update) and not tracker.ranks.sharded:
             compare([slot for _, slot in moving if slot.param.requires_grad], unscale, self.update)
         linear = self.update is None and all(type(slot.optimizer) is SGD for _, slot in moving)
-        size, near = _near_nothing([slot for _, slot in moving], unscale)
-        cancelled = {i for (i, _), some in zip(moving, near.tolist() if not linear else (), strict=False) if some}
+        held = [slot for _, slot in moving]
+        size = _size_of_gradients(held, unscale)
+        near = [] if linear else _have_nothing(held, unscale, size)
+        cancelled = {i for (i, _), some in zip(moving, near, strict=False) if some}
         for part in chunks(moving):
             here = [slot for _, slot in part]
             full = [slot.grad.double() * unscale for slot in here]
@@ -232,19 +234,20 @@ class Path:
         return [-(b - a) / (2 * h) for a, b, h in zip(low, high, steps, strict=True)]
 
 
-def _near_nothing(slots: Sequence[Any], unscale: Any) -> tuple[Tensor, Tensor]:
-    """The root mean square of the gradient of the parameter that has the largest, float64; and of each parameter,
-    whether some coordinate of its gradient is nothing beside that."""
+def _size_of_gradients(slots: Sequence[Any], unscale: Any) -> Tensor:
+    """The root mean square of the gradient of the parameter that has the largest; float64."""
     if not slots:
-        return torch.zeros((), dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
-    at = slots[0].grad.device
+        return torch.zeros((), dtype=torch.float64)
     sizes = []
     for slot in slots:
         dtype = torch.promote_types(slot.grad.dtype, torch.float32)
         norm = torch.linalg.vector_norm(slot.grad, dtype=dtype).double() * unscale
-        sizes.append((norm / max(1, slot.grad.numel()) ** 0.5).to(at))
-    size = torch.stack(sizes).max()
+        sizes.append((norm / max(1, slot.grad.numel()) ** 0.5).to(slots[0].grad.device))
+    return torch.stack(sizes).max()
+
+
+def _have_nothing(slots: Sequence[Any], unscale: Any, size: Tensor) -> list[bool]:
+    """Of each parameter, whether some coordinate of its gradient is nothing beside `size`; the device is waited for."""
     bound = NOTHING * size / unscale
-    return size, torch.stack([(slot.grad.abs() <= bound.to(slot.grad.device)).any().to(at) for slot in slots]) & (
-        size > 0
-    )
+    found = [(slot.grad.abs() <= bound.to(slot.grad.device)).any() & (bound > 0).to(slot.grad.device) for slot in slots]
+    return torch.stack([some.to(size.device) for some in found]).tolist() if found else []

@@ -173,10 +173,7 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
 
 def named_parameters(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """A model's parameters without their directions: what an average of the weights, or a count, goes by."""
-    holders = [m._parameters for m in model.modules() if isinstance(m, Holder)]
-    hidden = {
-        id(p) for held in holders for n, p in held.items() if n.endswith(SUFFIX) and n.removesuffix(SUFFIX) in held
-    }
+    hidden = {id(m._parameters[n]) for m in model.modules() if isinstance(m, Holder) for n in direction_names(m)}
     every = type(model).named_parameters(model, *args, **kwargs)
     return ((name, p) for name, p in every if id(p) not in hidden)
 

@@ -461,6 +461,9 @@ class Tracker:
         with self._timed("direction"):
             self._method.begin()
         self._watch.begin()
+        watched = self.check_due and not any(_is_compiled(m) for m in self.model.modules())  # which takes plain tensors
+        for tap in self.taps:
+            tap.watched = watched
         self._step = step
 
     def _require_no_others(self) -> None:
@@ -478,9 +481,6 @@ class Tracker:
     def batch(self, step: Step, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if self._step is not step:
             raise InRunError("batch: expected inside the step block, got outside of it")
-        watched = self.check_due and not any(_is_compiled(m) for m in self.model.modules())  # which takes plain tensors
-        for tap in self.taps:
-            tap.watched = watched
         self._method.batch(layout.on(self.slots[0].param.device), recompute)  # once for all layers
 
     def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

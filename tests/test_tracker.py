@@ -1102,6 +1102,14 @@ def test_a_module_that_takes_the_place_of_a_tracked_one_is_an_error():
         tracker.step(range(B)).__enter__()
 
 
+def by_rows(model, x, validation):
+    """Values of SGD at 0.1, of losses that are means over the model's cubed, or squared, outputs."""
+    params = list(model.parameters())
+    along = torch.autograd.grad(model(validation.double()).square().mean(), params)
+    rows = [torch.autograd.grad(model(row[None].double()).pow(3).mean() / len(x), params) for row in x]
+    return torch.stack([0.1 * sum((a * b).sum() for a, b in zip(along, row, strict=True)) for row in rows])
+
+
 @pytest.mark.parametrize("parametrized", ["spectral_norm", "orthogonal", "weight_norm"])
 def test_a_parametrized_layer_is_scored_by_its_output(parametrized):
     """Also where its weight has as many rows as the batch."""
@@ -1117,10 +1125,7 @@ def test_a_parametrized_layer_is_scored_by_its_output(parametrized):
     with tracker.step(range(B)) as step:
         model(x).pow(3).mean().backward()
         optimizer.step()
-    params = list(before.parameters())
-    along = torch.autograd.grad(before(other.double()).square().mean(), params)
-    rows = [torch.autograd.grad(before(row[None].double()).pow(3).mean() / B, params) for row in x]
-    close(step.values, torch.stack([0.1 * sum((a * b).sum() for a, b in zip(along, row, strict=True)) for row in rows]))
+    close(step.values, by_rows(before, x, other))
 
 
 def test_bad_input_that_came_late_is_clear_at_once(tmp_path):
@@ -1208,10 +1213,7 @@ def test_a_module_without_an_input_is_scored_by_what_encloses_it_or_not_at_all(m
     with tracker.step(range(B)) as step:
         model(x).pow(3).mean().backward()
         optimizer.step()
-    params = list(before.parameters())
-    along = torch.autograd.grad(before(other.double()).square().mean(), params)
-    rows = [torch.autograd.grad(before(row[None].double()).pow(3).mean() / B, params) for row in x]
-    close(step.values, torch.stack([0.1 * sum((a * b).sum() for a, b in zip(along, row, strict=True)) for row in rows]))
+    close(step.values, by_rows(before, x, other))
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])

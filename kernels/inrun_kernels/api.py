@@ -94,11 +94,11 @@ def ghost_wgrad_dot(
     Args, Raises, Source: as `ghost_dot`; there is no per_token.
         form: how samples are kept apart. "two" accumulators: a dot's error is relative to the
             sample's own terms, whatever else is in the batch. "prefix", faster on large tiles: a dot is the
-            difference of two running sums, so its error is relative to the terms of all samples up to it: a
-            float32 rounding of those for each 16 of the sample's tokens, on a GPU always towards zero, 4e-8 of them
-            (where they are alike 2e-6 to 1e-5 of a dot; behind a sample a hundred times as large 2e-4), and one that is
-            no number leaves none to those behind it. "direct": one GEMM and a `ghost_dot`, for samples of few tokens;
-            errors as in "two". The weight gradient is as exact in all. None: what `explain` says. On a GPU "two", or
+            difference of two running sums, so its error is relative to the terms of all samples up to it: one
+            float32 rounding (6e-8) of those for each 16 of the sample's tokens (on the CPU 2e-6 to 1e-5 of a typical
+            dot where they are alike), on tensor cores towards zero, so that they add up; and a sample that is no number
+            leaves none to those behind it. "direct": one GEMM and a `ghost_dot`, for samples of few tokens; errors as
+            in "two". The weight gradient is as exact in all. None: what `explain` says. On a GPU "two", or
             "prefix" where its larger tiles are 10 % quicker by a model (never in float32); "direct" for documents of
             fewer than 32 tokens. On a CPU the quickest: "two" in C or "direct"; of one sample, without a C compiler,
             and in float16 and float64, any of the three, "prefix" only if it is 5 % quicker than "two".

@@ -11,8 +11,7 @@ direction. Two forms:
             sample's own terms, and a sample's dot does not depend on the rest of the batch.
     prefix  one accumulator runs on, and a dot is the difference of two contractions of it: registers for a tile
             twice as large. Errors are relative to the sum of the samples before it in its split: a sample makes a
-            float32 rounding of that for each 16 of its tokens. Tensor cores round towards zero, so these add up,
-            to some 4e-8 of the sum for each.
+            float32 rounding of that for each 16 of its tokens. Tensor cores round towards zero, so these add up.
 
 Where tiles are copied by tensor descriptors and there is one direction, its tile waits in shared memory: Triton sinks
 the load of a loop-invariant operand to its use.
@@ -137,7 +136,6 @@ def _wgrad_dot_kernel(
     # The transposed tile itself: what is transposed after it was loaded passes through registers before Hopper.
     offs_g = offs_o[:, None] * stride_go + offs_tokens.to(tl.int64) * stride_gt  # [O, T]
 
-    # Without offsets samples and tokens are counted, not divided by.
     first = pid_split * samples_per_split
     last = tl.minimum(first + samples_per_split, n_samples)
     blocks = tl.cdiv(tokens, BLOCK_T)
@@ -154,7 +152,8 @@ def _wgrad_dot_kernel(
         mask_b = offs_o < tl.where(pid_i == 0, outputs, 0)
         total_b, product_b = tl.zeros([BLOCK_O, _ALIKE], tl.float32), tl.zeros([BLOCK_O, _ALIKE], tl.float32)
     sample, row = first - 1 if HAS_OFFSETS else first + 0, tl.cast(0, tl.int64)
-    token, left, at = tl.cast(0, tl.int64), tl.cast(0, tl.int64), tl.cast(0, tl.int32)
+    token, left = tl.cast(0, tl.int64), tl.cast(0, tl.int64)
+    at = tl.cast(0, tl.int32)  # as token, without offsets; counted, as to divide takes longer
     for _ in range(n_blocks):
         # Where the block starts, and how many tokens of its sample are left there.
         if HAS_OFFSETS:
