@@ -57,6 +57,7 @@ class Tile:
 _TILES = (
     Tile(128, 256, 64, 8, 3),
     Tile(128, 256, 32, 8, 4),
+    Tile(128, 128, 64, 8, 5),
     Tile(128, 128, 64, 8, 4),
     Tile(128, 128, 64, 8, 3),
     Tile(128, 128, 32, 8, 4),
@@ -67,9 +68,8 @@ _TILES = (
     Tile(64, 64, 32, 8, 3),
     Tile(64, 32, 32, 4, 3),
 )
-# A split's tile, written and read again in float32, takes an H100's memory as long as the tensor cores need for some
-# thousand tokens: about a sample.
-SPLIT = 1.0
+# Tokens that the tensor cores multiply while a piece of a tile is written, read and added to others.
+_PIECE = 2500
 # On the ordinary cores, an output to 32 of which each thread reads 12 numbers; TF32 fits as well.
 _FLOAT32 = (Tile(64, 64, 32, 4, 3), Tile(64, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3), Tile(64, 32, 16, 4, 3))
 
@@ -108,6 +108,8 @@ def matrix_tiles(
         held = tile.num_stages if copies or chip.asynchronous else tile.num_stages - 1
         shared = (tile.block_m + tile.block_n) * tile.block_k * 2 * held + kept * tile.block_m * tile.block_n
         shared += 1024 if copies else 0  # barriers, reductions
+        if kept and tile.num_stages > 4:
+            continue  # measured on an H200: a direction that waits there is worth more than a fifth stage
         if tile.block_m * tile.block_n > largest or shared > chip.shared or (not copies and tile.block_k > 32):
             continue
         block_m, block_n = _fit(m, tile.block_m), _fit(n, tile.block_n)
@@ -142,6 +144,44 @@ def sample_splits(tiles: int, n_samples: int, slots: int, least: int = 2, price:
     return min(range(1, most + 1), key=taken)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Who has which tiles of a weight gradient: one program each of the first `whole`, `programs` together the others.
+
+    A shared tile's units begin `span` after those of the one before it, and each program has the next `per` of all.
+    """
+
+    whole: int
+    programs: int = 0
+    span: int = 0
+    per: int = 0
+    pieces: int = 0  # of tiles, at most, that their programs write
+
+
+@lru_cache(1024)
+def share(tiles: int, units: int, n_samples: int, n_tokens: int, slots: int) -> Share:
+    """How `slots` programs that run at once share `tiles` of `units` (samples, or parts of them) each.
+
+    What fills the slots has a program to a tile. The rest is shared where that is quicker: by equal parts of each tile,
+    or, where there is more than one program to a tile but not two, by equal parts of all. Each program then leaves a
+    piece, at a price of _PIECE tokens. All pieces take less memory than 5 of 8 samples' gradients would.
+    """
+    rest = tiles % slots
+    most = min(slots, int(rest * (n_samples * 5 / 8 - 1)))
+    if rest == 0 or most <= rest:
+        return Share(tiles)
+    of_tile = most // rest
+    if of_tile > 1:
+        per = ceil_div(units, of_tile)
+        span = per * ceil_div(units, per)
+    else:
+        per, span = ceil_div(rest * units, most), units
+    if per + units * _PIECE / n_tokens >= units:
+        return Share(tiles)
+    programs = ceil_div(rest * span, per)
+    return Share(tiles - rest, programs, span, per, programs + rest)
+
+
 def row_tile(rows: int, width: int, element_size: int, *, sums: bool) -> tuple[int, int, int]:
     """(rows, columns, warps) of a tile for one pass over `[rows, width]` memory.
 
@@ -151,6 +191,12 @@ def row_tile(rows: int, width: int, element_size: int, *, sums: bool) -> tuple[i
     if sums:
         return _fit(rows, 64), columns, 8
     return 2048 // columns, columns, 4
+
+
+def column_tile(tokens: int, width: int, element_size: int) -> tuple[int, int, int]:
+    """(tokens of a program, tokens, columns) of a tile for column sums: 256 bytes of 32 rows at a time."""
+    block_t = min(32, 1 << (tokens - 1).bit_length())
+    return block_t * (4 if tokens > 32 else 1), block_t, _fit(width, 256 // element_size)
 
 
 def norm_tile(width: int) -> tuple[int, int, int]:

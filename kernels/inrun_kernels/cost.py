@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from inrun_kernels.config import SPLIT, Tile, ceil_div, chip_named, matrix_tiles, resident_programs, sample_splits
+from inrun_kernels.config import Share, Tile, ceil_div, chip_named, matrix_tiles, resident_programs, share
 
 
 @dataclass(frozen=True)
@@ -102,21 +102,24 @@ def predict(
     accumulators = _accumulators(kernel, form)
     tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n) * copies
     slots = device.multiprocessors * resident_programs(tile, accumulators)
-    splits = sample_splits(tiles, samples, slots, price=SPLIT) if kernel == "wgrad_dot" else 1
-    programs = tiles * splits
+    plan = Share(tiles)
+    if kernel == "wgrad_dot":
+        units = samples * ceil_div(depth, tile.block_k) if form == "prefix" else samples
+        plan = share(tiles, units, samples, samples * depth, slots)
     area, blocks = tile.block_m * tile.block_n, samples * ceil_div(depth, tile.block_k)
-    waves = ceil_div(programs, slots)
     # Programs that share a multiprocessor share its rate: what idles is a multiprocessor with one program fewer.
-    busy = ceil_div(programs, device.multiprocessors) * device.multiprocessors / programs
+    busy = 1.0
+    if not plan.programs:
+        busy = ceil_div(tiles, device.multiprocessors) * device.multiprocessors / tiles
     # Contractions wait for the matrix instructions. Of a weight's tile, a direction's element is widened as well: on an
     # H100 three instructions for each, which count as two operations.
     contracted = 6 * samples * max(1, sizes.directions) if kernel == "wgrad_dot" else 3
     compute = tiles * area * (2 * blocks * tile.block_k / rate + contracted / device.plain) * busy
     cached = tiles * blocks * (tile.block_m + tile.block_n) * tile.block_k * item
     cache = cached / device.cache * busy if device.cache else 0.0
-    fill = waves * device.latency
-    if splits > 1:  # partial weights, written and read
-        fill += 8 * splits * weight / device.memory + 2 * device.launch
+    fill = ceil_div(tiles, slots) * device.latency
+    if plan.programs:  # pieces, written and read
+        fill += 8 * plan.pieces * area / device.memory + device.launch
     return Terms(compute, memory, cache, fill, device.launch)
 
 

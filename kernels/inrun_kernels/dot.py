@@ -33,6 +33,7 @@ from inrun_kernels.tiles import (
     flattens,
     load_columns,
     precision,
+    rounded,
     sum_tokens,
     tile_order,
     token_starts,
@@ -112,6 +113,7 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
     copied = [copies and flattens(operand) and copyable(operand) for operand in (acts, grads)]
     x_is_acts = acts.shape[2] > grads.shape[2] if copied[0] == copied[1] else copied[0]
     x, y, direction = (acts, grads, direction.mT) if x_is_acts else (grads, acts, direction)
+    x, direction = rounded(x, direction)
     copies, copy_y = any(copied), all(copied)
     transposed = transposed != x_is_acts
     width_k, width_y = x.shape[2], y.shape[2]

@@ -34,9 +34,12 @@ from inrun_kernels.tiles import (
     load_columns,
     multiprocessors,
     precision,
+    rounded,
     sum_tokens,
     token_starts,
 )
+
+_CACHED = 32 << 20  # bytes that a last cache keeps, beside what passes through
 
 
 @triton.jit
@@ -55,6 +58,7 @@ def _pairwise_kernel(
     splits,
     tiles_per_split,
     pieces_per_program,
+    programs,  # of a tile of training tokens
     carry,
     stride_ab,
     stride_at,
@@ -77,7 +81,7 @@ def _pairwise_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # A piece is a part, of tiles_per_split tiles, of the tokens of BLOCK_V validation samples.
-    pid_t, pid_piece = tl.program_id(0), tl.program_id(1)
+    pid_piece, pid_t = tl.program_id(0) % programs, tl.program_id(0) // programs
     first_piece = pid_piece * pieces_per_program
     n_pieces = tl.minimum(pieces_per_program, tl.cdiv(n_val, BLOCK_V) * splits - first_piece)
     blocks_i = tl.cdiv(inputs, BLOCK_K)
@@ -94,11 +98,22 @@ def _pairwise_kernel(
     product = tl.zeros([BLOCK_T, BLOCK_V * BLOCK_S], tl.float32)
     n_blocks = n_pieces * tiles_per_split * blocks
     tl.assume(n_blocks > 0)  # else ptxas waits for each matrix instruction
+    block, of_split = tl.cast(-1, tl.int32), tl.cast(0, tl.int32)  # the tile's, and the split's tile
+    split, group = first_piece % splits, first_piece // splits
     for step in range(n_blocks):
-        tile, block = step // blocks, step % blocks
-        piece = first_piece + tile // tiles_per_split
-        first_v = piece // splits * BLOCK_V
-        first_s = (piece % splits * tiles_per_split + tile % tiles_per_split) * BLOCK_S
+        if COPIES:  # counted: to divide takes as many instructions as all else in a block
+            block += 1
+            of_split += tl.where(block == blocks, 1, 0)
+            block = tl.where(block == blocks, 0, block)
+            split += tl.where(of_split == tiles_per_split, 1, 0)
+            of_split = tl.where(of_split == tiles_per_split, 0, of_split)
+            group += tl.where(split == splits, 1, 0)
+            split = tl.where(split == splits, 0, split)
+        else:  # counters would take registers that float32 has not
+            tile, block = step // blocks, step % blocks
+            piece, of_split = first_piece + tile // tiles_per_split, tile % tiles_per_split
+            group, split = piece // splits, piece % splits
+        first_v, first_s = group * BLOCK_V, (split * tiles_per_split + of_split) * BLOCK_S
         on_acts = block < blocks_i
         low = tl.where(on_acts, block, block - blocks_i) * BLOCK_K
         if COPIES:
@@ -130,9 +145,9 @@ def _pairwise_kernel(
                 product = tl.where(carry > 0, product, 0.0)
             else:
                 product = tl.zeros([BLOCK_T, BLOCK_V * BLOCK_S], tl.float32)
-            if (block == blocks - 1) & (tile % tiles_per_split == tiles_per_split - 1):
+            if (block == blocks - 1) & (of_split == tiles_per_split - 1):
                 of_v = first_v + offs_v
-                out = (piece % splits * n_val + of_v).to(tl.int64)[None, :] * n_tokens + offs_t[:, None]
+                out = (split * n_val + of_v).to(tl.int64)[None, :] * n_tokens + offs_t[:, None]
                 tl.store(partial_ptr + out, dots, mask=mask_t[:, None] & (of_v < n_val)[None, :])
                 dots = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
 
@@ -141,7 +156,7 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
     """`acts [B,T,I]`, `grads [B,T,O]`, `val_acts [V,S,I]`, `val_grads [V,S,O]` -> `[B,V]`, float32."""
     (batch, tokens, inputs), outputs = acts.shape, grads.shape[2]
     (n_val, val_tokens, _), n_tokens = val_acts.shape, batch * tokens
-    operands, where = (acts, grads, val_acts, val_grads), chip(acts.device)
+    operands, where = rounded(acts, grads, val_acts, val_grads), chip(acts.device)
     strides = [stride for x in operands for stride in x.stride()]
     copies = where.copies and acts.dtype != torch.float32 and flattens(acts, grads) and copyable(*operands)
     padded = triton.next_power_of_2(val_tokens)
@@ -166,11 +181,16 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
         )
         slots = multiprocessors(acts.device) * resident_programs(tile, 2)
         wanted = sample_splits(max(1, tiles_t), groups * tiles_s, slots, least=1)
+        # What the training tokens that are read at once take of the cache: each program reads its own anew for each of
+        # its tiles.
+        rows = slots * tile.block_m * (inputs + outputs) * acts.element_size()
+        wanted = min(groups * tiles_s, max(wanted, ceil_div(rows, _CACHED)))
         tiles_per_split = ceil_div(tiles_s, max(1, wanted // groups))
         splits = ceil_div(tiles_s, tiles_per_split)
         pieces_per_program = ceil_div(groups * splits, wanted)
         partial = torch.empty(splits, n_val, n_tokens, dtype=torch.float32, device=acts.device)
-        _pairwise_kernel[(tiles_t, ceil_div(groups * splits, pieces_per_program))](
+        programs = ceil_div(groups * splits, pieces_per_program)
+        _pairwise_kernel[(tiles_t * programs,)](
             *passed,
             partial,
             n_tokens,
@@ -182,6 +202,7 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
             splits,
             tiles_per_split,
             pieces_per_program,
+            programs,
             0.0,
             *strides,
             COPIES=copies,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inrun_kernels.config import ceil_div, row_tile
+from inrun_kernels.config import ceil_div, column_tile, row_tile
 from inrun_kernels.tiles import load_columns, sum_tokens, token_starts
 
 
@@ -88,6 +88,55 @@ def _rows_kernel(
     tl.store(dots_ptrs, dots, mask=mask_n[:, None] & (lanes < DIRECTIONS))
 
 
+@triton.jit
+def _columns_kernel(
+    normed_ptr,  # [B, T, I]
+    grads_ptr,  # [B, T, I]
+    val_grad_ptr,  # [M, I]
+    sums_ptr,  # [B, chunks, I]
+    partial_ptr,  # [B, M, chunks * columns / BLOCK_I]
+    row_length,  # of partial, M of them for each sample
+    tokens,
+    width,
+    stride_nb,
+    stride_nt,
+    stride_ni,
+    stride_gb,
+    stride_gt,
+    stride_gi,
+    stride_dm,
+    stride_di,
+    DIRECTIONS: tl.constexpr,
+    HAS_NORMED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    pid_i, chunk, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_i = pid_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    mask_i = offs_i < width
+    of_sample = sample.to(tl.int64)
+    total = tl.zeros([BLOCK_T, BLOCK_I], tl.float32)
+    for low in tl.static_range(0, CHUNK, BLOCK_T):
+        offs_t = chunk * CHUNK + low + tl.arange(0, BLOCK_T)
+        mask_t = offs_t < tokens
+        g_rows = grads_ptr + of_sample * stride_gb + offs_t.to(tl.int64) * stride_gt
+        product = load_columns(g_rows, mask_t, offs_i, mask_i, stride_gi).to(tl.float32)
+        if HAS_NORMED:
+            n_rows = normed_ptr + of_sample * stride_nb + offs_t.to(tl.int64) * stride_nt
+            product *= load_columns(n_rows, mask_t, offs_i, mask_i, stride_ni).to(tl.float32)
+        total += product
+    sums = tl.sum(total, 0)
+    chunks = tl.num_programs(1)
+    tl.store(sums_ptr + (of_sample * chunks + chunk) * width + offs_i, sums, mask=mask_i)
+    for m in tl.static_range(DIRECTIONS):
+        d = tl.load(
+            val_grad_ptr + tl.cast(m, tl.int64) * stride_dm + offs_i.to(tl.int64) * stride_di, mask=mask_i, other=0.0
+        )
+        out = (of_sample * DIRECTIONS + m) * row_length + chunk * tl.num_programs(0) + pid_i
+        tl.store(partial_ptr + out, tl.sum(sums * d.to(tl.float32)))
+
+
 def launch_embedding_dot(
     ids: Tensor,
     grads: Tensor,
@@ -113,8 +162,47 @@ def launch_row_wgrad_dot(
     normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`normed [B,T,I]` or None, `grads [B,T,I]`, `val_grad [M,I]` -> `(weight_grad [I], dots [S,M])`, float32."""
+    if segments is None:
+        chunks, parts = columns_of(grads)
+        sums = torch.empty(len(grads), chunks, grads.shape[2], dtype=torch.float32, device=grads.device)
+        partial = torch.empty(len(grads), len(val_grad), parts, dtype=torch.float32, device=grads.device)
+        launch_columns(normed, grads, val_grad, sums, partial)
+        return sums.sum((0, 1)), partial.sum(2)
     dots, sums = _launch(None, normed, grads, val_grad[:, None], -1, sums=True)
     return sums.sum(0), sum_tokens(dots, grads.shape[0], grads.shape[1], segments, False)
+
+
+def columns_of(grads: Tensor) -> tuple[int, int]:
+    """Of `launch_columns`: how many rows of sums it writes for each sample, and how many parts of a dot."""
+    chunk, _, block_i = column_tile(grads.shape[1], grads.shape[2], grads.element_size())
+    chunks = ceil_div(grads.shape[1], chunk)
+    return chunks, chunks * ceil_div(grads.shape[2], block_i)
+
+
+def launch_columns(normed: Tensor | None, grads: Tensor, val_grad: Tensor, sums: Tensor, partial: Tensor) -> None:
+    """`normed [B,T,I]` or None, `grads [B,T,I]`, `val_grad [M,I]`: writes `sums [B, chunks, I]`, to be added up, and
+    parts of dots to be, at `partial [B,M,parts]`, each row of adjacent elements."""
+    batch, tokens, width = grads.shape
+    chunk, block_t, block_i = column_tile(tokens, width, grads.element_size())
+    _columns_kernel[(ceil_div(width, block_i), sums.shape[1], batch)](
+        normed,
+        grads,
+        val_grad,
+        sums,
+        partial,
+        partial.stride(1),
+        tokens,
+        width,
+        *((0, 0, 0) if normed is None else normed.stride()),
+        *grads.stride(),
+        *val_grad.stride(),
+        DIRECTIONS=len(val_grad),
+        HAS_NORMED=normed is not None,
+        CHUNK=chunk,
+        BLOCK_T=block_t,
+        BLOCK_I=block_i,
+        num_warps=4,
+    )
 
 
 def _launch(

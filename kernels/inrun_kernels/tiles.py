@@ -42,6 +42,14 @@ def contract(x, y, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _round_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < size)
+    x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    tl.store(out_ptr + offs, x, mask=offs < size)
+
+
+@triton.jit
 def tile_order(pid, tiles_m, tiles_n, GROUP: tl.constexpr = 8):
     """(row, column) of the pid-th tile: programs that run together cover a near-square patch, for reuse in L2."""
     group = pid // (GROUP * tiles_n)
@@ -63,27 +71,24 @@ def _segment_sum_kernel(x_ptr, offsets_ptr, out_ptr, n_tokens, n_samples, BLOCK_
     tl.store(out_ptr + m * n_samples + sample, tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["n_tiles", "samples_per_split"])
-def _step_sum_kernel(partial_ptr, out_ptr, n_tiles, samples_per_split, BLOCK_N: tl.constexpr):
-    sample, m = tl.program_id(0), tl.program_id(1)
-    partial_ptr += (sample.to(tl.int64) * tl.num_programs(1) + m) * n_tiles
-    before_ptr = partial_ptr - tl.num_programs(1).to(tl.int64) * n_tiles
-    first = sample % samples_per_split == 0
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for low in range(0, n_tiles, BLOCK_N):
-        offs_n = low + tl.arange(0, BLOCK_N)
-        mask = offs_n < n_tiles
-        after = tl.load(partial_ptr + offs_n, mask=mask, other=0.0)
-        total += after - tl.load(before_ptr + offs_n, mask=mask & (first == 0), other=0.0)
-    tl.store(out_ptr + sample * tl.num_programs(1) + m, tl.sum(total))
-
-
 def precision(x: Tensor) -> str:
     """How operands of `x`'s dtype are multiplied: "ieee", exactly; "tf32" where torch is told to do so with float32;
     "widened", exactly, where the interpreter would not (its bfloat16 product is wrong)."""
     if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip:
         return "tf32"
     return "widened" if INTERPRETED and x.dtype == torch.bfloat16 else "ieee"
+
+
+def rounded(*tensors: Tensor) -> list[Tensor]:
+    """Operands of a product; of TF32 copies rounded to it, as torch's own are: tensor cores cut off what is beyond."""
+    if INTERPRETED or precision(tensors[0]) != "tf32":
+        return list(tensors)
+    found = []
+    for x in tensors:
+        found.append(torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        if x.numel():
+            _round_kernel[(triton.cdiv(x.numel(), 4096),)](x.contiguous(), found[-1], x.numel(), BLOCK=4096)
+    return found
 
 
 def aligned(*tensors: Tensor) -> bool:
@@ -134,19 +139,6 @@ def flattens(*tensors: Tensor) -> bool:
 def one_row(x: Tensor, segments: Tensor | None) -> Tensor:
     """`[B, T, X]`, seen as the one row `[1, B*T, X]` that segments cut (a copy only where strides forbid it)."""
     return x if segments is None else x.flatten(0, 1)[None]
-
-
-def sum_tiles(partial: Tensor, samples_per_split: int = 1) -> Tensor:
-    """Second stage of the dots: `[S, M, tiles]` -> `[S, M]`, in a fixed order.
-
-    With samples_per_split > 1 the sample's predecessor in its split is subtracted first, tile by tile (prefix form).
-    """
-    if samples_per_split == 1 or not partial.numel():
-        return partial.sum(2)
-    n_samples, n_directions, n_tiles = partial.shape
-    out = partial.new_empty(n_samples, n_directions)
-    _step_sum_kernel[(n_samples, n_directions)](partial, out, n_tiles, samples_per_split, BLOCK_N=1024)
-    return out
 
 
 def sum_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor | None, keep: bool) -> Tensor:
