@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inrun_kernels.config import ceil_div
+from inrun_kernels.tiles import launch
 
 _BLOCK = 2048
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -94,7 +95,9 @@ def launch_adam_directions(parts: Sequence[Any]) -> None:
         if device.type == "cuda":
             tables = [table.pin_memory().to(device, non_blocking=True) for table in tables]
         with torch.cuda.device_of(members[0].out):
-            _adam_direction_kernel[(first,)](
+            launch(
+                _adam_direction_kernel,
+                (first,),
                 *tables,
                 len(members),
                 POINTERS=len(pointers[0]),

@@ -31,10 +31,11 @@ from inrun_kernels.tiles import (
     copyable,
     descriptor,
     flattens,
+    launch,
     load_columns,
     precision,
     rounded,
-    sum_tokens,
+    sum_parts,
     tile_order,
     token_starts,
 )
@@ -139,7 +140,9 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
             operands[2] = descriptor(rows_d, [1, *block_d])
         if copy_y:
             operands[1] = descriptor(y.flatten(0, 1), [tile.block_m, tile.block_n])
-        _dot_kernel[(ceil_div(n_tokens, tile.block_m) * tiles_y, n_directions)](
+        launch(
+            _dot_kernel,
+            (ceil_div(n_tokens, tile.block_m) * tiles_y, n_directions),
             *operands,
             partial,
             n_tokens,
@@ -159,7 +162,7 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        return partial[0] if tiles_y == 1 else partial.sum(0)
+        return partial
 
     tile = tiles_that_fit[0]
     if tuning.is_on():
@@ -167,8 +170,8 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
         tile = tuning.choose(
             "dot", tiles_that_fit, sizes, f"{precision(acts)} {copies} {copy_y} {transposed} {vectors}", acts, run
         )
-    dots = run(tile)
-    return sum_tokens(dots if scale is None else dots / scale[:, None], batch, tokens, segments, per_token)
+    dots = sum_parts(run(tile), batch, tokens, segments, per_token)
+    return dots if scale is None else dots / scale
 
 
 def _cast(val_grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inrun_kernels.config import ceil_div, norm_tile
-from inrun_kernels.tiles import multiprocessors, sum_tokens
+from inrun_kernels.tiles import launch, multiprocessors, sum_tokens
 
 
 @triton.jit(do_not_specialize=["n_rows", "rows_each"])
@@ -113,7 +113,9 @@ def launch_norm_backward(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(1 + has_bias, programs, width, dtype=torch.float32, device=x.device)
     dots = torch.empty(directions[0].shape[0], n_rows, dtype=torch.float32, device=x.device)
-    _norm_backward_kernel[(programs,)](
+    launch(
+        _norm_backward_kernel,
+        (programs,),
         *(None if y is None else y.contiguous() for y in operands),
         grad_x,
         sums,

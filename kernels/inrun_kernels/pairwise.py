@@ -31,11 +31,12 @@ from inrun_kernels.tiles import (
     copyable,
     descriptor,
     flattens,
+    launch,
     load_columns,
     multiprocessors,
     precision,
     rounded,
-    sum_tokens,
+    sum_parts,
     token_starts,
 )
 
@@ -190,7 +191,9 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
         pieces_per_program = ceil_div(groups * splits, wanted)
         partial = torch.empty(splits, n_val, n_tokens, dtype=torch.float32, device=acts.device)
         programs = ceil_div(groups * splits, pieces_per_program)
-        _pairwise_kernel[(tiles_t * programs,)](
+        launch(
+            _pairwise_kernel,
+            (tiles_t * programs,),
             *passed,
             partial,
             n_tokens,
@@ -215,11 +218,10 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        return partial[0] if splits == 1 else partial.sum(0)
+        return partial
 
     tile = tiles_that_fit[0]
     if tuning.is_on():
         shapes = Sizes(batch, tokens, inputs, outputs, 1, n_val, val_tokens)
         tile = tuning.choose("pairwise", tiles_that_fit, shapes, f"{precision(acts)} {copies} {vectors}", acts, run)
-    dots = run(tile)
-    return sum_tokens(dots, batch, tokens, None, False)
+    return sum_parts(run(tile), batch, tokens, None, False)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inrun_kernels.config import ceil_div, column_tile, row_tile
-from inrun_kernels.tiles import load_columns, sum_tokens, token_starts
+from inrun_kernels.tiles import launch, load_columns, sum_tokens, token_starts
 
 
 @triton.jit
@@ -184,7 +184,9 @@ def launch_columns(normed: Tensor | None, grads: Tensor, val_grad: Tensor, sums:
     parts of dots to be, at `partial [B,M,parts]`, each row of adjacent elements."""
     batch, tokens, width = grads.shape
     chunk, block_t, block_i = column_tile(tokens, width, grads.element_size())
-    _columns_kernel[(ceil_div(width, block_i), sums.shape[1], batch)](
+    launch(
+        _columns_kernel,
+        (ceil_div(width, block_i), sums.shape[1], batch),
         normed,
         grads,
         val_grad,
@@ -214,7 +216,9 @@ def _launch(
     programs = ceil_div(batch * tokens, block_n)
     dots = torch.empty(n_directions, batch * tokens, dtype=torch.float32, device=grads.device)
     column_sums = torch.empty(programs if sums else 0, width, dtype=torch.float32, device=grads.device)
-    _rows_kernel[(programs,)](
+    launch(
+        _rows_kernel,
+        (programs,),
         ids,
         normed,
         grads,

@@ -4,12 +4,14 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from inrun_kernels.config import Chip, chip_named
@@ -71,6 +73,39 @@ def _segment_sum_kernel(x_ptr, offsets_ptr, out_ptr, n_tokens, n_samples, BLOCK_
     tl.store(out_ptr + m * n_samples + sample, tl.sum(total))
 
 
+_launched: dict[tuple, tuple[CompiledKernel, tuple]] = {}  # by all that a kernel was compiled for
+_REMEMBERED = 4096  # launches; of sizes that change at every step there is no end
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """`kernel[grid](*args, **constants)`, with constants in the kernel's order and then its options.
+
+    Triton works out for every launch what it is to be compiled for, which takes the host longer than many a kernel
+    takes the device: what was compiled is remembered here, by numbers, dtypes, alignment and blocks.
+    """
+    key: list[Any] = [id(kernel), *constants.values()]
+    for x in args:
+        kind = type(x)
+        if kind is int or x is None:
+            key.append(x)
+        elif kind is TensorDescriptor:
+            key += (x.base.dtype, *x.block_shape)
+        elif kind is float:
+            key.append(kind)
+        else:
+            key += (x.dtype, x.data_ptr() % 16, x.device)
+    known = _launched.get(remembered := tuple(key))
+    if known is not None:
+        known[0][grid + (1,) * (3 - len(grid))](*args, *known[1])
+        return
+    compiled = kernel[grid](*args, **constants)
+    if isinstance(compiled, CompiledKernel):  # and not when interpreting
+        if len(_launched) >= _REMEMBERED:
+            _launched.clear()
+        in_order = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        _launched[remembered] = compiled, in_order
+
+
 def precision(x: Tensor) -> str:
     """How operands of `x`'s dtype are multiplied: "ieee", exactly; "tf32" where torch is told to do so with float32;
     "widened", exactly, where the interpreter would not (its bfloat16 product is wrong)."""
@@ -87,7 +122,7 @@ def rounded(*tensors: Tensor) -> list[Tensor]:
     for x in tensors:
         found.append(torch.empty(x.shape, dtype=x.dtype, device=x.device))
         if x.numel():
-            _round_kernel[(triton.cdiv(x.numel(), 4096),)](x.contiguous(), found[-1], x.numel(), BLOCK=4096)
+            launch(_round_kernel, (triton.cdiv(x.numel(), 4096),), x.contiguous(), found[-1], x.numel(), BLOCK=4096)
     return found
 
 
@@ -141,6 +176,13 @@ def one_row(x: Tensor, segments: Tensor | None) -> Tensor:
     return x if segments is None else x.flatten(0, 1)[None]
 
 
+def sum_parts(partial: Tensor, batch: int, tokens: int, segments: Tensor | None, keep: bool) -> Tensor:
+    """As `sum_tokens` of `[parts, M, B*T]`, whose parts are added up as well."""
+    if segments is None and not keep:  # in one launch
+        return partial.view(*partial.shape[:2], batch, tokens).sum((0, 3)).T.contiguous()
+    return sum_tokens(partial[0] if len(partial) == 1 else partial.sum(0), batch, tokens, segments, keep)
+
+
 def sum_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor | None, keep: bool) -> Tensor:
     """Second stage of the dots: `[M, B*T]` -> `[B, T, M]` (keep), `[S, M]` (segments) or `[B, M]`, fixed order."""
     n_directions, n_tokens = per_token.shape
@@ -151,8 +193,15 @@ def sum_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor | No
     n_samples = segments.shape[0] - 1
     out = per_token.new_empty(n_directions, n_samples)
     if out.numel():
-        _segment_sum_kernel[(n_samples, n_directions)](
-            per_token, segments.contiguous(), out, n_tokens, n_samples, BLOCK_N=1024
+        launch(
+            _segment_sum_kernel,
+            (n_samples, n_directions),
+            per_token,
+            segments.contiguous(),
+            out,
+            n_tokens,
+            n_samples,
+            BLOCK_N=1024,
         )
     return out.T.contiguous()
 

@@ -54,6 +54,7 @@ from inrun_kernels.tiles import (
     contract,
     copyable,
     descriptor,
+    launch,
     multiprocessors,
     one_row,
     precision,
@@ -64,7 +65,7 @@ from inrun_kernels.tiles import (
 _ALIKE = tl.constexpr(16)  # columns of a product with ones
 _COPIED = 1 << 26  # elements of the output gradients that are copied to aligned rows at a time: 128 MB
 _COLUMNS = 128  # of them at least, and fewer are read as they are
-_COLUMN_SUMS = 32  # of a bias, which a program of the second stage adds up
+_COLUMN_SUMS = 16  # of a bias, which a program of the second stage adds up
 _ADDED = 4096  # elements of a tile that a program of the second stage adds up
 
 
@@ -272,7 +273,7 @@ def _wgrad_dot_kernel(
                 tl.store(bias_ptr + offs_o, bias, mask=mask_b)
             weight = total.to(weight_ptr.dtype.element_ty)
             tl.store(weight_ptr + offs_o[:, None] * inputs + offs_i[None, :], weight, mask=mask_w)
-        else:
+        elif SHARED:
             piece = (pid + tile - 2 * whole).to(tl.int64)  # another number for each
             rows = tl.arange(0, BLOCK_O)
             if HAS_BIAS:
@@ -332,14 +333,15 @@ def _second_stage_kernel(
                 total += tl.load(of_dot + offs, mask=offs < row_length, other=0.0)
         tl.store(dots_ptr + pid, tl.sum(total))
     elif pid < n_dots + n_columns:
-        columns = (pid - n_dots) * BLOCK_B + tl.arange(0, BLOCK_B)
-        mask_b = columns < outputs
-        of_rows = tl.zeros([BLOCK_B, BLOCK_B], tl.float32)
-        for low in range(0, n_sums, BLOCK_B):
-            rows = low + tl.arange(0, BLOCK_B)
-            sums_ptrs = sums_ptr + rows.to(tl.int64)[:, None] * outputs + columns[None, :]
-            of_rows += tl.load(sums_ptrs, mask=(rows < n_sums)[:, None] & mask_b[None, :], other=0.0)
-        tl.store(bias_ptr + columns, tl.sum(of_rows, 0).to(bias_ptr.dtype.element_ty), mask=mask_b)
+        if HAS_SUMS:
+            columns = (pid - n_dots) * BLOCK_B + tl.arange(0, BLOCK_B)
+            mask_b = columns < outputs
+            of_rows = tl.zeros([BLOCK_B, BLOCK_B], tl.float32)
+            for low in range(0, n_sums, BLOCK_B):
+                rows = low + tl.arange(0, BLOCK_B)
+                sums_ptrs = sums_ptr + rows.to(tl.int64)[:, None] * outputs + columns[None, :]
+                of_rows += tl.load(sums_ptrs, mask=(rows < n_sums)[:, None] & mask_b[None, :], other=0.0)
+            tl.store(bias_ptr + columns, tl.sum(of_rows, 0).to(bias_ptr.dtype.element_ty), mask=mask_b)
     elif SHARED:
         here = pid - n_dots - n_columns
         shared_tile, first_row = here // (BLOCK_O // ROWS), here % (BLOCK_O // ROWS) * ROWS
@@ -415,6 +417,9 @@ def _launch(
     n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
     batch, tokens, inputs = acts.shape
     outputs, n_directions = grads.shape[2], 0 if val_grad is None else len(val_grad)
+    if n_samples == 0:  # offsets that the device has yet to refuse
+        bias_grad = weight_grad.new_zeros(0 if bias_val_grad is None else outputs)
+        return bias_grad, weight_grad.zero_().new_empty(0, max(1, n_directions), dtype=torch.float32)
     where, prefix = chip(acts.device), form == "prefix"
     rides = bias_val_grad is not None and not (where.asynchronous or where.accumulates_apart)
     rides = rides and acts.dtype != torch.float32
@@ -442,17 +447,18 @@ def _launch(
 
     def run(tile: Tile) -> tuple[Tensor, Tensor]:
         tiles_o, tiles_i = ceil_div(outputs, tile.block_m), ceil_div(inputs, tile.block_n)
-        tiles, blocks, within = tiles_o * tiles_i, ceil_div(tokens, tile.block_k), prefix and segments is None
+        tiles, blocks = tiles_o * tiles_i, ceil_div(tokens, tile.block_k)
+        within = prefix and segments is None and acts.dtype != torch.float32  # which has no registers for that
         slots = multiprocessors(acts.device) * resident_programs(tile, accumulators, beside)
         units = n_samples * blocks if within else n_samples
         plan = share(tiles, units, n_samples, batch * tokens, slots)
         options = {"dtype": torch.float32, "device": acts.device}
         in_row = 2 * tiles if within else tiles
         partial = torch.empty(n_samples, max(1, n_directions), in_row + parts, **options)
-        sums = torch.empty(n_samples if chunks else 0, chunks, outputs, **options)
+        sums = torch.empty(n_samples, chunks, outputs, **options) if chunks else None
         dots = torch.empty(n_samples, max(1, n_directions), **options)
-        pieces = torch.empty(plan.pieces, tile.block_m, tile.block_n, **options)
-        bias_pieces = torch.empty(plan.pieces if rides else 0, tile.block_m, **options)
+        pieces = torch.empty(plan.pieces, tile.block_m, tile.block_n, **options) if plan.pieces else None
+        bias_pieces = torch.empty(plan.pieces, tile.block_m, **options) if plan.pieces and rides else None
         bias = weight_grad.new_empty(outputs if rides or chunks else 0)
         operands = [acts, grads, val_grad]
         if copy_tokens:
@@ -460,7 +466,9 @@ def _launch(
             operands[1] = descriptor(grads, [1, tile.block_k, tile.block_m])
         if copy_d and val_grad is not None:
             operands[2] = descriptor(val_grad, [1, tile.block_m, tile.block_n])
-        _wgrad_dot_kernel[(plan.whole + plan.programs,)](
+        launch(
+            _wgrad_dot_kernel,
+            (plan.whole + plan.programs,),
             *operands,
             bias_val_grad,
             None if segments is None else segments.contiguous(),
@@ -484,7 +492,7 @@ def _launch(
             *((0, 0, 0) if val_grad is None else val_grad.stride()),
             *((0, 0) if bias_val_grad is None else bias_val_grad.stride()),
             DIRECTIONS=n_directions,
-            LANES=triton.next_power_of_2(max(1, n_directions)),
+            LANES=1 << max(0, n_directions - 1).bit_length(),
             HAS_BIAS=rides,
             HAS_OFFSETS=segments is not None,
             COPY_TOKENS=copy_tokens,
@@ -505,7 +513,9 @@ def _launch(
             launch_columns(None, grads, bias_val_grad, sums, partial[:, :, in_row:])
         rows = min(tile.block_m, max(1, _ADDED // tile.block_n))
         programs = dots.numel() + (tiles - plan.whole if plan.programs else 0) * (tile.block_m // rows)
-        _second_stage_kernel[(programs + (ceil_div(outputs, _COLUMN_SUMS) if chunks else 0),)](
+        launch(
+            _second_stage_kernel,
+            (programs + (ceil_div(outputs, _COLUMN_SUMS) if chunks else 0),),
             partial,
             sums,
             dots,

@@ -18,6 +18,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -26,6 +28,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from inrun_kernels import adam, adam_kernel, dot, norms, norms_kernel, pairwise, rows, tiles, wgrad_dot
+from inrun_kernels.config import Share
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BATCH, TOKENS, INPUTS, OUTPUTS, VOCABULARY, DIRECTIONS = 4, 256, 1024, 512, 64, 2
@@ -36,6 +39,7 @@ REGISTERS, RESERVED = 65536, 1024
 MATRIX_INSTRUCTIONS = re.compile(r"\b(UTC\w*MMA|HGMMA|HMMA|v_mfma_f32)")
 FEW = (
     "wgrad two",
+    "wgrad prefix, shared",
     "wgrad two, bias",
     "wgrad two, segments",
     "wgrad prefix, D float32",
@@ -50,7 +54,7 @@ FEW = (
     "rms norm, wide",
     "adam",
 )
-VARIANTS = (*FEW[1:3], FEW[4], "layer norm, wide", "rms norm, wide")  # of a kernel that is among the few already
+VARIANTS = (*FEW[1:4], FEW[5], "layer norm, wide", "rms norm, wide")  # of a kernel that is among the few already
 EVERY_DTYPE = {"sm_80", "sm_90", "sm_100"}  # with --few
 COLUMNS = ("call", "dtype", "kernel", "tile", "registers", "spills", "shared", "mma", "programs")
 
@@ -87,6 +91,9 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     ragged = torch.empty(BATCH, TOKENS, INPUTS - 1, dtype=dtype), grads, matrix[..., 1:].contiguous()
     return {
         "wgrad two": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, None, None, "two", dtype),
+        "wgrad two, shared": lambda: shared(acts, grads, matrix, None, None, "two", dtype),
+        "wgrad prefix, shared": lambda: shared(acts, grads, matrix, None, None, "prefix", dtype),
+        "wgrad two, shared, segments": lambda: shared(acts, grads, matrix, vector, segments, "two", dtype),
         "wgrad two, D float32": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, None, "two"),
         "wgrad two, M": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrices, None, None, "two"),
         "wgrad two, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, segments, "two"),
@@ -130,6 +137,12 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
             [adam.AdamPart(*[matrix] * 3, 0.0, 1.0, (0.9, 0.99), 1e-8)] * 2
         ),
     }
+
+
+def shared(*arguments: Any) -> None:
+    """A weight gradient whose tiles several programs share."""
+    with mock.patch.object(wgrad_dot, "share", lambda tiles, units, *_: Share(1, 3, units, units, tiles + 3)):
+        wgrad_dot.launch_wgrad_dot(*arguments)
 
 
 def in_tf32(launch: Callable[..., object], *arguments: object) -> None:

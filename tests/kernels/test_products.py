@@ -28,7 +28,7 @@ from oracle import (
 )
 
 import inrun_kernels as k
-from inrun_kernels import reference, torch_path
+from inrun_kernels import config, reference, torch_path
 
 SIZES = st.sampled_from([1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -224,6 +224,51 @@ def test_forms_on_every_kind_of_chip(form, chip, segments, monkeypatch):
     )
     check_form(form, case(inputs=32, outputs=75, directions=2, dtype=torch.bfloat16))
     assert launched[:3] == [32, 32, 11]
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5, 7])
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("form", ["two", "prefix"])
+def test_forms_however_programs_share_the_tiles(form, chip, slots, monkeypatch):
+    """Whole tiles, equal parts of each and of all: programs begin and end within a tile, and within a sample."""
+    from inrun_kernels import tiles, wgrad_dot
+
+    plans = []
+
+    def share(*arguments: int) -> config.Share:
+        plans.append(config.share.__wrapped__(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr(config, "_PIECE", 0)
+    monkeypatch.setattr(wgrad_dot, "share", share)
+    monkeypatch.setattr(tiles, "ON_CPU", chip)
+    monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: slots)
+    monkeypatch.setattr(wgrad_dot, "resident_programs", lambda *tile: 1)
+    for segments in (None, torch.tensor([0, 0, 3, 40, 40, 140])):
+        for directions, inputs in ((None, 24), (2, 136)):
+            case = make("linear", 7, 20, inputs, 40, segments=segments, directions=directions, dtype=torch.bfloat16)
+            check_form(form, case)
+    check_form(form, make("linear", 7, 70, 136, 140, directions=2, dtype=torch.bfloat16))
+    assert any(plan.programs for plan in plans)
+
+
+def test_tiles_are_shared_where_that_is_quicker_and_memory_stays_clear_of_samples_gradients():
+    """H100's 132 programs at a time. Tiles, samples of 1024 tokens in 16 blocks, how many of them a program has."""
+    for tiles, within, whole, programs, per in (
+        (512, 16, 396, 132, 225),  # of 256, of the 116 beyond three each
+        (525, 16, 525, 0, 0),  # 129 beyond three each: a piece would cost more
+        (72, 16, 0, 132, 140),  # of 256, across tiles
+        (18, 16, 0, 126, 37),  # seven to each
+        (144, 1, 132, 96, 2),  # 12 beyond one each, of 16 samples
+    ):
+        found = config.share.__wrapped__(tiles, 16 * within, 16, 16 * 1024, 132)
+        assert (found.whole, found.programs, found.per) == (whole, programs, per)
+    for tiles, samples, slots in itertools.product((1, 7, 100, 150), (1, 2, 3, 8, 64), (1, 8, 132, 10_000)):
+        for units in (samples, 9 * samples):
+            plan = config.share.__wrapped__(tiles, units, samples, samples << 20, slots)
+            shared = tiles - plan.whole
+            assert plan.programs == 0 or shared * units <= plan.programs * plan.per
+            assert plan.pieces <= shared * samples * 5 / 8 and plan.whole % slots in (0, tiles % slots)
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
