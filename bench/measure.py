@@ -29,6 +29,7 @@ from inrun_kernels.cost import CEILINGS, Ceilings
 
 SEED = 0
 BASE = "plain"
+AHEAD = 2e-3  # as in training: the flush alone takes less than the host needs to launch a product of several kernels
 Row = dict[str, Any]
 Run = TypeVar("Run")
 Measured = tuple[list[float], Row] | Exception  # times of the rounds and what they come to, or why there are none
@@ -82,8 +83,9 @@ class Machine:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def seconds(self, run: Callable[[], object], cold: bool = True) -> float:
-        """One run; `cold`: with the last cache full of something else."""
+    def seconds(self, run: Callable[[], object], cold: bool = True, ahead: float = AHEAD) -> float:
+        """One run; `cold`: with the last cache full of something else; `ahead`: seconds that a GPU leaves the host to
+        launch what it can before the clock starts."""
         if cold:
             self._flushed.add_(1)
         if not self.on_gpu:
@@ -91,9 +93,7 @@ class Machine:
             run()
             return self._now() - start
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Two milliseconds in which the host runs ahead, as in training: the flush alone takes less than the host
-        # needs to launch a product of several kernels.
-        torch.cuda._sleep(1 << 22)
+        torch.cuda._sleep(int(ahead * 2e9))  # cycles, of two GHz
         start.record()
         run()
         end.record()
@@ -170,6 +170,7 @@ def interleaved(
     least: int,
     seconds: float,
     prepare: Callable[[str], object] = lambda name: None,
+    ahead: float = AHEAD,
 ) -> dict[str, list[float]]:
     """Seconds of each run, round by round; element i of every list is of round i.
 
@@ -178,6 +179,7 @@ def interleaved(
         rounds: at most so many; a run that has used up its `seconds` and has run `least` rounds is left out of
             further ones.
         prepare: called with the name of a run before it, not timed.
+        ahead: as in `Machine.seconds`.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -189,7 +191,7 @@ def interleaved(
             for name in names[turn:] + names[:turn]:
                 if len(taken[name]) == i and (i < least or sum(taken[name]) < seconds):
                     prepare(name)
-                    taken[name].append(machine.seconds(runs[name]))
+                    taken[name].append(machine.seconds(runs[name], ahead=ahead))
     finally:
         gc.enable()
     return taken

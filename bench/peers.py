@@ -5,6 +5,7 @@ Each is written here from its formula, at its best in plain PyTorch. Throughout,
 
     plain               the weight gradient alone, no dots: what every ratio is relative to
     inrun               ours
+    inrun_validated     whole steps of ours, each with the validation pass of one sequence; others are given its gradient
     two_gemms           rowsum(acts * (grads @ val_grad)), a second GEMM as large as the weight gradient's, with its
                         [B,T,min(I,O)] product stored in the compute dtype (arXiv 2406.11011, section 4.2); hooks
                         take the layers' inputs and output gradients (GhostSuite, ghost clipping)
@@ -270,6 +271,22 @@ class InRun(Training):
         """The directions of the last step."""
         tracked = self.tracker.coverage["tracked"]
         return {n: self.model.get_parameter(f"{n}_direction").detach().clone() for n in tracked}
+
+
+class InRunValidated(InRun):
+    """Ours with its validation pass, of one sequence `[1,T]` for every step, in the time."""
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
+        super().__init__(model, {})
+        self.validation = x, y
+
+    def prepare(self) -> None:
+        """Nothing."""
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor | None:
+        with self.tracker.validation():
+            loss_of(self.model, *self.validation).backward()
+        return super().__call__(x, y)
 
 
 class Hooked(Training):
