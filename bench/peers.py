@@ -5,7 +5,7 @@ Each is written here from its formula, at its best in plain PyTorch. Throughout,
 
     plain               the weight gradient alone, no dots: what every ratio is relative to
     inrun               ours
-    inrun_validated     whole steps of ours, each with the validation pass of one sequence; others are given its gradient
+    inrun_validated     whole steps of ours, each with one sequence's validation pass; others are given its gradient
     two_gemms           rowsum(acts * (grads @ val_grad)), a second GEMM as large as the weight gradient's, with its
                         [B,T,min(I,O)] product stored in the compute dtype (arXiv 2406.11011, section 4.2); hooks
                         take the layers' inputs and output gradients (GhostSuite, ghost clipping)
