@@ -22,6 +22,7 @@ from bench.measure import BASE, Row
 # Ours in one colour family, the peers in quiet ones; a provider keeps its colour in every panel.
 _COLOURS = {
     "inrun": "#d1495b",
+    "inrun_validated": "#f2a7a0",
     "inrun_two": "#e07a5f",
     "inrun_prefix": "#b23a48",
     "inrun_pairwise": "#edae49",
