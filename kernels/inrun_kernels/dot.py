@@ -35,7 +35,7 @@ from inrun_kernels.tiles import (
     load_columns,
     precision,
     rounded,
-    sum_parts,
+    sum_tokens,
     tile_order,
     token_starts,
 )
@@ -162,7 +162,7 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        return partial
+        return partial[0] if tiles_y == 1 else partial.sum(0)
 
     tile = tiles_that_fit[0]
     if tuning.is_on():
@@ -170,8 +170,8 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
         tile = tuning.choose(
             "dot", tiles_that_fit, sizes, f"{precision(acts)} {copies} {copy_y} {transposed} {vectors}", acts, run
         )
-    dots = sum_parts(run(tile), batch, tokens, segments, per_token)
-    return dots if scale is None else dots / scale
+    dots = run(tile)
+    return sum_tokens(dots if scale is None else dots / scale[:, None], batch, tokens, segments, per_token)
 
 
 def _cast(val_grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -36,7 +36,7 @@ from inrun_kernels.tiles import (
     multiprocessors,
     precision,
     rounded,
-    sum_parts,
+    sum_tokens,
     token_starts,
 )
 
@@ -218,10 +218,10 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        return partial
+        return partial[0] if splits == 1 else partial.sum(0)
 
     tile = tiles_that_fit[0]
     if tuning.is_on():
         shapes = Sizes(batch, tokens, inputs, outputs, 1, n_val, val_tokens)
         tile = tuning.choose("pairwise", tiles_that_fit, shapes, f"{precision(acts)} {copies} {vectors}", acts, run)
-    return sum_parts(run(tile), batch, tokens, None, False)
+    return sum_tokens(run(tile), batch, tokens, None, False)

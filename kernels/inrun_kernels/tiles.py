@@ -176,13 +176,6 @@ def one_row(x: Tensor, segments: Tensor | None) -> Tensor:
     return x if segments is None else x.flatten(0, 1)[None]
 
 
-def sum_parts(partial: Tensor, batch: int, tokens: int, segments: Tensor | None, keep: bool) -> Tensor:
-    """As `sum_tokens` of `[parts, M, B*T]`, whose parts are added up as well."""
-    if segments is None and not keep:  # in one launch
-        return partial.view(*partial.shape[:2], batch, tokens).sum((0, 3)).T.contiguous()
-    return sum_tokens(partial[0] if len(partial) == 1 else partial.sum(0), batch, tokens, segments, keep)
-
-
 def sum_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor | None, keep: bool) -> Tensor:
     """Second stage of the dots: `[M, B*T]` -> `[B, T, M]` (keep), `[S, M]` (segments) or `[B, M]`, fixed order."""
     n_directions, n_tokens = per_token.shape
