@@ -128,21 +128,15 @@ def resident_programs(tile: Tile, accumulators: int, beside: int = 64) -> int:
 
 
 @lru_cache(1024)
-def sample_splits(tiles: int, n_samples: int, slots: int, least: int = 2, price: float = 0.0) -> int:
+def sample_splits(tiles: int, n_samples: int, slots: int) -> int:
     """How many programs share the samples of one tile, so that few tiles still fill the device, and more than fill it
     leave little of it idle at the end.
 
-    The fewest that finish first: `slots` programs run at once, and each costs its samples, about a quarter of a sample
-    for its start and its store, and where there are several the `price` of what it leaves to be summed. Each has
-    `least` samples: a split of a weight gradient's holds a partial one, so that memory stays clear of one gradient per
-    sample.
+    The fewest that finish first: `slots` programs run at once, and each costs its samples, and about a quarter of a
+    sample for its start and its store.
     """
-    most = max(1, min(n_samples // least, max(4, slots // tiles)))
-
-    def taken(n: int) -> float:
-        return ceil_div(tiles * n, slots) * (ceil_div(n_samples, n) + 0.25 + (price if n > 1 else 0.0))
-
-    return min(range(1, most + 1), key=taken)
+    most = max(1, min(n_samples, max(4, slots // tiles)))
+    return min(range(1, most + 1), key=lambda n: ceil_div(tiles * n, slots) * (ceil_div(n_samples, n) + 0.25))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ their own, at two thirds of a matrix product's rate.
 
 The coefficients are fitted to measured times (`python -m bench.regret --fit`). FLOPs and passes over memory are
 shared among a CPU's threads, the calls themselves are not. Of a GPU's kernels the static model of `cost` says it, which
-counts what their tiles read from the cache: one accumulator has room for a tile twice as large as two, and in half
-precision that is what limits the tensor cores of an H100.
+counts what their tiles read from the cache: one accumulator has room for a tile twice as large as two, which an H100's
+tensor cores wait less for.
 
     product         form        FLOPs, N tokens in S samples   passes over a weight   rows
     wgrad_dot       two         2*N*I*O                        S*(3 + M) - 2 + M      N*(I + O)

@@ -181,7 +181,7 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
             ceil_div(val_tokens, block_s),
         )
         slots = multiprocessors(acts.device) * resident_programs(tile, 2)
-        wanted = sample_splits(max(1, tiles_t), groups * tiles_s, slots, least=1)
+        wanted = sample_splits(max(1, tiles_t), groups * tiles_s, slots)
         # What the training tokens that are read at once take of the cache: each program reads its own anew for each of
         # its tiles.
         rows = slots * tile.block_m * (inputs + outputs) * acts.element_size()

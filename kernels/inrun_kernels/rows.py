@@ -8,7 +8,8 @@ Source: arXiv 2406.11011, section 4.2, for layers whose per-sample gradient is a
 element and direction, bound by memory: one pass reads every operand once, whatever is due and however many the
 directions. A program owns whole rows and walks their columns: a row's dots with all directions stay in registers, and
 where the gradient is due each column's sum over the program's rows is written on the way. A second stage adds the
-programs' sums, `rows / BLOCK_N` of them, and the dots of each sample's tokens, in a fixed order.
+programs' sums, `rows / BLOCK_N` of them, and the dots of each sample's tokens, in a fixed order. Where the gradient is
+due and rows are samples, a program has some columns of a part of one sample, and contracts their sums, not each token.
 """
 
 # Launches go through triton's JIT, whose signature pyright cannot see.

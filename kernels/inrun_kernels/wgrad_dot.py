@@ -10,7 +10,7 @@ direction. Two forms:
     two     the accumulator holds one sample, is added to a second one and starts again. Errors are relative to the
             sample's own terms, and a sample's dot does not depend on the rest of the batch.
     prefix  one accumulator runs on, and a dot is the difference of two contractions of it: registers for a tile
-            twice as large. Errors are relative to the sum of the samples before it in its split: a sample makes a
+            twice as large. Errors are relative to the sum of the samples before it in its program: a sample makes a
             float32 rounding of that for each 16 of its tokens. Tensor cores round towards zero, so these add up.
 
 Where tiles are copied by tensor descriptors and there is one direction, its tile waits in shared memory: Triton sinks
@@ -25,12 +25,15 @@ the narrowest matrix product with ones there is, whose columns are all alike: fo
 Triton gives up the order in shared memory that the tensor cores read without conflicts. Not in float32, and not where
 matrix instructions run on while the program does: of a tile that such an instruction and the program both read, Triton
 3.7.1 holds one buffer too few, and the next copy would overwrite what the instruction still reads. There the bias is a
-pass of its own.
+pass of its own, whose column sums and parts of dots the second stage adds up with the others.
 
 FLOPs: 2*B*T*I*O + 2*S*M*I*O.  Bytes: acts and grads once per row or column of tiles, M*I*O of directions (S times,
 mostly from L2, where they do not wait in shared memory), I*O*4 out, and S*M*tiles*4 partial dots, which a second
-stage sums in a fixed order. For a small weight the samples are split among programs, whose totals are then summed in
-order.
+stage sums in a fixed order.
+
+Tiles that fill the device have a program each. Those that are left over share all programs (`config.share`), which walk
+them unit by unit: a unit is a sample, with "prefix" a block of tokens. A tile that several programs had is left in pieces,
+which the second stage adds up in order.
 """
 
 # Launches go through triton's JIT, whose signature pyright cannot see.
