@@ -1,9 +1,9 @@
 """How long a product should take: a static model of its FLOPs, bytes and programs against a device's ceilings.
 
 A bound from below by what overlaps (the largest of arithmetic, device memory and cache) plus what does not (a launch,
-the first loads of each wave of programs, pieces that are added up). It is for choosing between tiles and for finding what a
-measured time is short of; of the ceilings below the H100's are an H200's measured ones, nothing else was fitted. It knows nothing of TF32, of a bias that is a pass of its own, and
-of how pairs are split.
+the first loads of each wave of programs, pieces that are added up). It is for choosing between tiles and for finding
+what a measured time is short of. Of the ceilings below the H100's are an H200's measured ones; nothing else was fitted.
+It knows nothing of TF32, of a bias that is a pass of its own, and of how pairs are split.
 """
 
 from dataclasses import dataclass

@@ -32,8 +32,8 @@ mostly from L2, where they do not wait in shared memory), I*O*4 out, and S*M*til
 stage sums in a fixed order.
 
 Tiles that fill the device have a program each. Those that are left over share all programs (`config.share`), which walk
-them unit by unit: a unit is a sample, with "prefix" a block of tokens. A tile that several programs had is left in pieces,
-which the second stage adds up in order.
+them unit by unit: a unit is a sample, with "prefix" a block of tokens. A tile that several programs had is left in
+pieces, which the second stage adds up in order.
 """
 
 # Launches go through triton's JIT, whose signature pyright cannot see.
