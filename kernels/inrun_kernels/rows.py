@@ -97,6 +97,7 @@ def _columns_kernel(
     sums_ptr,  # [B, chunks, I]
     partial_ptr,  # [B, M, chunks * columns / BLOCK_I]
     row_length,  # of partial, M of them for each sample
+    chunks,
     tokens,
     width,
     stride_nb,
@@ -113,7 +114,9 @@ def _columns_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    pid_i, chunk, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    columns = tl.cdiv(width, BLOCK_I)
+    pid_i, row = tl.program_id(0) % columns, tl.program_id(0) // columns
+    chunk, sample = row % chunks, row // chunks
     offs_i = pid_i * BLOCK_I + tl.arange(0, BLOCK_I)
     mask_i = offs_i < width
     of_sample = sample.to(tl.int64)
@@ -128,13 +131,12 @@ def _columns_kernel(
             product *= load_columns(n_rows, mask_t, offs_i, mask_i, stride_ni).to(tl.float32)
         total += product
     sums = tl.sum(total, 0)
-    chunks = tl.num_programs(1)
     tl.store(sums_ptr + (of_sample * chunks + chunk) * width + offs_i, sums, mask=mask_i)
     for m in tl.static_range(DIRECTIONS):
         d = tl.load(
             val_grad_ptr + tl.cast(m, tl.int64) * stride_dm + offs_i.to(tl.int64) * stride_di, mask=mask_i, other=0.0
         )
-        out = (of_sample * DIRECTIONS + m) * row_length + chunk * tl.num_programs(0) + pid_i
+        out = (of_sample * DIRECTIONS + m) * row_length + chunk * columns + pid_i
         tl.store(partial_ptr + out, tl.sum(sums * d.to(tl.float32)))
 
 
@@ -163,7 +165,7 @@ def launch_row_wgrad_dot(
     normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`normed [B,T,I]` or None, `grads [B,T,I]`, `val_grad [M,I]` -> `(weight_grad [I], dots [S,M])`, float32."""
-    if segments is None:
+    if by_columns(grads, segments):
         chunks, parts = columns_of(grads)
         sums = torch.empty(len(grads), chunks, grads.shape[2], dtype=torch.float32, device=grads.device)
         partial = torch.empty(len(grads), len(val_grad), parts, dtype=torch.float32, device=grads.device)
@@ -171,6 +173,11 @@ def launch_row_wgrad_dot(
         return sums.sum((0, 1)), partial.sum(2)
     dots, sums = _launch(None, normed, grads, val_grad[:, None], -1, sums=True)
     return sums.sum(0), sum_tokens(dots, grads.shape[0], grads.shape[1], segments, False)
+
+
+def by_columns(grads: Tensor, segments: Tensor | None) -> bool:
+    """Whether `launch_columns` serves: samples are rows, long enough that their sums are few beside them."""
+    return segments is None and grads.shape[1] >= 32
 
 
 def columns_of(grads: Tensor) -> tuple[int, int]:
@@ -187,13 +194,14 @@ def launch_columns(normed: Tensor | None, grads: Tensor, val_grad: Tensor, sums:
     chunk, block_t, block_i = column_tile(tokens, width, grads.element_size())
     launch(
         _columns_kernel,
-        (ceil_div(width, block_i), sums.shape[1], batch),
+        (ceil_div(width, block_i) * sums.shape[1] * batch,),
         normed,
         grads,
         val_grad,
         sums,
         partial,
         partial.stride(1),
+        sums.shape[1],
         tokens,
         width,
         *((0, 0, 0) if normed is None else normed.stride()),

@@ -49,7 +49,7 @@ from torch import Tensor
 from inrun_kernels import tuning
 from inrun_kernels.config import Tile, ceil_div, matrix_tiles, resident_programs, share
 from inrun_kernels.cost import Sizes
-from inrun_kernels.rows import columns_of, launch_columns, launch_row_wgrad_dot
+from inrun_kernels.rows import by_columns, columns_of, launch_columns, launch_row_wgrad_dot
 from inrun_kernels.tiles import (
     INTERPRETED,
     aligned,
@@ -429,7 +429,9 @@ def _launch(
     copies = where.copies and acts.dtype != torch.float32
     copy_tokens = copies and segments is None and copyable(acts, grads)
     copy_d = copies and (copyable(val_grad) if val_grad is not None else copy_tokens)
-    apart = bias_val_grad is not None and not rides and segments is None  # a pass of its own, added up with the rest
+    apart = (
+        bias_val_grad is not None and not rides and by_columns(grads, segments)
+    )  # a pass of its own, added up with the rest
     chunks, parts = columns_of(grads) if apart else (0, 0)
     accumulators = 1 if prefix else 2
     # Registers of a thread beside those: addresses take them, and operands on their way to an instruction that waits.
