@@ -151,8 +151,9 @@ def group(
     values: dict[str, Tensor],
     drops: dict[str, Tensor],
 ) -> list[Row]:
-    """Values of the first steps, from one model, checked, then peak bytes, then timed side by side. `values` and
-    `drops` grow. A variant that a GPU has no memory for is left out, but for those that others are held to."""
+    """Values of the first steps (of TWICE the second), from one model, checked, then peak bytes, then timed side by
+    side. `values` and `drops` grow. A variant that a GPU has no memory for is left out, but for those that others are
+    held to."""
     x, y, val_x, val_y = batches
     runs: dict[str, Any] = {BASE: Training(copy.deepcopy(model), {}), PASS: Pass(copy.deepcopy(model), val_x, val_y)}
     peaks, passes = {}, {}

@@ -154,15 +154,16 @@ class Share:
 
 
 @lru_cache(1024)
-def share(tiles: int, units: int, n_samples: int, n_tokens: int, slots: int) -> Share:
+def share(tiles: int, units: int, n_samples: int, n_tokens: int, slots: int, filled: float = 1.0) -> Share:
     """How `slots` programs that run at once share `tiles` of `units` (samples, or parts of them) each.
 
     What fills the slots has a program to a tile. The rest is shared where that is quicker: by equal parts of each tile,
     or, where there is more than one program to a tile but not two, by equal parts of all. Each program then leaves a
-    piece, at a price of _PIECE tokens. All pieces take less memory than 5 of 8 samples' gradients would.
+    piece, at a price of _PIECE tokens. All pieces take less memory than 5 of 8 samples' gradients would, of tiles of
+    which so much is `filled`.
     """
     rest = tiles % slots
-    most = min(slots, int(rest * (n_samples * 5 / 8 - 1)))
+    most = min(slots, int(rest * (n_samples * 5 / 8 * filled - 1)))
     if rest == 0 or most <= rest:
         return Share(tiles)
     of_tile = most // rest
@@ -171,7 +172,7 @@ def share(tiles: int, units: int, n_samples: int, n_tokens: int, slots: int) -> 
         span = per * ceil_div(units, per)
     else:
         per, span = ceil_div(rest * units, most), units
-    if per + units * _PIECE / n_tokens >= units:
+    if per + units * _PIECE / max(1, n_tokens) >= units:
         return Share(tiles)
     programs = ceil_div(rest * span, per)
     return Share(tiles - rest, programs, span, per, programs + rest)

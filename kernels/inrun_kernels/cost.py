@@ -105,8 +105,9 @@ def predict(
     slots = device.multiprocessors * resident_programs(tile, accumulators)
     plan = Share(tiles)
     if kernel == "wgrad_dot":
-        units = samples * ceil_div(depth, tile.block_k) if form == "prefix" else samples
-        plan = share(tiles, units, samples, samples * depth, slots)
+        units = samples * ceil_div(depth, tile.block_k) if form == "prefix" and dtype != torch.float32 else samples
+        filled = m * n / (tiles * tile.block_m * tile.block_n)
+        plan = share(tiles, units, samples, samples * depth, slots, filled)
     area, blocks = tile.block_m * tile.block_n, samples * ceil_div(depth, tile.block_k)
     # Programs that share a multiprocessor share its rate: what idles is a multiprocessor with one program fewer.
     busy = ceil_div(tiles, device.multiprocessors)

@@ -90,10 +90,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             key.append(x)
         elif kind is TensorDescriptor:
             key += (x.base.dtype, *x.block_shape)
-        elif kind is float:
-            key.append(kind)
+        elif isinstance(x, float):
+            key.append(float)
         else:
             key += (x.dtype, x.data_ptr() % 16, x.device)
+            if torch.version.hip:  # whose offsets have 32 bits where they suffice
+                key.append(x.untyped_storage().nbytes() < 1 << 31)
     known = _launched.get(remembered := tuple(key))
     if known is not None:
         known[0][grid + (1,) * (3 - len(grid))](*args, *known[1])

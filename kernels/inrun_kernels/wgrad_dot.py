@@ -32,8 +32,8 @@ mostly from L2, where they do not wait in shared memory), I*O*4 out, and S*M*til
 stage sums in a fixed order.
 
 Tiles that fill the device have a program each. Those that are left over share all programs (`config.share`), which walk
-them unit by unit: a unit is a sample, with "prefix" a block of tokens. A tile that several programs had is left in
-pieces, which the second stage adds up in order.
+them unit by unit: a unit is a sample, or with "prefix" in half precision, without offsets, a block of tokens. A tile
+that several programs had is left in pieces, which the second stage adds up in order.
 """
 
 # Launches go through triton's JIT, whose signature pyright cannot see.
@@ -383,12 +383,13 @@ def launch_wgrad_dot(
 
     With None for `val_grad`, and form "two": the samples' squared gradients added up, and squared norms `[S,1]`."""
     assert val_grad is not None or (form == "two" and bias_val_grad is None)
-    acts, grads = rounded(one_row(acts, segments), one_row(grads, segments))
+    acts, unrounded = one_row(acts, segments), one_row(grads, segments)
+    acts, grads = rounded(acts, unrounded)
     weight_grad = torch.empty(grads.shape[2], acts.shape[2], dtype=grad_dtype or torch.float32, device=acts.device)
     copies = chip(acts.device).copies and segments is None
     readable = copyable if copies else aligned
     if acts.dtype == torch.float32 or readable(grads) or not readable(acts) or len(weight_grad) < _COLUMNS:
-        bias_grad, dots = _launch(acts, grads, val_grad, bias_val_grad, segments, form, weight_grad)
+        bias_grad, dots = _launch(acts, grads, unrounded, val_grad, bias_val_grad, segments, form, weight_grad)
         return weight_grad, bias_grad, dots
     # As of a head with an odd vocabulary: read an element at a time they would take several times the product. Copied,
     # some columns at a time, to where rows are aligned, they take by count a part of it (4 bytes for 2*I FLOPs).
@@ -402,7 +403,7 @@ def launch_wgrad_dot(
         here = rows[..., : here.shape[2]].copy_(here) if part.start < rest else here
         of_bias = None if bias_val_grad is None else bias_val_grad[:, part]
         along = None if val_grad is None else val_grad[:, part]
-        found.append(_launch(acts, here, along, of_bias, segments, form, weight_grad[part]))
+        found.append(_launch(acts, here, here, along, of_bias, segments, form, weight_grad[part]))
     bias_grads, dots = zip(*found, strict=True)
     return weight_grad, torch.cat(bias_grads), torch.stack(dots).sum(0)
 
@@ -410,13 +411,14 @@ def launch_wgrad_dot(
 def _launch(
     acts: Tensor,
     grads: Tensor,
+    unrounded: Tensor,
     val_grad: Tensor | None,
     bias_val_grad: Tensor | None,
     segments: Tensor | None,
     form: str,
     weight_grad: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Writes `weight_grad`, `[O,I]` of adjacent elements; returns `(bias_grad, dots)`."""
+    """Writes `weight_grad`, `[O,I]` of adjacent elements; returns `(bias_grad, dots)`. `unrounded`: for biases."""
     n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
     batch, tokens, inputs = acts.shape
     outputs, n_directions = grads.shape[2], 0 if val_grad is None else len(val_grad)
@@ -429,9 +431,8 @@ def _launch(
     copies = where.copies and acts.dtype != torch.float32
     copy_tokens = copies and segments is None and copyable(acts, grads)
     copy_d = copies and (copyable(val_grad) if val_grad is not None else copy_tokens)
-    apart = (
-        bias_val_grad is not None and not rides and by_columns(grads, segments)
-    )  # a pass of its own, added up with the rest
+    # A pass of its own, which the second stage adds up with the rest.
+    apart = bias_val_grad is not None and not rides and by_columns(grads, segments)
     chunks, parts = columns_of(grads) if apart else (0, 0)
     accumulators = 1 if prefix else 2
     # Registers of a thread beside those: addresses take them, and operands on their way to an instruction that waits.
@@ -456,7 +457,8 @@ def _launch(
         within = prefix and segments is None and acts.dtype != torch.float32  # which has no registers for that
         slots = multiprocessors(acts.device) * resident_programs(tile, accumulators, beside)
         units = n_samples * blocks if within else n_samples
-        plan = share(tiles, units, n_samples, batch * tokens, slots)
+        filled = outputs * inputs / (tiles * tile.block_m * tile.block_n)
+        plan = share(tiles, units, n_samples, batch * tokens, slots, filled)
         options = {"dtype": torch.float32, "device": acts.device}
         in_row = 2 * tiles if within else tiles
         partial = torch.empty(n_samples, max(1, n_directions), in_row + parts, **options)
@@ -515,7 +517,7 @@ def _launch(
             num_stages=tile.num_stages,
         )
         if chunks:
-            launch_columns(None, grads, bias_val_grad, sums, partial[:, :, in_row:])
+            launch_columns(None, unrounded, bias_val_grad, sums, partial[:, :, in_row:])
         rows = min(tile.block_m, max(1, _ADDED // tile.block_n))
         programs = dots.numel() + (tiles - plan.whole if plan.programs else 0) * (tile.block_m // rows)
         launch(
@@ -563,5 +565,5 @@ def _launch(
     bias_grad, dots = run(tile)
     if bias_val_grad is None or rides or apart:
         return bias_grad, dots
-    bias_grad, of_bias = launch_row_wgrad_dot(None, grads, bias_val_grad, segments)
+    bias_grad, of_bias = launch_row_wgrad_dot(None, unrounded, bias_val_grad, segments)
     return bias_grad.to(weight_grad.dtype), dots + of_bias

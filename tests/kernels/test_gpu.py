@@ -90,7 +90,10 @@ def test_tf32_where_torch_is_told_to(form):
         plain = case.grads.flatten(0, 1).T @ case.x.flatten(0, 1)
         weight_grad, dots = k.ghost_wgrad_dot(case.x, case.grads, case.val_grad, form=form)
     torch.testing.assert_close((weight_grad - exact[0]).norm(), (plain - exact[0]).norm(), rtol=0.5, atol=0)
+    with tf32():
+        bias_grad = k.linear_wgrad_dot(case.x, case.grads, case.val_grad, case.val_grad[:, 0], form=form)[1]
     assert 1e-5 < (dots - exact[1]).norm() / exact[1].norm() < 1e-2
+    torch.testing.assert_close(bias_grad.double(), case.grads.double().sum((0, 1)), rtol=1e-5, atol=1e-4)  # no product
 
 
 @pytest.mark.parametrize("layer", list(WGRAD_DOTS))

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from inrun_kernels import torch_path
+from inrun_kernels import config, torch_path
 
 BATCH, IN, OUT = 8, 150, 160
 TOKENS = 64
@@ -41,7 +41,9 @@ def largest(run, *arguments, **named) -> int:
 def test_no_per_sample_gradient_is_stored(dtype, packed, form, monkeypatch):
     from inrun_kernels import dot, wgrad_dot
 
-    monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 10_000)  # as many splits as are allowed
+    monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 10_000)  # as many pieces as are allowed
+    monkeypatch.setattr(config, "_PIECE", 0)
+    monkeypatch.setattr(wgrad_dot, "share", config.share.__wrapped__)
     acts, grads = torch.randn(BATCH, TOKENS, IN, dtype=dtype), torch.randn(BATCH, TOKENS, OUT, dtype=dtype)
     matrix = torch.randn(1, OUT, IN, dtype=dtype)
     segments = torch.arange(0, BATCH * TOKENS + 1, TOKENS) if packed else None

@@ -236,7 +236,7 @@ def test_forms_however_programs_share_the_tiles(form, chip, slots, monkeypatch):
     plans = []
 
     def share(*arguments: int) -> config.Share:
-        plans.append(config.share.__wrapped__(*arguments))
+        plans.append(config.share.__wrapped__(*arguments[:5]))
         return plans[-1]
 
     monkeypatch.setattr(config, "_PIECE", 0)
