@@ -1,8 +1,9 @@
 """A whole training step of a GPT, forward to AdamW update, with every sample's dot; the validation pass is counted in
 `inrun_validated` alone, of one sequence.
 
-On a GPU also by the device's own time ("step, device time"): with the host so far ahead that it is not waited for. The
-step's Python takes longer than plain training's, and where that is more than the device needs it is what is measured.
+On a GPU also by the device's own time ("step, device time"): with a host that has launched all it can, some thousand
+kernels, before the clock starts. A scored step's Python takes longer than plain training's; where it takes longer than
+the device, that is what the other rows measure.
 """
 
 import copy

@@ -31,7 +31,7 @@ PASS = "validation pass"
 DOCUMENTS = 4  # in a row
 ORDERS = 8
 # Held to each other in the second step: in its first Adam moves each coordinate at its full rate, be its gradient the
-# rounding of bfloat16, and there `path` differs from itself, run again, by a quarter.
+# rounding of bfloat16, and there `path` differs from itself, run again.
 TWICE = ("path", "path, recompute")
 TOGETHER = 4  # variants whose models a GPU holds at a time
 CPU_CASE = Case(8, 256, 384, 3, 256, tied=True)  # half the layers of bench_step's, to end within five minutes

@@ -2,7 +2,7 @@
 
 A bound from below by what overlaps (the largest of arithmetic, device memory and cache) plus what does not (a launch,
 the first loads of each wave of programs, pieces that are added up). It is for choosing between tiles and for finding
-what a measured time is short of. Of the ceilings below the H100's are an H200's measured ones; nothing else was fitted.
+what a measured time is short of. But for two ceilings of the H100 nothing in it was fitted.
 It knows nothing of TF32, of a bias that is a pass of its own, and of how pairs are split.
 """
 
@@ -27,8 +27,8 @@ class Ceilings:
 
 
 # Datasheets of A100 80GB SXM, H100 SXM, B200, RTX 5090 and MI300X, dense half precision; A100's cache at the 5120 bytes
-# per clock of its whitepaper. H100's matrix products and cache are what an H200 was measured to do: with random
-# numbers, and in tiles of 128 x 128, to which the cache brings operands in 1.1 times what the tensor cores take.
+# per clock of its whitepaper. Of H100's, matrix products are at the rate that `bench_kernels` measured on an H200, and
+# the cache at one with which the model says what it measured of the form "two".
 CEILINGS = {
     "sm_80": Ceilings(312e12, 19.5e12, 2.04e12, 7.2e12, 108, 4e-6, 0.8e-6),
     "sm_90": Ceilings(805e12, 67e12, 3.35e12, 11e12, 132, 4e-6, 0.8e-6),

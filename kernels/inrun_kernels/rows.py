@@ -133,9 +133,8 @@ def _columns_kernel(
     sums = tl.sum(total, 0)
     tl.store(sums_ptr + (of_sample * chunks + chunk) * width + offs_i, sums, mask=mask_i)
     for m in tl.static_range(DIRECTIONS):
-        d = tl.load(
-            val_grad_ptr + tl.cast(m, tl.int64) * stride_dm + offs_i.to(tl.int64) * stride_di, mask=mask_i, other=0.0
-        )
+        d_ptrs = val_grad_ptr + tl.cast(m, tl.int64) * stride_dm + offs_i.to(tl.int64) * stride_di
+        d = tl.load(d_ptrs, mask=mask_i, other=0.0)
         out = (of_sample * DIRECTIONS + m) * row_length + chunk * columns + pid_i
         tl.store(partial_ptr + out, tl.sum(sums * d.to(tl.float32)))
 
@@ -182,7 +181,7 @@ def by_columns(grads: Tensor, segments: Tensor | None) -> bool:
 
 def columns_of(grads: Tensor) -> tuple[int, int]:
     """Of `launch_columns`: how many rows of sums it writes for each sample, and how many parts of a dot."""
-    chunk, _, block_i = column_tile(grads.shape[1], grads.shape[2], grads.element_size())
+    chunk, block_i = column_tile(grads.shape[1], grads.shape[2], grads.element_size())
     chunks = ceil_div(grads.shape[1], chunk)
     return chunks, chunks * ceil_div(grads.shape[2], block_i)
 
@@ -191,7 +190,7 @@ def launch_columns(normed: Tensor | None, grads: Tensor, val_grad: Tensor, sums:
     """`normed [B,T,I]` or None, `grads [B,T,I]`, `val_grad [M,I]`: writes `sums [B, chunks, I]`, to be added up, and
     parts of dots to be, at `partial [B,M,parts]`, each row of adjacent elements."""
     batch, tokens, width = grads.shape
-    chunk, block_t, block_i = column_tile(tokens, width, grads.element_size())
+    chunk, block_i = column_tile(tokens, width, grads.element_size())
     launch(
         _columns_kernel,
         (ceil_div(width, block_i) * sums.shape[1] * batch,),
@@ -210,7 +209,7 @@ def launch_columns(normed: Tensor | None, grads: Tensor, val_grad: Tensor, sums:
         DIRECTIONS=len(val_grad),
         HAS_NORMED=normed is not None,
         CHUNK=chunk,
-        BLOCK_T=block_t,
+        BLOCK_T=32,
         BLOCK_I=block_i,
         num_warps=4,
     )

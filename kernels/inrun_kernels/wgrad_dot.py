@@ -28,8 +28,8 @@ matrix instructions run on while the program does: of a tile that such an instru
 pass of its own, whose column sums and parts of dots the second stage adds up with the others.
 
 FLOPs: 2*B*T*I*O + 2*S*M*I*O.  Bytes: acts and grads once per row or column of tiles, M*I*O of directions (S times,
-mostly from L2, where they do not wait in shared memory), I*O*4 out, and S*M*tiles*4 partial dots, which a second
-stage sums in a fixed order.
+mostly from L2, where they do not wait in shared memory), I*O*4 out, and S*M*tiles*4 partial dots (twice that
+where a sample may be cut in two), which a second stage sums in a fixed order.
 
 Tiles that fill the device have a program each. Those that are left over share all programs (`config.share`), which walk
 them unit by unit: a unit is a sample, or with "prefix" in half precision, without offsets, a block of tokens. A tile
@@ -297,9 +297,6 @@ def _second_stage_kernel(
     row_length,
     n_sums,
     n_dots,
-    tiles,
-    tiles_o,
-    tiles_i,
     outputs,
     inputs,
     blocks,
@@ -319,6 +316,8 @@ def _second_stage_kernel(
     BLOCK_B: tl.constexpr,
 ):
     pid = tl.program_id(0)
+    tiles_o, tiles_i = tl.cdiv(outputs, BLOCK_O), tl.cdiv(inputs, BLOCK_I)
+    tiles = tiles_o * tiles_i
     n_columns = tl.cdiv(outputs, BLOCK_B) if HAS_SUMS else 0
     if pid < n_dots:
         of_dot = partial_ptr + pid.to(tl.int64) * row_length
@@ -452,8 +451,8 @@ def _launch(
     )
 
     def run(tile: Tile) -> tuple[Tensor, Tensor]:
-        tiles_o, tiles_i = ceil_div(outputs, tile.block_m), ceil_div(inputs, tile.block_n)
-        tiles, blocks = tiles_o * tiles_i, ceil_div(tokens, tile.block_k)
+        tiles = ceil_div(outputs, tile.block_m) * ceil_div(inputs, tile.block_n)
+        blocks = ceil_div(tokens, tile.block_k)
         within = prefix and segments is None and acts.dtype != torch.float32  # which has no registers for that
         slots = multiprocessors(acts.device) * resident_programs(tile, accumulators, beside)
         units = n_samples * blocks if within else n_samples
@@ -533,9 +532,6 @@ def _launch(
             in_row + parts,
             n_samples * chunks,
             dots.numel(),
-            tiles,
-            tiles_o,
-            tiles_i,
             outputs,
             inputs,
             blocks,

@@ -1,6 +1,7 @@
 """No per-sample gradient and no matrix of token pairs is ever in memory."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,15 +36,29 @@ def largest(run, *arguments, **named) -> int:
     return watch.bytes
 
 
+@pytest.fixture
+def plans(monkeypatch) -> list[config.Share]:
+    """How programs share tiles, of which they leave as many pieces as they may."""
+    from inrun_kernels import wgrad_dot
+
+    found = []
+
+    def share(*arguments: Any) -> config.Share:
+        found.append(config.share.__wrapped__(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 10_000)
+    monkeypatch.setattr(config, "_PIECE", 0)
+    monkeypatch.setattr(wgrad_dot, "share", share)
+    return found
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("form", ["two", "prefix", "direct"])
-def test_no_per_sample_gradient_is_stored(dtype, packed, form, monkeypatch):
+def test_no_per_sample_gradient_is_stored(dtype, packed, form, plans):
     from inrun_kernels import dot, wgrad_dot
 
-    monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 10_000)  # as many pieces as are allowed
-    monkeypatch.setattr(config, "_PIECE", 0)
-    monkeypatch.setattr(wgrad_dot, "share", config.share.__wrapped__)
     acts, grads = torch.randn(BATCH, TOKENS, IN, dtype=dtype), torch.randn(BATCH, TOKENS, OUT, dtype=dtype)
     matrix = torch.randn(1, OUT, IN, dtype=dtype)
     segments = torch.arange(0, BATCH * TOKENS + 1, TOKENS) if packed else None
@@ -51,20 +66,21 @@ def test_no_per_sample_gradient_is_stored(dtype, packed, form, monkeypatch):
     for run in (torch_path.ghost_wgrad_dot, *([launch] if form != "direct" else [])):
         found = largest(run, acts, grads, matrix, segments=segments, form=form)
         assert 4 * OUT * IN <= found < 4 * BATCH * OUT * IN
+    assert form == "direct" or any(plan.pieces for plan in plans)
     for run in (torch_path.ghost_dot, dot.launch_dot):
         assert largest(run, acts, grads, matrix, segments, False) < 4 * BATCH * OUT * IN
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_no_squared_gradient_of_a_sample_is_stored(packed, monkeypatch):
+def test_no_squared_gradient_of_a_sample_is_stored(packed, plans):
     from inrun_kernels import wgrad_dot
 
-    monkeypatch.setattr(wgrad_dot, "multiprocessors", lambda device: 10_000)
     acts, grads = torch.randn(BATCH, TOKENS, IN), torch.randn(BATCH, TOKENS, OUT)
     segments = torch.arange(0, BATCH * TOKENS + 1, TOKENS) if packed else None
     launch = partial(wgrad_dot.launch_wgrad_dot, val_grad=None, bias_val_grad=None, form="two")
     for run in (torch_path.ghost_square, launch):
         assert 4 * OUT * IN <= largest(run, acts, grads, segments=segments) < 4 * BATCH * OUT * IN
+    assert any(plan.pieces for plan in plans)
 
 
 def test_no_matrix_of_token_pairs_is_stored(monkeypatch):
