@@ -98,8 +98,8 @@ def launch_adam_directions(parts: Sequence[Any]) -> None:
             launch(
                 _adam_direction_kernel,
                 (first,),
-                *tables,
-                len(members),
+                tables,
+                (len(members),),
                 POINTERS=len(pointers[0]),
                 NUMBERS=len(numbers[0]),
                 OUT=_TYPES[out],

@@ -293,25 +293,37 @@ def layer_wgrad_dot(
     segments: Tensor | None,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The op for a layer's own operands on a CPU that has the kernels in C; None for all others.
+    """The op for a layer's own operands on a GPU, or on a CPU that has the kernels in C; None for all others.
 
     Directions may lack their leading M, of which the dots then have none either; gradients come in float32 or in
-    `grad_dtype`. After each large product on a CPU the caches hold nothing of the interpreter's: every Python function
-    and every tensor's method that is not called here saves microseconds.
+    `grad_dtype`. After each large product on a CPU the caches hold nothing of the interpreter's, and a GPU may be
+    through before the next launch: every Python function and every tensor's method that is not called here saves
+    microseconds.
     """
-    if not acts.is_cpu or not unseen():
+    if segments is not None or not unseen():
         return None
     (batch, tokens, inputs), shape, dtypes = acts.shape, val_grad.shape, (acts.dtype, torch.float32)
     if (
-        segments is not None
-        or batch < 2
-        or len(shape) > 3
+        len(shape) > 3
         or shape[-2:] != (grads.shape[2], inputs)
         or val_grad.stride(-1) != 1
         or val_grad.dtype not in dtypes
         or (bias_val_grad is not None and (bias_val_grad.shape != shape[:-1] or bias_val_grad.dtype not in dtypes))
-        or not native.runs(acts, grads, val_grad, bias_val_grad)
     ):
+        return None
+    if not acts.is_cpu:
+        operands = (acts, grads, val_grad) if bias_val_grad is None else (acts, grads, val_grad, bias_val_grad)
+        for x in operands:
+            if x.device != acts.device:
+                return None
+        if acts.dtype is not grads.dtype or not (unseen(*operands) and use_triton(None, *operands)):
+            return None
+        along, along_bias = val_grad, bias_val_grad
+        if len(shape) == 2:
+            along, along_bias = val_grad.unsqueeze(0), None if bias_val_grad is None else bias_val_grad.unsqueeze(0)
+        found = ghost_wgrad_dot._init_fn(acts, grads, along, along_bias, None, None, grad_dtype, None)
+        return found if len(shape) == 3 else (*found[:2], found[2].squeeze(1))
+    if batch < 2 or not native.runs(acts, grads, val_grad, bias_val_grad):
         return None
     sizes = batch * tokens, batch, inputs, shape[-2], shape[0] if len(shape) == 3 else 1
     if forms.of_cpu_sizes(True, *sizes).form == "two":

@@ -164,8 +164,8 @@ def launch_row_wgrad_dot(
     normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`normed [B,T,I]` or None, `grads [B,T,I]`, `val_grad [M,I]` -> `(weight_grad [I], dots [S,M])`, float32."""
-    if by_columns(grads, segments):
-        chunks, parts = columns_of(grads)
+    if by_columns(grads.shape[1], segments is not None):
+        chunks, parts = columns_of(grads.shape[1], grads.shape[2], grads.element_size())
         sums = torch.empty(len(grads), chunks, grads.shape[2], dtype=torch.float32, device=grads.device)
         partial = torch.empty(len(grads), len(val_grad), parts, dtype=torch.float32, device=grads.device)
         launch_columns(normed, grads, val_grad, sums, partial)
@@ -174,16 +174,16 @@ def launch_row_wgrad_dot(
     return sums.sum(0), sum_tokens(dots, grads.shape[0], grads.shape[1], segments, False)
 
 
-def by_columns(grads: Tensor, segments: Tensor | None) -> bool:
+def by_columns(tokens: int, documents: bool) -> bool:
     """Whether `launch_columns` serves: samples are rows, long enough that their sums are few beside them."""
-    return segments is None and grads.shape[1] >= 32
+    return not documents and tokens >= 32
 
 
-def columns_of(grads: Tensor) -> tuple[int, int]:
+def columns_of(tokens: int, width: int, element_size: int) -> tuple[int, int]:
     """Of `launch_columns`: how many rows of sums it writes for each sample, and how many parts of a dot."""
-    chunk, block_i = column_tile(grads.shape[1], grads.shape[2], grads.element_size())
-    chunks = ceil_div(grads.shape[1], chunk)
-    return chunks, chunks * ceil_div(grads.shape[2], block_i)
+    chunk, block_i = column_tile(tokens, width, element_size)
+    chunks = ceil_div(tokens, chunk)
+    return chunks, chunks * ceil_div(width, block_i)
 
 
 def launch_columns(normed: Tensor | None, grads: Tensor, val_grad: Tensor, sums: Tensor, partial: Tensor) -> None:
@@ -194,19 +194,17 @@ def launch_columns(normed: Tensor | None, grads: Tensor, val_grad: Tensor, sums:
     launch(
         _columns_kernel,
         (ceil_div(width, block_i) * sums.shape[1] * batch,),
-        normed,
-        grads,
-        val_grad,
-        sums,
-        partial,
-        partial.stride(1),
-        sums.shape[1],
-        tokens,
-        width,
-        *((0, 0, 0) if normed is None else normed.stride()),
-        *grads.stride(),
-        *val_grad.stride(),
-        DIRECTIONS=len(val_grad),
+        [normed, grads, val_grad, sums, partial],
+        (
+            partial.stride(1),
+            sums.shape[1],
+            tokens,
+            width,
+            *((0, 0, 0) if normed is None else normed.stride()),
+            *grads.stride(),
+            *val_grad.stride(),
+        ),
+        DIRECTIONS=val_grad.shape[0],
         HAS_NORMED=normed is not None,
         CHUNK=chunk,
         BLOCK_T=32,
@@ -227,20 +225,17 @@ def _launch(
     launch(
         _rows_kernel,
         (programs,),
-        ids,
-        normed,
-        grads,
-        val_grad,
-        column_sums,
-        dots,
-        batch * tokens,
-        tokens,
-        width,
-        skip,
-        *((0, 0) if ids is None else ids.stride()),
-        *((0, 0, 0) if normed is None else normed.stride()),
-        *grads.stride(),
-        *val_grad.stride(),
+        [ids, normed, grads, val_grad, column_sums, dots],
+        (
+            batch * tokens,
+            tokens,
+            width,
+            skip,
+            *((0, 0) if ids is None else ids.stride()),
+            *((0, 0, 0) if normed is None else normed.stride()),
+            *grads.stride(),
+            *val_grad.stride(),
+        ),
         DIRECTIONS=n_directions,
         LANES=triton.next_power_of_2(n_directions),
         HAS_IDS=ids is not None,

@@ -3,6 +3,7 @@
 # Launches go through triton's JIT, whose signature pyright cannot see.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from inrun_kernels.config import Chip, chip_named
+from inrun_kernels.config import Chip, ceil_div, chip_named
 
 INTERPRETED = knobs.runtime.interpret
 ON_CPU = "sm_90"
@@ -73,39 +74,58 @@ def _segment_sum_kernel(x_ptr, offsets_ptr, out_ptr, n_tokens, n_samples, BLOCK_
     tl.store(out_ptr + m * n_samples + sample, tl.sum(total))
 
 
-_launched: dict[tuple, tuple[CompiledKernel, tuple]] = {}  # by all that a kernel was compiled for
-_REMEMBERED = 4096  # launches; of sizes that change at every step there is no end
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """`kernel[grid](*args, **constants)`, with constants in the kernel's order and then its options.
+class Launch:
+    """A kernel with its numbers and constants, the latter in its own order and then its options, for tensors that are
+    always of one kind each: dtype, device and what `placed` says.
 
     Triton works out for every launch what it is to be compiled for, which takes the host longer than many a kernel
-    takes the device: what was compiled is remembered here, by numbers, dtypes, alignment and blocks.
+    takes the device: here once.
     """
-    key: list[Any] = [id(kernel), *constants.values()]
-    for x in args:
-        kind = type(x)
-        if kind is int or x is None:
-            key.append(x)
-        elif kind is TensorDescriptor:
+
+    def __init__(self, kernel: Any, numbers: tuple[int | float, ...], **constants: Any) -> None:
+        self._kernel, self._numbers, self._constants = kernel, numbers, constants
+        self._compiled: CompiledKernel | None = None
+        self._others: tuple[Any, ...] = ()
+
+    def __call__(self, grid: tuple[int, ...], *tensors: Any) -> None:
+        if self._compiled is not None:
+            self._compiled[grid + (1,) * (3 - len(grid))](*tensors, *self._others)
+            return
+        compiled = self._kernel[grid](*tensors, *self._numbers, **self._constants)
+        if isinstance(compiled, CompiledKernel):  # and not when interpreting
+            names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
+            self._compiled, self._others = compiled, (*self._numbers, *(self._constants[name] for name in names))
+
+
+_launches: dict[tuple[Any, ...], Launch] = {}
+_REMEMBERED = 4096  # of sizes that change at every step there is no end
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], tensors: Sequence[Any], numbers: tuple[int | float, ...], **constants: Any
+) -> None:
+    """Launch with tensors of any kind. A number is always an integer, or always a float."""
+    key: list[Any] = [id(kernel), numbers, *constants.values()]
+    for x in tensors:
+        if x is None:
+            key.append(None)
+        elif type(x) is TensorDescriptor:
             key += (x.base.dtype, *x.block_shape)
-        elif isinstance(x, float):
-            key.append(float)
         else:
-            key += (x.dtype, x.data_ptr() % 16, x.device)
-            if torch.version.hip:  # whose offsets have 32 bits where they suffice
-                key.append(x.untyped_storage().nbytes() < 1 << 31)
-    known = _launched.get(remembered := tuple(key))
-    if known is not None:
-        known[0][grid + (1,) * (3 - len(grid))](*args, *known[1])
-        return
-    compiled = kernel[grid](*args, **constants)
-    if isinstance(compiled, CompiledKernel):  # and not when interpreting
-        if len(_launched) >= _REMEMBERED:
-            _launched.clear()
-        in_order = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        _launched[remembered] = compiled, in_order
+            key += (x.dtype, x.device, placed(x))
+    found = _launches.get(remembered := tuple(key))
+    if found is None:
+        if len(_launches) >= _REMEMBERED:
+            _launches.clear()
+        found = _launches[remembered] = Launch(kernel, numbers, **constants)
+    found(grid, *tensors)
+
+
+def placed(x: Tensor) -> Any:
+    """What a kernel that takes the tensor's address is compiled for beside its dtype."""
+    if torch.version.hip:  # whose offsets have 32 bits where they suffice
+        return x.data_ptr() % 16, x.untyped_storage().nbytes() < 1 << 31
+    return x.data_ptr() % 16
 
 
 def precision(x: Tensor) -> str:
@@ -124,7 +144,7 @@ def rounded(*tensors: Tensor) -> list[Tensor]:
     for x in tensors:
         found.append(torch.empty(x.shape, dtype=x.dtype, device=x.device))
         if x.numel():
-            launch(_round_kernel, (triton.cdiv(x.numel(), 4096),), x.contiguous(), found[-1], x.numel(), BLOCK=4096)
+            launch(_round_kernel, (ceil_div(x.numel(), 4096),), [x.contiguous(), found[-1]], (x.numel(),), BLOCK=4096)
     return found
 
 
@@ -155,17 +175,22 @@ def chip(device: torch.device) -> Chip:
 
 def copyable(*tensors: Tensor) -> bool:
     """Whether a tensor descriptor can describe each: rows of adjacent elements, base and strides in 16-byte steps."""
-    return all(
-        x.data_ptr() % 16 == 0
-        and x.stride(-1) == 1
-        and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
-        for x in tensors
-    )
+    for x in tensors:
+        *strides, last = x.stride()
+        size = x.element_size()
+        if last != 1 or x.data_ptr() % 16:
+            return False
+        for stride in strides:
+            if stride <= 0 or stride * size % 16:
+                return False
+    return True
 
 
 def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """What the copy engine needs to read blocks of `x`; elements outside it are zero."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+    """What the copy engine needs to read blocks of a `copyable` x that is not empty; elements outside it are zero."""
+    made = object.__new__(TensorDescriptor)  # without its own checks of the same, which take as long as a launch
+    made.base, made.shape, made.strides, made.block_shape = x, list(x.shape), list(x.stride()), block
+    return made
 
 
 def flattens(*tensors: Tensor) -> bool:
@@ -188,16 +213,8 @@ def sum_tokens(per_token: Tensor, batch: int, tokens: int, segments: Tensor | No
     n_samples = segments.shape[0] - 1
     out = per_token.new_empty(n_directions, n_samples)
     if out.numel():
-        launch(
-            _segment_sum_kernel,
-            (n_samples, n_directions),
-            per_token,
-            segments.contiguous(),
-            out,
-            n_tokens,
-            n_samples,
-            BLOCK_N=1024,
-        )
+        tensors = [per_token, segments.contiguous(), out]
+        launch(_segment_sum_kernel, (n_samples, n_directions), tensors, (n_tokens, n_samples), BLOCK_N=1024)
     return out.T.contiguous()
 
 

@@ -39,7 +39,10 @@ that several programs had is left in pieces, which the second stage adds up in o
 # Launches go through triton's JIT, whose signature pyright cannot see.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -47,19 +50,30 @@ import triton.language as tl
 from torch import Tensor
 
 from inrun_kernels import tuning
-from inrun_kernels.config import Tile, ceil_div, matrix_tiles, resident_programs, share
+from inrun_kernels.config import (
+    Chip,
+    Share,
+    Tile,
+    ceil_div,
+    chip_named,
+    matrix_tiles,
+    resident_programs,
+    share,
+)
 from inrun_kernels.cost import Sizes
 from inrun_kernels.rows import by_columns, columns_of, launch_columns, launch_row_wgrad_dot
 from inrun_kernels.tiles import (
     INTERPRETED,
+    Launch,
     aligned,
+    architecture,
     chip,
     contract,
     copyable,
     descriptor,
-    launch,
     multiprocessors,
     one_row,
+    placed,
     precision,
     rounded,
     tile_order,
@@ -407,6 +421,168 @@ def launch_wgrad_dot(
     return weight_grad, torch.cat(bias_grads), torch.stack(dots).sum(0)
 
 
+class _Facts(NamedTuple):
+    """All that decides how a product is launched, but its tile."""
+
+    device: torch.device
+    architecture: str
+    processors: int
+    dtype: torch.dtype
+    precision: str
+    form: str
+    batch: int
+    tokens: int
+    inputs: int
+    outputs: int
+    n_samples: int
+    directions: int  # 0: squares
+    kept: int  # bytes of a direction's element
+    documents: bool
+    biased: bool
+    copy_tokens: bool  # whether operands are copied by tensor descriptors
+    copy_d: bool
+    vectors: bool  # whether they can be loaded 16 elements at a time
+    strides: tuple[int, ...]  # of acts, grads, and the directions of weight and bias
+    kinds: tuple[Any, ...]  # of all that a kernel takes the address of, as far as it is not made here
+
+    @property
+    def chip(self) -> Chip:
+        return chip_named(self.architecture)
+
+    @property
+    def rides(self) -> bool:
+        """Whether the bias rides along."""
+        where = self.chip
+        return self.biased and self.dtype != torch.float32 and not (where.asynchronous or where.accumulates_apart)
+
+    @property
+    def sums(self) -> tuple[int, int]:
+        """Of a bias whose pass of its own the second stage adds up: rows of sums and parts of a dot for each sample."""
+        apart = self.biased and not self.rides and by_columns(self.tokens, self.documents)
+        return columns_of(self.tokens, self.outputs, self.dtype.itemsize) if apart else (0, 0)
+
+    @property
+    def within(self) -> bool:
+        """Whether a program may begin and end within a sample (in float32 there are no registers for that)."""
+        return self.form == "prefix" and not self.documents and self.dtype != torch.float32
+
+    @property
+    def accumulators(self) -> int:
+        return 1 if self.form == "prefix" else 2
+
+
+@lru_cache(1024)
+def _tiles(facts: _Facts) -> tuple[Tile, ...]:
+    """Tiles that fit the chip, the default first."""
+    # Bytes of each of a direction's elements in shared memory: to wait, or on the way there.
+    kept = facts.kept if facts.copy_d or facts.form != "prefix" else min(facts.kept, 2)
+    return matrix_tiles(
+        facts.chip,
+        facts.dtype,
+        facts.outputs,
+        facts.inputs,
+        facts.batch * facts.tokens // max(1, facts.n_samples),
+        accumulators=facts.accumulators,
+        copies=facts.copy_d and facts.copy_tokens,
+        aligned=facts.vectors,
+        kept=kept,
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The launches of one product with one tile, and what they write."""
+
+    pieces: tuple[int, int, int] | None
+    bias_pieces: tuple[int, int] | None
+    partial: tuple[int, int, int]
+    in_row: int  # of `partial`, before the bias's own parts
+    sums: tuple[int, int, int] | None
+    bias: int
+    grid: tuple[int]
+    launch: Launch
+    second_grid: tuple[int]
+    second: Launch
+
+
+@lru_cache(1024)
+def _plan(facts: _Facts, tile: Tile, tiles: int, units: int, plan: Share) -> _Plan:
+    """`tiles` of `units` each, as `plan` shares them out."""
+    rides, within, (chunks, parts) = facts.rides, facts.within, facts.sums
+    n_samples, lanes, shared = facts.n_samples, max(1, facts.directions), plan.programs > 0
+    in_row = 2 * tiles if within else tiles
+    rows = min(tile.block_m, max(1, _ADDED // tile.block_n))
+    programs = n_samples * lanes + (tiles - plan.whole if shared else 0) * (tile.block_m // rows)
+    return _Plan(
+        pieces=(plan.pieces, tile.block_m, tile.block_n) if plan.pieces else None,
+        bias_pieces=(plan.pieces, tile.block_m) if plan.pieces and rides else None,
+        partial=(n_samples, lanes, in_row + parts),
+        in_row=in_row,
+        sums=(n_samples, chunks, facts.outputs) if chunks else None,
+        bias=facts.outputs if rides or chunks else 0,
+        grid=(plan.whole + plan.programs,),
+        launch=Launch(
+            _wgrad_dot_kernel,
+            (
+                in_row + parts,
+                facts.tokens,
+                facts.inputs,
+                facts.outputs,
+                n_samples,
+                plan.whole,
+                units,
+                plan.span,
+                plan.per,
+                0.0,
+                *facts.strides,
+            ),
+            DIRECTIONS=facts.directions,
+            LANES=1 << (lanes - 1).bit_length(),
+            HAS_BIAS=rides,
+            HAS_OFFSETS=facts.documents,
+            COPY_TOKENS=facts.copy_tokens,
+            COPY_D=facts.copy_d and facts.directions > 0,
+            KEEP_D=facts.copy_d and facts.directions == 1 and not facts.chip.accumulates_apart,
+            PREFIX=facts.form == "prefix",
+            WITHIN=within,
+            SHARED=shared,
+            ASYNCHRONOUS=facts.chip.asynchronous and not INTERPRETED,
+            PRECISION=facts.precision,
+            BLOCK_O=tile.block_m,
+            BLOCK_I=tile.block_n,
+            BLOCK_T=tile.block_k,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        ),
+        second_grid=(programs + (ceil_div(facts.outputs, _COLUMN_SUMS) if chunks else 0),),
+        second=Launch(
+            _second_stage_kernel,
+            (
+                in_row + parts,
+                n_samples * chunks,
+                n_samples * lanes,
+                facts.outputs,
+                facts.inputs,
+                ceil_div(facts.tokens, tile.block_k),
+                plan.whole,
+                units,
+                plan.span,
+                max(1, plan.per),
+            ),
+            DIRECTIONS=lanes,
+            HAS_BIAS=rides,
+            HAS_SUMS=chunks > 0,
+            WITHIN=within,
+            SHARED=shared,
+            BLOCK_O=tile.block_m,
+            BLOCK_I=tile.block_n,
+            ROWS=rows,
+            BLOCK_N=1024,
+            BLOCK_B=_COLUMN_SUMS,
+        ),
+    )
+
+
 def _launch(
     acts: Tensor,
     grads: Tensor,
@@ -418,148 +594,81 @@ def _launch(
     weight_grad: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Writes `weight_grad`, `[O,I]` of adjacent elements; returns `(bias_grad, dots)`. `unrounded`: for biases."""
-    n_samples = acts.shape[0] if segments is None else segments.shape[0] - 1
-    batch, tokens, inputs = acts.shape
-    outputs, n_directions = grads.shape[2], 0 if val_grad is None else len(val_grad)
+    (batch, tokens, inputs), outputs, device = acts.shape, grads.shape[2], acts.device
+    n_samples, n_directions = batch if segments is None else len(segments) - 1, 0 if val_grad is None else len(val_grad)
     if n_samples == 0:  # offsets that the device has yet to refuse
         bias_grad = weight_grad.new_zeros(0 if bias_val_grad is None else outputs)
         return bias_grad, weight_grad.zero_().new_empty(0, max(1, n_directions), dtype=torch.float32)
-    where, prefix = chip(acts.device), form == "prefix"
-    rides = bias_val_grad is not None and not (where.asynchronous or where.accumulates_apart)
-    rides = rides and acts.dtype != torch.float32
-    copies = where.copies and acts.dtype != torch.float32
+    copies = chip(device).copies and acts.dtype != torch.float32
     copy_tokens = copies and segments is None and copyable(acts, grads)
+    segments = None if segments is None else segments.contiguous()
     copy_d = copies and (copyable(val_grad) if val_grad is not None else copy_tokens)
-    # A pass of its own, which the second stage adds up with the rest.
-    apart = bias_val_grad is not None and not rides and by_columns(grads, segments)
-    chunks, parts = columns_of(grads) if apart else (0, 0)
-    accumulators = 1 if prefix else 2
-    # Registers of a thread beside those: addresses take them, and operands on their way to an instruction that waits.
-    beside = 64 if where.asynchronous or copy_tokens else 112
-    # Bytes of each of a direction's elements in shared memory: to wait, or on the way there.
-    kept = 0 if val_grad is None else val_grad.element_size()
-    tiles_that_fit = matrix_tiles(
-        where,
+    addressed = bias_val_grad, segments, *(() if copy_d else (val_grad,)), *(() if copy_tokens else (acts, grads))
+    facts = _Facts(
+        device,
+        architecture(device),
+        multiprocessors(device),
         acts.dtype,
-        outputs,
+        precision(acts),
+        form,
+        batch,
+        tokens,
         inputs,
-        batch * tokens // max(1, n_samples),
-        accumulators=accumulators,
-        copies=copy_d and copy_tokens,
-        aligned=copy_tokens or aligned(acts, grads),
-        kept=kept if copy_d or not prefix else min(kept, 2),
-    )
-
-    def run(tile: Tile) -> tuple[Tensor, Tensor]:
-        tiles = ceil_div(outputs, tile.block_m) * ceil_div(inputs, tile.block_n)
-        blocks = ceil_div(tokens, tile.block_k)
-        within = prefix and segments is None and acts.dtype != torch.float32  # which has no registers for that
-        slots = multiprocessors(acts.device) * resident_programs(tile, accumulators, beside)
-        units = n_samples * blocks if within else n_samples
-        filled = outputs * inputs / (tiles * tile.block_m * tile.block_n)
-        plan = share(tiles, units, n_samples, batch * tokens, slots, filled)
-        options = {"dtype": torch.float32, "device": acts.device}
-        in_row = 2 * tiles if within else tiles
-        partial = torch.empty(n_samples, max(1, n_directions), in_row + parts, **options)
-        sums = torch.empty(n_samples, chunks, outputs, **options) if chunks else None
-        dots = torch.empty(n_samples, max(1, n_directions), **options)
-        pieces = torch.empty(plan.pieces, tile.block_m, tile.block_n, **options) if plan.pieces else None
-        bias_pieces = torch.empty(plan.pieces, tile.block_m, **options) if plan.pieces and rides else None
-        bias = weight_grad.new_empty(outputs if rides or chunks else 0)
-        operands = [acts, grads, val_grad]
-        if copy_tokens:
-            operands[0] = descriptor(acts, [1, tile.block_k, tile.block_n])
-            operands[1] = descriptor(grads, [1, tile.block_k, tile.block_m])
-        if copy_d and val_grad is not None:
-            operands[2] = descriptor(val_grad, [1, tile.block_m, tile.block_n])
-        launch(
-            _wgrad_dot_kernel,
-            (plan.whole + plan.programs,),
-            *operands,
-            bias_val_grad,
-            None if segments is None else segments.contiguous(),
-            weight_grad,
-            bias,
-            pieces,
-            bias_pieces,
-            partial,
-            in_row + parts,
-            tokens,
-            inputs,
-            outputs,
-            n_samples,
-            plan.whole,
-            units,
-            plan.span,
-            plan.per,
-            0.0,
+        outputs,
+        n_samples,
+        n_directions,
+        0 if val_grad is None else val_grad.element_size(),
+        segments is not None,
+        bias_val_grad is not None,
+        copy_tokens,
+        copy_d,
+        copy_tokens or aligned(acts, grads),
+        (
             *acts.stride(),
             *grads.stride(),
             *((0, 0, 0) if val_grad is None else val_grad.stride()),
             *((0, 0) if bias_val_grad is None else bias_val_grad.stride()),
-            DIRECTIONS=n_directions,
-            LANES=1 << max(0, n_directions - 1).bit_length(),
-            HAS_BIAS=rides,
-            HAS_OFFSETS=segments is not None,
-            COPY_TOKENS=copy_tokens,
-            COPY_D=copy_d and n_directions > 0,
-            KEEP_D=copy_d and n_directions == 1 and not where.accumulates_apart,
-            PREFIX=prefix,
-            WITHIN=within,
-            SHARED=plan.programs > 0,
-            ASYNCHRONOUS=where.asynchronous and not INTERPRETED,
-            PRECISION=precision(acts),
-            BLOCK_O=tile.block_m,
-            BLOCK_I=tile.block_n,
-            BLOCK_T=tile.block_k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+        ),
+        tuple(None if x is None else (x.dtype, placed(x)) for x in (weight_grad, *addressed)),
+    )
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor]:
+        # Registers of a thread beside the accumulators: of addresses, and operands on their way to what waits for them.
+        beside = 64 if facts.chip.asynchronous or copy_tokens else 112
+        slots = facts.processors * resident_programs(tile, facts.accumulators, beside)
+        tiles = ceil_div(outputs, tile.block_m) * ceil_div(inputs, tile.block_n)
+        units = n_samples * ceil_div(tokens, tile.block_k) if facts.within else n_samples
+        filled = outputs * inputs / (tiles * tile.block_m * tile.block_n)
+        plan = _plan(facts, tile, tiles, units, share(tiles, units, n_samples, batch * tokens, slots, filled))
+        partial = torch.empty(plan.partial, dtype=torch.float32, device=device)
+        dots = torch.empty(plan.partial[:2], dtype=torch.float32, device=device)
+        sums, pieces, bias_pieces = (
+            None if shape is None else torch.empty(shape, dtype=torch.float32, device=device)
+            for shape in (plan.sums, plan.pieces, plan.bias_pieces)
         )
-        if chunks:
-            launch_columns(None, unrounded, bias_val_grad, sums, partial[:, :, in_row:])
-        rows = min(tile.block_m, max(1, _ADDED // tile.block_n))
-        programs = dots.numel() + (tiles - plan.whole if plan.programs else 0) * (tile.block_m // rows)
-        launch(
-            _second_stage_kernel,
-            (programs + (ceil_div(outputs, _COLUMN_SUMS) if chunks else 0),),
-            partial,
-            sums,
-            dots,
-            pieces,
-            weight_grad,
-            bias_pieces,
-            bias,
-            in_row + parts,
-            n_samples * chunks,
-            dots.numel(),
-            outputs,
-            inputs,
-            blocks,
-            plan.whole,
-            units,
-            plan.span,
-            max(1, plan.per),
-            DIRECTIONS=max(1, n_directions),
-            HAS_BIAS=rides,
-            HAS_SUMS=chunks > 0,
-            WITHIN=within,
-            SHARED=plan.programs > 0,
-            BLOCK_O=tile.block_m,
-            BLOCK_I=tile.block_n,
-            ROWS=rows,
-            BLOCK_N=1024,
-            BLOCK_B=_COLUMN_SUMS,
-        )
+        bias = weight_grad.new_empty(plan.bias)
+        operands: list[Any] = [acts, grads, val_grad]
+        if copy_tokens:
+            operands[0] = descriptor(acts, [1, tile.block_k, tile.block_n])
+            operands[1] = descriptor(grads, [1, tile.block_k, tile.block_m])
+        if val_grad is not None and facts.copy_d:
+            operands[2] = descriptor(val_grad, [1, tile.block_m, tile.block_n])
+        results = weight_grad, bias, pieces, bias_pieces, partial
+        plan.launch(plan.grid, *operands, bias_val_grad, segments, *results)
+        if sums is not None:
+            launch_columns(None, unrounded, bias_val_grad, sums, partial[:, :, plan.in_row :])
+        plan.second(plan.second_grid, partial, sums, dots, pieces, weight_grad, bias_pieces, bias)
         return bias, dots
 
-    tile = tiles_that_fit[0]
+    candidates = _tiles(facts)
+    tile = candidates[0]
     if tuning.is_on():
         sizes = Sizes(n_samples, batch * tokens // max(1, n_samples), inputs, outputs, n_directions)
         of_d = None if val_grad is None else val_grad.dtype
-        facts = f"{precision(acts)} {copy_tokens} {copy_d} {segments is not None} {rides} {of_d}"
-        tile = tuning.choose("wgrad_dot", tiles_that_fit, sizes, facts, acts, run, form)
+        known = (facts.precision, copy_tokens, facts.copy_d, facts.documents, facts.rides, of_d)
+        tile = tuning.choose("wgrad_dot", candidates, sizes, " ".join(map(str, known)), acts, run, form)
     bias_grad, dots = run(tile)
-    if bias_val_grad is None or rides or apart:
+    if bias_val_grad is None or len(bias_grad):
         return bias_grad, dots
     bias_grad, of_bias = launch_row_wgrad_dot(None, unrounded, bias_val_grad, segments)
     return bias_grad.to(weight_grad.dtype), dots + of_bias
