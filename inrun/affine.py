@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .errors import InRunError
 from .factors import Factors
 from .forward_mode import buffers_kept
 from .layers import Rule, affine_dots, affine_factors, require_whole_rows
 from .tap import Layout, along, random_kept
 
+OFF = 1e-2  # of an output, by which that of a module which is found by running it may be off in half precision
 _CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
 
 
@@ -69,7 +71,17 @@ class AffineRule(Rule):
         directions = self._directions(normed)
         y = functional.affine(normed, weight, bias, directions, probe, segments)
         y = y.movedim(-1, affine.axis)
-        return y.to(x.dtype) if affine.wide else y
+        y = y.to(x.dtype) if affine.wide else y
+        if not torch.compiler.is_compiling() and self._inrun.watched and affine.axis == -1:
+            with torch.no_grad():
+                own = self.plain(x)
+            if (y - own).norm() > OFF * own.norm():
+                raise InRunError(
+                    f"{self._inrun.name or 'model'}: expected {self._inrun_class.__name__} to scale and shift what it "
+                    "computes, as it did when it was run on random numbers, got another output for this batch; score "
+                    "it by an enclosing module, track(..., through={parameter: module}), or exclude its parameters"
+                )
+        return y
 
     def dots(self: Any, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
         normed, grad = self._rescaled(x, grad)
@@ -107,24 +119,38 @@ def recognise(module: nn.Module) -> Affine | None:
         return None
     if len(params) > 2 or any(module.children()) or any(True for _ in module.buffers()):
         return None
-    with random_kept(), torch.autocast(like.device.type, enabled=False):
-        for weight in params:
-            bias = next((name for name in params if name != weight), None)
-            for offset in (0.0, 1.0):
-                x, w, b = (torch.randn(*lead, len(like), device=like.device) for lead in ((2, 3), (), ()))
-                ones = torch.full_like(w, 1 - offset)
-                try:
-                    y = run_with(module, x, {weight: w} | ({bias: b} if bias else {}))
-                    normed = run_with(module, x, {weight: ones} | ({bias: torch.zeros_like(b)} if bias else {}))
-                    mixed = run_with(module, x.bfloat16(), {weight: w} | ({bias: b} if bias else {}))
-                except Exception:  # a module that cannot be run like this is of another kind, whatever it says
-                    return None
-                if x._version:  # changed in place, so that the input of the second run was not that of the first
-                    return None
-                expected = normed * (offset + w) + (b if bias else 0.0)
-                if y.shape == x.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-5):
-                    return Affine(weight, bias, offset, wide=mixed.dtype == torch.bfloat16)
-    return None
+    training = module.training
+    try:
+        with random_kept(), torch.autocast(like.device.type, enabled=False):
+            forms = (_found(module, params, weight, offset) for weight in params for offset in (0.0, 1.0))
+            return next((form for form in forms if form is not None), None)
+    except Exception:  # a module that cannot be run like this is of another kind, whatever it says
+        return None
+    finally:
+        module.training = training
+
+
+def _found(module: nn.Module, params: dict[str, nn.Parameter], weight: str, offset: float) -> Affine | None:
+    """What the module is, if `weight` with this offset is what it scales by: in both modes, by random parameters and
+    by its own, and for large numbers too."""
+    bias, width = next((name for name in params if name != weight), None), len(params[weight])
+    device, dtype = params[weight].device, None
+    own = {name: p.float() for name, p in params.items()}
+    for values in ({name: torch.randn(width, device=device) for name in params}, own):
+        ones = {weight: torch.full_like(values[weight], 1 - offset)}
+        if bias is not None:
+            ones[bias] = torch.zeros_like(ones[weight])
+        for mode, size in ((True, 1.0), (False, 1.0), (False, 100.0)):
+            module.training = mode
+            x = size * torch.randn(2, 3, width, device=device)
+            y, normed = run_with(module, x, values), run_with(module, x, ones)
+            dtype = run_with(module, x.bfloat16(), values).dtype
+            if x._version:  # changed in place, so that the input of the second run was not that of the first
+                return None
+            expected = normed * (offset + values[weight]) + (0.0 if bias is None else values[bias])
+            if y.shape != x.shape or not torch.allclose(y, expected, rtol=1e-4, atol=1e-5 * size):
+                return None
+    return Affine(weight, bias, offset, wide=dtype == torch.bfloat16)
 
 
 def run_with(module: Any, x: Tensor, values: dict[str, Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """The efficiency check: for every parameter, the scores of its samples add up to `<p.grad, D>`.
 
 It sees what scoring by layers could miss: a weight used past its module, gradients left over from before the step,
-a batch that is not dimension 0.
+a batch that is not dimension 0. What it cannot tell, as along a direction of zeros, is looked at again in later steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def efficiency(
     factor: Tensor,
     unscale: Any,
     ranks: Ranks,
-) -> None:
+) -> set[str]:
     """Raise `InRunError` with names and sizes where scores and gradients disagree.
 
     Args:
@@ -38,32 +38,43 @@ def efficiency(
         factor: scalar; the dots times this belong to the gradients as they are now, unscaled.
         unscale: what a gradient as it stands must still be multiplied by (a fused optimizer's loss scale).
         ranks: the processes whose scores add up to the gradients.
+
+    Returns:
+        The names of the parameters of which it could tell: scores of nothing would not have passed.
     """
     _require_every_batch(batches)
     lead = directions[0].shape[: directions[0].dim() - slots[0].param.dim()]  # [M], with several targets
     none = torch.zeros(lead, dtype=torch.float32, device=factor.device)
-    expected, noise = {}, {}
+    expected = {}  # of each slot: <p.grad, D>, the squared rounding, and |p.grad|^2
     for slot, direction in zip(slots, directions, strict=True):
-        expected[id(slot)] = noise[id(slot)] = none
+        expected[id(slot)] = [none] * 3
         if slot.grad is not None:
-            product = (direction.float() * (slot.grad.float() * unscale)).reshape(*lead, -1).to(factor.device)
-            expected[id(slot)], noise[id(slot)] = product.sum(-1), product.square().sum(-1)
+            grad = slot.grad.float() * unscale
+            product = (direction.float() * grad).reshape(*lead, -1).to(factor.device)
+            size = grad.square().sum().to(none).expand_as(none)
+            expected[id(slot)] = [product.sum(-1), product.square().sum(-1), size]
     groups = components(slots)
     scored = []
     for members in groups:
         taps = {tap for slot in members for tap in slot.taps}
         dots = [d.to(none) * factor for batch in batches for tap, d in batch.items() if tap in taps and d is not None]
-        scored.append(torch.stack([sum((d.sum(0) for d in dots), none), sum((d.abs().sum(0) for d in dots), none)]))
-    scores = ranks.sum(torch.stack(scored))
-    sums = ranks.over_shards(torch.stack([torch.stack([expected[k], noise[k]]) for k in expected]))
-    of_slot = dict(zip(expected, sums, strict=True))
-    wrong = []
-    for members, (total, size) in zip(groups, scores, strict=True):
+        sums = (sum((d.sum(0) for d in dots), none), sum((d.abs().sum(0) for d in dots), none))
+        scored.append(torch.stack([*sums, none + len(dots)]))
+    scores = ranks.sum(torch.stack(scored)).cpu()
+    sums = ranks.over_shards(torch.stack([torch.stack(found) for found in expected.values()])).cpu()
+    of_slot, none = dict(zip(expected, sums, strict=True)), none.cpu()
+    wrong, certain = [], set()
+    for members, (total, size, count) in zip(groups, scores, strict=True):
         gradient = sum((of_slot[id(s)][0] for s in members), none)
         rounding = sum((of_slot[id(s)][1].sqrt() for s in members), none)
-        if not bool(((total - gradient).abs() <= SUM_TOLERANCE * size + ROUNDING * rounding).all()):
-            shapes = ", ".join(f"{s.name} {tuple(s.param.shape)}" for s in members)
+        shapes = ", ".join(f"{s.name} {tuple(s.param.shape)}" for s in members)
+        tolerance = SUM_TOLERANCE * size + ROUNDING * rounding
+        if not bool(((total - gradient).abs() <= tolerance).all()):
             wrong.append(f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}")
+        elif not count.any() and any(bool(of_slot[id(s)][2].any()) for s in members):
+            wrong.append(f"{shapes}: not scored, though it has a gradient")
+        elif bool((gradient.abs() > 2 * tolerance).any()):
+            certain.update(s.name for s in members)
     if wrong:
         raise InRunError(
             "the scores do not add up to the gradients. Either something uses these parameters past their modules "
@@ -73,6 +84,7 @@ def efficiency(
             "weight_decay, or check=False), or is no number, or "
             "dimension 0 of a layer's input is not the sample:\n  " + "\n  ".join(wrong)
         )
+    return certain
 
 
 def _require_every_batch(batches: Sequence[Mapping[Any, Tensor | None]]) -> None:

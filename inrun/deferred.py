@@ -212,8 +212,8 @@ class Deferred:
                 self._run_along(moves)
             else:
                 self._parts = [(0.5 if self.name == "path_secant" else 1.0, self._start)]
-        for slot in self.tracker.slots:  # one may have been frozen since it was tracked
-            if not slot.param.requires_grad:
+        for slot in self.tracker.slots:  # one may have been frozen since it was tracked, or is passed by in this step
+            if not slot.param.requires_grad or slot.grad is None:
                 slot.direction.zero_()
         if self.name == "second":
             self._early = self._scored()
@@ -330,7 +330,9 @@ class Deferred:
             if slot.grad is not None:
                 slot.direction.copy_(slot.grad * unscale)  # every target's slice, by broadcasting
         along = [s.direction for s in tracker.slots]
-        check.efficiency(tracker.slots, self.keeper.dots(self._many), along, factor, unscale, tracker.ranks)
+        tracker.tell(
+            check.efficiency(tracker.slots, self.keeper.dots(self._many), along, factor, unscale, tracker.ranks)
+        )
 
     # ------------------------------------------------------------------ directions
 

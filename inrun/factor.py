@@ -1,11 +1,10 @@
 """What became of the gradients between the backward and the update: clipping, unscaling, averaging.
 
 The dots are taken in the backward; the optimizer sees `c * gradient` for one common factor c. It is found by
-remembering the beginnings of a few gradients, small ones and large ones, as the backward left them, and comparing
-when the update begins, so the user's loop needs no change and nothing need be declared. Where all of these parameters
-are large, as in a model of embeddings alone, beginnings may be zeros, and sums over parts of the gradients are
-remembered instead. Gradients changed element by element have no such factor. Of several processes' gradients, the
-optimizer sees c times their sum.
+remembering a few gradients, small ones and large ones, as the backward left them, the large ones by sums over parts
+of them (of an embedding, most rows are zeros), and comparing when the update begins, so the user's loop needs no change
+and nothing need be declared. Gradients changed element by element, or some and not others, have no such factor. Of
+several processes' gradients, the optimizer sees c times their sum.
 """
 
 from __future__ import annotations
@@ -22,16 +21,22 @@ from .distributed import Ranks, local
 from .errors import InRunError, Pending
 
 WATCHED_PER_GROUP = 8
-WATCHED_ELEMENTS = 4096
+WATCHED_ELEMENTS = (
+    4093  # a prime: elements so far apart lie in all rows and columns of a weight, and of few do sums cancel
+)
+EVEN = 1e-4  # of a gradient's square
 
 
 class Watch:
-    """Remembers some gradients of `slots` (`name`, `param`, `grad`, `optimizer`, `group`) while `active` is True."""
+    """Remembers some gradients of `slots` (`name`, `param`, `grad`, `optimizer`, `group`) while `active` is True, and
+    of all of them that there was one."""
 
     def __init__(self, slots: Sequence[Any], ranks: Ranks, pending: Pending) -> None:
         self.active, self._ranks, self._pending = False, ranks, pending
         self._raw: dict[str, Tensor] = {}
+        self._reached: dict[str, Any] = {}  # slots
         self._slots = []
+        self._parts: dict[tuple[int, ...], Tensor] = {}  # lengths of what is remembered -> the number of each element's
         groups: dict[Any, list[Any]] = {}
         for slot in slots:
             groups.setdefault((id(slot.optimizer), slot.group), []).append(slot)
@@ -39,14 +44,17 @@ class Watch:
             members.sort(key=lambda s: s.param.numel())
             every = max(1, (len(members) - 1) / (WATCHED_PER_GROUP - 1))
             self._slots += [members[round(k * every)] for k in range(min(len(members), WATCHED_PER_GROUP))]
-        self._summed = all(s.param.numel() > WATCHED_ELEMENTS for s in self._slots)
-        self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s.name)) for s in self._slots]
+        self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s)) for s in slots]
         self._handles += [s.param.register_hook(functools.partial(self._require_kept, s)) for s in self._slots]
 
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
+    def _hook(self, slot: Any) -> Callable[[Tensor], None]:
+        watched = any(slot is one for one in self._slots)
+
         def remember(param: Tensor) -> None:
             if self.active and param.grad is not None:
-                self._raw[name] = self._seen(local(param.grad)).clone()
+                self._reached[slot.name] = slot
+                if watched:
+                    self._raw[slot.name] = self._seen(local(param.grad)).clone()
 
         return remember
 
@@ -59,26 +67,32 @@ class Watch:
             )
 
     def _seen(self, grad: Tensor) -> Tensor:
-        """At most `WATCHED_ELEMENTS` numbers, linear in the gradient: its beginning, or sums over all of it."""
+        """At most `WATCHED_ELEMENTS` numbers, linear in the gradient: itself, or sums over all of it."""
         flat = grad.detach().flatten()
         count = len(flat) // WATCHED_ELEMENTS
-        if not self._summed or not count:
-            return flat[:WATCHED_ELEMENTS]
-        sums = flat[: WATCHED_ELEMENTS * count].view(WATCHED_ELEMENTS, count).sum(1, dtype=torch.float32)
+        if not count:
+            return flat
+        sums = flat[: WATCHED_ELEMENTS * count].view(count, WATCHED_ELEMENTS).sum(0, dtype=torch.float32)
         rest = flat[WATCHED_ELEMENTS * count :]
         sums[: len(rest)] += rest
         return sums
 
     def begin(self) -> None:
         self._raw.clear()
+        self._reached.clear()
         self.active = True
+
+    def lost(self) -> list[str]:
+        """Parameters whose gradient of this step's backward is gone, so that the update passes them by."""
+        return [name for name, slot in self._reached.items() if slot.grad is None]
 
     def require_even(self, number: int, uneven: Tensor) -> None:
         """Raise `InRunError` where step `number` had no common factor; of a GPU the answer comes some steps later."""
         others = " of all processes together (as DDP adds them)" if self._ranks.size > 1 else ""
         message = (
             f"optimizer.step(): expected the gradients of the backward{others} up to one common factor "
-            f"(clipping by norm, unscaling); in step {number} got gradients changed element by element"
+            f"(clipping by norm, unscaling); in step {number} got gradients changed element by element, or some of "
+            "them and not others"
         )
         self._pending.ask(uneven, lambda: InRunError(message))
 
@@ -112,13 +126,26 @@ class Watch:
         largest = raw.abs().max()
         largest = torch.where(largest > 0, largest, torch.ones_like(largest))
         now, raw = now / largest, raw / largest  # no overflow under a loss scale
-        products = torch.stack([raw.square().sum(), (now * raw).sum(), now.square().sum()])
-        squared, along, size = ranks.over_shards(products)
+        squared, along = ranks.over_shards(torch.stack([raw.square().sum(), (now * raw).sum()]))
         factor = torch.where(squared > 0, along / squared, torch.ones_like(squared))
-        uneven = size - along * factor > 1e-4 * size
+        uneven = self._uneven(now, raw, factor, [len(part) for part in parts.values()], largest)
         if (scale := getattr(optimizer, "grad_scale", None)) is not None:
             factor = factor / scale.to(device)  # a fused optimizer divides the loss scale out itself
         return skipped(optimizer, factor), uneven
+
+    def _uneven(self, now: Tensor, raw: Tensor, factor: Tensor, lengths: list[int], unit: Tensor) -> Tensor:
+        """Whether any parameter's part of `now` is not `factor` times that of `raw`, both in units of `unit`."""
+        if (of_part := self._parts.get(known := tuple(lengths))) is None:
+            of_part = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+            if now.is_cuda:
+                of_part = of_part.pin_memory().to(now.device, non_blocking=True)
+            self._parts[known] = of_part
+        squares = torch.stack([(now - factor * raw).square(), now.square()])[:, 1:]
+        apart, size = self._ranks.over_shards(now.new_zeros(2, len(lengths)).index_add_(1, of_part, squares))
+        # Numbers of float16 end at 6e-8, by which small ones may be off.
+        halves = any(slot.param.dtype == torch.float16 for slot in self._slots)
+        least = WATCHED_ELEMENTS * (6e-8 / unit).square() if halves else 0.0
+        return (apart > EVEN * size + least).any() & factor.isfinite()  # of an overflow the optimizer will see itself
 
 
 def skipped(optimizer: Optimizer, factor: Tensor) -> Tensor:

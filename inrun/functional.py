@@ -556,17 +556,21 @@ def output_dots(grad: Tensor, tangents: Tensor, segments: Tensor | None) -> Tens
 
 
 def ids_by_sample(ids: Tensor, batch: int) -> Tensor:
-    """Token ids with the sample axis in front: `[B, ...]`, from `[B, ...]`, `[1, ...]` or positions `[T]`."""
+    """Token ids with the sample axis in front: `[B, ...]`, from `[B, ...]`, `[1, ...]` or positions `[T]`.
+
+    As many positions as samples look like an id for each: 0, 1, ... is refused, and of four or more any run of numbers.
+    """
     if ids.dim() == 1:
         if ids.shape[0] != batch:
             ids = ids.unsqueeze(0)
         elif batch > 1:
-            positions = torch.arange(batch, device=ids.device)
             message = (
-                f"ids: expected [B, ...], or positions [T] with T other than B; got 0..{batch - 1} for {batch} "
-                "samples, which could be either. Pass positions as [1, T], one id for each sample as [B, 1]."
+                f"ids: expected [B, ...], or positions [T] with T other than B; got 0..{batch - 1}, or another run of "
+                f"numbers, for {batch} samples, which could be either. Pass positions as [1, T], one id for each "
+                "sample as [B, 1]."
             )
-            torch._assert_async((ids != positions).any(), message)  # pyright: ignore[reportPrivateImportUsage]
+            apart = ids.diff() != 1 if batch > 3 else ids != torch.arange(batch, device=ids.device)
+            torch._assert_async(apart.any(), message)  # pyright: ignore[reportPrivateImportUsage]
     return by_sample(ids, batch)
 
 

@@ -84,9 +84,16 @@ class Inline:
     def before_update(self, factor: Tensor, unscale: Any) -> Tensor:
         """Check the sums where that is due; returns what the dots must be multiplied by."""
         tracker = self.tracker
+        if lost := tracker.lost():
+            raise InRunError(
+                f"optimizer.step(): expected the gradients of the step's backward, those of {len(lost)} parameters are "
+                f"gone: {', '.join(lost[:5])}. Method 'first' has scored them already: freeze or exclude what is not "
+                "to train, or take a path method"
+            )
         if tracker.check_due:
             dots = [{tap: probe.grad for tap, probe in probes.items()} for probes in self.probes]
-            check.efficiency(tracker.slots, dots, [s.direction for s in tracker.slots], factor, unscale, tracker.ranks)
+            along = [s.direction for s in tracker.slots]
+            tracker.tell(check.efficiency(tracker.slots, dots, along, factor, unscale, tracker.ranks))
         change = lr_change(self._lr, learning_rates(tracker.optimizers), tracker.validations.pending)
         return factor * (change.to(factor) if isinstance(change, Tensor) else change)
 

@@ -272,7 +272,7 @@ class MonteCarlo:
                 before = dots[batch][kept.module._inrun]
                 dots[batch][kept.module._inrun] = found if before is None else before + found
         along = [whole.get(id(s.sibling), torch.zeros_like(s.shard)) for s in tracker.slots]
-        check.efficiency(tracker.slots, dots, along, factor, unscale, tracker.ranks)
+        tracker.tell(check.efficiency(tracker.slots, dots, along, factor, unscale, tracker.ranks))
 
 
 def _dot(a: dict[int, Tensor], b: dict[int, Tensor], like: Tensor) -> Tensor:

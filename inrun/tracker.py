@@ -16,6 +16,7 @@ as it was reduced. The dots come out of the ordinary backward as the gradient of
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -241,7 +242,11 @@ class Tracker:
         self.coverage = {"tracked": plan.tracked, "excluded": plan.excluded, "frozen": plan.frozen}
         self.ledger = as_ledger(ledger)
         self.steps = 0
-        self.check_due = checked
+        self.check_due = checked  # in this step, or the next one
+        self._unscored: set[int] = set()  # excluded parameters that train
+        self._certain: set[str] = set()  # parameters of which a check could tell
+        self._checks, self._next_check = 0, math.inf
+        self._rows = 0  # of the largest batch of a step
         self._install(plan)
         self._step: Step | None = None
         self._waiting: Step | None = None  # a step that ended and whose values still wait for a validation gradient
@@ -458,6 +463,8 @@ class Tracker:
             self.validations.run_due()
             self.validations.require_fresh()
         self._method.scale = step.scale
+        self._rows = 0
+        self.check_due = self.check_due or self.steps >= self._next_check
         with self._timed("direction"):
             self._method.begin()
         self._watch.begin()
@@ -468,11 +475,15 @@ class Tracker:
 
     def _require_no_others(self) -> None:
         """Raise `InRunError` where a parameter trains that did not when they were tracked: it would have no score."""
-        excluded = self.coverage["excluded"]
         known = {id(p) for slot in self.slots for p in (slot.param, slot.sibling)}
-        if sum(id(p) not in known for p in _trainable(self.model)) > len(excluded):
-            others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
-            others = [n for n in others if n not in excluded]
+        unknown = {id(p) for p in _trainable(self.model)} - known
+        if unknown <= self._unscored:
+            return
+        excluded = set(self.coverage["excluded"])
+        others = [n for n, p in self.model.named_parameters() if id(p) in unknown and n not in excluded]
+        self._unscored = unknown
+        if others:
+            self._unscored = set()
             raise InRunError(
                 f"model: expected the parameters that were trainable when they were tracked, got {len(others)} more, "
                 f"which would have no score: {', '.join(others[:5])}. Close the tracker and track again, or freeze them"
@@ -481,6 +492,7 @@ class Tracker:
     def batch(self, step: Step, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if self._step is not step:
             raise InRunError("batch: expected inside the step block, got outside of it")
+        self._rows = max(self._rows, layout.rows)
         self._method.batch(layout.on(self.slots[0].param.device), recompute)  # once for all layers
 
     def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -510,13 +522,28 @@ class Tracker:
         factor, step.uneven = self._watch.factor(optimizer)
         self._watch.active = False  # what the method runs from here on is no batch
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
+        compare = self.check_due and not self._checks and self.ledger.metadata["method"] in ("first", "secant")
         with self.paused():
             unscale = 1.0 if scale is None else 1.0 / scale
             step.factor = self._method.before_update(factor, unscale)
-        if self.check_due and self.ledger.metadata["method"] in ("first", "secant") and self.validations.norms:
+        if compare and self.validations.norms:
             grads = [slot.grad for slot in self.slots if slot.grad is not None]
             directions.warn_of_sizes(self.optimizers, self.validations.norms, self.ranks.norm(grads) * unscale)
         self.check_due = False
+
+    def lost(self) -> list[str]:
+        """Parameters whose gradient of this step's backward is gone before the update."""
+        return self._watch.lost()
+
+    def tell(self, certain: set[str]) -> None:
+        """A check has passed, and could tell of these parameters. Of others, by a learning rate or a gradient of zero,
+        and of layers that share what they return among samples, in a batch of one, it is asked again: one step later,
+        two, four."""
+        alone = self.ranks.size == 1 and self._rows == 1
+        self._certain |= set() if alone else certain
+        left = any(slot.name not in self._certain for slot in self.slots if slot.param.requires_grad)
+        self._next_check = self.steps + (1 << self._checks) if left else math.inf
+        self._checks += 1
 
     def end(self, step: Step) -> None:
         """The block is over, whatever ended it; a validation gradient has served it even if an exception did."""

@@ -258,6 +258,20 @@ def test_several_validation_sets(tmp_path):
         assert error(found, oracle(CASES["Llama"], samples(), before[0], list(found), held=samples_of)) <= 2e-4
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_a_validation_set_weighs_its_batches_by_the_tokens_they_predict(name, tmp_path):
+    """Rows of one batch are fewer and longer; the first token of each predicts nothing, whoever counts it."""
+    held = [
+        {"sample_id": i, "input_ids": [3 + (i * k) % 9 for k in range(size)]} for i, size in enumerate((2, 2, 3, 9))
+    ]
+    trainer, values, _ = build(tmp_path, case=CASES[name], per_device_eval_batch_size=3, options={"validation": held})
+    assert values is not None
+    loss = values.options["validation"]["validation"]
+    tokens = sum(len(row["input_ids"]) - 1 for row in held)
+    expected = sum(share(trainer.model, row["input_ids"], tokens) for row in held)
+    torch.testing.assert_close(loss(), expected, rtol=1e-5, atol=0)
+
+
 def test_a_validation_set_without_labels_to_count_is_weighed_by_rows(tmp_path):
     """A loss that the trainer does not count for, of batches of two sizes."""
     trainer, _, _ = build(tmp_path, options=None, per_device_eval_batch_size=3)

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import InRunError
 from ..ledger import Ledger
@@ -99,6 +100,9 @@ class SetLoss:
             return collator([{k: v for k, v in example.items() if k != id_column} for example in examples])
 
         self.trainer: Any = trainer
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+        self._shifts_labels = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         loader: Any = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=collate)
         with random_kept():  # of which a loader, and perhaps the collator, draws
             self.batches = list(loader)
@@ -116,9 +120,14 @@ class SetLoss:
         return total / terms  # pyright: ignore[reportReturnType]
 
     def _terms(self, inputs: Any) -> Any:
-        """Labels that count, as the trainer counts them where it does; or rows."""
+        """Labels that count, as the trainer counts them where it does; or rows.
+
+        It counts those of some causal models (GPT-2) that predict nothing as well, the first of each row."""
+        labels = inputs.get("labels")
+        if self._shifts_labels and isinstance(labels, Tensor) and "shift_labels" not in inputs:
+            return (labels[..., 1:] != -100).sum()
         _, count = self.trainer.get_batch_samples(iter([inputs]), 1, self.trainer.args.device)
-        if count is None and isinstance(labels := inputs.get("labels"), Tensor):
+        if count is None and isinstance(labels, Tensor):
             count = (labels != -100).sum()
         return count if count is not None else len(next(v for v in inputs.values() if isinstance(v, Tensor)))
 

@@ -1,0 +1,339 @@
+"""What a step notices by itself: gradients that are not the scores', and layers that are not what they seemed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import inrun
+from inrun.affine import recognise
+
+B, T, WIDTH, VOCAB, LR = 4, 6, 8, 11, 0.1
+
+
+class Bypassed(nn.Module):
+    """A weight that is used past its module, behind a gate or not at all by it."""
+
+    def __init__(self, gated: bool, called: bool) -> None:
+        super().__init__()
+        self.a, self.low, self.up = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.head, self.called = nn.Linear(WIDTH, VOCAB), called
+        if gated:
+            nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).tanh()
+        low = F.linear(x, self.low.weight)
+        return self.head(x + self.up(low + self.low(x) if self.called else low))
+
+
+def batches(seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randn(B, WIDTH, generator=g), torch.randint(VOCAB, (B,), generator=g)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+
+
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize(
+    ("gated", "warm", "method", "noticed"),
+    [
+        (False, 0, "first", 0),
+        (False, 2, "first", 1),
+        (True, 0, "first", 1),
+        (True, 0, "path", 1),
+        (True, 2, "first", 3),
+    ],
+)
+def test_what_a_check_cannot_tell_is_asked_again(gated, warm, method, noticed, called):
+    """A learning rate that starts at zero makes every direction zero, a gate that does makes gradients zero."""
+    torch.manual_seed(0)
+    model = Bypassed(gated, called)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, k / warm) if warm else 1.0)
+    (x_val, y_val), steps = next(batches(1)), batches()
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x_val, y_val))
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            with tracker.step(range(B)):
+                loss_of(model, *next(steps)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            schedule.step()
+
+    if not called and not gated:
+        noticed = 0  # that no layer scores it needs no direction
+    run(noticed)
+    with pytest.raises(inrun.InRunError, match=r"do not add up(.|\n)*low.weight"):
+        run(1)
+
+
+def test_checks_end_once_they_could_tell_of_all():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, VOCAB))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    (x_val, y_val), steps, checked = next(batches(1)), batches(), []
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x_val, y_val))
+    for k in range(12):
+        optimizer.param_groups[0]["lr"] = 0.01 if k >= 6 else 0.0
+        with tracker.step(range(B)) as step:
+            checked.append(tracker.check_due)
+            loss_of(model, *next(steps)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert bool(step.values.any()) == (k >= 6)
+    assert [k for k, due in enumerate(checked) if due] == [0, 1, 3, 7]
+
+
+class Words(nn.Module):
+    """An embedding of which a batch sees few rows, none of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner, self.head = nn.Embedding(2048, 32), nn.Linear(32, 32), nn.Linear(32, VOCAB)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.embedding(x)).tanh())
+
+
+def words(seed: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(700, 760, (B, T), generator=g), torch.randint(VOCAB, (B, T), generator=g)
+
+
+def clip_others(model: Words) -> None:
+    nn.utils.clip_grad_norm_([p for n, p in model.named_parameters() if not n.startswith("embedding")], 1e-3)
+
+
+def clip_values(model: Words) -> None:
+    nn.utils.clip_grad_value_(model.embedding.parameters(), 1e-3)
+
+
+def clip_all(model: Words) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("change", "even"), [(clip_others, False), (clip_values, False), (clip_all, True)])
+def test_gradients_of_which_some_are_changed_are_an_error(change, even, dtype):
+    torch.manual_seed(0)
+    model = Words().to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, *words(0)), check=False)
+
+    def step(changed: Callable[[Words], None] | None, seed: int) -> None:
+        with tracker.step(range(B)):
+            loss_of(model, *words(seed)).backward()
+            if changed is not None:
+                changed(model)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step(None, 1)
+    if even:
+        step(change, 2)
+        return
+    with pytest.raises(inrun.InRunError, match="one common factor"):
+        step(change, 2)
+
+
+@pytest.mark.parametrize("method", ["first", "secant", "path", "path_secant"])
+def test_a_gradient_set_to_none_moves_nothing_and_earns_nothing(method):
+    found = []
+    for exclude in ((), ("0.*",)):
+        torch.manual_seed(0)
+        found.append(_values_without(method, exclude))
+        if method == "first":
+            return
+    torch.testing.assert_close(*found)
+
+
+def _values_without(method: str, exclude: tuple[str, ...]) -> Tensor:
+    """Of three steps, in which the first layer's gradients are set to None."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, VOCAB))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    held, steps, made = next(batches(1)), batches(), []
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *held), exclude=exclude)
+    for _ in range(3):
+        with tracker.step(range(B)) as step:
+            loss_of(model, *next(steps)).backward()
+            model[0].weight.grad = model[0].bias.grad = None
+            if method == "first":
+                with pytest.raises(inrun.InRunError, match=r"those of 2 parameters are gone: 0.weight, 0.bias"):
+                    optimizer.step()
+                break
+            optimizer.step()
+            optimizer.zero_grad()
+        made.append(step)
+    return torch.stack([step.values for step in made]) if made else torch.zeros(0)
+
+
+class Scaling(nn.Module):
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.full((WIDTH,), weight)), nn.Parameter(torch.full((WIDTH,), 3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+
+class Dropping(Scaling):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+class Clamped(Scaling):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-10, 10)
+
+
+class ClampedWeight(Scaling):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.clamp(-10, 10) + self.bias
+
+
+class FarClamped(Scaling):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-1e4, 1e4)
+
+
+@pytest.mark.parametrize("module", [Dropping().eval(), Dropping(), Clamped(), Clamped(20.0), ClampedWeight(20.0)])
+def test_what_scales_in_one_mode_or_for_small_numbers_alone_is_not_taken_for_a_scale(module):
+    assert recognise(Scaling(20.0)) is not None and recognise(module) is None
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), copy.deepcopy(module), nn.Linear(WIDTH, VOCAB))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    (x, y), plain = next(batches()), copy.deepcopy(model.train())
+    tracker = inrun.track(model.eval(), optimizer, validation=lambda: loss_of(model, x, y))
+    model.train()
+    with tracker.step(range(B)):
+        torch.manual_seed(1)
+        loss = loss_of(model, x, y)
+        loss.backward()
+        optimizer.step()
+    torch.manual_seed(1)
+    torch.testing.assert_close(loss, loss_of(plain, x, y))
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("first", "1: expected FarClamped to scale and shift"), ("path", r"do not add up(.|\n)*1.weight")],
+)
+def test_a_scale_that_turns_out_to_be_another_module_is_an_error(method, said):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), FarClamped(0.5), nn.Linear(WIDTH, VOCAB))
+    assert recognise(model[1]) is not None
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x, y = next(batches())
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x, y))
+    with pytest.raises(inrun.InRunError, match=said), tracker.step(range(B)):
+        loss_of(model, 3e4 * x, y).backward()
+        optimizer.step()
+
+
+def test_as_many_parameters_as_were_excluded_are_not_for_that_without_need_of_a_score():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCAB))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x, y = next(batches())
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y), exclude=["1.*"])
+
+    def step() -> None:
+        with tracker.step(range(B)):
+            loss_of(model, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step()
+    model[0].requires_grad_(True)
+    model[1].requires_grad_(False)
+    for _ in range(2):
+        with pytest.raises(inrun.InRunError, match=r"got 2 more, which would have no score: 0.weight, 0.bias"):
+            step()
+    model[0].requires_grad_(False)
+    step()
+
+
+class Positioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position, self.head = (
+            nn.Embedding(VOCAB, WIDTH),
+            nn.Embedding(32, WIDTH),
+            nn.Linear(WIDTH, VOCAB),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.token(x) + self.position(torch.arange(x.shape[1]) + 2))
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_as_many_positions_as_samples(method):
+    torch.manual_seed(0)
+    model = Positioned()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+
+    def tokens(count: int) -> tuple[Tensor, Tensor]:
+        return torch.randint(VOCAB, (B, count)), torch.randint(VOCAB, (B, count))
+
+    held = tokens(T)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *held))
+    with pytest.raises(RuntimeError, match=r"position: ids: .* another run of numbers"), tracker.step(range(B)):
+        loss_of(model, *tokens(B)).backward()
+    for count in (T, B):  # once they are known for positions, they are
+        before, (x, y) = copy.deepcopy(model), tokens(count)
+        with tracker.step(range(B)) as step:
+            loss_of(model, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        target = torch.autograd.grad(loss_of(before, *held), list(before.parameters()))
+        for b in range(B):
+            own = torch.autograd.grad(loss_of(before, x[[b]], y[[b]]) / B, list(before.parameters()))
+            expected = LR * sum((g * t).sum() for g, t in zip(own, target, strict=True))
+            torch.testing.assert_close(step.values[b], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_layer_that_sees_no_samples_is_named():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Flatten(0, 1), nn.Linear(WIDTH, VOCAB))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x, y = torch.randn(B, T, WIDTH), torch.randint(VOCAB, (B * T,))
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y))
+    with pytest.raises(ValueError, match=r"2: input: expected shape \[B, ...\] with B = 4"), tracker.step(range(B)):
+        loss_of(model, x, y).backward()
+
+
+class FirstOfShared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position, self.head = (
+            nn.Embedding(VOCAB, WIDTH),
+            nn.Embedding(T, WIDTH),
+            nn.Linear(WIDTH, VOCAB),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.token(x) + self.position(torch.arange(x.shape[1])[None])[0])
+
+
+def test_a_batch_of_one_tells_nothing_of_what_samples_share():
+    model = FirstOfShared()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x, y = torch.randint(VOCAB, (B, T)), torch.randint(VOCAB, (B, T))
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y))
+
+    def step(count: int) -> None:
+        with tracker.step(range(count)):
+            loss_of(model, x[:count], y[:count]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step(1)
+    with pytest.raises(inrun.InRunError, match=r"position: expected its output.*getitem"):
+        step(B)
