@@ -91,7 +91,8 @@ def launch_adam_directions(parts: Sequence[Any]) -> None:
             made = 0.0 if isinstance(step, Tensor) else step
             numbers.append((made, *logs, beta2, 1 - beta2, part.gain, part.eps))
             first += ceil_div(part.out.numel(), _BLOCK)
-        tables = [torch.tensor(pointers, dtype=torch.int64), torch.tensor(numbers, dtype=torch.float64)]
+        types = ((pointers, torch.int64), (numbers, torch.float64))
+        tables = [torch.tensor(table, dtype=dtype, device="cpu") for table, dtype in types]
         if device.type == "cuda":
             tables = [table.pin_memory().to(device, non_blocking=True) for table in tables]
         with torch.cuda.device_of(members[0].out):

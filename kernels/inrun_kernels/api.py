@@ -48,7 +48,7 @@ def ghost_dot(
         acts: `[B, T, I]`, the layer's input.
         grads: `[B, T, O]`, the loss's gradient at the layer's output; dtype of `acts`.
         val_grad: `[O, I]`, the direction, shaped like the weight; or `[M, O, I]` for M directions. Dtype of
-            `acts`, or float32.
+            `acts`, or float32, which in Triton is rounded to it (of float16 after scaling).
         segments: int32 or int64 `[S + 1]` offsets into the B*T flattened tokens, from 0 to B*T, never
             decreasing (as `cu_seqlens`): one dot per segment in place of one per row.
         per_token: one dot per token. Excludes `segments`.
@@ -98,10 +98,11 @@ def ghost_wgrad_dot(
             float32 rounding (6e-8) of those for each 16 of the sample's tokens (on the CPU 2e-6 to 1e-5 of a typical
             dot where they are alike), on tensor cores towards zero, so that they add up; and a sample that is no number
             leaves none to those behind it. "direct": one GEMM and a `ghost_dot`, for samples of few tokens; errors as
-            in "two". The weight gradient is as exact in all. None: what `explain` says. On a GPU "two", or
-            "prefix" where its larger tiles are 10 % quicker by a model (never in float32); "direct" for documents of
-            fewer than 32 tokens. On a CPU the quickest: "two" in C or "direct"; of one sample, without a C compiler,
-            and in float16 and float64, any of the three, "prefix" only if it is 5 % quicker than "two".
+            in "two", and of that product's rounding of a float32 direction. The weight gradient is as exact in all.
+            None: what `explain` says. On a GPU "two", or "prefix" where its larger tiles are 10 % quicker by a model
+            (never in float32); "direct" for documents of fewer than 32 tokens. On a CPU the quickest: "two" in C or
+            "direct"; of one sample, without a C compiler, and in float16 and float64, any of the three, "prefix" only
+            if it is 5 % quicker than "two".
         grad_dtype: of the weight gradient: float16 or bfloat16 for float16 and bfloat16 `acts`, rounded once as it
             is written; None: float32, or float64 for float64 `acts`.
 
@@ -240,13 +241,15 @@ def explain(
         'two: predicted 15.4 ms, others direct 29.8'
     """
     if product is ghost_wgrad_dot:
-        acts, grads, val_grad = args
+        acts, grads, val_grad = _arguments(product, args, 3)
         _check_linear(acts, grads, val_grad, segments, False, backend)
         triton = ops.use_triton(backend, acts, grads)
         built = forms.several(acts, segments) and ops.use_native(backend, acts, grads, val_grad)
         return forms.of_wgrad_dot(acts, grads, _with_m(val_grad, 3), segments, triton, built)
     if product is ghost_dot_pairwise:
-        acts, grads, val_acts, val_grads = args
+        acts, grads, val_acts, val_grads = _arguments(product, args, 4)
+        if segments is not None:
+            raise ValueError("segments: expected None for ghost_dot_pairwise, which takes none, received a tensor")
         _check_pairs(acts, grads, val_acts, val_grads, backend)
         return forms.of_pairwise(acts, grads, val_acts, backend)
     raise ValueError(f"product: expected ghost_wgrad_dot or ghost_dot_pairwise, received {product!r}")
@@ -395,6 +398,12 @@ def _short(acts, grads, val_grad, bias_val_grad, segments, form, grad_dtype, bac
     if acts.dim() != 3 or grads.dim() != 3 or acts.shape[:2] != grads.shape[:2] or acts.dtype is not grads.dtype:
         return None
     return ops.layer_wgrad_dot(acts, grads, val_grad, bias_val_grad, None, torch.float32)
+
+
+def _arguments(product: Callable, args: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
+    if len(args) != count:
+        raise TypeError(f"args: expected the {count} tensors of {product.__name__}, received {len(args)}")
+    return args
 
 
 def _check_linear(acts, grads, val_grad, segments, per_token, backend) -> None:

@@ -122,6 +122,12 @@ def matrix_tiles(
     return tuple(fitting)
 
 
+def wgrad_accumulators(form: str, kept: int, directions: int) -> int:
+    """For how many tiles a program of a weight gradient has registers: "two", or one and, of several float32
+    directions, what reads them at each sample's end. `kept` as in `matrix_tiles`."""
+    return 2 if form != "prefix" or (kept == 4 and directions > 1) else 1
+
+
 def resident_programs(tile: Tile, accumulators: int, beside: int = 64) -> int:
     """Programs that share a multiprocessor's 65536 registers, with so many in each thread `beside` the accumulators."""
     return max(1, 65536 // (accumulators * tile.block_m * tile.block_n + beside * 32 * tile.num_warps))

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
-from inrun_kernels.config import Share, Tile, ceil_div, chip_named, matrix_tiles, resident_programs, share
+from inrun_kernels.config import (
+    Share,
+    Tile,
+    ceil_div,
+    chip_named,
+    matrix_tiles,
+    resident_programs,
+    share,
+    wgrad_accumulators,
+)
 
 
 @dataclass(frozen=True)
@@ -146,15 +155,18 @@ def default_tile(
     chip = chip_named(architecture)
     copies = chip.copies and dtype != torch.float32
     kept = (direction or dtype).itemsize if kernel == "wgrad_dot" and sizes.directions else 0
+    kept = kept if copies or form != "prefix" else min(kept, 2)
+    of_wgrad = kernel == "wgrad_dot"
+    accumulators = wgrad_accumulators(form, kept, sizes.directions) if of_wgrad else _accumulators(kernel, form)
     return matrix_tiles(
         chip,
         dtype,
         m,
         n,
         depth,
-        accumulators=_accumulators(kernel, form),
+        accumulators=accumulators,
         copies=copies and not documents,
-        kept=kept if copies or form != "prefix" else min(kept, 2),
+        kept=kept,
     )[0]
 
 

@@ -111,7 +111,7 @@ def launch_dot(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor |
     transposed = direction.stride(2) != 1
     rows_d = direction.mT if transposed else direction
     copies = where.copies and acts.dtype != torch.float32 and copyable(rows_d)
-    copied = [copies and flattens(operand) and copyable(operand) for operand in (acts, grads)]
+    copied = [copies and flattens(operand) and copyable(operand.flatten(0, 1)) for operand in (acts, grads)]
     x_is_acts = acts.shape[2] > grads.shape[2] if copied[0] == copied[1] else copied[0]
     x, y, direction = (acts, grads, direction.mT) if x_is_acts else (grads, acts, direction)
     x, direction = rounded(x, direction)

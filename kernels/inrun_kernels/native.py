@@ -66,7 +66,8 @@ def runs(*tensors: Tensor | None) -> bool:
             continue
         if not (x.is_cpu and x.dtype in DTYPES and type(x) in (Tensor, Parameter) and x.numel()):
             return False
-        if x.is_neg() or not torch._C._has_storage(x):  # a batched tensor has the class of a plain one
+        # A batched tensor has the class of a plain one.
+        if x.is_neg() or x._is_zerotensor() or not torch._C._has_storage(x):
             return False
     return library() is not None
 

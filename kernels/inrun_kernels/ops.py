@@ -34,17 +34,21 @@ def call(op: Any, *args: Any) -> Any:
 def unseen(*args: Any) -> bool:
     """Whether no compiler, tracer, transform or derivative has to see what is done with these arguments.
 
-    Only the dispatcher turns the sign of a view whose memory has the other one (`z.conj().imag`), and answers without
-    data (on meta).
+    Only the dispatcher turns the sign of a view whose memory has the other one (`z.conj().imag`), fills zeros that have
+    no memory, and answers without data (on meta).
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     recording = torch.is_grad_enabled()
     for x in args:
         if isinstance(x, Tensor) and (
-            (recording and x.requires_grad) or type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg() or x.is_meta
+            (recording and x.requires_grad)
+            or type(x) not in (Tensor, torch.nn.Parameter)
+            or x.is_neg()
+            or x.is_meta
+            or x._is_zerotensor()
         ):
             return False
     return True

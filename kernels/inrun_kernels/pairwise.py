@@ -159,7 +159,8 @@ def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Te
     (n_val, val_tokens, _), n_tokens = val_acts.shape, batch * tokens
     operands, where = rounded(acts, grads, val_acts, val_grads), chip(acts.device)
     strides = [stride for x in operands for stride in x.stride()]
-    copies = where.copies and acts.dtype != torch.float32 and flattens(acts, grads) and copyable(*operands)
+    copies = where.copies and acts.dtype != torch.float32 and flattens(acts, grads)
+    copies = copies and copyable(acts.flatten(0, 1), grads.flatten(0, 1), val_acts, val_grads)
     padded = triton.next_power_of_2(val_tokens)
     sizes = n_tokens, padded * triton.next_power_of_2(n_val), max(inputs, outputs)
     vectors = copies or aligned(*operands)

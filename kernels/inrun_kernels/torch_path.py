@@ -67,7 +67,9 @@ def ghost_wgrad_dot(
     samples = list(zip(_split_tokens(acts, segments), _split_tokens(grads, segments), strict=True))
     dots = acts.new_zeros(n_samples, val_grad.shape[0], dtype=torch.float64)
     for rows in _chunks(total.shape[0], total.shape[1], _BLOCK):
-        block, directions = total[rows], val_grad[:, rows].to(wide).flatten(1)
+        block, directions = total[rows], val_grad[:, rows].to(wide).flatten(1).unbind(0)
+        # MKL's dot product is thirty times less exact where an operand does not begin at 16 bytes.
+        directions = [x if x.data_ptr() % 16 == 0 else x.clone() for x in directions]
         pieces = [piece for direction in directions for piece in direction.split(_DOT)]
         flat = block.view(-1).split(_DOT) * len(directions)
         product, contracted = block, []
@@ -270,6 +272,8 @@ def _split_tokens(x: Tensor, segments: Tensor | None) -> list[Tensor]:
 
 
 def _chunks(count: int, width: int, elements: int) -> Iterator[slice]:
-    """Slices that cut `count` rows of `width` into pieces of at most `elements` (at least one row)."""
+    """Slices that cut `count` rows of `width` into pieces of at most `elements` (at least one row; from four on, by
+    fours, so that of what is aligned all are)."""
     step = max(1, elements // max(1, width))
+    step -= step % 4 if step > 4 else 0
     return (slice(low, min(low + step, count)) for low in range(0, count, step))

@@ -59,6 +59,7 @@ from inrun_kernels.config import (
     matrix_tiles,
     resident_programs,
     share,
+    wgrad_accumulators,
 )
 from inrun_kernels.cost import Sizes
 from inrun_kernels.rows import by_columns, columns_of, launch_columns, launch_row_wgrad_dot
@@ -467,15 +468,18 @@ class _Facts(NamedTuple):
         return self.form == "prefix" and not self.documents and self.dtype != torch.float32
 
     @property
+    def in_shared(self) -> int:
+        """Bytes of each of a direction's elements in shared memory: to wait, or on the way there."""
+        return self.kept if self.copy_d or self.form != "prefix" else min(self.kept, 2)
+
+    @property
     def accumulators(self) -> int:
-        return 1 if self.form == "prefix" else 2
+        return wgrad_accumulators(self.form, self.in_shared, self.directions)
 
 
 @lru_cache(1024)
 def _tiles(facts: _Facts) -> tuple[Tile, ...]:
     """Tiles that fit the chip, the default first."""
-    # Bytes of each of a direction's elements in shared memory: to wait, or on the way there.
-    kept = facts.kept if facts.copy_d or facts.form != "prefix" else min(facts.kept, 2)
     return matrix_tiles(
         facts.chip,
         facts.dtype,
@@ -485,7 +489,7 @@ def _tiles(facts: _Facts) -> tuple[Tile, ...]:
         accumulators=facts.accumulators,
         copies=facts.copy_d and facts.copy_tokens,
         aligned=facts.vectors,
-        kept=kept,
+        kept=facts.in_shared,
     )
 
 

@@ -81,7 +81,7 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """name -> a launch of one kernel, with inputs of `dtype` at sizes that fill its default tile."""
     acts, grads = torch.empty(BATCH, TOKENS, INPUTS, dtype=dtype), torch.empty(BATCH, TOKENS, OUTPUTS, dtype=dtype)
     wide, matrix = torch.empty(1, OUTPUTS, INPUTS), torch.empty(1, OUTPUTS, INPUTS, dtype=dtype)
-    matrices = torch.empty(DIRECTIONS, OUTPUTS, INPUTS, dtype=dtype)
+    matrices, wides = (torch.empty(DIRECTIONS, OUTPUTS, INPUTS, dtype=x) for x in (dtype, torch.float32))
     widest = torch.empty(BATCH, TOKENS, norms.WIDEST // dtype.itemsize, dtype=dtype)
     along = torch.empty(1, widest.shape[2])
     row, table = torch.empty(DIRECTIONS, INPUTS), torch.empty(1, VOCABULARY, INPUTS)
@@ -104,6 +104,7 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "wgrad prefix": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrix, None, None, "prefix"),
         "wgrad prefix, D float32": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, None, "prefix"),
         "wgrad prefix, M": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, matrices, None, None, "prefix"),
+        "wgrad prefix, M, D float32": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wides, None, None, "prefix"),
         "wgrad prefix, segments": lambda: wgrad_dot.launch_wgrad_dot(acts, grads, wide, None, segments, "prefix"),
         "wgrad prefix, ragged": lambda: wgrad_dot.launch_wgrad_dot(*ragged, None, None, "prefix"),
         "wgrad two, TF32": lambda: in_tf32(wgrad_dot.launch_wgrad_dot, acts, grads, matrix, None, None, "two"),

@@ -158,6 +158,21 @@ BAD = {
         ValueError,
         "padding_idx: expected None or a value from 0 to 6, received -1",
     ),
+    "padding of no kind": (
+        lambda: k.embedding_dot(IDS, GRADS, TABLE, padding_idx=1.5),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "padding_idx: expected None or an int, received float 1.5",
+    ),
+    "explained too little": (
+        lambda: k.explain(k.ghost_wgrad_dot, ACTS, GRADS),
+        TypeError,
+        "args: expected the 3 tensors of ghost_wgrad_dot, received 2",
+    ),
+    "pairs of documents": (
+        lambda: k.explain(k.ghost_dot_pairwise, ACTS, GRADS, ACTS, GRADS, segments=torch.tensor([0, 2])),
+        ValueError,
+        "segments: expected None for ghost_dot_pairwise",
+    ),
     "norm widths": (
         lambda: k.norm_wgrad_dot(ACTS, GRADS, ROW),
         ValueError,

@@ -313,6 +313,18 @@ def test_the_default_device_does_not_matter(device):
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_nor_does_it_for_adams_directions_in_triton(device):
+    from inrun_kernels import adam, adam_kernel
+
+    val_grad, moment, out = torch.randn(9, 7), torch.rand(9, 7), torch.empty(9, 7)
+    part = adam.AdamPart(out, val_grad, moment, 3.0, 0.1, (0.9, 0.99), 1e-8)
+    with torch.device(device):
+        adam_kernel.launch_adam_directions([part])
+    seconds = (0.99 * moment + 0.01 * val_grad.square()) / (1 - 0.99**4)
+    torch.testing.assert_close(out, 0.1 / (1 - 0.9**4) * val_grad / (seconds.sqrt() + 1e-8), rtol=1e-5, atol=1e-6)
+
+
 def test_what_has_no_memory_of_its_own_is_left_to_torch():
     """Batched tensors have the class of plain ones, and a view may have the sign of its memory turned."""
     x = torch.randn(3, 5, 8)

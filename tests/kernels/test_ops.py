@@ -129,6 +129,17 @@ def test_a_view_that_turns_the_sign_of_its_memory(backend):
     )
 
 
+def test_zeros_without_memory_and_a_trace():
+    """What has the class of a tensor and no memory, and who records the operations in place of values."""
+    acts, grads, direction = torch.randn(3, 40, 33), torch.randn(3, 40, 17), torch.randn(17, 33)
+    zero = torch._efficientzerotensor(acts.shape)
+    for product in (k.ghost_wgrad_dot, k.ghost_dot):
+        found = product(zero, grads, direction)
+        assert not any(x.any() for x in (found if isinstance(found, tuple) else (found,)))
+    traced = torch.jit.trace(lambda *x: k.ghost_wgrad_dot(*x)[1], (acts, grads, direction), check_trace=False)
+    torch.testing.assert_close(traced(acts + 1, grads, direction), k.ghost_wgrad_dot(acts + 1, grads, direction)[1])
+
+
 def test_shapes_are_known_without_data():
     offsets = SEGMENTS.to("meta")
     acts, grads, matrix = (torch.empty(*shape, device="meta") for shape in ((3, 4, 5), (3, 4, 6), (6, 5)))

@@ -196,6 +196,37 @@ def test_a_large_weight_costs_no_digits(form, digits):
     assert (dots - exact).square().mean().sqrt() < digits * exact.square().mean().sqrt()
 
 
+@pytest.mark.parametrize(("form", "digits"), [("two", 5e-6), ("prefix", 1.2e-5)])
+def test_several_directions_of_an_odd_weight_cost_no_digits(form, digits):
+    """MKL's dot product of what begins between 16 bytes loses two."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (8, 4, 1535), (8, 4, 2047), (4, 2047, 1535)
+    acts, grads, directions = (torch.randn(shape, generator=generator) for shape in shapes)
+    _, dots = k.ghost_wgrad_dot(acts + 1, grads, directions, form=form, backend="torch")
+    projected = torch.einsum("bto,moi->mbti", grads.double(), directions.double())
+    exact = (projected * (acts + 1).double()).sum((2, 3)).T
+    errors = (dots - exact).square().mean(0).sqrt() / exact.square().mean(0).sqrt()
+    assert (errors < digits).all(), errors
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_one_token_whose_rows_are_padded(chip, monkeypatch):
+    """Flattened, it lies otherwise: one row is adjacent to any."""
+    from inrun_kernels import tiles
+
+    monkeypatch.setattr(tiles, "ON_CPU", chip)
+    acts, grads = torch.randn(1, 1, 24).bfloat16()[..., :17], torch.randn(1, 1, 24).bfloat16()[..., :20]
+    direction = torch.randn(20, 24).bfloat16()[:, :17]
+    expected = (grads[0].float().T @ acts[0].float() * direction.float()).sum()
+    for form in ("two", "prefix", "direct"):
+        _, dots = k.ghost_wgrad_dot(acts, grads, direction, form=form, backend="triton")
+        torch.testing.assert_close(dots[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(k.ghost_dot(acts, grads, direction, backend="triton")[0], expected, rtol=1e-4, atol=1e-4)
+    squared = acts.float().square().sum() * grads.float().square().sum()
+    pairs = k.ghost_dot_pairwise(acts, grads, acts, grads, backend="triton")
+    torch.testing.assert_close(pairs[0, 0], squared, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("segments", [None, torch.tensor([0, 0, 3, 40, 40, 140])])
 def test_a_product_of_its_own_beside_the_kernel(segments):
     check_form("direct", make("linear", 7, 20, 24, 40, directions=2, segments=segments))

@@ -79,6 +79,24 @@ def test_processes_add_to_one_file_and_a_broken_one_is_made_anew(timed, tmp_path
     assert tuning._read(path) == mine
 
 
+def test_shapes_that_take_turns_are_each_timed_once(timed, monkeypatch):
+    """Of one class, with other candidates: by alignment, or by how many tokens there are in all."""
+    from inrun_kernels import tiles
+
+    monkeypatch.setattr(tiles, "ON_CPU", "sm_80")
+    seen = []
+    for _ in range(2):
+        for outputs, inputs in ((128, 128), (127, 128)):
+            acts, grads = torch.randn(2, 40, inputs).bfloat16(), torch.randn(2, 40, outputs).bfloat16()
+            direction = torch.randn(outputs, inputs).bfloat16()
+            k.ghost_wgrad_dot(acts, grads, direction, form="prefix", backend="triton")
+        for batch, tokens in ((3, 5), (4, 8)):
+            acts = torch.randn(batch, tokens, 64).bfloat16()
+            k.ghost_dot(acts, acts, torch.randn(64, 64).bfloat16(), backend="triton")
+        seen.append(len(timed))
+    assert seen[0] == seen[1] > 4
+
+
 def test_launches_take_the_chosen_tile_and_stay_right(timed):
     case = make("linear", 3, 20, 72, 136, dtype=torch.float16, directions=2)
     check(case, "triton")
