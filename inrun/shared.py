@@ -35,7 +35,11 @@ class Shared(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, before = kwargs or {}, random_state()
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
+            try:
+                result = func(*args, **kwargs)
+            except Exception as error:  # as of a matrix that has become one for each sample
+                shared = next(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls))
+                raise _refused(shared._layer, shared.shape[0], func) from error
             ours = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls)]
             leaves, spec = pytree.tree_flatten(result)
             computed = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]

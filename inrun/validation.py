@@ -218,16 +218,17 @@ def columns_of(samples: Mapping[str, Sequence[str]], targets: tuple[str, ...]) -
 
 
 def as_ids(ids: Any, name: str = "ids") -> list[int | str]:
-    """Sample ids as a list of integers or of strings."""
+    """Sample ids as a list of integers or of strings, whatever kind of integers they are."""
     if hasattr(ids, "tolist"):
         ids = ids.tolist()
     if isinstance(ids, str) or not isinstance(ids, Sequence):
         raise TypeError(f"{name}: expected a sequence, array or tensor of integers or strings, got {ids!r}")
     if not ids:
         raise ValueError(f"{name}: expected one id per sample, got none")
+    ids = [i.item() if hasattr(i, "item") and getattr(i, "ndim", None) == 0 else i for i in ids]  # of numpy or torch
     kinds = {type(i) for i in ids}
     if kinds != {int} and kinds != {str}:
         raise TypeError(
             f"{name}: expected all integers or all strings, got {', '.join(sorted(k.__name__ for k in kinds))}"
         )
-    return list(ids)
+    return ids

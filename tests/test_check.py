@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,7 +167,8 @@ def _values_without(method: str, exclude: tuple[str, ...]) -> Tensor:
     for _ in range(3):
         with tracker.step(range(B)) as step:
             loss_of(model, *next(steps)).backward()
-            model[0].weight.grad = model[0].bias.grad = None
+            for param in model[0].parameters():
+                param.grad = None
             if method == "first":
                 with pytest.raises(inrun.InRunError, match=r"those of 2 parameters are gone: 0.weight, 0.bias"):
                     optimizer.step()
@@ -337,3 +339,33 @@ def test_a_batch_of_one_tells_nothing_of_what_samples_share():
     step(1)
     with pytest.raises(inrun.InRunError, match=r"position: expected its output.*getitem"):
         step(B)
+
+
+class Prototypes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.prototypes = nn.Linear(WIDTH, WIDTH), nn.Embedding(VOCAB, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) @ self.prototypes(torch.arange(VOCAB)).t()
+
+
+def test_what_cannot_be_computed_of_rows_for_each_sample_names_the_layer():
+    model = Prototypes()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x, y = next(batches())
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y))
+    with pytest.raises(inrun.InRunError, match=r"prototypes: expected its output.*got t\(\)"), tracker.step(range(B)):
+        loss_of(model, x, y).backward()
+
+
+@pytest.mark.parametrize("ids", [np.array([3, 4, 5, 6]), torch.tensor([3, 4, 5, 6])])
+def test_ids_may_be_integers_of_any_kind(ids):
+    model = nn.Linear(WIDTH, VOCAB)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x, y = next(batches())
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y))
+    with tracker.step(list(ids)):
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    assert tracker.ledger.rows()["sample_id"].to_pylist() == [3, 4, 5, 6]
