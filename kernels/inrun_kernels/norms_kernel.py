@@ -17,6 +17,8 @@ from torch import Tensor
 from inrun_kernels.config import ceil_div, norm_tile
 from inrun_kernels.tiles import launch, multiprocessors, sum_tokens
 
+_COLUMNS = 16  # that a program of the second stage adds up
+
 
 @triton.jit(do_not_specialize=["n_rows", "rows_each"])
 def _norm_backward_kernel(
@@ -88,6 +90,42 @@ def _norm_backward_kernel(
         tl.store(sums + tl.num_programs(0).to(tl.int64) * width, bias_sum, mask=mask_i)
 
 
+@triton.jit(do_not_specialize=["n_programs", "n_rows", "tokens", "n_dots"])
+def _second_stage_kernel(
+    sums_ptr,  # [1 or 2, programs, I]
+    dots_ptr,  # [M, N]
+    gradients_ptr,  # [1 or 2, I]
+    found_ptr,  # [B, M]
+    n_programs,
+    n_rows,
+    tokens,
+    n_dots,  # B * M, or of documents none
+    width,
+    DIRECTIONS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if pid < n_dots:
+        of_sample = dots_ptr + (pid % DIRECTIONS).to(tl.int64) * n_rows + (pid // DIRECTIONS).to(tl.int64) * tokens
+        total = tl.zeros([BLOCK_N], tl.float32)
+        for low in range(0, tokens, BLOCK_N):
+            offs_t = low + tl.arange(0, BLOCK_N)
+            total += tl.load(of_sample + offs_t, mask=offs_t < tokens, other=0.0)
+        tl.store(found_ptr + pid, tl.sum(total))
+    else:
+        blocks = tl.cdiv(width, BLOCK_I)
+        which, block = (pid - n_dots) // blocks, (pid - n_dots) % blocks
+        offs_i = block * BLOCK_I + tl.arange(0, BLOCK_I)
+        of_rows = tl.zeros([BLOCK_P, BLOCK_I], tl.float32)  # many rows, so that few loads follow upon each other
+        for low in range(0, n_programs, BLOCK_P):
+            row = low + tl.arange(0, BLOCK_P)
+            at = (which * n_programs + row).to(tl.int64)[:, None] * width + offs_i[None, :]
+            of_rows += tl.load(sums_ptr + at, mask=(row < n_programs)[:, None] & (offs_i < width)[None, :], other=0.0)
+        tl.store(gradients_ptr + which * width + offs_i, tl.sum(of_rows, 0), mask=offs_i < width)
+
+
 def launch_norm_backward(
     x: Tensor,
     grads: Tensor,
@@ -100,10 +138,9 @@ def launch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Arguments and results as `norms.norm_backward`."""
     (batch, tokens, width), n_rows = x.shape, x.shape[0] * x.shape[1]
-    several = any(d is not None and d.dim() == 2 for d in (val_grad, bias_val_grad))
-    if not several:
-        val_grad, bias_val_grad = (None if d is None else d[None] for d in (val_grad, bias_val_grad))
-    directions = [d for d in (val_grad, bias_val_grad) if d is not None]
+    directions = bias_val_grad if val_grad is None else val_grad
+    assert directions is not None
+    n_directions = directions.shape[0] if directions.dim() == 2 else 1
     mean, rstd = stats if isinstance(stats, tuple) else (None, None)
     operands = (x, grads, weight, mean, rstd, val_grad, bias_val_grad)
     block_n, block_i, warps = norm_tile(width)
@@ -112,13 +149,13 @@ def launch_norm_backward(
     programs = ceil_div(n_rows, rows_each)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(1 + has_bias, programs, width, dtype=torch.float32, device=x.device)
-    dots = torch.empty(directions[0].shape[0], n_rows, dtype=torch.float32, device=x.device)
+    dots = torch.empty(n_directions, n_rows, dtype=torch.float32, device=x.device)
     launch(
         _norm_backward_kernel,
         (programs,),
         [*(None if y is None else y.contiguous() for y in operands), grad_x, sums, dots],
         (n_rows, width, rows_each, 0.0 if isinstance(stats, tuple) else float(stats)),
-        DIRECTIONS=dots.shape[0],
+        DIRECTIONS=n_directions,
         LAYER=mean is not None,
         HAS_SCALE=val_grad is not None,
         HAS_SHIFT=bias_val_grad is not None,
@@ -127,6 +164,21 @@ def launch_norm_backward(
         BLOCK_I=block_i,
         num_warps=warps,
     )
-    weight_grad, *bias_grad = sums.sum(1).unbind(0)
-    found = sum_tokens(dots, batch, tokens, segments, False)
-    return grad_x, weight_grad, bias_grad[0] if has_bias else None, found if several else found.squeeze(1)
+    gradients = torch.empty(1 + has_bias, width, dtype=torch.float32, device=x.device)
+    shape = (batch, n_directions) if directions.dim() == 2 else (batch,)
+    found = torch.empty(shape if segments is None else (0,), dtype=torch.float32, device=x.device)
+    launch(
+        _second_stage_kernel,
+        (found.numel() + ceil_div(width, _COLUMNS) * (1 + has_bias),),
+        [sums, dots, gradients, found],
+        (programs, n_rows, tokens, found.numel(), width),
+        DIRECTIONS=n_directions,
+        BLOCK_N=1024,
+        BLOCK_P=128,
+        BLOCK_I=_COLUMNS,
+    )
+    if segments is not None:
+        found = sum_tokens(dots, batch, tokens, segments, False)
+        found = found if directions.dim() == 2 else found.squeeze(1)
+    weight_grad, *bias_grad = gradients.unbind(0)
+    return grad_x, weight_grad, bias_grad[0] if has_bias else None, found

@@ -42,6 +42,17 @@ def test_rows_of_many_programs_and_of_a_batch(monkeypatch):
     assert_norm_close((grad_x.view(1, 1200, 300), *found, dots), [*gradients, by_row])
 
 
+@pytest.mark.parametrize("directions", [1, 3])
+def test_sums_of_more_programs_than_a_second_stage_adds_at_once(directions, monkeypatch):
+    monkeypatch.setattr(norms_kernel, "multiprocessors", lambda device: 300)
+    arguments, (*gradients, _) = norm([600], 1000, directions, layer=True, bias=True)
+    x, grads, weight, stats, *pair, _, _ = arguments
+    batch = (x.view(3, 200, 1000), grads.view(3, 200, 1000), weight, stats, *pair, None, True)
+    grad_x, *found, dots = norms_kernel.launch_norm_backward(*batch)
+    _, (*_, by_row) = norm([200] * 3, 1000, directions, layer=True, bias=True)
+    assert_norm_close((grad_x.view(1, 600, 1000), *found, dots), [*gradients, by_row])
+
+
 @pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"width": 17}, {"directions": 2}])
 def test_what_has_no_kernel_is_told(change):
     """On a CPU: float64, a width that is no whole vectors, directions of different numbers."""
