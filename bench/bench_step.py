@@ -66,6 +66,7 @@ CPU_CASES = [
     Case(8, 256, 384, 6, 256, tied=False),
     Case(8, 256, 384, 6, 8192, tied=True),
     Case(8, 32, 384, 6, 256, tied=True),
+    Case(8, 256, 768, 12, 256, tied=True),
 ]
 GPU_CASES = [
     Case(16, 1024, 768, 12, 50257, tied=True),
