@@ -21,9 +21,9 @@ from .distributed import Ranks, local
 from .errors import InRunError, Pending
 
 WATCHED_PER_GROUP = 8
-WATCHED_ELEMENTS = (
-    4093  # a prime: elements so far apart lie in all rows and columns of a weight, and of few do sums cancel
-)
+# Of a parameter. A prime: elements so far apart lie in all columns of a weight, whose sums may cancel along a row (behind
+# a layer norm) or a column (of logits).
+WATCHED_ELEMENTS = 4093
 EVEN = 1e-4  # of a gradient's square
 
 
