@@ -6,7 +6,9 @@ a batch that is not dimension 0. What it cannot tell, as along a direction of ze
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ def efficiency(
     factor: Tensor,
     unscale: Any,
     ranks: Ranks,
+    first: bool = True,
 ) -> set[str]:
     """Raise `InRunError` with names and sizes where scores and gradients disagree.
 
@@ -38,11 +41,13 @@ def efficiency(
         factor: scalar; the dots times this belong to the gradients as they are now, unscaled.
         unscale: what a gradient as it stands must still be multiplied by (a fused optimizer's loss scale).
         ranks: the processes whose scores add up to the gradients.
+        first: whether every batch must have been scored by the same layers.
 
     Returns:
-        The names of the parameters of which it could tell: scores of nothing would not have passed.
+        The names of the parameters of which it could tell in every process: scores of nothing would not have passed.
     """
-    _require_every_batch(batches)
+    if first:
+        _require_every_batch(batches)
     lead = directions[0].shape[: directions[0].dim() - slots[0].param.dim()]  # [M], with several targets
     none = torch.zeros(lead, dtype=torch.float32, device=factor.device)
     expected = {}  # of each slot: <p.grad, D>, the squared rounding, and |p.grad|^2
@@ -63,7 +68,7 @@ def efficiency(
     scores = ranks.sum(torch.stack(scored)).cpu()
     sums = ranks.over_shards(torch.stack([torch.stack(found) for found in expected.values()])).cpu()
     of_slot, none = dict(zip(expected, sums, strict=True)), none.cpu()
-    wrong, certain = [], set()
+    wrong, tells = [], []
     for members, (total, size, count) in zip(groups, scores, strict=True):
         gradient = sum((of_slot[id(s)][0] for s in members), none)
         rounding = sum((of_slot[id(s)][1].sqrt() for s in members), none)
@@ -73,8 +78,7 @@ def efficiency(
             wrong.append(f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}")
         elif not count.any() and any(bool(of_slot[id(s)][2].any()) for s in members):
             wrong.append(f"{shapes}: not scored, though it has a gradient")
-        elif bool((gradient.abs() > 2 * tolerance).any()):
-            certain.update(s.name for s in members)
+        tells.append(float((gradient.abs() > 2 * tolerance).any()))
     if wrong:
         raise InRunError(
             "the scores do not add up to the gradients. Either something uses these parameters past their modules "
@@ -84,7 +88,29 @@ def efficiency(
             "weight_decay, or check=False), or is no number, or "
             "dimension 0 of a layer's input is not the sample:\n  " + "\n  ".join(wrong)
         )
-    return certain
+    everywhere = ranks.sum(torch.tensor(tells, device=factor.device)).tolist()
+    return {s.name for members, n in zip(groups, everywhere, strict=True) if n == ranks.size for s in members}
+
+
+@dataclass
+class Agenda:
+    """When there is a check again: after one that could not tell of every parameter (by a learning rate or a gradient
+    of zero, or a layer that had nothing to do) one step later, then two, four.
+
+    Attributes:
+        certain: the parameters of which a check could tell.
+        made: checks so far.
+        due: the step of the next one.
+    """
+
+    certain: set[str] = field(default_factory=set)
+    made: int = 0
+    due: float = math.inf
+
+    def made_at(self, step: int, certain: set[str], every: Iterable[str]) -> None:
+        self.certain |= certain
+        self.due = math.inf if self.certain.issuperset(every) else step + (1 << self.made)
+        self.made += 1
 
 
 def _require_every_batch(batches: Sequence[Mapping[Any, Tensor | None]]) -> None:

@@ -42,7 +42,7 @@ class Clipping:
         """
         rounding = 4 * max([0.0, *(torch.finfo(s.grad.dtype).eps for s in slots)])
         if self.clip is None:
-            if self.tracker.check_due and not (self.tracker.samples or self.tracker.coverage["excluded"]):
+            if self.tracker.first_check and not (self.tracker.samples or self.tracker.coverage["excluded"]):
                 self._warn_of_none(float(factor) * float(scale) * self.tracker.ranks.size, max(1e-4, rounding))
             return None
         norm = hessian.norm(self.tracker, (s.grad.double() * unscale for s in slots))

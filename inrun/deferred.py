@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from . import check, directions, hessian
+from . import directions, hessian
 from .coupled import KNOWN
 from .distributed import local
 from .errors import InRunError
@@ -215,6 +215,8 @@ class Deferred:
         for slot in self.tracker.slots:  # one may have been frozen since it was tracked, or is passed by in this step
             if not slot.param.requires_grad or slot.grad is None:
                 slot.direction.zero_()
+                if self.pairs is not None:
+                    self.pairs.scalars.pop(id(slot), None)
         if self.name == "second":
             self._early = self._scored()
         self.updated = True
@@ -327,12 +329,12 @@ class Deferred:
         """Along the batch's own gradient, whose dots must add up to its square."""
         tracker = self.tracker
         for slot in tracker.slots:
-            if slot.grad is not None:
+            if slot.grad is None:
+                slot.direction.zero_()
+            else:
                 slot.direction.copy_(slot.grad * unscale)  # every target's slice, by broadcasting
         along = [s.direction for s in tracker.slots]
-        tracker.tell(
-            check.efficiency(tracker.slots, self.keeper.dots(self._many), along, factor, unscale, tracker.ranks)
-        )
+        tracker.check(self.keeper.dots(self._many), along, factor, unscale)
 
     # ------------------------------------------------------------------ directions
 

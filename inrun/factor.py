@@ -21,8 +21,8 @@ from .distributed import Ranks, local
 from .errors import InRunError, Pending
 
 WATCHED_PER_GROUP = 8
-# Of a parameter. A prime: elements so far apart lie in all columns of a weight, whose sums may cancel along a row (behind
-# a layer norm) or a column (of logits).
+# Of a parameter. A prime: elements so far apart lie in all columns of a weight, whose sums may cancel along a row
+# (behind a layer norm) or a column (of logits).
 WATCHED_ELEMENTS = 4093
 EVEN = 1e-4  # of a gradient's square
 
@@ -36,7 +36,7 @@ class Watch:
         self._raw: dict[str, Tensor] = {}
         self._reached: dict[str, Any] = {}  # slots
         self._slots = []
-        self._parts: dict[tuple[int, ...], Tensor] = {}  # lengths of what is remembered -> the number of each element's
+        slots = [slot for slot in slots if slot.param.requires_grad]  # others take no hooks
         groups: dict[Any, list[Any]] = {}
         for slot in slots:
             groups.setdefault((id(slot.optimizer), slot.group), []).append(slot)
@@ -135,16 +135,12 @@ class Watch:
 
     def _uneven(self, now: Tensor, raw: Tensor, factor: Tensor, lengths: list[int], unit: Tensor) -> Tensor:
         """Whether any parameter's part of `now` is not `factor` times that of `raw`, both in units of `unit`."""
-        if (of_part := self._parts.get(known := tuple(lengths))) is None:
-            of_part = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-            if now.is_cuda:
-                of_part = of_part.pin_memory().to(now.device, non_blocking=True)
-            self._parts[known] = of_part
-        squares = torch.stack([(now - factor * raw).square(), now.square()])[:, 1:]
-        apart, size = self._ranks.over_shards(now.new_zeros(2, len(lengths)).index_add_(1, of_part, squares))
+        parts = [part for x in (now - factor * raw, now) for part in x[1:].split(lengths)]
+        norms = torch.stack(torch._foreach_norm(parts))  # pyright: ignore[reportPrivateImportUsage]
+        apart, size = self._ranks.over_shards(norms.square().view(2, -1))
         # Numbers of float16 end at 6e-8, by which small ones may be off.
-        halves = any(slot.param.dtype == torch.float16 for slot in self._slots)
-        least = WATCHED_ELEMENTS * (6e-8 / unit).square() if halves else 0.0
+        halves = [slot.param.numel() for slot in self._slots if slot.param.dtype == torch.float16]
+        least = max(halves) * (6e-8 / unit).square() if halves else 0.0
         return (apart > EVEN * size + least).any() & factor.isfinite()  # of an overflow the optimizer will see itself
 
 

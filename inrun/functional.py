@@ -123,7 +123,8 @@ def embedding(
 
     Raises:
         ValueError: the leading dimension of `ids` is neither the number of samples nor 1.
-        RuntimeError: `ids` is `0, 1, ..., B-1`, which could be positions or one id for each sample.
+        RuntimeError: `ids` is `0, 1, ..., B-1`, or of four or more another run of numbers, which could be positions or
+            one id for each sample.
     """
     if probe is None or direction is None:
         return F.embedding(ids, weight, padding_idx)

@@ -48,7 +48,7 @@ def product(tracker: Tracker, name: str, vector: list[Tensor]) -> list[Tensor | 
         return _by_differences(tracker, name, vector)
     own = dict(zip(free, bent, strict=True))
     found = tracker.ranks.mean_gradients([own.get(i) for i in range(len(params))], params)
-    if tracker.check_due:
+    if tracker.first_check:
         _check(tracker, name, vector, found)
     return found
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from inrun_kernels.adam import write_adam_directions
 
-from . import check, directions
+from . import directions
 from .errors import InRunError, Pending
 from .tap import Layout, Tap, together
 
@@ -93,7 +93,7 @@ class Inline:
         if tracker.check_due:
             dots = [{tap: probe.grad for tap, probe in probes.items()} for probes in self.probes]
             along = [s.direction for s in tracker.slots]
-            tracker.tell(check.efficiency(tracker.slots, dots, along, factor, unscale, tracker.ranks))
+            tracker.check(dots, along, factor, unscale)
         change = lr_change(self._lr, learning_rates(tracker.optimizers), tracker.validations.pending)
         return factor * (change.to(factor) if isinstance(change, Tensor) else change)
 

@@ -99,9 +99,12 @@ class Rule(Holder):
             layout, segments = tap.layout, None
             if layout is not None:
                 x, segments = self.placed(x, layout), layout.segments
-            else:
-                x = self.by_sample(x, tap.probe.shape[0])
-            y = self.probed(x, tap.probe, segments)
+            elif tap.flat:
+                x = split_samples(tap, x, tap.probe.shape[0])
+            try:
+                y = self.probed(x, tap.probe, segments)
+            except ValueError as error:
+                raise ValueError(f"{tap.name or 'model'}: {error}") from None
         else:
             return self.plain(x)
         return y.flatten(0, 1) if tap.flat else y
@@ -114,12 +117,7 @@ class Rule(Holder):
         return x
 
     def by_sample(self, x: Tensor, batch: int) -> Tensor:
-        if self._inrun.flat:
-            return split_samples(self._inrun, x, batch)
-        try:
-            return functional.by_sample(x, batch)
-        except ValueError as error:
-            raise ValueError(f"{self._inrun.name or 'model'}: {error}") from None
+        return split_samples(self._inrun, x, batch) if self._inrun.flat else functional.by_sample(x, batch)
 
     def feature_dims(self) -> int:
         """How many of the input's last dimensions are no position."""
@@ -192,14 +190,7 @@ class EmbeddingRule(Rule):
     padding_idx: int | None
 
     def by_sample(self, x, batch):
-        tap = self._inrun
-        if x.dim() == 1:
-            tap.positions = tap.positions or len(x) != batch
-            x = x.unsqueeze(0) if tap.positions else x
-        try:
-            return functional.ids_by_sample(x, batch)
-        except (ValueError, RuntimeError) as error:
-            raise type(error)(f"{tap.name or 'model'}: {error}") from None
+        return functional.ids_by_sample(x, batch)
 
     def feature_dims(self):
         return 0

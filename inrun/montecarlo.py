@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import check, quadratic, shapley
+from . import quadratic, shapley
 from .coalitions import Coalitions, gray
 from .errors import InRunError
 from .keep import Budget, Keeper
@@ -272,7 +272,7 @@ class MonteCarlo:
                 before = dots[batch][kept.module._inrun]
                 dots[batch][kept.module._inrun] = found if before is None else before + found
         along = [whole.get(id(s.sibling), torch.zeros_like(s.shard)) for s in tracker.slots]
-        tracker.tell(check.efficiency(tracker.slots, dots, along, factor, unscale, tracker.ranks))
+        tracker.check(dots, along, factor, unscale)
 
 
 def _dot(a: dict[int, Tensor], b: dict[int, Tensor], like: Tensor) -> Tensor:

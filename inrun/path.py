@@ -91,7 +91,7 @@ class Path:
         moving = [(i, s) for i, s in enumerate(tracker.slots) if s.grad is not None]
         clipped = self._clipping.of([s for _, s in moving], factor, unscale, scale)
         coupled = {i for i, _ in self._among_coupled([(i, s) for i, s in moving if s.param.requires_grad], unscale)}
-        if tracker.check_due and callable(self.update) and not tracker.ranks.sharded:
+        if tracker.first_check and callable(self.update) and not tracker.ranks.sharded:
             compare([slot for _, slot in moving if slot.param.requires_grad], unscale, self.update)
         linear = self.update is None and all(type(slot.optimizer) is SGD for _, slot in moving)
         held = [slot for _, slot in moving]

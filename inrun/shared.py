@@ -37,8 +37,12 @@ class Shared(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             try:
                 result = func(*args, **kwargs)
-            except Exception as error:  # as of a matrix that has become one for each sample
-                shared = next(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls))
+            except (NotImplementedError, torch.OutOfMemoryError):
+                raise
+            except (RuntimeError, ValueError, IndexError) as error:  # as of a matrix that has become one for each
+                shared = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls)), None)
+                if shared is None:
+                    raise
                 raise _refused(shared._layer, shared.shape[0], func) from error
             ours = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls)]
             leaves, spec = pytree.tree_flatten(result)

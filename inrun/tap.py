@@ -32,7 +32,7 @@ class Tap:
         self.form: Any = None  # of a module known by running it, what it computes
         self.names: tuple[str, ...] = ()  # of the module's attributes
         self.watched = False  # whether to see what becomes of outputs that all samples share
-        self.positions = False  # of an embedding, whether one-dimensional ids are positions, as they were before
+        self.compared = False  # whether a module known by running it is to be compared with itself
         self.flat = False  # whether the module's rows are the tokens of [B, T], flattened
         self.by_row = True  # whether it computes each row of a batch by itself, and holds it at dimension 0
 

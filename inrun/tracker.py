@@ -16,7 +16,6 @@ as it was reduced. The dots come out of the ordinary backward as the gradient of
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import directions, distributed, rules
+from . import check, directions, distributed, rules
 from .deferred import METHODS as DEFERRED
 from .deferred import Deferred
 from .distributed import Ranks
@@ -141,7 +140,7 @@ def track(
         ledger: where the values go: a `Ledger`, the folder of one, or None for one in memory. Of several processes
             each writes those of its own samples.
         check: on the first step, compare the sum of the scores with the parameters' gradients, and raise where
-            they disagree.
+            they disagree; on some later ones for parameters of which the first could not tell.
         keep: where a deferred method's activations wait: "device", or "host" for pinned host memory.
         keep_bytes: bytes that may wait; None for no limit.
         update: for path methods and an optimizer of another class: "elementwise" says that its step is (which is
@@ -243,10 +242,10 @@ class Tracker:
         self.ledger = as_ledger(ledger)
         self.steps = 0
         self.check_due = checked  # in this step, or the next one
-        self._unscored: set[int] = set()  # excluded parameters that train
-        self._certain: set[str] = set()  # parameters of which a check could tell
-        self._checks, self._next_check = 0, math.inf
-        self._rows = 0  # of the largest batch of a step
+        self.first_check = False  # whether this step's is the first
+        self.agenda = check.Agenda()
+        self._shared_due, self._rows = checked, 0  # until a batch has several rows: those of a step's largest
+        self._unscored: set[nn.Parameter] = set()  # excluded ones that train
         self._install(plan)
         self._step: Step | None = None
         self._waiting: Step | None = None  # a step that ended and whose values still wait for a validation gradient
@@ -464,23 +463,24 @@ class Tracker:
             self.validations.require_fresh()
         self._method.scale = step.scale
         self._rows = 0
-        self.check_due = self.check_due or self.steps >= self._next_check
+        self.check_due = self.check_due or self.steps >= self.agenda.due
+        self.first_check = self.check_due and not self.agenda.made
         with self._timed("direction"):
             self._method.begin()
         self._watch.begin()
-        watched = self.check_due and not any(_is_compiled(m) for m in self.model.modules())  # which takes plain tensors
+        watched = self.check_due or self._shared_due
+        watched = watched and not any(_is_compiled(m) for m in self.model.modules())  # which takes plain tensors
         for tap in self.taps:
-            tap.watched = watched
+            tap.watched, tap.compared = watched and self._shared_due, watched and self.check_due
         self._step = step
 
     def _require_no_others(self) -> None:
         """Raise `InRunError` where a parameter trains that did not when they were tracked: it would have no score."""
-        known = {id(p) for slot in self.slots for p in (slot.param, slot.sibling)}
-        unknown = {id(p) for p in _trainable(self.model)} - known
+        unknown = _trainable(self.model).difference(*((slot.param, slot.sibling) for slot in self.slots))
         if unknown <= self._unscored:
             return
         excluded = set(self.coverage["excluded"])
-        others = [n for n, p in self.model.named_parameters() if id(p) in unknown and n not in excluded]
+        others = [n for n, p in self.model.named_parameters() if p in unknown and n not in excluded]
         self._unscored = unknown
         if others:
             self._unscored = set()
@@ -522,28 +522,29 @@ class Tracker:
         factor, step.uneven = self._watch.factor(optimizer)
         self._watch.active = False  # what the method runs from here on is no batch
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
-        compare = self.check_due and not self._checks and self.ledger.metadata["method"] in ("first", "secant")
+        later = self.check_due and not bool(factor)  # an update that will be skipped tells nothing
+        self.check_due, self.first_check = self.check_due and not later, self.first_check and not later
+        compare = self.first_check and self.ledger.metadata["method"] in ("first", "secant")
         with self.paused():
             unscale = 1.0 if scale is None else 1.0 / scale
             step.factor = self._method.before_update(factor, unscale)
         if compare and self.validations.norms:
             grads = [slot.grad for slot in self.slots if slot.grad is not None]
             directions.warn_of_sizes(self.optimizers, self.validations.norms, self.ranks.norm(grads) * unscale)
-        self.check_due = False
+        self.check_due, self.first_check = later, False
+        self._shared_due = self._shared_due and self._rows < 2
 
     def lost(self) -> list[str]:
         """Parameters whose gradient of this step's backward is gone before the update."""
         return self._watch.lost()
 
-    def tell(self, certain: set[str]) -> None:
-        """A check has passed, and could tell of these parameters. Of others, by a learning rate or a gradient of zero,
-        and of layers that share what they return among samples, in a batch of one, it is asked again: one step later,
-        two, four."""
-        alone = self.ranks.size == 1 and self._rows == 1
-        self._certain |= set() if alone else certain
-        left = any(slot.name not in self._certain for slot in self.slots if slot.param.requires_grad)
-        self._next_check = self.steps + (1 << self._checks) if left else math.inf
-        self._checks += 1
+    def check(
+        self, dots: Sequence[Mapping[Any, Tensor | None]], along: list[Tensor], factor: Any, unscale: Any
+    ) -> None:
+        """The check of `check.efficiency`, which says when the next one is due."""
+        first = not self.agenda.made
+        certain = check.efficiency(self.slots, dots, along, factor, unscale, self.ranks, first)
+        self.agenda.made_at(self.steps, certain, [s.name for s in self.slots if s.param.requires_grad])
 
     def end(self, step: Step) -> None:
         """The block is over, whatever ended it; a validation gradient has served it even if an exception did."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inrun import data, report, runfolder
+from inrun.check import Agenda
 from inrun.clock import Clock, now
 from inrun.config import TrainConfig
 from inrun.gpt import GPT
@@ -144,7 +145,8 @@ class _Run:
             validation=self.validation_loss,
             validate_every=config.validate_every,
             ledger=self.ledger,
-            # The check of the first step adds up in another order, so a resumed run must not repeat it.
+            # The check of the first step adds up in another order, so a resumed run must not repeat it. (Later ones
+            # come when they would have come.)
             check=not runfolder.checkpoints(folder),
         )
         self.metrics = runfolder.Metrics(folder / "metrics.jsonl")
@@ -280,6 +282,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "checks": (sorted(self.tracker.agenda.certain), self.tracker.agenda.made, self.tracker.agenda.due),
         }
         runfolder.save_checkpoint(self.folder, self.step, state)
         self.saved = self.step
@@ -294,6 +297,8 @@ class _Run:
             torch.set_rng_state(state["rng"].cpu())
             if state["cuda_rng"]:
                 torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda_rng"]])
+            certain, *others = state.get("checks", ((),))
+            self.tracker.agenda = Agenda(set(certain), *others)
             self.step = self.saved = self.tracker.steps = state["step"]
         self.ledger.resume(self.step)
         self.metrics.resume(self.step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ def test_gradients_of_which_some_are_changed_are_an_error(change, even, dtype):
         step(change, 2)
 
 
-@pytest.mark.parametrize("method", ["first", "secant", "path", "path_secant"])
+@pytest.mark.parametrize("method", ["first", "pairwise", "secant", "path", "path_secant"])
 def test_a_gradient_set_to_none_moves_nothing_and_earns_nothing(method):
     found = []
     for exclude in ((), ("0.*",)):
@@ -163,7 +164,16 @@ def _values_without(method: str, exclude: tuple[str, ...]) -> Tensor:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, VOCAB))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     held, steps, made = next(batches(1)), batches(), []
-    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *held), exclude=exclude)
+    options: dict[str, Any] = {"pairwise": range(B)} if method == "pairwise" else {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR) if options else optimizer
+    tracker = inrun.track(
+        model,
+        optimizer,
+        "first" if options else method,
+        validation=lambda: loss_of(model, *held),
+        exclude=exclude,
+        **options,
+    )
     for _ in range(3):
         with tracker.step(range(B)) as step:
             loss_of(model, *next(steps)).backward()
@@ -287,9 +297,9 @@ def test_as_many_positions_as_samples(method):
 
     held = tokens(T)
     tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *held))
-    with pytest.raises(RuntimeError, match=r"position: ids: .* another run of numbers"), tracker.step(range(B)):
+    with pytest.raises(RuntimeError, match=r"ids: .* another run of numbers"), tracker.step(range(B)):
         loss_of(model, *tokens(B)).backward()
-    for count in (T, B):  # once they are known for positions, they are
+    for count in (T, T - 1):
         before, (x, y) = copy.deepcopy(model), tokens(count)
         with tracker.step(range(B)) as step:
             loss_of(model, x, y).backward()
@@ -369,3 +379,55 @@ def test_ids_may_be_integers_of_any_kind(ids):
         loss_of(model, x, y).backward()
         optimizer.step()
     assert tracker.ledger.rows()["sample_id"].to_pylist() == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("method", ["first", "secant", "path"])
+def test_a_later_check_leaves_out_what_does_not_move(method):
+    """A gate that begins at zero has a second check, before which a weight is frozen and its bias is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCAB))
+    nn.init.zeros_(model[2].weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    held, steps = next(batches(1)), batches()
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *held))
+    for k in range(4):
+        model[3].weight.requires_grad_(k == 0)
+        with tracker.step(range(B)):
+            assert tracker.check_due == (k in (0, 1))
+            loss_of(model, *next(steps)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert tracker.agenda.made == 2
+
+
+def test_checks_of_batches_of_one_end():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, VOCAB))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    held, steps, checked = next(batches(1)), batches(), []
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, *held))
+    for k in range(3):
+        with tracker.step([k]):
+            checked.append(tracker.check_due)
+            loss_of(model, *(t[:1] for t in next(steps))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert checked == [True, False, False]
+
+
+def test_an_overflow_in_the_step_of_a_check_puts_it_off():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, VOCAB))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    held, steps, checked = next(batches(1)), batches(), []
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, *held))
+    for k in range(3):
+        with tracker.step(range(B)) as step:
+            checked.append(tracker.check_due)
+            scaler.scale(loss_of(model, *next(steps)) * (torch.inf if k == 0 else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert bool(step.values.any()) == (k > 0)
+    assert checked == [True, True, False]

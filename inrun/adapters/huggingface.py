@@ -24,7 +24,6 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import InRunError
 from ..ledger import Ledger
@@ -88,6 +87,10 @@ def losses_of(trainer: Trainer, validation: Any, id_column: str) -> dict[str, An
     return {name: loss if callable(loss) else SetLoss(trainer, loss, name, id_column) for name, loss in named.items()}
 
 
+# Their losses leave out the first label of each row, which the trainer counts: their classes are not named ForCausalLM.
+_SHIFTING = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BertLMHeadModel", "CTRLLMHeadModel")
+
+
 class SetLoss:
     """The loss of a whole dataset: its batches' mean losses, each weighted by the terms that it is the mean of."""
 
@@ -102,7 +105,7 @@ class SetLoss:
         self.trainer: Any = trainer
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
-        self._shifts_labels = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        self._shifts_labels = type(base).__name__ in _SHIFTING
         loader: Any = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=collate)
         with random_kept():  # of which a loader, and perhaps the collator, draws
             self.batches = list(loader)
@@ -120,9 +123,7 @@ class SetLoss:
         return total / terms  # pyright: ignore[reportReturnType]
 
     def _terms(self, inputs: Any) -> Any:
-        """Labels that count, as the trainer counts them where it does; or rows.
-
-        It counts those of some causal models (GPT-2) that predict nothing as well, the first of each row."""
+        """Labels that count, as the trainer counts them where it does; or rows."""
         labels = inputs.get("labels")
         if self._shifts_labels and isinstance(labels, Tensor) and "shift_labels" not in inputs:
             return (labels[..., 1:] != -100).sum()

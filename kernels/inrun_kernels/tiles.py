@@ -94,7 +94,8 @@ class Launch:
         compiled = self._kernel[grid](*tensors, *self._numbers, **self._constants)
         if isinstance(compiled, CompiledKernel):  # and not when interpreting
             names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
-            self._compiled, self._others = compiled, (*self._numbers, *(self._constants[name] for name in names))
+            self._others = (*self._numbers, *(self._constants[name] for name in names))
+            self._compiled = compiled  # last: another thread may look for it
 
 
 _launches: dict[tuple[Any, ...], Launch] = {}

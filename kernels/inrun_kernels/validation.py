@@ -6,6 +6,7 @@ not look into. On the CPU they raise `ValueError`; on a GPU they are asserted on
 synchronisation.
 """
 
+import operator
 import weakref
 from collections.abc import Callable
 
@@ -89,9 +90,14 @@ def check_ids(ids: Tensor, grads: Tensor) -> None:
 
 def check_padding(padding_idx: int | None, vocabulary: int) -> None:
     """Require `padding_idx` inside the vocabulary, or None."""
-    if padding_idx is not None and not isinstance(padding_idx, int):
-        raise TypeError(f"padding_idx: expected None or an int, received {type(padding_idx).__name__} {padding_idx!r}")
-    if padding_idx is not None and not 0 <= padding_idx < vocabulary:
+    if padding_idx is None:
+        return
+    try:
+        operator.index(padding_idx)
+    except TypeError:
+        received = f"{type(padding_idx).__name__} {padding_idx!r}"
+        raise TypeError(f"padding_idx: expected None or an int, received {received}") from None
+    if not 0 <= padding_idx < vocabulary:
         raise ValueError(f"padding_idx: expected None or a value from 0 to {vocabulary - 1}, received {padding_idx}")
 
 

@@ -444,7 +444,7 @@ class _Facts(NamedTuple):
     copy_d: bool
     vectors: bool  # whether they can be loaded 16 elements at a time
     strides: tuple[int, ...]  # of acts, grads, and the directions of weight and bias
-    kinds: tuple[Any, ...]  # of all that a kernel takes the address of, as far as it is not made here
+    kinds: tuple[Any, ...]  # of directions, and of all that a kernel takes the address of, but what is made here
 
     @property
     def chip(self) -> Chip:
@@ -606,6 +606,7 @@ def _launch(
     copies = chip(device).copies and acts.dtype != torch.float32
     copy_tokens = copies and segments is None and copyable(acts, grads)
     segments = None if segments is None else segments.contiguous()
+    of_d = None if val_grad is None else val_grad.dtype
     copy_d = copies and (copyable(val_grad) if val_grad is not None else copy_tokens)
     addressed = bias_val_grad, segments, *(() if copy_d else (val_grad,)), *(() if copy_tokens else (acts, grads))
     facts = _Facts(
@@ -633,7 +634,7 @@ def _launch(
             *((0, 0, 0) if val_grad is None else val_grad.stride()),
             *((0, 0) if bias_val_grad is None else bias_val_grad.stride()),
         ),
-        tuple(None if x is None else (x.dtype, placed(x)) for x in (weight_grad, *addressed)),
+        (of_d, *(None if x is None else (x.dtype, placed(x)) for x in (weight_grad, *addressed))),
     )
 
     def run(tile: Tile) -> tuple[Tensor, Tensor]:
@@ -668,7 +669,6 @@ def _launch(
     tile = candidates[0]
     if tuning.is_on():
         sizes = Sizes(n_samples, batch * tokens // max(1, n_samples), inputs, outputs, n_directions)
-        of_d = None if val_grad is None else val_grad.dtype
         known = (facts.precision, copy_tokens, facts.copy_d, facts.documents, facts.rides, of_d)
         tile = tuning.choose("wgrad_dot", candidates, sizes, " ".join(map(str, known)), acts, run, form)
     bias_grad, dots = run(tile)
