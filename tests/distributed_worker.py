@@ -298,6 +298,24 @@ def check_targets_callables_and_validation_that_serves_two_steps():
     assert all(torch.equal(p.grad, g) for p, g in zip(params, before, strict=True))
 
 
+def check_checks_of_later_steps():
+    """At a learning rate of zero no process can tell; the next check is the same one in all."""
+    model, optimizer, tracker, wrapped = prepared()
+    rates, due = iter((0.0, 0.0, 0.01, 0.01, 0.01)), []
+    for (x, y), rate in zip(batches("gpt_tied", ((2, 1),) * 5), rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        validate(tracker, model)
+        x, y = mine(x, (2, 1)), mine(y, (2, 1))
+        with tracker.step(range(len(x))):
+            due.append(tracker.check_due)
+            loss_of(wrapped, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert due == [True, True, False, True, False]
+    agenda = gathered(torch.tensor([float(tracker.agenda.made), float(len(tracker.agenda.certain))]))
+    assert torch.equal(agenda[:2], agenda[2:]) and agenda[1] > 0
+
+
 def check_excluded_share():
     model, _, tracker, _ = prepared(exclude=["positions.weight"])
     validate(tracker, model)
