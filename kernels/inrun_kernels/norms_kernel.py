@@ -91,7 +91,7 @@ def _norm_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["n_programs", "n_rows", "tokens", "n_dots"])
-def _second_stage_kernel(
+def _norm_sums_kernel(
     sums_ptr,  # [1 or 2, programs, I]
     dots_ptr,  # [M, N]
     gradients_ptr,  # [1 or 2, I]
@@ -168,7 +168,7 @@ def launch_norm_backward(
     shape = (batch, n_directions) if directions.dim() == 2 else (batch,)
     found = torch.empty(shape if segments is None else (0,), dtype=torch.float32, device=x.device)
     launch(
-        _second_stage_kernel,
+        _norm_sums_kernel,
         (found.numel() + ceil_div(width, _COLUMNS) * (1 + has_bias),),
         [sums, dots, gradients, found],
         (programs, n_rows, tokens, found.numel(), width),

@@ -22,6 +22,7 @@ ALL_KERNELS = {
     "_second_stage_kernel",
     "_adam_direction_kernel",
     "_norm_backward_kernel",
+    "_norm_sums_kernel",
 }
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
