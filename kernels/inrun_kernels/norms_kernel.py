@@ -174,7 +174,7 @@ def launch_norm_backward(
         (programs, n_rows, tokens, found.numel(), width),
         DIRECTIONS=n_directions,
         BLOCK_N=1024,
-        BLOCK_P=128,
+        BLOCK_P=64,
         BLOCK_I=_COLUMNS,
     )
     if segments is not None:
