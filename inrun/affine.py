@@ -134,7 +134,7 @@ def _found(module: nn.Module, params: dict[str, nn.Parameter], weight: str, offs
     """What the module is, if `weight` with this offset is what it scales by: in both modes, by random parameters and
     by its own, and for large numbers too."""
     bias, width = next((name for name in params if name != weight), None), len(params[weight])
-    device, dtype = params[weight].device, None
+    device = params[weight].device
     own = {name: p.float() for name, p in params.items()}
     for values in ({name: torch.randn(width, device=device) for name in params}, own):
         ones = {weight: torch.full_like(values[weight], 1 - offset)}
@@ -144,13 +144,13 @@ def _found(module: nn.Module, params: dict[str, nn.Parameter], weight: str, offs
             module.training = mode
             x = size * torch.randn(2, 3, width, device=device)
             y, normed = run_with(module, x, values), run_with(module, x, ones)
-            dtype = run_with(module, x.bfloat16(), values).dtype
             if x._version:  # changed in place, so that the input of the second run was not that of the first
                 return None
             expected = normed * (offset + values[weight]) + (0.0 if bias is None else values[bias])
             if y.shape != x.shape or not torch.allclose(y, expected, rtol=1e-4, atol=1e-5 * size):
                 return None
-    return Affine(weight, bias, offset, wide=dtype == torch.bfloat16)
+    mixed = run_with(module, torch.randn(2, 3, width, device=device).bfloat16(), own)
+    return Affine(weight, bias, offset, wide=mixed.dtype == torch.bfloat16)
 
 
 def run_with(module: Any, x: Tensor, values: dict[str, Tensor]) -> Tensor:

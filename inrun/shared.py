@@ -35,16 +35,15 @@ class Shared(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, before = kwargs or {}, random_state()
         with torch._C.DisableTorchFunctionSubclass():
+            ours = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls)]
             try:
                 result = func(*args, **kwargs)
             except (NotImplementedError, torch.OutOfMemoryError):
                 raise
             except (RuntimeError, ValueError, IndexError) as error:  # as of a matrix that has become one for each
-                shared = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls)), None)
-                if shared is None:
+                if not ours:
                     raise
-                raise _refused(shared._layer, shared.shape[0], func) from error
-            ours = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls)]
+                raise _refused(ours[0]._layer, ours[0].shape[0], func) from error
             leaves, spec = pytree.tree_flatten(result)
             computed = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
             computed = [i for i in computed if not isinstance(leaves[i], cls)]

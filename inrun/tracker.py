@@ -481,13 +481,12 @@ class Tracker:
             return
         excluded = set(self.coverage["excluded"])
         others = [n for n, p in self.model.named_parameters() if p in unknown and n not in excluded]
-        self._unscored = unknown
         if others:
-            self._unscored = set()
             raise InRunError(
                 f"model: expected the parameters that were trainable when they were tracked, got {len(others)} more, "
                 f"which would have no score: {', '.join(others[:5])}. Close the tracker and track again, or freeze them"
             )
+        self._unscored = unknown
 
     def batch(self, step: Step, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if self._step is not step:

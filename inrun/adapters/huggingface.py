@@ -87,6 +87,11 @@ def losses_of(trainer: Trainer, validation: Any, id_column: str) -> dict[str, An
     return {name: loss if callable(loss) else SetLoss(trainer, loss, name, id_column) for name, loss in named.items()}
 
 
+def base_of(model: Any) -> Any:
+    """The model itself, or what PEFT has wrapped."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 # Their losses leave out the first label of each row, which the trainer counts: their classes are not named ForCausalLM.
 _SHIFTING = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BertLMHeadModel", "CTRLLMHeadModel")
 
@@ -103,9 +108,8 @@ class SetLoss:
             return collator([{k: v for k, v in example.items() if k != id_column} for example in examples])
 
         self.trainer: Any = trainer
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
-        self._shifts_labels = type(base).__name__ in _SHIFTING
+        model = base_of(trainer.accelerator.unwrap_model(trainer.model))
+        self._shifts_labels = type(model).__name__ in _SHIFTING
         loader: Any = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=collate)
         with random_kept():  # of which a loader, and perhaps the collator, draws
             self.batches = list(loader)

@@ -45,8 +45,7 @@ def attach(trainer: SFTTrainer, validation: Any, *, id_column: str = "sample_id"
             f"id_column: expected {id_column!r} in the training set, which lost it in packing; pack it with "
             "inrun.adapters.trl.pack and set SFTConfig(dataset_kwargs={'skip_prepare_dataset': True})"
         )
-    model: Any = trainer.model
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+    model = huggingface.base_of(trainer.model)
     if hasattr(model, "_original_forward"):
         raise InRunError("attach: expected a trainer before its first train() or evaluate(), got one that has run")
     named = validation if isinstance(validation, Mapping) else {"validation": validation}

@@ -437,14 +437,14 @@ class _Facts(NamedTuple):
     outputs: int
     n_samples: int
     directions: int  # 0: squares
-    kept: int  # bytes of a direction's element
+    of_d: torch.dtype | None  # of directions
     documents: bool
     biased: bool
     copy_tokens: bool  # whether operands are copied by tensor descriptors
     copy_d: bool
     vectors: bool  # whether they can be loaded 16 elements at a time
     strides: tuple[int, ...]  # of acts, grads, and the directions of weight and bias
-    kinds: tuple[Any, ...]  # of directions, and of all that a kernel takes the address of, but what is made here
+    kinds: tuple[Any, ...]  # of all that a kernel takes the address of, but what is made here
 
     @property
     def chip(self) -> Chip:
@@ -470,7 +470,8 @@ class _Facts(NamedTuple):
     @property
     def in_shared(self) -> int:
         """Bytes of each of a direction's elements in shared memory: to wait, or on the way there."""
-        return self.kept if self.copy_d or self.form != "prefix" else min(self.kept, 2)
+        kept = 0 if self.of_d is None else self.of_d.itemsize
+        return kept if self.copy_d or self.form != "prefix" else min(kept, 2)
 
     @property
     def accumulators(self) -> int:
@@ -606,7 +607,6 @@ def _launch(
     copies = chip(device).copies and acts.dtype != torch.float32
     copy_tokens = copies and segments is None and copyable(acts, grads)
     segments = None if segments is None else segments.contiguous()
-    of_d = None if val_grad is None else val_grad.dtype
     copy_d = copies and (copyable(val_grad) if val_grad is not None else copy_tokens)
     addressed = bias_val_grad, segments, *(() if copy_d else (val_grad,)), *(() if copy_tokens else (acts, grads))
     facts = _Facts(
@@ -622,7 +622,7 @@ def _launch(
         outputs,
         n_samples,
         n_directions,
-        0 if val_grad is None else val_grad.element_size(),
+        None if val_grad is None else val_grad.dtype,
         segments is not None,
         bias_val_grad is not None,
         copy_tokens,
@@ -634,7 +634,7 @@ def _launch(
             *((0, 0, 0) if val_grad is None else val_grad.stride()),
             *((0, 0) if bias_val_grad is None else bias_val_grad.stride()),
         ),
-        (of_d, *(None if x is None else (x.dtype, placed(x)) for x in (weight_grad, *addressed))),
+        tuple(None if x is None else (x.dtype, placed(x)) for x in (weight_grad, *addressed)),
     )
 
     def run(tile: Tile) -> tuple[Tensor, Tensor]:
@@ -669,7 +669,7 @@ def _launch(
     tile = candidates[0]
     if tuning.is_on():
         sizes = Sizes(n_samples, batch * tokens // max(1, n_samples), inputs, outputs, n_directions)
-        known = (facts.precision, copy_tokens, facts.copy_d, facts.documents, facts.rides, of_d)
+        known = (facts.precision, copy_tokens, facts.copy_d, facts.documents, facts.rides, facts.of_d)
         tile = tuning.choose("wgrad_dot", candidates, sizes, " ".join(map(str, known)), acts, run, form)
     bias_grad, dots = run(tile)
     if bias_val_grad is None or len(bias_grad):
