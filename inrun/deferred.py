@@ -42,7 +42,7 @@ from .layers import ForwardModeRule
 from .pairwise import Pairs
 from .path import Path
 from .tap import Layout, random_kept, random_state, set_random_state, size_of, together
-from .updates import ELEMENTWISE, UpdateRule, counts_read, require_known, weights_moved
+from .updates import ELEMENTWISE, UpdateRule, counts_read, require_known, require_no_closure, weights_moved
 from .validation import Gradients
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ class Deferred:
             directions.require_supported(optimizer)
         if self.name.startswith("path"):
             require_known(optimizer, self.update, (*ELEMENTWISE, *KNOWN))
+            require_no_closure(optimizer)
 
     def require_shards_do(self) -> None:
         """Raise `InRunError` where what is kept cannot be scored under `fully_shard`."""

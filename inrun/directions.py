@@ -14,6 +14,7 @@ Source: SGD, arXiv 2406.11011 (equation 7); Adam with frozen state, arXiv 2602.0
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -33,12 +34,19 @@ _BLOCK = 1 << 20  # elements that are worked on at a time on a CPU, so that temp
 
 
 def require_supported(optimizer: Optimizer) -> None:
-    """Raise `InRunError` unless first-order directions of this optimizer are known."""
+    """Raise `InRunError` unless first-order directions of this optimizer are known; warn of one with a step of its own."""
     if not isinstance(optimizer, SUPPORTED):
         names = ", ".join(c.__name__ for c in SUPPORTED)
         raise InRunError(
             f"optimizer: expected one of torch.optim's {names} (or a subclass), got {type(optimizer).__name__}; method "
             "'path_secant' knows every elementwise optimizer, Muon, and any whose update you give it"
+        )
+    if inspect.unwrap(type(optimizer).step) not in [inspect.unwrap(c.step) for c in SUPPORTED]:
+        known = next(c.__name__ for c in reversed(SUPPORTED) if isinstance(optimizer, c))
+        warnings.warn(
+            f"optimizer: {type(optimizer).__name__} has a step() of its own, and is taken for {known}. Where its update is "
+            "another, take method 'path_secant', with update='elementwise' or its update as a function",
+            stacklevel=5,
         )
 
 

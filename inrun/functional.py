@@ -584,6 +584,7 @@ def by_sample(x: Tensor, batch: int) -> Tensor:
     raise ValueError(
         f"input: expected shape [B, ...] with B = {batch}, the number of sample ids or packed rows (or 1, "
         f"shared by all); got {tuple(x.shape)}"
+        + ("; of documents packed into several rows, tokens= tells how long a row is" if batch == 1 else "")
     )
 
 

@@ -30,7 +30,6 @@ validation loss be computed in float32. Weights of 16 bits round the step of eve
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -89,10 +88,7 @@ class MonteCarlo:
         self.release()
 
     def require_supported(self, optimizer: Optimizer) -> None:
-        """Raise `InRunError` unless the optimizer's step is a function of the gradients that stand."""
-        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
-            raise InRunError(f"optimizer: expected one whose step() needs no closure, got {type(optimizer).__name__}")
+        require_no_closure(optimizer)
 
     def require_shards_do(self) -> None:
         raise InRunError("method 'monte_carlo': expected one process, got parameters sharded over several")

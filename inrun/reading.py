@@ -104,8 +104,9 @@ class Reader:
         """Sum per source: source, target, value (float64, nats), mean (per time seen), count (times seen).
 
         Args:
-            sources: mapping from sample id to source, or a table with the columns sample_id and source
-                (pyarrow, pandas, polars: what `pyarrow.table` takes).
+            sources: function of a sample id that returns its source (which is asked of every id in the ledger), mapping
+                from ids to sources, or a table with the columns sample_id and source (pyarrow, pandas, polars: what
+                `pyarrow.table` takes).
             target: only this target; None keeps them apart.
 
         Samples that `sources` does not name are summed under the source null, so that nothing goes missing.
@@ -113,6 +114,7 @@ class Reader:
         Raises:
             ValueError, TypeError: `sources` lacks a column, has ids of the other kind or names an id twice.
         """
+        sources = self._named(sources)
         table = self._ask(lambda rows: sum_values(rows, ["source", "target"], target, sources=sources))
         mean = table["value"].to_numpy() / table["count"].to_numpy()
         return table.add_column(3, "mean", [mean])
@@ -127,6 +129,7 @@ class Reader:
         """
         if bins < 1:
             raise ValueError(f"expected bins >= 1, received {bins}")
+        sources = self._named(sources)
         keys = ["step", "target"] if sources is None else ["step", "source", "target"]
         return self._ask(lambda rows: sum_values(rows, keys, target, sources=sources, stretch=stretches(rows, bins)))
 
@@ -185,6 +188,13 @@ class Reader:
             raise ValueError(f"expected k >= 0, received {k}")
         self._require_one_target(target)
         return self._ask(lambda rows: sum_values(rows, ["sample_id", "target"], target, among=among, best=(k, order)))
+
+    def _named(self, sources: Any) -> Any:
+        """`sources`, a function as the mapping that it is over the ids of this ledger."""
+        if not callable(sources):
+            return sources
+        ids = self.totals()["sample_id"].unique().to_pylist()
+        return {each: source for each in ids if (source := sources(each)) is not None}
 
     def _require_one_target(self, target: str | None) -> None:
         names = self.targets() if target is None else [target]

@@ -145,6 +145,10 @@ def compare(a: Run, b: Run, k: int, *, target: str | None) -> str:
     return "\n".join([*lines, "", f"The {len(rows)} samples that changed most", _left(head, rows)])
 
 
+# Suffix of a file -> how rows are written into it.
+FORMS = {"": "jsonl", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+
+
 def export(
     run: Run,
     out: Path | None,
@@ -166,14 +170,16 @@ def export(
         How much was written, in words.
 
     Raises:
-        InRunError: the folder of `out` does not exist; no such target; Parquet was asked for on a terminal.
+        InRunError: the folder of `out` does not exist, or its suffix says nothing; no such target; Parquet was asked for on a terminal.
     """
     import pyarrow.compute as pc
 
     if out is not None and not out.parent.is_dir():
         raise InRunError(f"out: expected a file in a folder, got {out}; {out.parent} {shards.not_a_folder(out.parent)}")
     suffix = out.suffix.lower() if out is not None else ""
-    kind = form or {".csv": "csv", ".parquet": "parquet"}.get(suffix, "jsonl")
+    kind = form or FORMS.get(suffix)
+    if kind is None:
+        raise InRunError(f"out: expected a name that ends in one of {', '.join(filter(None, FORMS))}, or --format; got {out}")
     if target is not None:
         target = _one_target(target, run)
     if out is None and kind == "parquet" and sys.stdout.isatty():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,6 +72,13 @@ def require_known(optimizer: Optimizer, rule: UpdateRule | str | None, known: Se
         "differentiable: update=lambda grad, param, state, group: <what the step adds to param>; or use method="
         "'monte_carlo', which takes any"
     )
+
+
+def require_no_closure(optimizer: Optimizer) -> None:
+    """Raise `InRunError` unless the optimizer's step is a function of the gradients that stand."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise InRunError(f"optimizer: expected one whose step() needs no closure, got {type(optimizer).__name__}")
 
 
 def chunks(slots: Sequence[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:

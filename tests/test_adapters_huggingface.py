@@ -431,6 +431,8 @@ def test_bad_input_is_one_clear_error(tmp_path):
         build(tmp_path, options={"validation": "batch"})
     with pytest.raises(ValueError, match=r"validation\['a'\]: expected a dataset of at least one sample, got none"):
         build(tmp_path, options={"validation": {"a": []}})
+    with pytest.raises(TypeError, match=r"validation\['validation'\]: expected samples with named columns, got 1"):
+        build(tmp_path, options={"validation": [1, 2]})
     nameless = [{"input_ids": s["input_ids"]} for s in samples()]
     trainer, _, _ = build(tmp_path, nameless)
     with pytest.raises(InRunError, match="sample_id: expected in every example"):

@@ -364,6 +364,27 @@ def test_a_step_that_an_exception_ended_leaves_nothing_behind():
     assert step.values.sum().item() == pytest.approx(step.drop["validation"].item(), rel=1e-5)
 
 
+def test_a_step_of_its_own_is_said_and_one_that_needs_a_closure_is_refused(recwarn):
+    class Counting(torch.optim.AdamW):
+        def step(self, closure=None):
+            self.count = getattr(self, "count", 0) + 1
+            return super().step(closure)
+
+    class Renamed(torch.optim.SGD):
+        pass
+
+    model = make("mlp")
+    for kind in (torch.optim.SGD, torch.optim.AdamW, Renamed):
+        inrun.track(model, kind(model.parameters(), lr=0.1)).close()
+    assert not [w for w in recwarn if "optimizer" in str(w.message)]
+    for method in ("first", "secant"):
+        with pytest.warns(UserWarning, match=r"Counting has a step\(\) of its own, and is taken for AdamW.*path_secant"):
+            inrun.track(model, Counting(model.parameters()), method).close()
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(inrun.InRunError, match=r"step\(\) needs no closure, got LBFGS"):
+        inrun.track(model, lbfgs, "path", update="elementwise")
+
+
 def test_what_an_update_that_is_not_elementwise_cannot_do_is_said():
     def stepped(**options):
         model, batch, validation = double("mlp")

@@ -105,6 +105,8 @@ class SetLoss:
         collator = trainer._get_collator_with_removed_columns(trainer.data_collator, description="validation")
 
         def collate(examples: list[Any]) -> Any:
+            if others := [example for example in examples if not hasattr(example, "items")]:
+                raise TypeError(f"validation[{name!r}]: expected samples with named columns, got {others[0]!r}")
             return collator([{k: v for k, v in example.items() if k != id_column} for example in examples])
 
         self.trainer: Any = trainer
