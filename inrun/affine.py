@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from . import functional
 from .errors import InRunError
 from .factors import Factors
-from .forward_mode import buffers_kept
 from .layers import Rule, affine_dots, affine_factors, require_whole_rows
-from .tap import Layout, along, random_kept
+from .tap import Layout, along, buffers_kept, tried
 
 OFF = 1e-2  # of an output, by which that of a module which is found by running it may be off in half precision
 _CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
@@ -106,7 +105,6 @@ class AffineRule(Rule):
         return weight, bias
 
 
-@torch.no_grad()
 def recognise(module: nn.Module) -> Affine | None:
     """How `module` scales and shifts, if that is all its parameters do; it is left as it was."""
     params = {name: p for name, p in module._parameters.items() if p is not None}
@@ -119,15 +117,12 @@ def recognise(module: nn.Module) -> Affine | None:
         return None
     if len(params) > 2 or any(module.children()) or any(True for _ in module.buffers()):
         return None
-    training = module.training
     try:
-        with random_kept(), torch.autocast(like.device.type, enabled=False):
+        with tried(module):
             forms = (_found(module, params, weight, offset) for weight in params for offset in (0.0, 1.0))
             return next((form for form in forms if form is not None), None)
     except Exception:  # a module that cannot be run like this is of another kind, whatever it says
         return None
-    finally:
-        module.training = training
 
 
 def _found(module: nn.Module, params: dict[str, nn.Parameter], weight: str, offset: float) -> Affine | None:

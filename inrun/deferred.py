@@ -37,11 +37,11 @@ from .coupled import KNOWN
 from .distributed import local
 from .errors import InRunError
 from .inline import Inline
-from .keep import Budget, Keeper, in_modes, modes_of
+from .keep import Budget, Keeper
 from .layers import ForwardModeRule
 from .pairwise import Pairs
 from .path import Path
-from .tap import Layout, random_kept, random_state, set_random_state, size_of, together
+from .tap import Layout, in_modes, modes_of, random_kept, random_state, set_random_state, size_of, together
 from .updates import ELEMENTWISE, UpdateRule, counts_read, require_known, require_no_closure, weights_moved
 from .validation import Gradients
 

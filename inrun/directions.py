@@ -34,20 +34,26 @@ _BLOCK = 1 << 20  # elements that are worked on at a time on a CPU, so that temp
 
 
 def require_supported(optimizer: Optimizer) -> None:
-    """Raise `InRunError` unless first-order directions of this optimizer are known; warn of one with a step of its own."""
+    """Raise `InRunError` unless first-order directions of this optimizer are known."""
     if not isinstance(optimizer, SUPPORTED):
         names = ", ".join(c.__name__ for c in SUPPORTED)
         raise InRunError(
             f"optimizer: expected one of torch.optim's {names} (or a subclass), got {type(optimizer).__name__}; method "
             "'path_secant' knows every elementwise optimizer, Muon, and any whose update you give it"
         )
-    if inspect.unwrap(type(optimizer).step) not in [inspect.unwrap(c.step) for c in SUPPORTED]:
-        known = next(c.__name__ for c in reversed(SUPPORTED) if isinstance(optimizer, c))
-        warnings.warn(
-            f"optimizer: {type(optimizer).__name__} has a step() of its own, and is taken for {known}. Where its update is "
-            "another, take method 'path_secant', with update='elementwise' or its update as a function",
-            stacklevel=5,
-        )
+
+
+def warn_of_own_step(optimizers: Sequence[Optimizer]) -> None:
+    """Say where a subclass of one of `SUPPORTED` has a step of its own."""
+    steps = [inspect.unwrap(c.step) for c in SUPPORTED]
+    for optimizer in optimizers:
+        if inspect.unwrap(type(optimizer).step) not in steps:
+            known = next(c.__name__ for c in reversed(SUPPORTED) if isinstance(optimizer, c))
+            warnings.warn(
+                f"optimizer: {type(optimizer).__name__} has a step() of its own, and is taken for {known}. Where its "
+                "update is another, take method 'path_secant', with update='elementwise' or its update as a function",
+                stacklevel=3,
+            )
 
 
 def warn_of_sizes(optimizers: Sequence[Optimizer], validation: Mapping[str, Tensor], batch: Tensor) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InRunError
+from .tap import replaced
 
 
 def local(tensor: Any) -> Any:
@@ -188,13 +189,8 @@ def gathered(places: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
     """Sharded parameters, by owner and name, are whole ones for the block; every process comes to it."""
     found: list[Any] = [(owner, name, owner._parameters[name]) for owner, name in places]
     shards = [(owner, name, p) for owner, name, p in found if hasattr(p, "full_tensor")]
-    try:
-        for owner, name, p in shards:
-            owner._parameters[name] = p.full_tensor().detach().requires_grad_(p.requires_grad)
+    with replaced((o, n, p.full_tensor().detach().requires_grad_(p.requires_grad)) for o, n, p in shards):
         yield
-    finally:
-        for owner, name, p in shards:
-            owner._parameters[name] = p
 
 
 def shard_of(whole: Tensor, param: Any) -> Tensor:

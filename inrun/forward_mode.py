@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from . import functional
 from .errors import InRunError
-from .tap import Layout, Tap, along, random_kept
+from .tap import Layout, Tap, along, buffers_kept, random_kept
 
 
 def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, uncaptured: bool = False) -> Any:
@@ -123,16 +123,6 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
             "exclude them, or take method 'first' with one target, which runs it once"
         )
     return [torch.zeros_like(x) if t is None and isinstance(x, Tensor) else t for x, t in pairs]
-
-
-@contextlib.contextmanager
-def buffers_kept(*modules: nn.Module) -> Iterator[None]:
-    """Buffers that the block writes stand again after it."""
-    buffers = [(b, b.clone()) for module in modules for b in module.buffers()]
-    yield
-    with torch.no_grad():
-        for buffer, saved in buffers:
-            buffer.copy_(saved)
 
 
 def _unpacked(x: Any, scale: Tensor | None) -> tuple[Any, Tensor | None]:

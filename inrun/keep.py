@@ -23,7 +23,19 @@ from . import forward_mode, functional
 from .distributed import gathered
 from .errors import InRunError
 from .factors import Factors
-from .tap import SUFFIX, Layout, Tap, random_kept, random_state, set_random_state, size_of
+from .tap import (
+    SUFFIX,
+    Layout,
+    Tap,
+    buffers_kept,
+    in_modes,
+    modes_of,
+    random_kept,
+    random_state,
+    replaced,
+    set_random_state,
+    size_of,
+)
 
 
 @dataclass
@@ -273,7 +285,7 @@ class Keeper:
                 with (
                     _standing_in(module, params) as inputs,
                     in_modes(kept.modes),
-                    forward_mode.buffers_kept(*whole),
+                    buffers_kept(*whole),
                     torch.enable_grad(),
                 ):
                     one_x = of(x, v)
@@ -283,7 +295,7 @@ class Keeper:
             return
         args, kwargs = moved(kept.x, device)
         places = [(owner, n) for owner, n in module._inrun.forward_mode if owner._parameters[n].requires_grad]
-        with self._as_it_was(kept, device), forward_mode.buffers_kept(module), torch.enable_grad():
+        with self._as_it_was(kept, device), buffers_kept(module), torch.enable_grad():
             params = [owner._parameters[local].requires_grad_() for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
         names = [id(owner._parameters[local + SUFFIX]) for owner, local in places]
@@ -330,21 +342,10 @@ class Keeper:
                 total = total + functional.output_dots(here, along, layout.segments)
         return total
 
-    @contextlib.contextmanager
-    def _weights_of(self, module: Any) -> Iterator[None]:
+    def _weights_of(self, module: Any) -> contextlib.AbstractContextManager[None]:
         """Run the module with the weights its step began with."""
-        swapped = []
-        for owner in module.modules():
-            for local, p in owner._parameters.items():
-                if (owner, local) in self._weights:
-                    swapped.append((owner, local, p))
-        try:
-            for owner, local, _ in swapped:
-                owner._parameters[local] = self._weights[owner, local]
-            yield
-        finally:
-            for owner, local, p in swapped:
-                owner._parameters[local] = p
+        places = [(owner, name) for owner in module.modules() for name in owner._parameters]
+        return replaced([(*place, self._weights[place]) for place in places if place in self._weights])
 
 
 def _runs(node: Any) -> bool:
@@ -366,24 +367,6 @@ def versions_of(inputs: Any) -> list[int]:
     return [x._version for x in tensors if not x.is_inference()]
 
 
-def modes_of(module: Any) -> list[tuple[Any, bool]]:
-    """A module and those inside it, and whether each is in training mode."""
-    return [(m, m.training) for m in module.modules()] if isinstance(module, torch.nn.Module) else []
-
-
-@contextlib.contextmanager
-def in_modes(modes: Iterable[tuple[Any, bool]]) -> Iterator[None]:
-    """Each module in the given mode for the block."""
-    before = [(module, module.training) for module, _ in modes]
-    try:
-        for module, training in modes:
-            module.training = training
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
 def moved(x: Any, device: torch.device) -> Any:
     """Tensors, of any structure, on the device; a GPU takes them from pinned memory in its turn, unwaited for."""
     queued = device.type == "cuda"
@@ -394,18 +377,11 @@ def moved(x: Any, device: torch.device) -> Any:
 def _standing_in(module: Any, params: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
     """Others in the place of a module's parameters, to be differentiated by: a user's hooks are not theirs."""
     others = {n: p.detach().requires_grad_() for n, p in params.items()}
-    try:
-        module._parameters.update(others)
+    with replaced([(module, n, p) for n, p in others.items()]):
         yield list(others.values())
-    finally:
-        module._parameters.update(params)
 
 
 def _without_gradients(module: Any, plain: Callable, x: Tensor) -> Tensor:
     """The layer's output, from which its own parameters get no gradient."""
-    params = dict(module._parameters)
-    try:
-        module._parameters.update({n: None if p is None else p.detach() for n, p in params.items()})
+    with replaced([(module, n, None if p is None else p.detach()) for n, p in module._parameters.items()]):
         return plain(x)
-    finally:
-        module._parameters.update(params)

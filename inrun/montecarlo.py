@@ -45,7 +45,17 @@ from .coalitions import Coalitions, gray
 from .errors import InRunError
 from .keep import Budget, Keeper
 from .tap import Layout, size_of
-from .updates import ELEMENTWISE, UpdateRule, chunks, counts_read, is_known, joint_updates, updates, weights_moved
+from .updates import (
+    ELEMENTWISE,
+    UpdateRule,
+    chunks,
+    counts_read,
+    is_known,
+    joint_updates,
+    require_no_closure,
+    updates,
+    weights_moved,
+)
 
 if TYPE_CHECKING:
     from .tracker import Tracker

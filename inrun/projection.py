@@ -19,9 +19,8 @@ from torch.utils import _pytree as pytree
 
 from . import functional
 from .affine import run_with
-from .forward_mode import buffers_kept
 from .layers import LinearRule
-from .tap import along, random_kept
+from .tap import along, replaced, tried
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,6 @@ class ProjectionRule(LinearRule):
         return weight, bias
 
 
-@torch.no_grad()
 def recognise(module: nn.Module) -> Projection | None:
     """How `module` projects, if that is the first thing it does and all its parameters do; it is left as it was."""
     params = {name: p for name, p in module._parameters.items() if p is not None}
@@ -88,9 +86,8 @@ def recognise(module: nn.Module) -> Projection | None:
         return None
     if len(inspect.signature(type(module).forward).parameters) != 2:  # self and x
         return None
-    training = module.training
     try:
-        with random_kept(), torch.autocast(weight.device.type, enabled=False), buffers_kept(module):
+        with tried(module):
             values = {name: torch.randn_like(p, dtype=torch.float32) for name, p in params.items()}
             x = torch.randn(2, 3, weight.shape[1], device=weight.device)
             for mode in (True, False):
@@ -104,24 +101,18 @@ def recognise(module: nn.Module) -> Projection | None:
             return next(forms, None)
     except Exception:  # a module that cannot be run like this is of another kind, whatever it says
         return None
-    finally:
-        module.training = training
 
 
 def _same(module: Any, form: Projection, x: Tensor, values: dict[str, Tensor]) -> bool:
     """Whether the module returns the same by way of its projection."""
-    before = dict(module._parameters)
     outputs = []
-    try:
-        module._parameters.update(values)
+    with replaced([(module, name, value) for name, value in values.items()]):
         for by_parts in (False, True):
             torch.manual_seed(0)
             out = (
                 form.rest(module, F.linear(*form.factors(module, x)), x.dtype) if by_parts else run_with(module, x, {})
             )
             outputs.append(pytree.tree_leaves(out))
-    finally:
-        module._parameters.update(before)
     first, second = outputs
     return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .tap import tried
+
 
 def known(block: nn.Module) -> dict[nn.Module, bool]:
     """The modules inside `block` that see its tokens, sample after sample, and whether as rows `[B * T, ...]`.
@@ -22,9 +24,8 @@ def known(block: nn.Module) -> dict[nn.Module, bool]:
     params = list(block.parameters())
     if any(p.is_meta for p in params):
         return {}
-    training = {m: m.training for m in block.modules()}
     widths = sorted({size for p in params for size in p.shape if p.dim() > 1}, reverse=True)
-    try:
+    with tried(block):
         block.eval()
         for width in widths:
             x = torch.randn(2, 3, width, dtype=params[0].dtype, generator=torch.Generator().manual_seed(0))
@@ -34,13 +35,9 @@ def known(block: nn.Module) -> dict[nn.Module, bool]:
             except Exception:  # another width, or a block that takes more than hidden states
                 continue
             return {m: first[m][0].dim() == 2 for m in first if m in second and _in_order(first[m], second[m])}
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return {}
 
 
-@torch.no_grad()
 def _inputs(block: nn.Module, x: Tensor) -> dict[nn.Module, list[Tensor]]:
     """What each module inside `block` is called with, when the block is given x."""
     seen: dict[nn.Module, list[Tensor]] = {}

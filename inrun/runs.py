@@ -162,7 +162,7 @@ def export(
     Args:
         run: whose.
         out: the file; None: standard output.
-        form: of the rows; None: as the suffix of `out` says, or else jsonl.
+        form: of the rows; None: as the suffix of `out` says, jsonl without one.
         keep_positive: only rows with a value above 0.
         target: only this target.
 
@@ -170,7 +170,8 @@ def export(
         How much was written, in words.
 
     Raises:
-        InRunError: the folder of `out` does not exist, or its suffix says nothing; no such target; Parquet was asked for on a terminal.
+        InRunError: the folder of `out` does not exist, or its suffix says nothing; no
+            such target; Parquet was asked for on a terminal.
     """
     import pyarrow.compute as pc
 
@@ -179,7 +180,9 @@ def export(
     suffix = out.suffix.lower() if out is not None else ""
     kind = form or FORMS.get(suffix)
     if kind is None:
-        raise InRunError(f"out: expected a name that ends in one of {', '.join(filter(None, FORMS))}, or --format; got {out}")
+        raise InRunError(
+            f"out: expected a name that ends in one of {', '.join(filter(None, FORMS))}, or --format; got {out}"
+        )
     if target is not None:
         target = _one_target(target, run)
     if out is None and kind == "parquet" and sys.stdout.isatty():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,7 +19,7 @@ SUFFIX = "_direction"  # a parameter's direction stands beside it under this nam
 
 
 class Tap:
-    """What a tracked module reads in its forward: the probe of the current batch; with neither, it runs plainly."""
+    """What a tracked module reads in its forward: the batch's probe, or what keeps; with neither it runs plainly."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -124,12 +124,80 @@ def random_kept() -> AbstractContextManager:
     return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
 
 
+def modes_of(module: Any) -> list[tuple[Any, bool]]:
+    """A module and those inside it, and whether each is in training mode."""
+    return [(m, m.training) for m in module.modules()] if isinstance(module, nn.Module) else []
+
+
+@contextmanager
+def in_modes(modes: Iterable[tuple[Any, bool]]) -> Iterator[None]:
+    """Each module in the given mode for the block."""
+    before = [(module, module.training) for module, _ in modes]
+    try:
+        for module, training in modes:
+            module.training = training
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
+def replaced(places: Iterable[tuple[Any, str, Tensor | None]]) -> Iterator[None]:
+    """Other tensors in the place of parameters, by owner and name, for the block."""
+    before = []
+    try:
+        for owner, name, tensor in places:
+            before.append((owner, name, owner._parameters[name]))
+            owner._parameters[name] = tensor
+        yield
+    finally:
+        for owner, name, param in before:
+            owner._parameters[name] = param
+
+
+@contextmanager
+def buffers_kept(*modules: nn.Module) -> Iterator[None]:
+    """Buffers that the block writes, or puts others in the place of, stand again after it."""
+    holders = [(m._buffers, dict(m._buffers)) for module in modules for m in module.modules() if m._buffers]
+    copies = [(b, b.clone()) for module in modules for b in module.buffers()]
+    try:
+        yield
+    finally:
+        if not torch.compiler.is_compiling():
+            for buffers, held in holders:
+                buffers.update(held)
+        with torch.no_grad():
+            for buffer, saved in copies:
+                buffer.copy_(saved)
+
+
+@contextmanager
+def tried(module: nn.Module) -> Iterator[None]:
+    """For the block a module may be run, to find out what it does: in full precision; then it is as it was, its
+    attributes, modes and buffers, and so are the random numbers to come."""
+    before = [(m, dict(vars(m))) for m in module.modules()]
+    try:
+        with torch.no_grad(), random_kept(), buffers_kept(module), _no_autocast():
+            yield
+    finally:
+        for m, attributes in before:
+            vars(m).clear()
+            vars(m).update(attributes)
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
+
+
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Autocast is off inside: that of a loop around the step block would round its products to half precision."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        with _no_autocast():
             return function(*args, **kwargs)
 
     return run

@@ -228,6 +228,7 @@ class Tracker:
         self._pending = Pending()
         options = validate_every, self.ranks, self._pending
         self.validations = Validation(model, plan.excluded, losses, self.targets, *options)
+        self._frozen = method in ("first", "secant")  # whether the optimizer's state is taken as frozen
         inline = method == "first" and not self.samples and not self.in_batch
         self._method: Any = (
             Inline(self) if inline else MonteCarlo(self, *waiting) if sampled else Deferred(self, method, *waiting[:-1])
@@ -325,6 +326,8 @@ class Tracker:
         _require_all([s.name for s in self.slots if id(s.param) not in where])
         for slot in self.slots:
             slot.optimizer, slot.group = where[id(slot.param)]
+        if self._frozen:
+            directions.warn_of_own_step(optimizers)
         self.optimizers = optimizers
         self._handles = [each.register_step_pre_hook(self._before_update) for each in optimizers]
         if not self.ranks.sharded:
@@ -523,7 +526,7 @@ class Tracker:
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
         later = self.check_due and not bool(factor)  # an update that will be skipped tells nothing
         self.check_due, self.first_check = self.check_due and not later, self.first_check and not later
-        compare = self.first_check and self.ledger.metadata["method"] in ("first", "secant")
+        compare = self.first_check and self._frozen
         with self.paused():
             unscale = 1.0 if scale is None else 1.0 / scale
             step.factor = self._method.before_update(factor, unscale)

@@ -121,6 +121,8 @@ def test_queries_equal_plain_python(tmp_path_factory, monkeypatch, engine, run, 
     assert all(row["mean"] == row["value"] / row["count"] for row in by_source.to_pylist())
     if sources:
         assert by_source == ledger.by_source(pa.table([list(sources), list(sources.values())], ["sample_id", "source"]))
+        assert by_source == ledger.by_source(sources.get) == ledger.by_source(lambda each: sources.get(each))
+        assert ledger.over_time(sources.get) == ledger.over_time(sources)
 
     first, last = (rows[0][0], rows[-1][0]) if rows else (0, 0)
     width = -(-(last - first + 1) // bins)

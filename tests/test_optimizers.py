@@ -378,7 +378,9 @@ def test_a_step_of_its_own_is_said_and_one_that_needs_a_closure_is_refused(recwa
         inrun.track(model, kind(model.parameters(), lr=0.1)).close()
     assert not [w for w in recwarn if "optimizer" in str(w.message)]
     for method in ("first", "secant"):
-        with pytest.warns(UserWarning, match=r"Counting has a step\(\) of its own, and is taken for AdamW.*path_secant"):
+        with pytest.warns(
+            UserWarning, match=r"Counting has a step\(\) of its own, and is taken for AdamW.*path_secant"
+        ):
             inrun.track(model, Counting(model.parameters()), method).close()
     lbfgs = torch.optim.LBFGS(model.parameters())
     with pytest.raises(inrun.InRunError, match=r"step\(\) needs no closure, got LBFGS"):

@@ -12,6 +12,7 @@ from torch import nn
 
 import inrun
 from inrun.projection import Projection, ProjectionRule, recognise
+from inrun.routing import known
 
 B, T, H, E, LR = 3, 4, 8, 5, 0.5
 
@@ -151,3 +152,36 @@ def gradients(model, x):
     model = copy.deepcopy(model).double()
     params = list(model.parameters())
     return [torch.autograd.grad(model(x[b : b + 1].double()).square().sum(), params) for b in range(len(x))]
+
+
+def test_what_is_tried_is_left_as_it_was():
+    """A module counts its calls in an attribute, a buffer in place and one that it replaces, draws, and may fail."""
+
+    class Counting(nn.Module):
+        def __init__(self, fails=False):
+            super().__init__()
+            self.weight, self.experts = nn.Parameter(torch.randn(3, 8)), nn.ModuleList([nn.Linear(8, 8)])
+            self.calls, self.fails = 0, fails
+            self.register_buffer("seen", torch.zeros(()))
+            self.register_buffer("tokens", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            self.seen += len(x)
+            self.tokens = self.tokens + x.numel()
+            torch.rand(())
+            self.last = self.experts[0](x.flatten(0, 1))
+            if self.fails:
+                raise RuntimeError("not like this")
+            return self.last.view(x.shape)
+
+    for fails in (False, True):
+        module = Counting(fails)
+        buffers, attributes, state = dict(module._buffers), dict(vars(module)), torch.get_rng_state()
+        found = known(module)
+        assert fails or found == {module.experts[0]: True}
+        module.experts = nn.ModuleList()
+        recognise(module)
+        assert dict(module._buffers) == buffers and not module.seen and not module.tokens
+        assert module.calls == 0 and vars(module).keys() == attributes.keys() and module.training
+        assert torch.equal(torch.get_rng_state(), state)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import InRunError
 from ..ledger import Ledger
 from ..step import Step
+from ..tap import in_modes, modes_of
 from ..tracker import as_ledger, track
 from ..validation import as_losses
 from .loggers import Figures, Logger
@@ -156,12 +157,8 @@ def _in_eval_mode(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], 
     """The callable with every module in eval mode, and each as it was afterwards."""
 
     def run() -> Tensor:
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
+        with in_modes(modes_of(model)):
+            model.eval()
             return loss()
-        finally:
-            for module in training:
-                module.training = True
 
     return run
