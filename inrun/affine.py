@@ -73,7 +73,7 @@ class AffineRule(Rule):
         y = y.to(x.dtype) if affine.wide else y
         if not torch.compiler.is_compiling() and self._inrun.compared and affine.axis == -1:
             with torch.no_grad():
-                own = self.plain(x)
+                own = self.plain(x).float()
             if (y - own).norm() > OFF * own.norm():
                 raise InRunError(
                     f"{self._inrun.name or 'model'}: expected {self._inrun_class.__name__} to scale and shift what it "

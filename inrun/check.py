@@ -20,6 +20,7 @@ from .errors import InRunError
 # Of the scores' absolute sum, and of |g * D| as if each product had been rounded once in bfloat16.
 SUM_TOLERANCE = 1e-2
 ROUNDING = 8 * 2.0**-8
+_BLOCK = 1 << 24  # elements
 
 
 @torch.no_grad()
@@ -54,10 +55,7 @@ def efficiency(
     for slot, direction in zip(slots, directions, strict=True):
         expected[id(slot)] = [none] * 3
         if slot.grad is not None:
-            grad = slot.grad.float() * unscale
-            product = (direction.float() * grad).reshape(*lead, -1).to(factor.device)
-            size = grad.square().sum().to(none).expand_as(none)
-            expected[id(slot)] = [product.sum(-1), product.square().sum(-1), size]
+            expected[id(slot)] = [x.to(none) for x in _along(slot.grad, direction, unscale, len(lead))]
     groups = components(slots)
     scored = []
     for members in groups:
@@ -123,6 +121,20 @@ def _require_every_batch(batches: Sequence[Mapping[Any, Tensor | None]]) -> None
                 f"batch {scored.index(False) + 1} had none. Reentrant checkpointing needs each backward before the "
                 "next batch(ids); use_reentrant=False has no such limit"
             )
+
+
+def _along(grad: Tensor, direction: Tensor, unscale: Any, leading: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`<g, D>`, `|g * D|^2` and `|g|^2` of a gradient, the direction's leading dimensions kept; a block at a time, as
+    the optimizer's state may fill the device by now."""
+    rows = max(1, _BLOCK * len(grad) // max(1, grad.numel())) if grad.dim() else 1
+    found, lead = [], direction.shape[:leading]
+    for low in range(0, max(1, len(grad)) if grad.dim() else 1, rows):
+        here = slice(low, low + rows) if grad.dim() else ...
+        g = grad[here].float() * unscale
+        product = direction[(slice(None),) * leading + (here,)].float().mul(g).reshape(*lead, -1)
+        found.append((product.sum(-1), product.square_().sum(-1), g.square_().sum().expand(lead)))
+    first, second, third = zip(*found, strict=True)
+    return sum(first), sum(second), sum(third)  # pyright: ignore[reportReturnType]
 
 
 def components(slots: Sequence[Any]) -> list[list[Any]]:

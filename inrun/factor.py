@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from .distributed import Ranks, local
 from .errors import InRunError, Pending
 
-WATCHED_PER_GROUP = 8
+WATCHED_PER_GROUP, WATCHED = 8, 64  # parameters, the latter of all groups, but one of each
 # Of a parameter. A prime: elements so far apart lie in all columns of a weight, whose sums may cancel along a row
 # (behind a layer norm) or a column (of logits).
 WATCHED_ELEMENTS = 4093
@@ -40,10 +40,11 @@ class Watch:
         groups: dict[Any, list[Any]] = {}
         for slot in slots:
             groups.setdefault((id(slot.optimizer), slot.group), []).append(slot)
+        most = max(1, min(WATCHED_PER_GROUP, WATCHED // max(1, len(groups))))
         for members in groups.values():
-            members.sort(key=lambda s: s.param.numel())
-            every = max(1, (len(members) - 1) / (WATCHED_PER_GROUP - 1))
-            self._slots += [members[round(k * every)] for k in range(min(len(members), WATCHED_PER_GROUP))]
+            members.sort(key=lambda s: s.param.numel(), reverse=True)
+            every = max(1, (len(members) - 1) / max(1, most - 1))
+            self._slots += [members[round(k * every)] for k in range(min(len(members), most))]
         self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s)) for s in slots]
         self._handles += [s.param.register_hook(functools.partial(self._require_kept, s)) for s in self._slots]
 
@@ -54,7 +55,8 @@ class Watch:
             if self.active and param.grad is not None:
                 self._reached[slot.name] = slot
                 if watched:
-                    self._raw[slot.name] = self._seen(local(param.grad)).clone()
+                    seen = self._seen(local(param.grad))
+                    self._raw[slot.name] = seen.clone() if param.numel() < WATCHED_ELEMENTS else seen
 
         return remember
 

@@ -565,14 +565,23 @@ def ids_by_sample(ids: Tensor, batch: int) -> Tensor:
         if ids.shape[0] != batch:
             ids = ids.unsqueeze(0)
         elif batch > 1:
-            message = (
-                f"ids: expected [B, ...], or positions [T] with T other than B; got 0..{batch - 1}, or another run of "
-                f"numbers, for {batch} samples, which could be either. Pass positions as [1, T], one id for each "
-                "sample as [B, 1]."
-            )
-            apart = ids.diff() != 1 if batch > 3 else ids != torch.arange(batch, device=ids.device)
-            torch._assert_async(apart.any(), message)  # pyright: ignore[reportPrivateImportUsage]
+            apart = ~may_be_positions(ids)
+            torch._assert_async(apart, f"ids: {positions(batch)}")  # pyright: ignore[reportPrivateImportUsage]
     return by_sample(ids, batch)
+
+
+def may_be_positions(ids: Tensor) -> Tensor:
+    """Whether ids `[B]` could be positions: a scalar."""
+    batch = ids.shape[0]
+    return (ids.diff() == 1 if batch > 3 else ids == torch.arange(batch, device=ids.device)).all()
+
+
+def positions(batch: int) -> str:
+    """What is wrong with such ids; shorter than the 255 characters that a GPU takes."""
+    return (
+        f"expected [B, ...], or positions [T] with T other than B; got 0..{batch - 1}, or another run of numbers, for "
+        f"{batch} samples, which could be either. Pass positions as [1, T], one id for each sample as [B, 1]."
+    )
 
 
 def by_sample(x: Tensor, batch: int) -> Tensor:

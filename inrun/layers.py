@@ -190,13 +190,25 @@ class EmbeddingRule(Rule):
     padding_idx: int | None
 
     def by_sample(self, x, batch):
-        return functional.ids_by_sample(x, batch)
+        if x.shape != (batch,) or batch == 1 or torch.compiler.is_compiling() or _is_captured(x):
+            return functional.ids_by_sample(x, batch)
+        # Ids that were no run of numbers once are the samples' own. A GPU tells later, and goes on.
+        tap = self._inrun
+        found = functional.may_be_positions(x)
+        tap.positions = found if tap.positions is None else tap.positions & found
+        said = f"{tap.name or 'model'}: ids: {functional.positions(batch)}"
+        tap.pending.ask(tap.positions, lambda: InRunError(said))
+        return x
 
     def feature_dims(self):
         return 0
 
     def probed(self, x, probe, segments):
-        return functional.embedding(x, self.weight, along(self, "weight"), probe, self.padding_idx, segments)
+        direction = along(self, "weight")
+        if x.shape != probe.shape[:1] or segments is not None:
+            return functional.embedding(x, self.weight, direction, probe, self.padding_idx, segments)
+        x = self.by_sample(x, len(x)).unsqueeze(1)
+        return functional.embedding(x, self.weight, direction, probe, self.padding_idx).squeeze(1)
 
     def dots(self, x, grad, segments):
         ids, grads = x.reshape(x.shape[0], -1), functional.rows(grad, 1)
@@ -208,6 +220,10 @@ class EmbeddingRule(Rule):
         if self.padding_idx is not None:
             grads = grads.masked_fill((ids == self.padding_idx)[..., None], 0)
         return {"weight": Factors(ids, grads)}
+
+
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class LayerNormRule(Rule):

@@ -28,7 +28,9 @@ def known(block: nn.Module) -> dict[nn.Module, bool]:
     with tried(block):
         block.eval()
         for width in widths:
-            x = torch.randn(2, 3, width, dtype=params[0].dtype, generator=torch.Generator().manual_seed(0))
+            x = torch.randn(
+                2, 3, width, dtype=params[0].dtype, generator=torch.Generator().manual_seed(0), device="cpu"
+            )
             x = x.to(params[0].device)
             try:
                 first, second = _inputs(block, x), _inputs(block, torch.cat([x[:1], -x[1:]]))

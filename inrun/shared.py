@@ -38,7 +38,7 @@ class Shared(Tensor):
             ours = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls)]
             try:
                 result = func(*args, **kwargs)
-            except (NotImplementedError, torch.OutOfMemoryError):
+            except (NotImplementedError, torch.AcceleratorError, torch.OutOfMemoryError):
                 raise
             except (RuntimeError, ValueError, IndexError) as error:  # as of a matrix that has become one for each
                 if not ours:

@@ -31,6 +31,8 @@ class Tap:
         self.norms = False  # whether any of torch's norms is inside
         self.form: Any = None  # of a module known by running it, what it computes
         self.names: tuple[str, ...] = ()  # of the module's attributes
+        self.pending: Any = None  # of the tracker
+        self.positions: Tensor | None = None  # whether all ids so far, one for each sample, could be positions
         self.watched = False  # whether to see what becomes of outputs that all samples share
         self.compared = False  # whether a module known by running it is to be compared with itself
         self.flat = False  # whether the module's rows are the tokens of [B, T], flattened

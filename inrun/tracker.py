@@ -275,6 +275,7 @@ class Tracker:
         slots: dict[str, Slot] = {}
         for site in plan.sites:
             tap = rules.install(site, siblings)
+            tap.pending = self._pending
             self.taps.append(tap)
             for owner, local, full in site.owned:
                 slots.setdefault(full, Slot(full, owner, local, [])).taps.append(tap)

@@ -312,6 +312,42 @@ def test_as_many_positions_as_samples(method):
             torch.testing.assert_close(step.values[b], expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_labels_that_are_a_run_of_numbers_by_chance(method):
+    """What could be positions is refused only while ids never were anything else."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, WIDTH), nn.Linear(WIDTH, VOCAB))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+
+    def label_loss(labels: list[int]) -> Tensor:
+        return F.cross_entropy(model(torch.tensor(labels)), torch.tensor(labels))
+
+    def values(tracker: inrun.Tracker, labels: list[int]) -> Tensor:
+        with tracker.step(range(len(labels))) as step:
+            label_loss(labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return step.values
+
+    for later in ([3, 4, 5, 6], [0, 1], [0, 1, 2]):
+        refused = pytest.raises(inrun.InRunError, match=r"^0: ids: expected .* run of numbers, for \d samples")
+        with inrun.track(model, optimizer, method, validation=lambda: label_loss([7, 2, 5])) as tracker, refused:
+            values(tracker, later)
+        optimizer.zero_grad()
+        with inrun.track(model, optimizer, method, validation=lambda: label_loss([7, 2, 5])) as tracker:
+            values(tracker, [5, 2, 7, 1])
+            before = copy.deepcopy(model)
+            found = values(tracker, later)
+        target = torch.autograd.grad(
+            F.cross_entropy(before(x := torch.tensor([7, 2, 5])), x), list(before.parameters())
+        )
+        for b, label in enumerate(later):
+            y = torch.tensor([label])
+            own = torch.autograd.grad(F.cross_entropy(before(y), y) / len(later), list(before.parameters()))
+            expected = LR * sum((g * t).sum() for g, t in zip(own, target, strict=True))
+            torch.testing.assert_close(found[b], expected, rtol=1e-4, atol=1e-7)
+
+
 def test_a_layer_that_sees_no_samples_is_named():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Flatten(0, 1), nn.Linear(WIDTH, VOCAB))
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from inrun_kernels import forms, ops
 from inrun_kernels.validation import (
+    as_padding,
     check_backend,
     check_direction,
     check_form,
     check_grad_dtype,
     check_grouping,
     check_ids,
-    check_padding,
     check_tokens,
     check_width,
 )
@@ -286,7 +286,7 @@ def embedding_dot(
     check_tokens("grads", grads)
     check_ids(ids, grads)
     check_direction(val_grad, grads, (None, grads.shape[2]), "[vocabulary, features]")
-    check_padding(padding_idx, val_grad.shape[-2])
+    padding_idx = as_padding(padding_idx, val_grad.shape[-2])
     check_grouping(segments, per_token, grads)
     check_backend(backend)
     table = _with_m(val_grad, 3)

@@ -118,8 +118,9 @@ def launch(
     if found is None:
         if len(_launches) >= _REMEMBERED:
             _launches.clear()
-        found = _launches[remembered] = Launch(kernel, numbers, **constants)
+        found = Launch(kernel, numbers, **constants)
     found(grid, *tensors)
+    _launches[remembered] = found  # after it has run: one that fails is not kept
 
 
 def placed(x: Tensor) -> Any:

@@ -88,17 +88,18 @@ def check_ids(ids: Tensor, grads: Tensor) -> None:
     check_device("ids", ids, grads)
 
 
-def check_padding(padding_idx: int | None, vocabulary: int) -> None:
-    """Require `padding_idx` inside the vocabulary, or None."""
+def as_padding(padding_idx: int | None, vocabulary: int) -> int | None:
+    """`padding_idx`, required to be inside the vocabulary, as a Python integer; or None."""
     if padding_idx is None:
-        return
+        return None
     try:
-        operator.index(padding_idx)
+        padding_idx = operator.index(padding_idx)
     except TypeError:
         received = f"{type(padding_idx).__name__} {padding_idx!r}"
         raise TypeError(f"padding_idx: expected None or an int, received {received}") from None
     if not 0 <= padding_idx < vocabulary:
         raise ValueError(f"padding_idx: expected None or a value from 0 to {vocabulary - 1}, received {padding_idx}")
+    return padding_idx
 
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:

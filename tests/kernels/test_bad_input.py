@@ -1,5 +1,6 @@
 """What a wrong argument gets: an error that names it, says what was expected and what came."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -246,3 +247,13 @@ def test_launches_come_through_offsets_that_the_device_has_yet_to_refuse():
     wgrad_dot = pytest.importorskip("inrun_kernels.wgrad_dot")
     weight_grad, _, dots = wgrad_dot.launch_wgrad_dot(ACTS, GRADS, MATRIX[None], None, offsets(0), "two")
     assert weight_grad.shape == MATRIX.shape and not weight_grad.any() and dots.shape == (0, 1)
+
+
+def test_a_padding_index_of_another_integer_kind_is_that_integer():
+    ids = torch.tensor([[3, 1, 0]])
+    grads, table = torch.randn(1, 3, GRADS.shape[2]), torch.randn(TABLE.shape[-2:])
+    for backend in ("torch", "triton"):
+        plain = k.embedding_dot(ids, grads, table, padding_idx=3, backend=backend)
+        for given in (np.int64(3), torch.tensor(3)):
+            found = k.embedding_dot(ids, grads, table, padding_idx=given, backend=backend)  # pyright: ignore[reportArgumentType]
+            assert torch.equal(found, plain)
