@@ -58,6 +58,10 @@ class Affine:
 
 
 class AffineRule(Rule):
+    @property
+    def folds(self: Any) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._inrun.form.axis == -1
+
     def placed(self: Any, x: Tensor, layout: Layout) -> Tensor:
         if self._inrun.form.axis != -1:
             require_whole_rows(self, layout)

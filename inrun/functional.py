@@ -232,7 +232,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, direction, bias_direction, probe, segments):
         _, cast = _autocast(x, weight)
         ctx.save_for_backward(x, weight, bias, direction, bias_direction, probe, segments, cast)
-        return F.linear(x, cast, bias)
+        return F.linear(x, cast, bias).detach()  # with a bias a view, which could not be changed in place
 
     @staticmethod
     def written_out(x, weight, bias, direction, bias_direction, probe, segments):
@@ -513,6 +513,18 @@ class _Attach(torch.autograd.Function):
         return grad, None, dots.to(probe.dtype), None
 
 
+class Alias(torch.autograd.Function):
+    """A tensor as an output of its own, whose gradient is what came before it is changed in place."""
+
+    @staticmethod
+    def forward(ctx, out):
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
 def _written_out_backward(written_out, inputs, needs_input_grad, grad):
     wanted = [i for i, needed in enumerate(needs_input_grad) if needed]
     y = written_out(*inputs)
@@ -551,7 +563,7 @@ def output_dots(grad: Tensor, tangents: Tensor, segments: Tensor | None) -> Tens
     """`<grad, tangents>` of each row of two `[B, ...]` tensors, or of each document of two `[B, T, ...]`."""
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     if segments is None:
-        return (grad * tangents).flatten(1).sum(1, dtype=dtype)
+        return (grad * tangents).reshape(len(grad), -1).sum(1, dtype=dtype)
     grads, shifts = (x.reshape(*x.shape[:2], -1) for x in (grad, tangents))
     return norm_dot(shifts.to(grads.dtype), grads, grads.new_ones(grads.shape[2]), segments=segments)
 
@@ -592,8 +604,19 @@ def by_sample(x: Tensor, batch: int) -> Tensor:
         return x.expand(batch, *x.shape[1:])
     raise ValueError(
         f"input: expected shape [B, ...] with B = {batch}, the number of sample ids or packed rows (or 1, "
-        f"shared by all); got {tuple(x.shape)}"
-        + ("; of documents packed into several rows, tokens= tells how long a row is" if batch == 1 else "")
+        f"shared by all); got {tuple(x.shape)}" + (_of_rows(x.shape[0], batch) if x.dim() > 1 else "")
+    )
+
+
+def _of_rows(rows: int, batch: int) -> str:
+    if batch == 1:
+        return "; of documents packed into several rows, tokens= tells how long a row is"
+    if rows % batch:
+        return ""
+    return (
+        f". {rows // batch} rows to a sample: where they are samples, as of pairs, give each an id and add their "
+        "values up; where they are its tokens, flattened, name a module around the layer that returns [B, ...], "
+        "track(..., through={parameter: module})"
     )
 
 

@@ -145,6 +145,8 @@ class Keeper:
         if held is None:
             x = module.placed(x, layout)
             y = plain(x)
+            if y.requires_grad and y._is_view():
+                y = functional.Alias.apply(y)
             self._await(y, module, x, slice(None))
             return y
         ours, theirs = slice(layout.rows), slice(layout.rows, None)
@@ -178,7 +180,7 @@ class Keeper:
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 # An alias: where one output is made from another, each has the gradient that came from outside.
-                leaves[i] = leaf.view_as(leaf)
+                leaves[i] = leaf.view_as(leaf) if _is_parameter(leaf) else functional.Alias.apply(leaf)
                 # A copy: a parameter that is an output, or a term of one, may take this memory for its own gradient.
                 leaves[i].register_hook(lambda grad, i=i: self._arrived(kept, i, grad.clone()))
         return pytree.tree_unflatten(leaves, spec)
@@ -358,7 +360,12 @@ def _runs(node: Any) -> bool:
 
 def _unaliased(x: Tensor) -> Tensor:
     """A layer's input; of a parameter, or a view of one, a copy, since the update will change it."""
-    return x.clone() if isinstance(x if x._base is None else x._base, torch.nn.Parameter) else x
+    return x.clone() if _is_parameter(x) else x
+
+
+def _is_parameter(x: Tensor) -> bool:
+    """Whether it is a parameter, or a view of one."""
+    return isinstance(x if x._base is None else x._base, torch.nn.Parameter)
 
 
 def versions_of(inputs: Any) -> list[int]:

@@ -67,6 +67,8 @@ class Holder:
 class Rule(Holder):
     """A layer with a rule: `probed` runs it with a probe, `dots` scores it from what a deferred step kept."""
 
+    folds = True  # whether rows may be tokens of samples, flattened
+
     def forward(self, *args, **kwargs):
         return self.scored(args[0] if args else next(iter(kwargs.values())))
 
@@ -93,6 +95,9 @@ class Rule(Holder):
 
     def _scored(self, x: Tensor) -> Tensor:
         tap = self._inrun
+        scores = tap.keep is not None or tap.probe is not None
+        if scores and tap.folds is not None and self.folds and not torch.compiler.is_compiling() and x.dim() > 1:
+            tap.flat = tap.routed or tap.folds.hold(self, x)
         if tap.keep is not None:
             y = eagerly(tap.keep, self, self.plain, x)
         elif tap.probe is not None:
@@ -186,6 +191,7 @@ class Conv1dRule(LinearRule):
 
 
 class EmbeddingRule(Rule):
+    folds = False
     weight: Tensor
     padding_idx: int | None
 
@@ -272,6 +278,7 @@ class RMSNormRule(Rule):
 
 
 class ConvRule(Rule):
+    folds = False
     weight: Tensor
     bias: Tensor | None
 
@@ -294,6 +301,8 @@ class ConvRule(Rule):
 
 class RelativeBiasRule(Rule):
     """T5's attention, whose position bias `[1, heads, Q, K]` has no sample axis: it is given one, and scored there."""
+
+    folds = False
 
     relative_attention_bias: nn.Embedding
 

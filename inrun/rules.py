@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import affine, attention, experts, projection, routing
+from .borrowed import borrowers
 from .errors import InRunError
 from .forward_mode import sample_axis
 from .layers import (
@@ -156,7 +157,7 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
 def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     """Change a site's module into its tracked class and put the directions beside their parameters."""
     tap = Tap(site.name)
-    tap.form, tap.flat, tap.by_row = site.form, site.flat, site.takes_one_sample
+    tap.form, tap.flat, tap.routed, tap.by_row = site.form, site.flat, site.flat, site.takes_one_sample
     tap.owned = [(owner, local) for owner, local, _ in site.owned]
     for owner, local, full in site.owned:
         if not isinstance(owner, Holder):
@@ -208,12 +209,17 @@ def _via(
     modules: dict[str, nn.Module], owned: dict[str, Any], names: list[str], through: Mapping[str, str]
 ) -> dict[str, str]:
     """Owner -> the module that scores all of its parameters by forward-mode AD, where that is not the owner."""
-    via = {}
-    wholes = [p for p, m in modules.items() if isinstance(m, _WHOLE) or is_parametrized(m)]
+    wholes = [p for p, m in modules.items() if isinstance(m, _WHOLE) or is_parametrized(m) or _is_dora(m)]
+    via = borrowers(modules, owned)
     for path in owned:
         whole = next((p for p in wholes if p == path or _inside(path, p)), None)
         if whole is not None:
             via[path] = whole
+        elif _is_container(modules[path]):  # whose parameters the module around it uses
+            around = path
+            while around and _is_container(modules[around]):
+                around = around.rpartition(".")[0]
+            via[path] = around
     for pattern, target in through.items():
         if target not in modules:
             raise ValueError(f"through[{pattern!r}]: expected the name of a module, got {target!r}")
@@ -231,8 +237,9 @@ def _site(path: str, module: nn.Module) -> Site:
     cls = type(module)
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         return Site(path, module, Conv1dRule)
+    trained = {name for name, p in module._parameters.items() if p is not None and p.requires_grad}
     for base, rule in RULES.items():
-        if isinstance(module, base) and not _pads_otherwise(module):
+        if isinstance(module, base) and trained <= {"weight", "bias"} and not _pads_otherwise(module):
             under = None if cls.forward is base.forward else base
             if under is None or _calls_super(cls, base):
                 if base is nn.Embedding:
@@ -249,6 +256,15 @@ def _whole_rule(module: nn.Module, flat: set[nn.Module]) -> type[Holder]:
     if attention.is_attention(module):
         return attention.AttentionRule
     return experts.ExpertsRule if module in flat and experts.is_experts(module) else ForwardModeRule
+
+
+def _is_container(module: nn.Module) -> bool:
+    return type(module).forward is nn.Module.forward
+
+
+def _is_dora(module: Any) -> bool:
+    """Whether it is a layer of PEFT's that scales its adapted weight's columns, for which it reads its children's."""
+    return isinstance(module, nn.Module) and len(getattr(module, "lora_magnitude_vector", ())) > 0
 
 
 def _is_relative_bias(path: str, modules: dict[str, nn.Module]) -> bool:

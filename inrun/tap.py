@@ -35,7 +35,8 @@ class Tap:
         self.positions: Tensor | None = None  # whether all ids so far, one for each sample, could be positions
         self.watched = False  # whether to see what becomes of outputs that all samples share
         self.compared = False  # whether a module known by running it is to be compared with itself
-        self.flat = False  # whether the module's rows are the tokens of [B, T], flattened
+        self.flat = self.routed = False  # whether the module's rows are the tokens of [B, T], flattened; so always
+        self.folds: Any = None  # tells of any other layer's rows whether they are
         self.by_row = True  # whether it computes each row of a batch by itself, and holds it at dimension 0
 
 
@@ -170,22 +171,28 @@ def buffers_kept(*modules: nn.Module) -> Iterator[None]:
             for buffers, held in holders:
                 buffers.update(held)
         with torch.no_grad():
-            for buffer, saved in copies:
-                buffer.copy_(saved)
+            for buffer, saved in copies:  # past the count of changes: a graph may hold the buffer
+                (buffer if torch.compiler.is_compiling() else buffer.data).copy_(saved)
 
 
 @contextmanager
-def tried(module: nn.Module) -> Iterator[None]:
-    """For the block a module may be run, to find out what it does: in full precision; then it is as it was, its
-    attributes, modes and buffers, and so are the random numbers to come."""
+def as_it_was(module: nn.Module) -> Iterator[None]:
+    """What the block does to a module's attributes, modes and buffers is undone, and random numbers are drawn again."""
     before = [(m, dict(vars(m))) for m in module.modules()]
     try:
-        with torch.no_grad(), random_kept(), buffers_kept(module), _no_autocast():
+        with random_kept(), buffers_kept(module):
             yield
     finally:
         for m, attributes in before:
             vars(m).clear()
             vars(m).update(attributes)
+
+
+@contextmanager
+def tried(module: nn.Module) -> Iterator[None]:
+    """For the block a module may be run on numbers of ours, to find out what it does; then it is as it was."""
+    with as_it_was(module), torch.no_grad(), _no_autocast():
+        yield
 
 
 @contextmanager

@@ -349,12 +349,76 @@ def test_labels_that_are_a_run_of_numbers_by_chance(method):
 
 
 def test_a_layer_that_sees_no_samples_is_named():
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Flatten(0, 1), nn.Linear(WIDTH, VOCAB))
+    class AllButOne(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(0, 1)[1:]
+
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), AllButOne(), nn.Linear(WIDTH, VOCAB))
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    x, y = torch.randn(B, T, WIDTH), torch.randint(VOCAB, (B * T,))
+    x, y = torch.randn(B, T, WIDTH), torch.randint(VOCAB, (B * T - 1,))
     tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y))
     with pytest.raises(ValueError, match=r"2: input: expected shape \[B, ...\] with B = 4"), tracker.step(range(B)):
         loss_of(model, x, y).backward()
+
+
+class Flattened(nn.Module):
+    """Layers that are given the tokens of all samples as rows, in one order or another."""
+
+    def __init__(self, order: str = "samples") -> None:
+        super().__init__()
+        self.inner, self.norm, self.head = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB)
+        self.order, self.autocast = order, torch.autocast("cpu", torch.bfloat16, enabled=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.autocast:  # which cannot be entered twice at once
+            rows = self.inner(x) if self.order == "samples" else self.inner(x).movedim(1, 0)
+            rows = self.norm(rows.flatten(0, 1))
+            y = self.head(rows)
+        return y.view(len(x), -1, VOCAB)
+
+
+@pytest.mark.parametrize("method", ["first", "secant", "path"])
+def test_tokens_flattened_over_samples(method):
+    """Tried once, in the first step of several samples; a batch of one has nothing to mix up."""
+    torch.manual_seed(0)
+    model = Flattened()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    held = torch.randn(3, T, WIDTH), torch.randint(VOCAB, (3, T))
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *held))
+    for size, tokens in ((1, T), (B, T), (B + 1, 2), (1, T)):
+        x, y = torch.randn(size, tokens, WIDTH), torch.randint(VOCAB, (size, tokens))
+        before = copy.deepcopy(model)
+        with tracker.step(range(size)) as step:
+            loss_of(model, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        params = list(before.parameters())
+        target = torch.autograd.grad(loss_of(before, *held), params)
+        if method == "secant":
+            after = torch.autograd.grad(loss_of(model, *held), list(model.parameters()))
+            target = [(a + b) / 2 for a, b in zip(target, after, strict=True)]
+        for b in range(size):
+            own = torch.autograd.grad(loss_of(before, x[[b]], y[[b]]) / size, params)
+            expected = LR * sum((g * t).sum() for g, t in zip(own, target, strict=True))
+            torch.testing.assert_close(step.values[b], expected, rtol=1e-3, atol=1e-6)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_tokens_flattened_in_another_order_are_refused(method):
+    torch.manual_seed(0)
+    model = Flattened("tokens")
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x, y = torch.randn(B, T, WIDTH), torch.randint(VOCAB, (B, T))
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x, y), check=False)
+    before = copy.deepcopy(model.state_dict())
+    refused = pytest.raises(inrun.InRunError, match=r"norm: expected an input \[B, ...\], or .* rows did not move on")
+    for _ in range(2):
+        with refused, tracker.step(range(B)):
+            loss_of(model, x, y).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items() if name in before)
 
 
 class FirstOfShared(nn.Module):

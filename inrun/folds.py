@@ -1,0 +1,117 @@
+"""Layers whose rows are samples' tokens, flattened: `head(h.view(-1, W))`, OPT's blocks.
+
+Such a layer's `[B * T, W]` can be scored where the samples' rows lie one after the other. Whether they do is found out
+once, before the update of the step that met them first: the model is run again, without gradients and in eval mode, on
+the batch and on the batch with its samples moved on by one, when the layer's rows must have moved on by as many as
+belong to a sample. (Not within the forward: the user's own contexts around it cannot be entered twice.)
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .errors import InRunError
+from .tap import as_it_was
+
+SAME, OTHER = 1e-3, 1e-2  # of the largest mark: up to the former two are equal, from the latter on they differ
+
+
+class Folds:
+    """Which layers of a model hold several rows for each sample of a batch, sample after sample.
+
+    Args:
+        model: what it is called with has the samples in front.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known: set[nn.Module] = set()
+        self._asked: dict[Any, tuple[int, ...]] = {}  # layers, and their inputs' shapes
+        self._call: tuple[Any, int, tuple[Any, ...]] | None = None  # the model's inputs, B, and autocast
+        self.rows = 0  # B of the next forward; 0 where it is not rows that have values
+
+    def hold(self, layer: nn.Module, x: Tensor) -> bool:
+        """Whether the layer's input is taken for one of those; `settle` will tell."""
+        if not self.rows or x.shape[0] in (1, self.rows) or x.shape[0] % self.rows:
+            return False
+        if self.rows == 1 or layer in self._known or layer in self._asked:
+            return True
+        if self._call is None:
+            inputs, kind = self._inputs(), x.device.type
+            leaves = pytree.tree_leaves(inputs)
+            plain = all(y is None or isinstance(y, (Tensor, int, float, str)) for y in leaves)
+            if not plain or not any(map(self._has_samples, leaves)):  # a cache, say, would take each run in
+                return False
+            autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False
+            self._call = inputs, self.rows, autocast
+        self._asked[layer] = tuple(x.shape)
+        return True
+
+    def settle(self) -> None:
+        """Raise `InRunError` where an input was taken for what it is not."""
+        if self._call is None:
+            return
+        (inputs, self.rows, autocast), asked = self._call, self._asked
+        self.forget()
+        leaves, spec = pytree.tree_flatten(inputs)
+        moved = [x.roll(1, 0) if self._has_samples(x) else x for x in leaves]
+        with as_it_was(self._model), torch.no_grad(), torch.autocast(*autocast):
+            self._model.eval()
+            runs = [self._marks(asked, *pytree.tree_unflatten(each, spec)) for each in (leaves, moved)]
+        for layer, shape in asked.items():
+            first, second = (run.get(layer, []) for run in runs)
+            if len(first) != len(second) or not all(map(self._moved_on, first, second)) or not first:
+                raise InRunError(
+                    f"{layer._inrun.name or 'model'}: expected an input [B, ...], or [B * T, ...] of tokens, sample "
+                    f"after sample, with B = {self.rows}; got {shape}, whose rows did not move on when the samples of "
+                    "the model's input did. Name a module around it that returns [B, ...], track(..., "
+                    "through={parameter: module}), or exclude its parameters"
+                )
+        self._known.update(asked)
+
+    def forget(self) -> None:
+        """What was asked in a step that is over."""
+        self._asked, self._call = {}, None
+
+    def _has_samples(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.dim() > 0 and len(x) == self.rows
+
+    def _inputs(self) -> tuple[tuple, dict] | None:
+        """What the model was called with, in the forward that is going on: looked up on the stack, as a hook would be
+        copied and pickled with the model, and a graph be captured anew for it."""
+        frame = sys._getframe()
+        while frame is not None:
+            if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is self._model:
+                return frame.f_locals["args"], frame.f_locals["kwargs"]
+            frame = frame.f_back
+        return None
+
+    def _marks(self, layers: Any, args: tuple, kwargs: dict) -> dict[nn.Module, list[Tensor]]:
+        """Two numbers for each row of each input that each layer is called with."""
+        found: dict[nn.Module, list[Tensor]] = {}
+
+        def note(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            rows = x.detach().reshape(len(x), -1).float()
+            weights = torch.arange(rows.shape[1], device=x.device, dtype=torch.float32).cos()
+            found.setdefault(layer, []).append(torch.stack([rows @ weights, rows.norm(dim=1)]))
+
+        handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+        try:
+            self._model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def _moved_on(self, before: Tensor, after: Tensor) -> bool:
+        if before.shape != after.shape or before.shape[1] % self.rows:
+            return False
+        expected, size = before.roll(before.shape[1] // self.rows, 1), before.abs().max()
+        differs = (expected - before).abs().max() > OTHER * size
+        return bool(differs & ((after - expected).abs().max() <= SAME * size))
