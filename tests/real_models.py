@@ -232,6 +232,103 @@ CASES = {
 }
 
 
+def small(name: str, config: str | None = None, **settings: Any) -> Case:
+    """A causal language model whose heads have the width that is left to them."""
+    known = {"intermediate_size": 24, "num_key_value_heads": 2} | SHAPE | TEXT | settings
+    return Case(hf(f"{name}ForCausalLM", config or f"{name}Config", **known))
+
+
+def adapted(config: str, **settings: Any) -> Case:
+    """A Llama with an adapter of PEFT's, none of whose parameters is left at zero."""
+
+    def make() -> nn.Module:
+        import peft
+
+        model = peft.get_peft_model(decoder("Llama")(), getattr(peft, config)(**settings))
+        g = torch.Generator().manual_seed(1)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data += 0.1 * torch.randn(p.shape, generator=g)
+        return model
+
+    return Case(make)
+
+
+def sound(batch: int, g: torch.Generator) -> tuple[Any, Tensor]:
+    mask = torch.ones(batch, 120, dtype=torch.long)
+    mask[0, 90:] = 0
+    x = {"input_values": torch.randn(batch, 120, generator=g), "attention_mask": mask}
+    return x, torch.randint(VOCAB, (batch, 13), generator=g)
+
+
+MAMBA = {"num_hidden_layers": 2, "hidden_size": WIDTH, "state_size": 4, "vocab_size": VOCAB}
+LINEAR = {"linear_key_head_dim": 4, "linear_value_head_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+NEXT = EXPERTS | LINEAR | GROUPED | {"shared_expert_intermediate_size": 12}
+JAMBA = {"num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4}
+JAMBA |= {"expert_layer_period": 2, "expert_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+W2V = {"conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+W2V |= {"intermediate_size": 24, "vocab_size": VOCAB} | SHAPE
+W2V |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0, "layerdrop": 0.0}
+W2V |= {
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+OPT = {"ffn_dim": 24, "word_embed_proj_dim": WIDTH, "dropout": 0.0} | SHAPE | TEXT
+BART = {"d_model": WIDTH, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 0.0, "forced_eos_token_id": 2} | TEXT
+NEO = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+VISION = {"image_size": 8, "patch_size": 4, "intermediate_size": 24} | SHAPE
+CLIP = {"vision_config": VISION, "num_labels": VOCAB}
+ALL = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+# Compared with the oracle in float32 only, by methods "first" and "path".
+MORE = {
+    "Mistral": small("Mistral", sliding_window=4),
+    "Phi": Case(decoder("Phi", num_key_value_heads=4, resid_pdrop=0.0)),
+    "Phi-3": small("Phi3"),
+    "Gemma 2": Case(decoder("Gemma2", sliding_window=4, query_pre_attn_scalar=8)),
+    "OLMo 2": small("Olmo2"),
+    "OLMoE": small("Olmoe", num_experts=4, num_experts_per_tok=2),
+    "Cohere": small("Cohere"),
+    "Granite": small("Granite", residual_multiplier=0.5, logits_scaling=2.0),
+    "SmolLM3": small("SmolLM3"),
+    "GLM-4": Case(decoder("Glm4")),
+    "StableLM": small("StableLm"),
+    "gpt-oss": Case(decoder("GptOss", num_local_experts=4, num_experts_per_tok=2, sliding_window=4)),
+    "Pythia": small("GPTNeoX", **NEO),
+    "Falcon": Case(hf("FalconForCausalLM", "FalconConfig", **SHAPE, **TEXT)),
+    "BLOOM": Case(hf("BloomForCausalLM", "BloomConfig", n_layer=2, n_head=4, hidden_size=WIDTH, vocab_size=VOCAB)),
+    "OPT": Case(hf("OPTForCausalLM", "OPTConfig", **OPT)),
+    "Mamba": Case(hf("MambaForCausalLM", "MambaConfig", **MAMBA)),
+    "Falcon Mamba": Case(hf("FalconMambaForCausalLM", "FalconMambaConfig", **MAMBA)),
+    "Mamba 2": Case(hf("Mamba2ForCausalLM", "Mamba2Config", num_heads=8, head_dim=4, chunk_size=4, **MAMBA)),
+    "Jamba": small("Jamba", **JAMBA),
+    "Qwen3-Next": small("Qwen3Next", layer_types=["linear_attention", "full_attention"], **NEXT),
+    "LFM2": small("Lfm2", layer_types=["conv", "full_attention"]),
+    "RoBERTa": Case(hf("RobertaForMaskedLM", "RobertaConfig", **BERT)),
+    "DistilBERT": Case(hf("DistilBertForMaskedLM", "DistilBertConfig", dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=24,
+                          vocab_size=VOCAB, dropout=0.0, attention_dropout=0.0)),
+    "ALBERT": Case(hf("AlbertForMaskedLM", "AlbertConfig", embedding_size=8, **BERT)),
+    "ModernBERT": Case(hf("ModernBertForMaskedLM", "ModernBertConfig", local_attention=4, cls_token_id=1,
+                          sep_token_id=2, intermediate_size=24, **SHAPE, **TEXT)),
+    "BART": Case(hf("BartForConditionalGeneration", "BartConfig", **BART), pairs),
+    "CLIP": Case(hf("CLIPForImageClassification", "CLIPConfig", **CLIP), images(8)),
+    "SigLIP": Case(hf("SiglipForImageClassification", "SiglipConfig", **CLIP), images(8)),
+    "Wav2Vec2": Case(hf("Wav2Vec2ForCTC", "Wav2Vec2Config", **W2V), sound),
+    "DoRA": adapted("LoraConfig", r=4, use_dora=True, **ALL),
+    "LoRA of embeddings": adapted("LoraConfig", r=4, target_modules=["embed_tokens", "q_proj"]),
+    "IA3": adapted("IA3Config", feedforward_modules=["down_proj"], **ALL),
+    "VeRA": adapted("VeraConfig", r=4, target_modules=["q_proj", "up_proj"]),
+    "AdaLoRA": adapted("AdaLoraConfig", init_r=6, target_r=4, tinit=1, tfinal=2, total_step=20, **ALL),
+    "LoKr": adapted("LoKrConfig", r=4, **ALL),
+    "BOFT": adapted("BOFTConfig", boft_block_size=4, **ALL),
+    "prefix tuning": adapted("PrefixTuningConfig", task_type="CAUSAL_LM", num_virtual_tokens=3),
+}  # fmt: skip
+
+
 @dataclass
 class Stack:
     """How a model is run."""

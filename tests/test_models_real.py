@@ -17,6 +17,7 @@ from coverage_table import END, NOTES, README, START
 from real_models import (
     CASES,
     LR,
+    MORE,
     STACKS,
     VOCAB,
     B,
@@ -63,6 +64,15 @@ def test_every_model(name):
     found, allowed, slow = compare(CASES[name], STACKS["float32"])
     assert found <= allowed
     assert slow == FORWARD_MODE.get(name, [])
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("name", list(MORE))
+def test_more_models(name, method):
+    """The README names them."""
+    assert re.search(rf"\b{re.escape(name)}\b", re.sub(r"\s+", " ", README.read_text()))
+    found, allowed, _ = compare(MORE[name], STACKS["float32"], method=method)
+    assert found <= allowed
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen2-MoE", "ViT"])
