@@ -1,7 +1,7 @@
 """What scoring adds to a training step in each training stack: the same small Llama, scored and plain side by side.
 
     python -m bench.bench_stacks                   # prints the table; rows to runs/bench/stacks.json
-    python -m bench.bench_stacks --save-results    # rows to bench/results, and the table into the README
+    python -m bench.bench_stacks --save-results    # rows to bench/results, and the table into README.md
     python -m bench.bench_stacks --quick           # a tiny model and few rounds: whether it runs
 
 Every stack makes a plain and a scored step in turn, in one process, and its ratio is relative to its own plain step. A

@@ -1,7 +1,7 @@
 """What every method and option costs in a whole training step, in time and memory, as a ratio to plain training.
 
     python -m bench.bench_variants                   # prints the table; rows to runs/bench/variants.json
-    python -m bench.bench_variants --save-results    # rows to bench/results, and the table into the README
+    python -m bench.bench_variants --save-results    # rows to bench/results, and the table into README.md
 
 Every validation pass that a variant needs is in its time; the validation batch is as large as the training batch. One
 such pass is timed by itself, so that the table can show what is left without them.

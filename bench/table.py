@@ -43,16 +43,16 @@ def write(rows: list[Row], committed: bool, suffix: str = "") -> Path:
 
 
 def publish(rows: list[Row], name: str, text: str, between: tuple[str, str], committed: bool) -> None:
-    """Print the rows and `text`, and write the rows as `name`.json; what is committed, into the README as well.
+    """Print the rows and `text`, and write the rows as `name`.json; what is committed, into README.md here as well.
 
     Args:
-        text: Markdown, which takes the place of what stands between these two lines of the README.
+        text: Markdown, which takes the place of what stands between these two lines there.
     """
     path = folder(committed) / f"{name}.json"
     path.write_text(as_json(rows))
     print(f"{as_text(rows)}\n\n{text}\n\n{path.relative_to(ROOT)}")
     if committed:
-        (start, end), readme = between, ROOT / "README.md"
+        (start, end), readme = between, ROOT / "bench" / "README.md"
         before = readme.read_text()
         assert start in before and end in before
         readme.write_text(re.sub(f"(?s){start}.*{end}", lambda _: f"{start}\n{text}\n{end}", before))

@@ -162,6 +162,15 @@ def test_the_trainer_and_trls(kind, tmp_path, monkeypatch):
     assert len(inrun.Ledger("runs/ledger")) == 22
 
 
-def test_every_picture_and_link_exists():
-    for path in re.findall(r"\]\(([^)#]+)\)", README):
-        assert path.startswith("http") or (ROOT / path).exists(), path
+@pytest.mark.parametrize("folder", [".", "bench"])
+def test_every_picture_and_link_exists(folder):
+    found = re.findall(r"\]\(([^)#]+)(#[^)]*)?\)", (ROOT / folder / "README.md").read_text())
+    assert found
+    for path, heading in found:
+        assert path.startswith("http") or (ROOT / folder / path).exists(), path
+        named = [f"#{line.strip('# ').lower().replace(' ', '-')}" for line in _lines(ROOT / folder / path) if heading]
+        assert not heading or heading in named
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines() if line.startswith("#")] if path.suffix == ".md" else []
