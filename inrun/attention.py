@@ -122,7 +122,13 @@ def _projected(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Sequen
     names = (_ALL,) * 3
     if not module._qkv_same_embed_dim:
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    elif query is key and key is value:
+    if missing := {name for name in names if name not in module._parameters}:  # PEFT merges its adapter into them
+        raise InRunError(
+            f"{module._inrun.name or 'model'}: expected its {', '.join(sorted(missing))} among its parameters while it "
+            "runs, as in nn.MultiheadAttention, got none; score it by the module around it, track(..., "
+            "through={parameter: module})"
+        )
+    if module._qkv_same_embed_dim and query is key and key is value:
         return _Projection(module._inrun, module, (_ALL, "in_proj_bias")).scored(inputs[0]).chunk(3, -1)
     thirds = [_Projection(module._inrun, module, (name, "in_proj_bias"), i) for i, name in enumerate(names)]
     return [third.scored(x) for third, x in zip(thirds, inputs, strict=True)]

@@ -64,11 +64,14 @@ def by_sample(module: Any, tap: Tap, leaf: int, out: Tensor, layout: Layout) -> 
         out = split_samples(tap, out, layout.rows)
     elif out.dim() <= axis or (out.shape[axis] != layout.rows and layout.segments is None):
         expected = "[B, ...]" if axis == 0 else "[N, B, ...]"
+        instead = "Name an enclosing module whose outputs are [B, ...] with track(..., through={parameter: module})"
+        if out.dim() == 0 and not tap.name:
+            instead = "Compute the loss outside of the model, from its [B, ...] outputs"
         raise InRunError(
             f"{tap.name or 'model'} ({module._inrun_class.__name__}): expected every output to be {expected} with "
             f"B = {layout.rows}, got {tuple(out.shape)}; it holds parameters with no rule of their own "
-            f"({', '.join(n for _, n in tap.forward_mode)}), which are scored by their module's output. Name an "
-            "enclosing module whose outputs are [B, ...] with track(..., through={parameter: module}), or exclude them"
+            f"({', '.join(n for _, n in tap.forward_mode)}), which are scored by their module's output. {instead}, or "
+            "exclude them"
         )
     else:
         out = out.movedim(axis, 0)
@@ -160,18 +163,15 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
 
 @contextlib.contextmanager
 def _written_out_layers(tap: Tap) -> Iterator[None]:
-    owners = [owner for owner, _ in tap.forward_mode]
-    configs: list[Any] = [getattr(owner, "config", None) for owner in owners]
-    configs = [config for config in configs if hasattr(config, "_experts_implementation")]
-    before = [config._experts_implementation for config in configs]
-    native = not any(isinstance(owner, nn.RNNBase) for owner in owners)
+    before = [config._experts_implementation for config in tap.configs]
+    native = not any(isinstance(owner, nn.RNNBase) for owner, _ in tap.forward_mode)
     with contextlib.nullcontext() if native else _no_fused_recurrence():
         try:
-            for config in configs:  # of Hugging Face's fused experts
+            for config in tap.configs:  # of Hugging Face's fused experts
                 config._experts_implementation = "eager"
             yield
         finally:
-            for config, implementation in zip(configs, before, strict=True):
+            for config, implementation in zip(tap.configs, before, strict=True):
                 config._experts_implementation = implementation
 
 

@@ -163,6 +163,12 @@ class Keeper:
             y.register_hook(lambda grad: self._arrived(kept, 0, grad[rows]))
 
     def _run_module(self, module: Any, plain: Callable, inputs: tuple[tuple, dict]) -> Any:
+        if cache := [v for v in pytree.tree_leaves(inputs) if hasattr(v, "get_seq_length")]:
+            raise InRunError(
+                f"{module._inrun.name or 'model'}: expected inputs that it leaves as they are, since it is run on them "
+                f"once more to be scored; got a {type(cache[0]).__name__}, which grows. Call the model with "
+                "use_cache=False, or take method 'first'"
+            )
         args, kwargs = pytree.tree_map(lambda v: _unaliased(v).detach() if isinstance(v, Tensor) else v, inputs)
         kind = next(module.parameters()).device.type
         autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))

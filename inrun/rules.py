@@ -142,6 +142,12 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
     sites |= {path: Site(path, modules[path], RelativeBiasRule) for path in tables.values()}
     for path, site in sites.items():
         site.flat = modules[path] in flat
+        if "forward" in vars(site.module):
+            raise InRunError(
+                f"{path or 'model'}: expected {type(site.module).__name__}'s own forward, got one that was set on the "
+                "module (by accelerate's hooks, say, or kernels that replace it), which no rule sees. Track the model "
+                "before that, or name a module around it, track(..., through={parameter: module})"
+            )
     for path, found in owned.items():
         target = tables.get(path, path)
         if path in via:
@@ -168,6 +174,8 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     if issubclass(site.rule, ForwardModeRule):
         tap.forward_mode = tap.owned
         tap.norms = any(isinstance(m, _NORMS) for m in site.module.modules())
+        configs = {id(config): config for m in site.module.modules() if (config := getattr(m, "config", None))}
+        tap.configs = [config for config in configs.values() if hasattr(config, "_experts_implementation")]
     tap.names = tuple(site.module.__dict__)
     return tap
 

@@ -29,6 +29,7 @@ class Tap:
         self.owned: list[tuple[nn.Module, str]] = []  # the parameters that it scores
         self.forward_mode: list[tuple[nn.Module, str]] = []
         self.norms = False  # whether any of torch's norms is inside
+        self.configs: list[Any] = []  # of Hugging Face's experts inside
         self.form: Any = None  # of a module known by running it, what it computes
         self.names: tuple[str, ...] = ()  # of the module's attributes
         self.pending: Any = None  # of the tracker

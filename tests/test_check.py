@@ -531,3 +531,93 @@ def test_an_overflow_in_the_step_of_a_check_puts_it_off():
             optimizer.zero_grad()
         assert bool(step.values.any()) == (k > 0)
     assert checked == [True, True, False]
+
+
+class Scaled(nn.Linear):
+    """A linear layer by `super().forward()`, with a parameter of its own beside it."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.gate = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gate
+
+
+class Contained(nn.Module):
+    """Parameters in a list inside a dictionary, and a child whose weight is used without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"a": nn.ParameterList([torch.randn(WIDTH, WIDTH), torch.randn(WIDTH)])})
+        self.proj, self.tied = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, shift = self.parts["a"]
+        if self.proj.weight.dtype is not x.dtype or isinstance(self.tied.weight, int):
+            raise TypeError
+        return self.tied(F.linear(x @ weight, self.proj.weight, bias=self.proj.bias) + shift)
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.loose = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        y[:, 0] = 0.0
+        y += x
+        z = self.loose(self.norm(F.relu(y, inplace=True)))
+        z *= 2.0
+        return z
+
+
+@pytest.mark.parametrize("method", ["first", "secant", "path"])
+@pytest.mark.parametrize("block", [Scaled, Contained, InPlace])
+def test_blocks_as_people_write_them(block, method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), block(), nn.Linear(WIDTH, VOCAB))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    held = torch.randn(3, T, WIDTH), torch.randint(VOCAB, (3, T))
+    x, y = torch.randn(B, T, WIDTH), torch.randint(VOCAB, (B, T))
+    before = copy.deepcopy(model)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *held))
+    with tracker.step(range(B)) as step:
+        loss_of(model, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(tracker.coverage["tracked"]) == len(list(before.parameters()))
+    params = list(before.parameters())
+    target = torch.autograd.grad(loss_of(before, *held), params)
+    if method == "secant":
+        after = torch.autograd.grad(loss_of(model, *held), list(model.parameters()))
+        target = [(a + b) / 2 for a, b in zip(target, after, strict=True)]
+    for b in range(B):
+        own = torch.autograd.grad(loss_of(before, x[[b]], y[[b]]) / B, params)
+        expected = LR * sum((g * t).sum() for g, t in zip(own, target, strict=True))
+        torch.testing.assert_close(step.values[b], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_what_no_rule_can_see_is_said_with_what_to_do():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCAB))
+    model[0].forward = lambda x: F.linear(x, model[0].weight, model[0].bias)
+    with pytest.raises(inrun.InRunError, match=r"0: expected Linear's own forward, got one that was set on the module"):
+        inrun.track(model, torch.optim.SGD(model.parameters()))
+
+    class Losing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.head = nn.Parameter(torch.randn(T, WIDTH)), nn.Linear(WIDTH, VOCAB)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(x + self.positions).flatten(0, -2), y.flatten())
+
+    model = Losing()
+    x, y = torch.randn(B, T, WIDTH), torch.randint(VOCAB, (B, T))
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters()), validation=lambda: model(x, y))
+    with (
+        pytest.raises(inrun.InRunError, match=r"got \(\);.*Compute the loss outside of the model"),
+        tracker.step(range(B)),
+    ):
+        model(x, y)
