@@ -11,7 +11,7 @@ import pytest
 from inrun_kernels.config import CHIPS
 
 pytest.importorskip("triton.backends.nvidia")
-MATRIX_KERNELS = {"_wgrad_dot_kernel", "_dot_kernel", "_pairwise_kernel"}
+MATRIX_KERNELS = {"wgrad_dot_kernel", "_dot_kernel", "_pairwise_kernel"}
 TENSOR_CORES = {"sm_80": ["HMMA"], "sm_90": ["HGMMA"], "sm_100": ["UTCHMMA"], "sm_120": ["HMMA"],
                 "gfx942": ["v_mfma_f32"]}  # fmt: skip
 ALL_KERNELS = {
@@ -19,7 +19,7 @@ ALL_KERNELS = {
     "_rows_kernel",
     "_columns_kernel",
     "_segment_sum_kernel",
-    "_second_stage_kernel",
+    "second_stage_kernel",
     "_adam_direction_kernel",
     "_norm_backward_kernel",
     "_norm_sums_kernel",
