@@ -20,7 +20,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -39,58 +38,13 @@ from .folds import Folds
 from .inline import Inline
 from .ledger import Ledger
 from .montecarlo import MonteCarlo
+from .slots import Slot, places, require_all, sibling, trainable
 from .step import Step
-from .tap import SUFFIX, Layout, Tap, size_of, targets_first
+from .tap import Layout, Tap, size_of
 from .updates import UpdateRule, as_optimizers
 from .validation import Validation, as_losses, as_samples, columns_of
 
 METHODS = ("first", *DEFERRED, "monte_carlo")
-
-
-@dataclass
-class Slot:
-    """One distinct tracked parameter; looked up by owner and name, since sharding replaces the tensors."""
-
-    name: str
-    owner: nn.Module
-    local: str
-    taps: list[Tap]
-    optimizer: Any = None  # that updates it, and the number of its group there
-    group: int = -1
-    count: Tensor | None = None  # its steps, on the host, while `updates.counts_read` holds what it read from a device
-
-    @property
-    def param(self) -> nn.Parameter:
-        return self.owner._parameters[self.local]  # pyright: ignore[reportReturnType]
-
-    @property
-    def sibling(self) -> nn.Parameter:
-        return self.owner._parameters[self.local + SUFFIX]  # pyright: ignore[reportReturnType]
-
-    @property
-    def shard(self) -> Tensor:
-        """This process's part of the parameter, or all of it."""
-        return distributed.local(self.param)
-
-    @property
-    def direction(self) -> Tensor:
-        """This process's part of it, as of the gradient; of M targets `[M, *shape]`."""
-        return targets_first(distributed.local(self.sibling), self.param)
-
-    @property
-    def grad(self) -> Tensor | None:
-        return distributed.local(self.param.grad)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Its entry in the optimizer's `param_groups`."""
-        return self.optimizer.param_groups[self.group]
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What the optimizer holds for it; empty before its first step."""
-        state = self.optimizer.state.get(self.param, {})
-        return state if self.count is None else {**state, "step": self.count}
 
 
 def track(
@@ -237,8 +191,8 @@ class Tracker:
         optimizers = as_optimizers(optimizer)
         if optimizers:
             self._require_supported(optimizers)
-            held, params = _places(optimizers), dict(model.named_parameters())
-            _require_all([n for n in plan.tracked if id(params[n]) not in held])
+            held, params = places(optimizers), dict(model.named_parameters())
+            require_all([n for n in plan.tracked if id(params[n]) not in held])
         self.model = model
         self.coverage = {"tracked": plan.tracked, "excluded": plan.excluded, "frozen": plan.frozen}
         self.ledger = as_ledger(ledger)
@@ -276,7 +230,7 @@ class Tracker:
 
     def _install(self, plan: rules.Plan) -> None:
         params = dict(self.model.named_parameters())
-        siblings = {name: _sibling(params[name], self.many) for name in plan.tracked}
+        siblings = {name: sibling(params[name], self.many) for name in plan.tracked}
         slots: dict[str, Slot] = {}
         for site in plan.sites:
             tap = rules.install(site, siblings)
@@ -328,8 +282,8 @@ class Tracker:
         siblings = {id(s.sibling) for s in self.slots}
         for group in (group for each in optimizers for group in each.param_groups):
             group["params"] = [p for p in group["params"] if id(p) not in siblings]
-        where = _places(optimizers)
-        _require_all([s.name for s in self.slots if id(s.param) not in where])
+        where = places(optimizers)
+        require_all([s.name for s in self.slots if id(s.param) not in where])
         for slot in self.slots:
             slot.optimizer, slot.group = where[id(slot.param)]
         if self._frozen:
@@ -485,7 +439,7 @@ class Tracker:
 
     def _require_no_others(self) -> None:
         """Raise `InRunError` where a parameter trains that did not when they were tracked: it would have no score."""
-        unknown = _trainable(self.model).difference(*((slot.param, slot.sibling) for slot in self.slots))
+        unknown = trainable(self.model).difference(*((slot.param, slot.sibling) for slot in self.slots))
         if unknown <= self._unscored:
             return
         excluded = set(self.coverage["excluded"])
@@ -609,25 +563,6 @@ def _is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
-def _trainable(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters that train. Asked once a step, so without the names that `model.parameters()` makes on its way."""
-    found, seen, modules = set(), set(), [model]
-    while modules:
-        module = modules.pop()
-        if module not in seen:
-            seen.add(module)
-            modules += [child for child in module._modules.values() if child is not None]
-            found.update([p for p in module._parameters.values() if p is not None and p.requires_grad])
-    return found
-
-
-def _sibling(param: nn.Parameter, many: int | None) -> nn.Parameter:
-    # float16 has no range for a direction; every other dtype keeps its parameter's, so that they shard alike.
-    dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
-    shape = param.shape if many is None else (*param.shape[:1], many, *param.shape[1:])
-    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=param.device), requires_grad=False)
-
-
 def _require_one_by_one(plan: rules.Plan, what: str) -> None:
     """Raise `InRunError` unless one sample's gradient can be had of each layer alone."""
     others = [full for site in plan.sites if not site.takes_one_sample for _, _, full in site.owned]
@@ -647,29 +582,4 @@ def _require_rules(plan: rules.Plan) -> None:
             "validation='batch': expected every trainable parameter in a layer with a rule of its own, so that the "
             f"validation rows do not train it; {', '.join((others + plan.excluded)[:5])} "
             "is not, or is excluded. Use validation blocks"
-        )
-
-
-def _places(optimizers: Iterable[Optimizer]) -> dict[int, tuple[Optimizer, int]]:
-    """`id` of a parameter -> its optimizer and the number of its group there.
-
-    Raises:
-        InRunError: two of the optimizers hold one parameter.
-    """
-    found: dict[int, tuple[Optimizer, int]] = {}
-    for optimizer in optimizers:
-        for i, group in enumerate(optimizer.param_groups):
-            for p in group["params"]:
-                if id(p) in found:
-                    raise InRunError(f"optimizer: expected each parameter in one of them, one of shape "
-                                     f"{tuple(p.shape)} is in two")  # fmt: skip
-                found[id(p)] = (optimizer, i)
-    return found
-
-
-def _require_all(missing: list[str]) -> None:
-    if missing:
-        raise InRunError(
-            f"optimizer: expected every trainable parameter in its groups, {len(missing)} are not: "
-            f"{', '.join(missing[:5])}{'...' if len(missing) > 5 else ''}; exclude or freeze them"
         )

@@ -1,0 +1,105 @@
+"""A tracked parameter: where it lives, what scores it, and the optimizer that updates it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import distributed
+from .errors import InRunError
+from .tap import SUFFIX, Tap, targets_first
+
+
+@dataclass
+class Slot:
+    """One distinct tracked parameter; looked up by owner and name, since sharding replaces the tensors."""
+
+    name: str
+    owner: nn.Module
+    local: str
+    taps: list[Tap]
+    optimizer: Any = None  # that updates it, and the number of its group there
+    group: int = -1
+    count: Tensor | None = None  # its steps, on the host, while `updates.counts_read` holds what it read from a device
+
+    @property
+    def param(self) -> nn.Parameter:
+        return self.owner._parameters[self.local]  # pyright: ignore[reportReturnType]
+
+    @property
+    def sibling(self) -> nn.Parameter:
+        return self.owner._parameters[self.local + SUFFIX]  # pyright: ignore[reportReturnType]
+
+    @property
+    def shard(self) -> Tensor:
+        """This process's part of the parameter, or all of it."""
+        return distributed.local(self.param)
+
+    @property
+    def direction(self) -> Tensor:
+        """This process's part of it, as of the gradient; of M targets `[M, *shape]`."""
+        return targets_first(distributed.local(self.sibling), self.param)
+
+    @property
+    def grad(self) -> Tensor | None:
+        return distributed.local(self.param.grad)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its entry in the optimizer's `param_groups`."""
+        return self.optimizer.param_groups[self.group]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the optimizer holds for it; empty before its first step."""
+        state = self.optimizer.state.get(self.param, {})
+        return state if self.count is None else {**state, "step": self.count}
+
+
+def trainable(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that train. Asked once a step, so without the names that `model.parameters()` makes on its way."""
+    found, seen, modules = set(), set(), [model]
+    while modules:
+        module = modules.pop()
+        if module not in seen:
+            seen.add(module)
+            modules += [child for child in module._modules.values() if child is not None]
+            found.update([p for p in module._parameters.values() if p is not None and p.requires_grad])
+    return found
+
+
+def sibling(param: nn.Parameter, many: int | None) -> nn.Parameter:
+    # float16 has no range for a direction; every other dtype keeps its parameter's, so that they shard alike.
+    dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
+    shape = param.shape if many is None else (*param.shape[:1], many, *param.shape[1:])
+    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=param.device), requires_grad=False)
+
+
+def places(optimizers: Iterable[Optimizer]) -> dict[int, tuple[Optimizer, int]]:
+    """`id` of a parameter -> its optimizer and the number of its group there.
+
+    Raises:
+        InRunError: two of the optimizers hold one parameter.
+    """
+    found: dict[int, tuple[Optimizer, int]] = {}
+    for optimizer in optimizers:
+        for i, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                if id(p) in found:
+                    raise InRunError(f"optimizer: expected each parameter in one of them, one of shape "
+                                     f"{tuple(p.shape)} is in two")  # fmt: skip
+                found[id(p)] = (optimizer, i)
+    return found
+
+
+def require_all(missing: list[str]) -> None:
+    if missing:
+        raise InRunError(
+            f"optimizer: expected every trainable parameter in its groups, {len(missing)} are not: "
+            f"{', '.join(missing[:5])}{'...' if len(missing) > 5 else ''}; exclude or freeze them"
+        )
