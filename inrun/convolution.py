@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional
+from . import probing
 from .functional import Directions
 
 
@@ -41,9 +41,9 @@ def convolution(
     """
     if x.dim() != weight.dim():
         raise ValueError(f"input: expected shape [B, C, ...] of {weight.dim()} dimensions, got {tuple(x.shape)}")
-    x = functional.by_sample(x, probe.shape[0])
-    x, weight, bias = functional._autocast(x, weight, bias)
-    return functional._apply(_Convolution, x, weight, bias, *directions, probe, geometry)
+    x = probing.by_sample(x, probe.shape[0])
+    x, weight, bias = probing.autocast(x, weight, bias)
+    return probing.apply(_Convolution, x, weight, bias, *directions, probe, geometry)
 
 
 def convolution_dots(x: Tensor, grad: Tensor, directions: Directions, geometry: Geometry) -> Tensor:
@@ -53,7 +53,7 @@ def convolution_dots(x: Tensor, grad: Tensor, directions: Directions, geometry: 
     if direction is not None:
         x = x.float() if x.dtype == torch.float16 else x  # float16 has no range for a direction
         slices = [direction] if direction.dim() == x.dim() else direction.unbind(0)
-        dots = [functional.output_dots(grad, _convolve(x, d.to(x.dtype), geometry), None) for d in slices]
+        dots = [probing.output_dots(grad, _convolve(x, d.to(x.dtype), geometry), None) for d in slices]
         total = dots[0] if direction.dim() == x.dim() else torch.stack(dots, 1)
     if bias_direction is not None:
         wide = grad.flatten(2).sum(2, dtype=bias_direction.dtype)  # [B, O]
@@ -80,19 +80,19 @@ class _Convolution(torch.autograd.Function):
     def written_out(x, weight, bias, direction, bias_direction, probe, geometry):
         y = _convolve(x, weight, geometry, bias)
         if direction is not None:
-            y = y + functional._shifted(
+            y = y + probing.shifted(
                 probe, lambda d: _convolve(x, d.to(x.dtype), geometry), direction, weight.dim(), None
             )
         if bias_direction is not None:
             shape = (1, -1, *[1] * (y.dim() - 2))
-            y = y + functional._shifted(probe, lambda d: d.view(shape).expand(y.shape), bias_direction, 1, None)
+            y = y + probing.shifted(probe, lambda d: d.view(shape).expand(y.shape), bias_direction, 1, None)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             inputs = (*ctx.saved_tensors, ctx.geometry)
-            return functional._written_out_backward(_Convolution.written_out, inputs, ctx.needs_input_grad, grad)
+            return probing.written_out_backward(_Convolution.written_out, inputs, ctx.needs_input_grad, grad)
         x, weight, bias, direction, bias_direction, probe = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         need_x, need_weight, need_bias, _, _, need_probe, _ = ctx.needs_input_grad

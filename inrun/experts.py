@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inrun_kernels.grouped import by_groups, grouped_mm, grouped_wgrad
 
-from . import functional
+from . import probing
 from .forward_mode import split_samples
 from .layers import Holder, Rule
 from .tap import Layout, along, eagerly
@@ -65,7 +65,7 @@ class _Product(Rule):
     def scored(self, x):
         tap, like = self._inrun, self.weight[:0]
         if self.module.config._experts_implementation == "eager":  # the one that autocast reaches
-            _, like = functional._autocast(x, like)
+            _, like = probing.autocast(x, like)
         x = x.to(like.dtype)
         if self.direction is None:
             return self.plain(x)
@@ -75,7 +75,7 @@ class _Product(Rule):
         return self.probed(self.placed(x, tap.layout or Layout(tap.probe.shape[0])), tap.probe, None)
 
     def plain(self, x):
-        return functional._apply(_Grouped, x, self.weight.to(x.dtype), None, None, self.offsets)
+        return probing.apply(_Grouped, x, self.weight.to(x.dtype), None, None, self.offsets)
 
     def placed(self, x, layout):
         """Find out whose each row is: a sample's, or a document's."""
@@ -90,7 +90,7 @@ class _Product(Rule):
         return x
 
     def probed(self, x, probe, segments):
-        return functional._apply(_Grouped, x, self.weight.to(x.dtype), self.direction, probe[self.owners], self.offsets)
+        return probing.apply(_Grouped, x, self.weight.to(x.dtype), self.direction, probe[self.owners], self.offsets)
 
     def dots(self, x, grad, segments):
         assert self.direction is not None
@@ -122,12 +122,12 @@ class _Grouped(torch.autograd.Function):
         y = by_groups(x, weight.mT, offsets)
         if direction is None:
             return y
-        return y + functional._shifted(probe, lambda d: by_groups(x, d.to(x.dtype).mT, offsets), direction, 3, None)
+        return y + probing.shifted(probe, lambda d: by_groups(x, d.to(x.dtype).mT, offsets), direction, 3, None)
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
-            return functional._written_out_backward(_Grouped.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
+            return probing.written_out_backward(_Grouped.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
         x, weight, direction, _, offsets = ctx.saved_tensors
         need_x, need_weight, _, need_probe, _ = ctx.needs_input_grad
         dots = None

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from . import functional
+from . import functional, probing
 from .errors import InRunError
 from .tap import Layout, Tap, along, buffers_kept, random_kept
 
@@ -152,10 +152,10 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
             for (owner, local, param), tangent in zip(plain, tangents, strict=True):
                 owner._parameters[local] = forward_ad.make_dual(param, tangent)  # pyright: ignore
                 _refresh(owner)
-            functional.write_out(True)
+            probing.write_out(True)
             yield scale
         finally:
-            functional.write_out(False)
+            probing.write_out(False)
             for owner, local, param in plain:
                 owner._parameters[local] = param
                 _refresh(owner)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from . import forward_mode, functional
+from . import forward_mode, probing
 from .distributed import gathered
 from .errors import InRunError
 from .factors import Factors
@@ -146,7 +146,7 @@ class Keeper:
             x = module.placed(x, layout)
             y = plain(x)
             if y.requires_grad and y._is_view():
-                y = functional.Alias.apply(y)
+                y = probing.Alias.apply(y)
             self._await(y, module, x, slice(None))
             return y
         ours, theirs = slice(layout.rows), slice(layout.rows, None)
@@ -186,7 +186,7 @@ class Keeper:
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 # An alias: where one output is made from another, each has the gradient that came from outside.
-                leaves[i] = leaf.view_as(leaf) if _is_parameter(leaf) else functional.Alias.apply(leaf)
+                leaves[i] = leaf.view_as(leaf) if _is_parameter(leaf) else probing.Alias.apply(leaf)
                 # A copy: a parameter that is an output, or a term of one, may take this memory for its own gradient.
                 leaves[i].register_hook(lambda grad, i=i: self._arrived(kept, i, grad.clone()))
         return pytree.tree_unflatten(leaves, spec)
@@ -347,7 +347,7 @@ class Keeper:
                     forward_mode.by_sample(module, module._inrun, leaf, x, layout)
                     for x in (moved(grad, device), tangent)
                 )
-                total = total + functional.output_dots(here, along, layout.segments)
+                total = total + probing.output_dots(here, along, layout.segments)
         return total
 
     def _weights_of(self, module: Any) -> contextlib.AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from inrun_kernels import bias_dot, embedding_dot, ghost_dot, norm_dot
 
-from . import functional
+from . import functional, probing
 from .convolution import Geometry, convolution, convolution_dots
 from .errors import InRunError
 from .factors import Factors
@@ -122,7 +122,7 @@ class Rule(Holder):
         return x
 
     def by_sample(self, x: Tensor, batch: int) -> Tensor:
-        return split_samples(self._inrun, x, batch) if self._inrun.flat else functional.by_sample(x, batch)
+        return split_samples(self._inrun, x, batch) if self._inrun.flat else probing.by_sample(x, batch)
 
     def feature_dims(self) -> int:
         """How many of the input's last dimensions are no position."""
@@ -159,15 +159,15 @@ class LinearRule(Rule):
         return self.factors_named("weight", "bias", x, grad)
 
     def factors_named(self, weight: str, bias: str, x: Tensor, grad: Tensor) -> dict[str, Factors]:
-        acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
+        acts, grads = probing.rows(x.to(grad.dtype), 1), probing.rows(grad, 1)
         return {weight: self.weight_factors(acts, grads), bias: Factors(grads, None)}
 
     def weight_factors(self, acts: Tensor, grads: Tensor) -> Factors:
         return Factors(grads, acts)
 
     def dots_along(self, directions: functional.Directions, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
-        acts, grads = functional.rows(x.to(grad.dtype), 1), functional.rows(grad, 1)
-        segments = functional.by_row(segments, x, acts)
+        acts, grads = probing.rows(x.to(grad.dtype), 1), probing.rows(grad, 1)
+        segments = probing.by_row(segments, x, acts)
         weight, bias = directions
         return _sum(
             None if weight is None else self.weight_dots(acts, grads, weight, segments),
@@ -197,12 +197,12 @@ class EmbeddingRule(Rule):
 
     def by_sample(self, x, batch):
         if x.shape != (batch,) or batch == 1 or torch.compiler.is_compiling() or _is_captured(x):
-            return functional.ids_by_sample(x, batch)
+            return probing.ids_by_sample(x, batch)
         # Ids that were no run of numbers once are the samples' own. A GPU tells later, and goes on.
         tap = self._inrun
-        found = functional.may_be_positions(x)
+        found = probing.may_be_positions(x)
         tap.positions = found if tap.positions is None else tap.positions & found
-        said = f"{tap.name or 'model'}: ids: {functional.positions(batch)}"
+        said = f"{tap.name or 'model'}: ids: {probing.positions(batch)}"
         tap.pending.ask(tap.positions, lambda: InRunError(said))
         return x
 
@@ -217,12 +217,12 @@ class EmbeddingRule(Rule):
         return functional.embedding(x, self.weight, direction, probe, self.padding_idx).squeeze(1)
 
     def dots(self, x, grad, segments):
-        ids, grads = x.reshape(x.shape[0], -1), functional.rows(grad, 1)
-        segments = functional.by_row(segments, x, ids)
+        ids, grads = x.reshape(x.shape[0], -1), probing.rows(grad, 1)
+        segments = probing.by_row(segments, x, ids)
         return embedding_dot(ids, grads, along(self, "weight"), segments=segments, padding_idx=self.padding_idx)
 
     def gradient_factors(self, x, grad):
-        ids, grads = x.reshape(x.shape[0], -1), functional.rows(grad, 1)
+        ids, grads = x.reshape(x.shape[0], -1), probing.rows(grad, 1)
         if self.padding_idx is not None:
             grads = grads.masked_fill((ids == self.padding_idx)[..., None], 0)
         return {"weight": Factors(ids, grads)}
@@ -386,17 +386,17 @@ def direction_names(module: Any) -> list[str]:
 
 
 def affine_dots(normed, grad, last: int, direction: Tensor | None, bias_direction: Tensor | None, segments) -> Tensor:
-    normed, grads = functional.rows(normed, last).to(grad.dtype), functional.rows(grad, last)
-    segments = functional.by_row(segments, grad, grads)
+    normed, grads = probing.rows(normed, last).to(grad.dtype), probing.rows(grad, last)
+    segments = probing.by_row(segments, grad, grads)
     return _sum(
-        None if direction is None else norm_dot(normed, grads, functional.flat(direction, last), segments=segments),
-        None if bias_direction is None else bias_dot(grads, functional.flat(bias_direction, last), segments=segments),
+        None if direction is None else norm_dot(normed, grads, probing.flat(direction, last), segments=segments),
+        None if bias_direction is None else bias_dot(grads, probing.flat(bias_direction, last), segments=segments),
     )
 
 
 def affine_factors(normed, grad, last: int, weight: str, bias: str | None = None) -> dict[str, Factors]:
     wide = torch.promote_types(grad.dtype, torch.float32)
-    normed, grads = functional.rows(normed, last).to(wide), functional.rows(grad, last)
+    normed, grads = probing.rows(normed, last).to(wide), probing.rows(grad, last)
     return {weight: Factors(normed * grads.to(wide), None)} | ({bias: Factors(grads, None)} if bias else {})
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from inrun_kernels import bias_dot, ghost_dot_pairwise
 from inrun_kernels.torch_path import rows_at_a_time
 
-from . import check, functional, rules
+from . import check, probing, rules
 from .errors import InRunError
 from .factors import Factors, gradients
 from .keep import Budget, Keeper, Kept, moved
@@ -289,8 +289,8 @@ def _as_pairs(train: Keeper, members: Sequence[Any], ours: list[Kept], theirs: l
 def _pairs(kept: Kept, other: Kept, members: Sequence[Any], scalars: Mapping[int, Any]) -> Tensor:
     """`[B, V]` of one run of a linear layer with another."""
     device = kept.module.weight.device
-    grads, val_grads = (functional.rows(moved(k.grads[0], device), 1) for k in (kept, other))
-    acts, val_acts = (functional.rows(moved(k.x, device).to(grads.dtype), 1) for k in (kept, other))
+    grads, val_grads = (probing.rows(moved(k.grads[0], device), 1) for k in (kept, other))
+    acts, val_acts = (probing.rows(moved(k.x, device).to(grads.dtype), 1) for k in (kept, other))
     val_grads = val_grads.to(grads.dtype)
     total = torch.zeros((), device=device)
     for slot in members:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from inrun import functional
+from inrun import probing
 from inrun.experts import _Grouped
 from inrun_kernels import grouped
 from inrun_kernels.grouped import grouped_mm, grouped_wgrad
@@ -63,12 +63,12 @@ def test_the_rows_dots_and_second_derivatives(many):
         return torch.einsum("ni,noi->no", x, weight[group] + along.view(10, 7, 5))
 
     inputs = (x, weight, probe)
-    found = functional._apply(_Grouped, x, weight, direction, probe, offsets)
+    found = probing.apply(_Grouped, x, weight, direction, probe, offsets)
     gradients = [torch.autograd.grad(y.sin().sum(), inputs) for y in (found, plain(*inputs))]
     for ours, theirs in zip(*gradients, strict=True):
         assert_close(ours, theirs)
     twice = []
-    for y in (functional._apply(_Grouped, x, weight, direction, probe, offsets), plain(*inputs)):
+    for y in (probing.apply(_Grouped, x, weight, direction, probe, offsets), plain(*inputs)):
         first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
         twice.append(torch.autograd.grad(sum(f.square().sum() for f in first), inputs))
     for ours, theirs in zip(*twice, strict=True):

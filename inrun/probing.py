@@ -1,0 +1,213 @@
+"""What the layer functions of `functional.py` have in common: how a probe enters a layer, whose rows are whose, and the
+derivative that is written out in plain torch operations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from inrun_kernels import bias_wgrad_dot, norm_dot
+
+Directions = tuple[Tensor | None, Tensor | None]
+_writing_out = False
+
+
+def attach(out: Tensor, tangents: Tensor, probe: Tensor, segments: Tensor | None = None) -> Tensor:
+    """Score samples by forward-mode tangents: `out`, with `dL/dprobe[b] = <dL/dout[b], tangents[b]>`.
+
+    Args:
+        out: `[B, ...]`, any layer's output whose rows belong to samples.
+        tangents: the derivative of `out` along the direction: `out`'s shape (or `[M, *out.shape]`).
+        probe, segments: as in `linear`.
+
+    Returns:
+        `out` itself, with the dots added to its backward.
+    """
+    return apply(_Attach, out, tangents, probe, segments)
+
+
+# Each layer is one autograd function. `written_out` is the layer with its probe in place, in plain torch operations:
+# the fast backward is its gradient at probe = 0, and what a derivative of the backward goes through. (Forwards take
+# `ctx`: with `setup_context` torch binds the arguments by inspection at every call, which costs as much as a layer.)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, tangents, probe, segments):
+        ctx.save_for_backward(tangents, probe, segments)
+        return out.detach()  # no view of `out`, so that what follows may write into it
+
+    @staticmethod
+    def written_out(out, tangents, probe, segments):
+        return out + shifted(probe, lambda d: d, tangents, out.dim(), segments)
+
+    @staticmethod
+    def backward(ctx, grad):
+        tangents, probe, segments = ctx.saved_tensors
+        if probe.dim() == 1:
+            dots = output_dots(grad, tangents, segments)
+        else:
+            dots = torch.stack([output_dots(grad, t, segments) for t in tangents], 1)
+        return grad, None, dots.to(probe.dtype), None
+
+
+class Alias(torch.autograd.Function):
+    """A tensor as an output of its own, whose gradient is what came before it is changed in place."""
+
+    @staticmethod
+    def forward(ctx, out):
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def written_out_backward(written_out, inputs, needs_input_grad, grad):
+    wanted = [i for i, needed in enumerate(needs_input_grad) if needed]
+    y = written_out(*inputs)
+    found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True, materialize_grads=True)
+    by_index = dict(zip(wanted, found, strict=True))
+    return tuple(by_index.get(i) for i in range(len(inputs)))
+
+
+def write_out(on: bool) -> None:
+    """Whether layers are written out from now on. A forward-mode pass says so: a graph being captured does not see
+    torch's own count of such passes change."""
+    global _writing_out
+    _writing_out = on
+
+
+def apply(function: Any, *inputs: Any) -> Tensor:
+    # Inside a forward-mode pass the written-out layer carries tangents through torch's own formulas.
+    if _writing_out or forward_ad._current_level >= 0:
+        return function.written_out(*inputs)
+    return function.apply(*inputs)
+
+
+def placed(x: Tensor, probe: Tensor, segments: Tensor | None) -> Tensor:
+    """`x` with the axis in front that the probe counts; documents say nothing of rows, their `x` has all of them."""
+    return by_sample(x, probe.shape[0]) if segments is None else x
+
+
+def by_row(segments: Tensor | None, x: Tensor, x_rows: Tensor) -> Tensor | None:
+    """Offsets into the tokens of `x [B, T, ..., I]` as offsets into its rows `[B, T * ..., I]`."""
+    if segments is None or x_rows.shape[1] == x.shape[1]:
+        return segments
+    return segments * (x_rows.shape[1] // x.shape[1])
+
+
+def output_dots(grad: Tensor, tangents: Tensor, segments: Tensor | None) -> Tensor:
+    """`<grad, tangents>` of each row of two `[B, ...]` tensors, or of each document of two `[B, T, ...]`."""
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if segments is None:
+        return (grad * tangents).reshape(len(grad), -1).sum(1, dtype=dtype)
+    grads, shifts = (x.reshape(*x.shape[:2], -1) for x in (grad, tangents))
+    return norm_dot(shifts.to(grads.dtype), grads, grads.new_ones(grads.shape[2]), segments=segments)
+
+
+def ids_by_sample(ids: Tensor, batch: int) -> Tensor:
+    """Token ids with the sample axis in front: `[B, ...]`, from `[B, ...]`, `[1, ...]` or positions `[T]`.
+
+    As many positions as samples look like an id for each: 0, 1, ... is refused, and of four or more any run of numbers.
+    """
+    if ids.dim() == 1:
+        if ids.shape[0] != batch:
+            ids = ids.unsqueeze(0)
+        elif batch > 1:
+            apart = ~may_be_positions(ids)
+            torch._assert_async(apart, f"ids: {positions(batch)}")  # pyright: ignore[reportPrivateImportUsage]
+    return by_sample(ids, batch)
+
+
+def may_be_positions(ids: Tensor) -> Tensor:
+    """Whether ids `[B]` could be positions: a scalar."""
+    batch = ids.shape[0]
+    return (ids.diff() == 1 if batch > 3 else ids == torch.arange(batch, device=ids.device)).all()
+
+
+def positions(batch: int) -> str:
+    """What is wrong with such ids; shorter than the 255 characters that a GPU takes."""
+    return (
+        f"expected [B, ...], or positions [T] with T other than B; got 0..{batch - 1}, or another run of numbers, for "
+        f"{batch} samples, which could be either. Pass positions as [1, T], one id for each sample as [B, 1]."
+    )
+
+
+def by_sample(x: Tensor, batch: int) -> Tensor:
+    """`x` with the sample axis in front: itself if it is `[B, ...]`, expanded if it is `[1, ...]`."""
+    if x.dim() >= 1 and x.shape[0] == batch:
+        return x
+    if x.dim() >= 2 and x.shape[0] == 1:
+        return x.expand(batch, *x.shape[1:])
+    raise ValueError(
+        f"input: expected shape [B, ...] with B = {batch}, the number of sample ids or packed rows (or 1, "
+        f"shared by all); got {tuple(x.shape)}" + (_of_rows(x.shape[0], batch) if x.dim() > 1 else "")
+    )
+
+
+def _of_rows(rows: int, batch: int) -> str:
+    if batch == 1:
+        return "; of documents packed into several rows, tokens= tells how long a row is"
+    if rows % batch:
+        return ""
+    return (
+        f". {rows // batch} rows to a sample: where they are samples, as of pairs, give each an id and add their "
+        "values up; where they are its tokens, flattened, name a module around the layer that returns [B, ...], "
+        "track(..., through={parameter: module})"
+    )
+
+
+def autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """The casts autocast makes of tensors (or None) before a matrix product of `x`, made where autograd sees them."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        return tuple(None if y is None else y.to(dtype) for y in (x, *others))
+    return x, *others
+
+
+def rows(x: Tensor, last: int) -> Tensor:
+    """`[B, ..., *last dims]` as `[B, T, I]`: the layout of the kernels."""
+    x = x.flatten(-last) if last > 1 else x
+    return x if x.dim() == 3 else x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def flat(direction: Tensor, last: int) -> Tensor:
+    """A direction of `last` dimensions (and perhaps a leading M) as `[I]` or `[M, I]`."""
+    return direction.flatten(-last) if last > 1 else direction
+
+
+def shifted(probe: Tensor, layer, direction: Tensor, ndim: int, segments: Tensor | None) -> Tensor:
+    """`sum_m probe[b, m] * layer(direction[m])`."""
+    if direction.dim() == ndim:
+        pairs = [(probe, direction)]
+    else:
+        pairs = list(zip(probe.unbind(1), direction.unbind(0), strict=True))
+    terms = []
+    for weights, one in pairs:
+        y = layer(one)
+        if segments is not None:  # a document's probe at each of its tokens
+            weights = weights.repeat_interleave(segments.diff(), output_size=y.shape[0] * y.shape[1])
+            weights = weights.view(y.shape[:2])
+        terms.append(weights.to(y.dtype).view(*weights.shape, *[1] * (y.dim() - weights.dim())) * y)
+    return sum(terms[1:], terms[0])
+
+
+def bias_gradient(grads, direction, need_bias, dtype, segments):
+    """The bias's gradient in `dtype` and its dots, each None where it is not due; `grads` is `[B, T, O]`."""
+    if direction is None:
+        return (grads.flatten(0, 1).sum(0).to(dtype) if need_bias else None), None
+    grad_bias, dots = bias_wgrad_dot(grads, direction, segments=segments)
+    return (grad_bias.to(dtype) if need_bias else None), dots
+
+
+def added(a: Tensor | None, b: Tensor | None, probe: Tensor) -> Tensor | None:
+    """Two layers' dots as one gradient of the probe; None where there are none."""
+    total = b if a is None else a if b is None else a + b
+    return None if total is None else total.to(probe.dtype)
