@@ -60,18 +60,24 @@ class Folds:
         self.forget()
         leaves, spec = pytree.tree_flatten(inputs)
         moved = [x.roll(1, 0) if self._has_samples(x) else x for x in leaves]
-        with as_it_was(self._model), torch.no_grad(), torch.autocast(*autocast):
-            self._model.eval()
-            runs = [self._marks(asked, *pytree.tree_unflatten(each, spec)) for each in (leaves, moved)]
+        if all(torch.equal(x, y) for x, y in zip(leaves, moved, strict=True) if isinstance(x, Tensor)):
+            return  # samples that are all alike tell nothing: the next step is asked
+        runs, why = [], None
+        try:
+            with as_it_was(self._model), torch.no_grad(), torch.autocast(*autocast):
+                self._model.eval()
+                runs = [self._marks(asked, *pytree.tree_unflatten(each, spec)) for each in (leaves, moved)]
+        except Exception as error:  # of a model that does not run like this
+            why = error
         for layer, shape in asked.items():
-            first, second = (run.get(layer, []) for run in runs)
+            first, second = (run.get(layer, []) for run in runs) if runs else ([], [])
             if len(first) != len(second) or not all(map(self._moved_on, first, second)) or not first:
                 raise InRunError(
                     f"{layer._inrun.name or 'model'}: expected an input [B, ...], or [B * T, ...] of tokens, sample "
                     f"after sample, with B = {self.rows}; got {shape}, whose rows did not move on when the samples of "
                     "the model's input did. Name a module around it that returns [B, ...], track(..., "
                     "through={parameter: module}), or exclude its parameters"
-                )
+                ) from why
         self._known.update(asked)
 
     def forget(self) -> None:

@@ -377,6 +377,14 @@ class Flattened(nn.Module):
         return y.view(len(x), -1, VOCAB)
 
 
+def one_at_a_time(start: nn.Module, end: nn.Module, held: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The values of a step of SGD, by the mean of the validation gradients at two weights."""
+    ends = [torch.autograd.grad(loss_of(each, *held), list(each.parameters())) for each in (start, end)]
+    target = [(a + b) / 2 for a, b in zip(*ends, strict=True)]
+    rows = [torch.autograd.grad(loss_of(start, x[[b]], y[[b]]), list(start.parameters())) for b in range(len(x))]
+    return torch.stack([sum(LR * (g * t).sum() / len(x) for g, t in zip(row, target, strict=True)) for row in rows])
+
+
 @pytest.mark.parametrize("method", ["first", "secant", "path"])
 def test_tokens_flattened_over_samples(method):
     """Tried once, in the first step of several samples; a batch of one has nothing to mix up."""
@@ -392,16 +400,50 @@ def test_tokens_flattened_over_samples(method):
             loss_of(model, x, y).backward()
             optimizer.step()
             optimizer.zero_grad()
-        params = list(before.parameters())
-        target = torch.autograd.grad(loss_of(before, *held), params)
-        if method == "secant":
-            after = torch.autograd.grad(loss_of(model, *held), list(model.parameters()))
-            target = [(a + b) / 2 for a, b in zip(target, after, strict=True)]
-        for b in range(size):
-            own = torch.autograd.grad(loss_of(before, x[[b]], y[[b]]) / size, params)
-            expected = LR * sum((g * t).sum() for g, t in zip(own, target, strict=True))
-            torch.testing.assert_close(step.values[b], expected, rtol=1e-3, atol=1e-6)
+        expected = one_at_a_time(before, model if method == "secant" else before, held, x, y)
+        torch.testing.assert_close(step.values, expected, rtol=1e-3, atol=1e-6)
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_samples_that_are_all_alike_tell_nothing_of_their_order():
+    """The next step is asked, and a model that cannot be run again is refused."""
+    torch.manual_seed(0)
+    for order in ("samples", "tokens"):
+        model = Flattened(order)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        x, y = torch.randn(B, T, WIDTH), torch.randint(VOCAB, (B, T))
+        tracker = inrun.track(model, optimizer, validation=lambda m=model: loss_of(m, x, y), check=False)  # noqa: B023
+
+        def take(x: Tensor, y: Tensor, model=model, optimizer=optimizer, tracker=tracker) -> None:
+            with tracker.step(range(B)):
+                loss_of(model, x, y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        take(x[:1].expand(B, -1, -1), y)
+        if order == "samples":
+            take(x, y)
+            continue
+        with pytest.raises(inrun.InRunError, match="rows did not move on"):
+            take(x, y)
+
+    class Once(Flattened):
+        runs = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Once.runs += self.training
+            if Once.runs and not self.training:
+                raise NotImplementedError("trains only")
+            return super().forward(x)
+
+    model = Once()
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters()), check=False)
+    with tracker.validation():
+        loss_of(model, x, y).backward()
+    with pytest.raises(inrun.InRunError, match="rows did not move on") as caught, tracker.step(range(B)):
+        loss_of(model, x, y).backward()
+        tracker.optimizers[0].step()
+    assert isinstance(caught.value.__cause__, NotImplementedError)
 
 
 @pytest.mark.parametrize("method", ["first", "path"])
@@ -588,15 +630,8 @@ def test_blocks_as_people_write_them(block, method):
         optimizer.step()
         optimizer.zero_grad()
     assert len(tracker.coverage["tracked"]) == len(list(before.parameters()))
-    params = list(before.parameters())
-    target = torch.autograd.grad(loss_of(before, *held), params)
-    if method == "secant":
-        after = torch.autograd.grad(loss_of(model, *held), list(model.parameters()))
-        target = [(a + b) / 2 for a, b in zip(target, after, strict=True)]
-    for b in range(B):
-        own = torch.autograd.grad(loss_of(before, x[[b]], y[[b]]) / B, params)
-        expected = LR * sum((g * t).sum() for g, t in zip(own, target, strict=True))
-        torch.testing.assert_close(step.values[b], expected, rtol=1e-3, atol=1e-6)
+    expected = one_at_a_time(before, model if method == "secant" else before, held, x, y)
+    torch.testing.assert_close(step.values, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_what_no_rule_can_see_is_said_with_what_to_do():
