@@ -45,6 +45,8 @@ class _Projection(LinearRule):
         third: which third of those that are three in one.
     """
 
+    folds = False
+
     def __init__(self, tap: Tap, module: Any, names: tuple[str, str], third: int | None = None) -> None:
         self._inrun, self._parameters, self.parameters = tap, module._parameters, module.parameters
         self.names, self.third = names, third

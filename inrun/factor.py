@@ -55,8 +55,9 @@ class Watch:
             if self.active and param.grad is not None:
                 self._reached[slot.name] = slot
                 if watched:
-                    seen = self._seen(local(param.grad))
-                    self._raw[slot.name] = seen.clone() if param.numel() < WATCHED_ELEMENTS else seen
+                    grad = local(param.grad)
+                    seen = self._seen(grad)
+                    self._raw[slot.name] = seen.clone() if grad.numel() < WATCHED_ELEMENTS else seen
 
         return remember
 

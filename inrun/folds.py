@@ -1,14 +1,17 @@
 """Layers whose rows are samples' tokens, flattened: `head(h.view(-1, W))`, OPT's blocks.
 
 Such a layer's `[B * T, W]` can be scored where the samples' rows lie one after the other. Whether they do is found out
-once, before the update of the step that met them first: the model is run again, without gradients and in eval mode, on
-the batch and on the batch with its samples moved on by one, when the layer's rows must have moved on by as many as
-belong to a sample. (Not within the forward: the user's own contexts around it cannot be entered twice.)
+once, before the update of the step that met them first, of layers that have as many rows for a sample as an input has:
+the model is run again, without gradients and in eval mode, on the batch and on the batch with its samples moved on by
+one, when the layer's rows must have moved on by as many as belong to a sample. (Not within the forward: the user's own
+contexts around it cannot be entered twice.)
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -16,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import InRunError
-from .tap import as_it_was
+from .tap import as_it_was, random_kept
 
+_PLAIN = (Tensor, int, float, str, torch.dtype, torch.device)
 SAME, OTHER = 1e-3, 1e-2  # of the largest mark: up to the former two are equal, from the latter on they differ
 
 
@@ -34,18 +38,29 @@ class Folds:
         self._asked: dict[Any, tuple[int, ...]] = {}  # layers, and their inputs' shapes
         self._call: tuple[Any, int, tuple[Any, ...]] | None = None  # the model's inputs, B, and autocast
         self.rows = 0  # B of the next forward; 0 where it is not rows that have values
+        self._sizes: set[int] | None = None  # what a sample may have of rows there
+
+    def begin(self, rows: int) -> None:
+        """A forward of so many samples will come; of 0 where it is not rows that have values."""
+        self.rows, self._sizes = rows, None
 
     def hold(self, layer: nn.Module, x: Tensor) -> bool:
         """Whether the layer's input is taken for one of those; `settle` will tell."""
         if not self.rows or x.shape[0] in (1, self.rows) or x.shape[0] % self.rows:
             return False
-        if self.rows == 1 or layer in self._known or layer in self._asked:
+        if self.rows == 1:
+            return True
+        if self._sizes is None:
+            self._sizes = self._sizes_of(self._inputs())
+        # As many as an input has: tokens that were picked out have as many only where each sample has all of its own.
+        if x.shape[0] // self.rows not in self._sizes:
+            return False
+        if layer in self._known or layer in self._asked:
             return True
         if self._call is None:
             inputs, kind = self._inputs(), x.device.type
             leaves = pytree.tree_leaves(inputs)
-            plain = all(y is None or isinstance(y, (Tensor, int, float, str)) for y in leaves)
-            if not plain or not any(map(self._has_samples, leaves)):  # a cache, say, would take each run in
+            if not all(y is None or isinstance(y, _PLAIN) for y in leaves):  # a cache, say, would take each run in
                 return False
             autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False
             self._call = inputs, self.rows, autocast
@@ -66,9 +81,11 @@ class Folds:
         try:
             with as_it_was(self._model), torch.no_grad(), torch.autocast(*autocast):
                 self._model.eval()
-                runs = [self._marks(asked, *pytree.tree_unflatten(each, spec)) for each in (leaves, moved)]
+                for each in (leaves, moved):
+                    with random_kept():
+                        runs.append(self._marks(asked, *pytree.tree_unflatten(each, spec)))
         except Exception as error:  # of a model that does not run like this
-            why = error
+            runs, why = [], error
         for layer, shape in asked.items():
             first, second = (run.get(layer, []) for run in runs) if runs else ([], [])
             if len(first) != len(second) or not all(map(self._moved_on, first, second)) or not first:
@@ -86,6 +103,12 @@ class Folds:
 
     def _has_samples(self, x: Any) -> bool:
         return isinstance(x, Tensor) and x.dim() > 0 and len(x) == self.rows
+
+    def _sizes_of(self, inputs: Any) -> set[int]:
+        """Products of sizes that the model's inputs have beside B."""
+        shapes = [x.shape[1:] for x in pytree.tree_leaves(inputs) if self._has_samples(x)]
+        picks = (pick for shape in shapes for n in range(1, len(shape) + 1) for pick in combinations(shape, n))
+        return {math.prod(pick) for pick in picks}
 
     def _inputs(self) -> tuple[tuple, dict] | None:
         """What the model was called with, in the forward that is going on: looked up on the stack, as a hook would be

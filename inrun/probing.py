@@ -67,6 +67,10 @@ class Alias(torch.autograd.Function):
     def backward(ctx, grad):
         return grad
 
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent.view_as(tangent)
+
 
 def written_out_backward(written_out, inputs, needs_input_grad, grad):
     wanted = [i for i, needed in enumerate(needs_input_grad) if needed]

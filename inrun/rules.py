@@ -128,7 +128,11 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
             others = [p for p in owned if _inside(p, path) and modules[p] not in known]
             via |= {p: path for p in others if p not in via}
     tables = {p: p.rpartition(".")[0] for p in owned if p not in via and _is_relative_bias(p, modules)}
-    sites = {path: _site(path, modules[path]) for path in owned if path not in via and path not in tables}
+    sites = {
+        path: _site(path, modules[path], {local for _, local, _ in found})
+        for path, found in owned.items()
+        if path not in via and path not in tables
+    }
     for path in [p for p, found in sites.items() if found.rule is ForwardModeRule]:
         if _is_held_by_a_child(path, owned, sites):
             del owned[path], sites[path]
@@ -174,7 +178,9 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     if issubclass(site.rule, ForwardModeRule):
         tap.forward_mode = tap.owned
         tap.norms = any(isinstance(m, _NORMS) for m in site.module.modules())
-        configs = {id(config): config for m in site.module.modules() if (config := getattr(m, "config", None))}
+        configs = {
+            id(config): config for m in site.module.modules() if (config := getattr(m, "config", None)) is not None
+        }
         tap.configs = [config for config in configs.values() if hasattr(config, "_experts_implementation")]
     tap.names = tuple(site.module.__dict__)
     return tap
@@ -240,14 +246,13 @@ def _via(
     return via
 
 
-def _site(path: str, module: nn.Module) -> Site:
-    """How a module scores the parameters that it holds directly."""
+def _site(path: str, module: nn.Module, scored: set[str]) -> Site:
+    """How a module scores these parameters, which it holds directly."""
     cls = type(module)
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         return Site(path, module, Conv1dRule)
-    trained = {name for name, p in module._parameters.items() if p is not None and p.requires_grad}
     for base, rule in RULES.items():
-        if isinstance(module, base) and trained <= {"weight", "bias"} and not _pads_otherwise(module):
+        if isinstance(module, base) and scored <= {"weight", "bias"} and not _pads_otherwise(module):
             under = None if cls.forward is base.forward else base
             if under is None or _calls_super(cls, base):
                 if base is nn.Embedding:

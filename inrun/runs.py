@@ -146,7 +146,15 @@ def compare(a: Run, b: Run, k: int, *, target: str | None) -> str:
 
 
 # Suffix of a file -> how rows are written into it.
-FORMS = {"": "jsonl", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+FORMS = {
+    "": "jsonl",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
 
 
 def export(

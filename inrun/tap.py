@@ -156,7 +156,7 @@ def replaced(places: Iterable[tuple[Any, str, Tensor | None]]) -> Iterator[None]
             owner._parameters[name] = tensor
         yield
     finally:
-        for owner, name, param in before:
+        for owner, name, param in reversed(before):
             owner._parameters[name] = param
 
 

@@ -456,7 +456,7 @@ class Tracker:
             raise InRunError("batch: expected inside the step block, got outside of it")
         self._rows = max(self._rows, layout.rows)
         if self._folds is not None:
-            self._folds.rows = layout.rows if layout.segments is None else 0
+            self._folds.begin(layout.rows if layout.segments is None else 0)
         self._method.batch(layout.on(self.slots[0].param.device), recompute)  # once for all layers
 
     def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -517,7 +517,7 @@ class Tracker:
         self._step = None
         self._watch.active = False
         if self._folds is not None:
-            self._folds.rows = 0
+            self._folds.begin(0)
             self._folds.forget()
         self._method.end()
         self.validations.count_step()

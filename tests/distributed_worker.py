@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import inrun
+from inrun.factor import WATCHED_ELEMENTS
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FOLDER = Path(sys.argv[1])
@@ -499,6 +500,39 @@ def check_fully_shard():
         loss_of(model, *data(name, 2)).backward()
         assert not [key for key in model.state_dict() if "direction" in key]
         assert isinstance(model, FSDPModule)
+
+
+def check_fully_shard_clips_a_weight_whose_shards_are_small():
+    """Watched whole in each process, where one process would watch sums of it; in a later step than the checked one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(72, 72, bias=False), nn.Tanh(), nn.Linear(72, 72, bias=False))
+    assert 72 * 72 / WORLD < WATCHED_ELEMENTS < 72 * 72
+    plain, clip, ours = copy.deepcopy(model), 1e-3, slice(RANK, None, WORLD)
+    tracker = inrun.track(model)
+    for layer in (model[0], model[2], model):
+        fully_shard(layer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker.bind(optimizer)
+    for seed in range(2):
+        x, held = (torch.randn(8, 72, generator=torch.Generator().manual_seed(s)) for s in (seed, 9))
+        target, total, *rows = (
+            torch.autograd.grad(plain(part).square().mean(), list(plain.parameters()))
+            for part in (held, x, *x.split(1))
+        )
+        factor = clip / torch.stack([g.norm() for g in total]).norm()
+        dots = [sum((0.1 * factor * g * t).sum() for g, t in zip(row, target, strict=True)) / 8 for row in rows]
+        with torch.no_grad():
+            for p, g in zip(plain.parameters(), total, strict=True):
+                p -= 0.1 * factor * g
+        with tracker.validation():
+            model(held[ours]).square().mean().backward()
+        optimizer.zero_grad()
+        with tracker.step(range(8)[ours]) as step:
+            model(x[ours]).square().mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        close(step.values, torch.stack(dots)[ours])
 
 
 def check_fully_shard_of_several_targets():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import inrun
 from inrun.affine import recognise
+from inrun.borrowed import borrowers
 
 B, T, WIDTH, VOCAB, LR = 4, 6, 8, 11, 0.1
 
@@ -656,3 +658,74 @@ def test_what_no_rule_can_see_is_said_with_what_to_do():
         tracker.step(range(B)),
     ):
         model(x, y)
+
+
+def test_tokens_that_are_picked_out_are_refused_however_many_there_are():
+    """Theirs could be any samples', though sums are right; all of every sample's are its own."""
+
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCAB)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.head(self.inner(x)[mask])
+
+    model = Picked()
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR), check=False)
+    x, full = torch.randn(B, T, WIDTH), torch.ones(B, T, dtype=torch.bool)
+    some = full.clone()
+    some[:, T // 2 :] = False
+    uneven = some.clone()
+    uneven[0, T // 2], uneven[1, 0] = True, False
+    for mask in (full, some, uneven, full):
+        with tracker.validation():
+            model(x, full).square().mean().backward()
+        refused = pytest.raises(ValueError, match="head: input: expected shape")
+        with contextlib.nullcontext() if mask is full else refused, tracker.step(range(B)) as step:
+            model(x, mask).square().mean().backward()
+            tracker.optimizers[0].step()
+        model.zero_grad()
+        assert mask is not full or step.values.shape == (B,)
+
+
+def test_windows_of_an_attention_are_refused_by_name():
+    model = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR))
+    x = torch.randn(B, 4, WIDTH)
+    with tracker.validation():
+        model(x, x, x)[0].square().mean().backward()
+    windows = x.reshape(-1, 2, WIDTH)
+    with pytest.raises(ValueError, match=r"model: input: expected shape .* 2 rows to a sample"), tracker.step(range(B)):
+        model(windows, windows, windows)
+
+
+class Handed(nn.Module):
+    """Children that are called in ways that a reader of source may miss, and one that is not called at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.used = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.listed, self.unread = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.a.weight).type_as(self.b.weight) + self.c.weight.new_zeros(())
+        x = torch.utils.checkpoint.checkpoint(self.a, x, use_reentrant=False)
+        layer = self.b
+        x = self.c.forward(layer(x)) + 0 * self.b.weight.sum().detach()
+        for other in [self.listed]:
+            x = other(x) * self.listed.weight.mean().detach()
+        return self.tail(x)
+
+    def tail(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.used.weight, self.used.bias) if self.used.weight is not None else x
+
+    def other(self) -> Tensor:
+        return self.unread.weight
+
+
+def test_which_children_are_used_without_being_called():
+    modules = dict(Handed().named_modules())
+    assert borrowers(modules, {name: [] for name in modules if name}) == {"used": ""}
+    with_own = {name: [] for name in modules}  # the parent is run by forward-mode AD then
+    assert borrowers(modules, with_own).keys() == {"used", "b", "listed"}

@@ -236,7 +236,7 @@ def test_export_takes_the_format_of_the_suffix_where_none_is_given(run, tmp_path
 
 def test_export_into_a_suffix_that_says_nothing_is_refused(run, tmp_path, capsys):
     said = failed(capsys, "export", run, "-o", str(tmp_path / "o.xlsx"))
-    assert "a name that ends in one of .jsonl, .json, .txt, .csv, .parquet, or --format; got" in said
+    assert "a name that ends in one of .jsonl, .ndjson, .json, .txt, .csv, .parquet, or --format; got" in said
     assert not (tmp_path / "o.xlsx").exists()
     main(["export", str(run), "--format", "csv", "-o", str(tmp_path / "o.tsv")])
     assert pyarrow.csv.read_csv(tmp_path / "o.tsv")["value"].to_pylist() == list(TOTALS.values())
