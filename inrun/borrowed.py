@@ -20,22 +20,9 @@ from typing import Any
 
 from torch import nn
 
-_ASKS = {
-    "dtype",
-    "device",
-    "shape",
-    "size",
-    "dim",
-    "ndim",
-    "numel",
-    "stride",
-    "is_meta",
-    "is_cuda",
-    "requires_grad",
-    "data",
-}
-_ASKS |= {"detach", "grad", "type", "data_ptr", "element_size", "is_contiguous", "is_floating_point", "is_sparse"}
-_ASKS |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
+_ASKS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "stride", "is_meta", "is_cuda"}
+_ASKS |= {"requires_grad", "data", "detach", "grad", "type", "data_ptr", "element_size", "is_contiguous"}
+_ASKS |= {"is_floating_point", "is_sparse", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 _LIKE = {"to", "type_as"}  # x.to(weight)
 
 

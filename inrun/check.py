@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .directions import parts
 from .distributed import Ranks
 from .errors import InRunError
 
@@ -126,10 +127,8 @@ def _require_every_batch(batches: Sequence[Mapping[Any, Tensor | None]]) -> None
 def _along(grad: Tensor, direction: Tensor, unscale: Any, leading: int) -> tuple[Tensor, Tensor, Tensor]:
     """`<g, D>`, `|g * D|^2` and `|g|^2` of a gradient, the direction's leading dimensions kept; a block at a time, as
     the optimizer's state may fill the device by now."""
-    rows = max(1, _BLOCK * len(grad) // max(1, grad.numel())) if grad.dim() else 1
     found, lead = [], direction.shape[:leading]
-    for low in range(0, max(1, len(grad)) if grad.dim() else 1, rows):
-        here = slice(low, low + rows) if grad.dim() else ...
+    for here in parts(grad, _BLOCK):
         g = grad[here].float() * unscale
         product = direction[(slice(None),) * leading + (here,)].float().mul(g).reshape(*lead, -1)
         found.append((product.sum(-1), product.square_().sum(-1), g.square_().sum().expand(lead)))

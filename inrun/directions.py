@@ -73,12 +73,14 @@ def warn_of_sizes(optimizers: Sequence[Optimizer], validation: Mapping[str, Tens
         )
 
 
-def parts(param: Tensor) -> Iterator[Any]:
-    """Indices that cut a parameter, or a shard of one, into blocks along its first dimension (on a GPU: the whole)."""
-    if param.is_cuda or param.numel() <= _BLOCK:
+def parts(param: Tensor, most: int | None = None) -> Iterator[Any]:
+    """Indices that cut a parameter, or a shard of one, into blocks along its first dimension: of `most` elements or so,
+    or of what a CPU's cache holds (on a GPU: the whole)."""
+    most = most or (param.numel() if param.is_cuda else _BLOCK)
+    if param.numel() <= most:
         yield ...
         return
-    step = max(1, _BLOCK * len(param) // param.numel())
+    step = max(1, most * len(param) // param.numel())
     yield from (slice(low, low + step) for low in range(0, len(param), step))
 
 

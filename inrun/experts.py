@@ -53,8 +53,6 @@ class _Product(Rule):
         tokens: of each row of the product, its token; offsets: int32, where each expert's rows end.
     """
 
-    folds = False
-
     def __init__(self, module: Any, name: str, like: Tensor, tokens: Tensor, offsets: Tensor) -> None:
         self._inrun, self.parameters = module._inrun, module.parameters
         self.weight, self.name, self.module = module._parameters[name], name, module

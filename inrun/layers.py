@@ -196,7 +196,8 @@ class EmbeddingRule(Rule):
     padding_idx: int | None
 
     def by_sample(self, x, batch):
-        if x.shape != (batch,) or batch == 1 or torch.compiler.is_compiling() or _is_captured(x):
+        captured = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        if x.shape != (batch,) or batch == 1 or captured:
             return probing.ids_by_sample(x, batch)
         # Ids that were no run of numbers once are the samples' own. A GPU tells later, and goes on.
         tap = self._inrun
@@ -226,10 +227,6 @@ class EmbeddingRule(Rule):
         if self.padding_idx is not None:
             grads = grads.masked_fill((ids == self.padding_idx)[..., None], 0)
         return {"weight": Factors(ids, grads)}
-
-
-def _is_captured(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class LayerNormRule(Rule):
@@ -301,8 +298,6 @@ class ConvRule(Rule):
 
 class RelativeBiasRule(Rule):
     """T5's attention, whose position bias `[1, heads, Q, K]` has no sample axis: it is given one, and scored there."""
-
-    folds = False
 
     relative_attention_bias: nn.Embedding
 

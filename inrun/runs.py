@@ -178,8 +178,8 @@ def export(
         How much was written, in words.
 
     Raises:
-        InRunError: the folder of `out` does not exist, or its suffix says nothing; no
-            such target; Parquet was asked for on a terminal.
+        InRunError: the folder of `out` does not exist, or its suffix says nothing; no such target; Parquet was asked
+            for on a terminal.
     """
     import pyarrow.compute as pc
 

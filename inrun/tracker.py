@@ -203,10 +203,10 @@ class Tracker:
         self._shared_due, self._rows = checked, 0  # until a batch has several rows: those of a step's largest
         self._unscored: set[nn.Parameter] = set()  # excluded ones that train
         self._install(plan)
-        alone = self.ranks.size == 1 and not (self.samples or sampled or self.in_batch)
-        self._folds = Folds(model) if alone else None
-        for tap in self.taps:
-            tap.folds = self._folds
+        self._folds = Folds(model)
+        if self.ranks.size == 1 and not (self.samples or sampled or self.in_batch):
+            for tap in self.taps:
+                tap.folds = self._folds
         self._step: Step | None = None
         self._waiting: Step | None = None  # a step that ended and whose values still wait for a validation gradient
         self._seconds = {"direction": 0.0, "harvest": 0.0}
@@ -455,8 +455,7 @@ class Tracker:
         if self._step is not step:
             raise InRunError("batch: expected inside the step block, got outside of it")
         self._rows = max(self._rows, layout.rows)
-        if self._folds is not None:
-            self._folds.begin(layout.rows if layout.segments is None else 0)
+        self._folds.begin(layout.rows if layout.segments is None else 0)
         self._method.batch(layout.on(self.slots[0].param.device), recompute)  # once for all layers
 
     def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -490,8 +489,7 @@ class Tracker:
         self.check_due, self.first_check = self.check_due and not later, self.first_check and not later
         compare = self.first_check and self._frozen
         with self.paused():
-            if self._folds is not None:
-                self._folds.settle()
+            self._folds.settle()
             unscale = 1.0 if scale is None else 1.0 / scale
             step.factor = self._method.before_update(factor, unscale)
         if compare and self.validations.norms:
@@ -516,9 +514,8 @@ class Tracker:
         """The block is over, whatever ended it; a validation gradient has served it even if an exception did."""
         self._step = None
         self._watch.active = False
-        if self._folds is not None:
-            self._folds.begin(0)
-            self._folds.forget()
+        self._folds.begin(0)
+        self._folds.forget()
         self._method.end()
         self.validations.count_step()
 

@@ -168,9 +168,7 @@ def test_every_picture_and_link_exists(folder):
     assert found
     for path, heading in found:
         assert path.startswith("http") or (ROOT / folder / path).exists(), path
-        named = [f"#{line.strip('# ').lower().replace(' ', '-')}" for line in _lines(ROOT / folder / path) if heading]
-        assert not heading or heading in named
-
-
-def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text().splitlines() if line.startswith("#")] if path.suffix == ".md" else []
+        if heading:
+            lines = (ROOT / folder / path).read_text().splitlines()
+            named = [line.strip("# ").lower().replace(" ", "-") for line in lines if line.startswith("#")]
+            assert heading.strip("#") in named

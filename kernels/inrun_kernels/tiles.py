@@ -114,13 +114,14 @@ def launch(
             key += (x.base.dtype, *x.block_shape)
         else:
             key += (x.dtype, x.device, placed(x))
-    found = _launches.get(remembered := tuple(key))
-    if found is None:
-        if len(_launches) >= _REMEMBERED:
-            _launches.clear()
-        found = Launch(kernel, numbers, **constants)
-    found(grid, *tensors)
-    _launches[remembered] = found  # after it has run: one that fails is not kept
+    if (found := _launches.get(remembered := tuple(key))) is not None:
+        found(grid, *tensors)
+        return
+    found = Launch(kernel, numbers, **constants)
+    found(grid, *tensors)  # one that fails is not kept
+    if len(_launches) >= _REMEMBERED:
+        _launches.clear()
+    _launches[remembered] = found
 
 
 def placed(x: Tensor) -> Any:
