@@ -1,7 +1,7 @@
 """The products of one layer: gradient with dots, and of linear layers dots alone, at the shapes of real layers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 
 import pytest
@@ -65,7 +65,7 @@ class Case:
             return {"inrun": seconds("wgrad_dot", replace(sizes, directions=0))}
         if machine.on_gpu:
             of_forms = {f"inrun_{form}": seconds("wgrad_dot", form=form) for form in ("two", "prefix")}
-            taken = forms.of_gpu_sizes(machine.architecture, sizes, machine.dtype, machine.dtype).form
+            taken = forms.of_gpu_sizes(machine.architecture, machine.dtype, machine.dtype, False, *astuple(sizes)).form
             return {"inrun": of_forms[f"inrun_{taken}"], **of_forms}
         whole = cost.Sizes(1, self.batch * self.tokens, self.inputs, self.outputs)
         apart = seconds("wgrad_dot", whole, "prefix") + seconds("dot")

@@ -126,8 +126,8 @@ def of_wgrad_dot(
             return Choice("direct", {}, f"direct: fewer than {_FEW_TOKENS} tokens to a document")
         from inrun_kernels.tiles import architecture
 
-        sizes = Sizes(samples, tokens // max(1, samples), acts.shape[2], grads.shape[2], val_grad.shape[0])
-        return of_gpu_sizes(architecture(acts.device), sizes, acts.dtype, val_grad.dtype, segments is not None)
+        sizes = (samples, tokens // max(1, samples), acts.shape[2], grads.shape[2], val_grad.shape[0])
+        return of_gpu_sizes(architecture(acts.device), acts.dtype, val_grad.dtype, segments is not None, *sizes)
     if acts.is_cuda:
         return Choice("direct", {}, "direct: a launch for every sample would cost more")
     return of_cpu_sizes(native, tokens, samples, acts.shape[2], grads.shape[2], val_grad.shape[0])
@@ -172,12 +172,12 @@ def cpuinfo(*fields: str) -> list[str]:
 
 @lru_cache(4096)
 def of_gpu_sizes(
-    architecture: str, sizes: Sizes, dtype: torch.dtype, direction: torch.dtype, documents: bool = False
+    architecture: str, dtype: torch.dtype, direction: torch.dtype, documents: bool, *of_product: int
 ) -> Choice:
-    """The same in Triton, by the model of the chip."""
+    """The same in Triton, by the model of the chip; `of_product` as `Sizes` takes them."""
     if architecture not in CEILINGS:
         return Choice("two", {}, "two: no model of this chip")
-    seconds = {}
+    sizes, seconds = Sizes(*of_product), {}
     for form in ("two", "prefix"):
         tile = default_tile("wgrad_dot", sizes, architecture, dtype, form, direction=direction, documents=documents)
         seconds[form] = predict("wgrad_dot", sizes, CEILINGS[architecture], dtype, tile, form).seconds

@@ -9,13 +9,16 @@ each sample's tokens, in a fixed order.
 # Launches go through triton's JIT, whose signature pyright cannot see.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from inrun_kernels.config import ceil_div, norm_tile
-from inrun_kernels.tiles import launch, multiprocessors, sum_tokens
+from inrun_kernels.tiles import Launch, kind, multiprocessors, remember, sum_tokens
 
 _COLUMNS = 16  # that a program of the second stage adds up
 
@@ -126,6 +129,20 @@ def _norm_sums_kernel(
         tl.store(gradients_ptr + which * width + offs_i, tl.sum(of_rows, 0), mask=offs_i < width)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """The launches of one norm's backward, and what they write."""
+
+    grid: tuple[int]
+    rows: Launch
+    sums: tuple[int, int, int]
+    second_grid: tuple[int]
+    second: Launch
+
+
+_plans: dict[Any, _Plan] = {}
+
+
 def launch_norm_backward(
     x: Tensor,
     grads: Tensor,
@@ -137,46 +154,53 @@ def launch_norm_backward(
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Arguments and results as `norms.norm_backward`."""
-    (batch, tokens, width), n_rows = x.shape, x.shape[0] * x.shape[1]
+    (batch, tokens, width), n_rows, device = x.shape, x.shape[0] * x.shape[1], x.device
     directions = bias_val_grad if val_grad is None else val_grad
     assert directions is not None
     n_directions = directions.shape[0] if directions.dim() == 2 else 1
     mean, rstd = stats if isinstance(stats, tuple) else (None, None)
-    operands = (x, grads, weight, mean, rstd, val_grad, bias_val_grad)
-    block_n, block_i, warps = norm_tile(width)
-    most = multiprocessors(x.device) * 16 // warps
-    rows_each = ceil_div(ceil_div(n_rows, block_n), most) * block_n
-    programs = ceil_div(n_rows, rows_each)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.empty(1 + has_bias, programs, width, dtype=torch.float32, device=x.device)
-    dots = torch.empty(n_directions, n_rows, dtype=torch.float32, device=x.device)
-    launch(
-        _norm_backward_kernel,
-        (programs,),
-        [*(None if y is None else y.contiguous() for y in operands), grad_x, sums, dots],
-        (n_rows, width, rows_each, 0.0 if isinstance(stats, tuple) else float(stats)),
-        DIRECTIONS=n_directions,
-        LAYER=mean is not None,
-        HAS_SCALE=val_grad is not None,
-        HAS_SHIFT=bias_val_grad is not None,
-        HAS_BIAS=has_bias,
-        BLOCK_N=block_n,
-        BLOCK_I=block_i,
-        num_warps=warps,
-    )
-    gradients = torch.empty(1 + has_bias, width, dtype=torch.float32, device=x.device)
+    operands = [None if y is None else y.contiguous() for y in (x, grads, weight, mean, rstd, val_grad, bias_val_grad)]
     shape = (batch, n_directions) if directions.dim() == 2 else (batch,)
-    found = torch.empty(shape if segments is None else (0,), dtype=torch.float32, device=x.device)
-    launch(
-        _norm_sums_kernel,
-        (found.numel() + ceil_div(width, _COLUMNS) * (1 + has_bias),),
-        [sums, dots, gradients, found],
-        (programs, n_rows, tokens, found.numel(), width),
-        DIRECTIONS=n_directions,
-        BLOCK_N=1024,
-        BLOCK_P=64,
-        BLOCK_I=_COLUMNS,
-    )
+    found = x.new_empty(shape if segments is None else (0,), dtype=torch.float32)
+    processors, eps = multiprocessors(device), 0.0 if isinstance(stats, tuple) else float(stats)
+    key = (processors, *map(kind, operands), found.numel(), has_bias, eps)
+    if (plan := _plans.get(key)) is None:
+        block_n, block_i, warps = norm_tile(width)
+        most = processors * 16 // warps
+        rows_each = ceil_div(ceil_div(n_rows, block_n), most) * block_n
+        programs = ceil_div(n_rows, rows_each)
+        plan = _Plan(
+            grid=(programs,),
+            rows=Launch(
+                _norm_backward_kernel,
+                (n_rows, width, rows_each, eps),
+                DIRECTIONS=n_directions,
+                LAYER=mean is not None,
+                HAS_SCALE=val_grad is not None,
+                HAS_SHIFT=bias_val_grad is not None,
+                HAS_BIAS=has_bias,
+                BLOCK_N=block_n,
+                BLOCK_I=block_i,
+                num_warps=warps,
+            ),
+            sums=(1 + has_bias, programs, width),
+            second_grid=(found.numel() + ceil_div(width, _COLUMNS) * (1 + has_bias),),
+            second=Launch(
+                _norm_sums_kernel,
+                (programs, n_rows, tokens, found.numel(), width),
+                DIRECTIONS=n_directions,
+                BLOCK_N=1024,
+                BLOCK_P=64,
+                BLOCK_I=_COLUMNS,
+            ),
+        )
+        remember(_plans, key, plan)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=device)
+    sums = found.new_empty(plan.sums)
+    dots = found.new_empty(n_directions, n_rows)
+    plan.rows(plan.grid, *operands, grad_x, sums, dots)
+    gradients = found.new_empty(1 + has_bias, width)
+    plan.second(plan.second_grid, sums, dots, gradients, found)
     if segments is not None:
         found = sum_tokens(dots, batch, tokens, segments, False)
         found = found if directions.dim() == 2 else found.squeeze(1)

@@ -304,7 +304,7 @@ def layer_wgrad_dot(
     through before the next launch: every Python function and every tensor's method that is not called here saves
     microseconds.
     """
-    if segments is not None or not unseen():
+    if segments is not None:
         return None
     (batch, tokens, inputs), shape, dtypes = acts.shape, val_grad.shape, (acts.dtype, torch.float32)
     if (
@@ -316,18 +316,22 @@ def layer_wgrad_dot(
     ):
         return None
     if not acts.is_cpu:
-        operands = (acts, grads, val_grad) if bias_val_grad is None else (acts, grads, val_grad, bias_val_grad)
-        for x in operands:
-            if x.device != acts.device:
-                return None
-        if acts.dtype is not grads.dtype or not (unseen(*operands) and use_triton(None, *operands)):
+        operands, device = [x for x in (acts, grads, val_grad, bias_val_grad) if x is not None], acts.device
+        if acts.dtype is not grads.dtype or not unseen(*operands) or not use_triton(None, acts, grads):
             return None
+        for x in operands:
+            if x.device != device:
+                return None
         along, along_bias = val_grad, bias_val_grad
         if len(shape) == 2:
             along, along_bias = val_grad.unsqueeze(0), None if bias_val_grad is None else bias_val_grad.unsqueeze(0)
-        found = ghost_wgrad_dot._init_fn(acts, grads, along, along_bias, None, None, grad_dtype, None)
+        from inrun_kernels.wgrad_dot import launch_wgrad_dot
+
+        form = forms.of_wgrad_dot(acts, grads, along, None, True, False).form
+        with launch_context(acts):
+            found = launch_wgrad_dot(acts, grads, along, along_bias, None, form, grad_dtype)
         return found if len(shape) == 3 else (*found[:2], found[2].squeeze(1))
-    if batch < 2 or not native.runs(acts, grads, val_grad, bias_val_grad):
+    if batch < 2 or not unseen() or not native.runs(acts, grads, val_grad, bias_val_grad):
         return None
     sizes = batch * tokens, batch, inputs, shape[-2], shape[0] if len(shape) == 3 else 1
     if forms.of_cpu_sizes(True, *sizes).form == "two":

@@ -15,13 +15,16 @@ due and rows are samples, a program has some columns of a part of one sample, an
 # Launches go through triton's JIT, whose signature pyright cannot see.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from inrun_kernels.config import ceil_div, column_tile, row_tile
-from inrun_kernels.tiles import launch, load_columns, sum_tokens, token_starts
+from inrun_kernels.tiles import Launch, kind, launch, load_columns, sum_tokens, token_starts
 
 
 @triton.jit
@@ -97,6 +100,7 @@ def _columns_kernel(
     sums_ptr,  # [B, chunks, I]
     partial_ptr,  # [B, M, chunks * columns / BLOCK_I]
     row_length,  # of partial, M of them for each sample
+    before,  # parts of a row that are others'
     chunks,
     tokens,
     width,
@@ -135,7 +139,7 @@ def _columns_kernel(
     for m in tl.static_range(DIRECTIONS):
         d_ptrs = val_grad_ptr + tl.cast(m, tl.int64) * stride_dm + offs_i.to(tl.int64) * stride_di
         d = tl.load(d_ptrs, mask=mask_i, other=0.0)
-        out = (of_sample * DIRECTIONS + m) * row_length + chunk * columns + pid_i
+        out = (of_sample * DIRECTIONS + m) * row_length + before + chunk * columns + pid_i
         tl.store(partial_ptr + out, tl.sum(sums * d.to(tl.float32)))
 
 
@@ -168,49 +172,57 @@ def launch_row_wgrad_dot(
         chunks, parts = columns_of(grads.shape[1], grads.shape[2], grads.element_size())
         sums = torch.empty(len(grads), chunks, grads.shape[2], dtype=torch.float32, device=grads.device)
         partial = torch.empty(len(grads), len(val_grad), parts, dtype=torch.float32, device=grads.device)
-        launch_columns(normed, grads, val_grad, sums, partial)
+        grid, launched = columns_launch(kind(normed), kind(grads), kind(val_grad), parts)
+        launched(grid, normed, grads, val_grad, sums, partial)
         return sums.sum((0, 1)), partial.sum(2)
     dots, sums = _launch(None, normed, grads, val_grad[:, None], -1, sums=True)
     return sums.sum(0), sum_tokens(dots, grads.shape[0], grads.shape[1], segments, False)
 
 
 def by_columns(tokens: int, documents: bool) -> bool:
-    """Whether `launch_columns` serves: samples are rows, long enough that their sums are few beside them."""
+    """Whether `columns_launch` serves: samples are rows, long enough that their sums are few beside them."""
     return not documents and tokens >= 32
 
 
 def columns_of(tokens: int, width: int, element_size: int) -> tuple[int, int]:
-    """Of `launch_columns`: how many rows of sums it writes for each sample, and how many parts of a dot."""
+    """Of `columns_launch`: how many rows of sums it writes for each sample, and how many parts of a dot."""
     chunk, block_i = column_tile(tokens, width, element_size)
     chunks = ceil_div(tokens, chunk)
     return chunks, chunks * ceil_div(width, block_i)
 
 
-def launch_columns(normed: Tensor | None, grads: Tensor, val_grad: Tensor, sums: Tensor, partial: Tensor) -> None:
-    """`normed [B,T,I]` or None, `grads [B,T,I]`, `val_grad [M,I]`: writes `sums [B, chunks, I]`, to be added up, and
-    parts of dots to be, at `partial [B,M,parts]`, each row of adjacent elements."""
-    batch, tokens, width = grads.shape
-    chunk, block_i = column_tile(tokens, width, grads.element_size())
-    launch(
+@lru_cache(1024)
+def columns_launch(
+    normed: Any, grads: Any, val_grad: Any, row_length: int, before: int = 0
+) -> tuple[tuple[int], Launch]:
+    """Grid and launch of a pass over columns, with operands of such a `tiles.kind` (`normed`'s None, of a bias).
+
+    It takes them, and writes `sums [B, chunks, I]`, to be added up, and `partial [B, M, row_length]`, whose rows hold
+    as many parts of a dot, of which so many `before` are others'.
+    """
+    dtype, _, (batch, tokens, width), strides, _ = grads
+    chunk, block_i = column_tile(tokens, width, dtype.itemsize)
+    chunks = ceil_div(tokens, chunk)
+    launched = Launch(
         _columns_kernel,
-        (ceil_div(width, block_i) * sums.shape[1] * batch,),
-        [normed, grads, val_grad, sums, partial],
         (
-            partial.stride(1),
-            sums.shape[1],
+            row_length,
+            before,
+            chunks,
             tokens,
             width,
-            *((0, 0, 0) if normed is None else normed.stride()),
-            *grads.stride(),
-            *val_grad.stride(),
+            *((0, 0, 0) if normed is None else normed[3]),
+            *strides,
+            *val_grad[3],
         ),
-        DIRECTIONS=val_grad.shape[0],
+        DIRECTIONS=val_grad[2][0],
         HAS_NORMED=normed is not None,
         CHUNK=chunk,
         BLOCK_T=32,
         BLOCK_I=block_i,
         num_warps=4,
     )
+    return (ceil_div(width, block_i) * chunks * batch,), launched
 
 
 def _launch(

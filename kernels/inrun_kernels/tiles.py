@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -100,6 +100,15 @@ class Launch:
 
 _launches: dict[tuple[Any, ...], Launch] = {}
 _REMEMBERED = 4096  # of sizes that change at every step there is no end
+T = TypeVar("T")
+
+
+def remember(known: dict[Any, T], key: Any, value: T) -> T:
+    """Put the value where `known.get(key)` finds it from now on."""
+    if len(known) >= _REMEMBERED:
+        known.clear()
+    known[key] = value
+    return value
 
 
 def launch(
@@ -119,9 +128,7 @@ def launch(
         return
     found = Launch(kernel, numbers, **constants)
     found(grid, *tensors)  # one that fails is not kept
-    if len(_launches) >= _REMEMBERED:
-        _launches.clear()
-    _launches[remembered] = found
+    remember(_launches, remembered, found)
 
 
 def placed(x: Tensor) -> Any:
@@ -129,6 +136,11 @@ def placed(x: Tensor) -> Any:
     if torch.version.hip:  # whose offsets have 32 bits where they suffice
         return x.data_ptr() % 16, x.untyped_storage().nbytes() < 1 << 31
     return x.data_ptr() % 16
+
+
+def kind(x: Tensor | None) -> Any:
+    """All of an operand that a launch depends on."""
+    return None if x is None else (x.dtype, x.device, x.shape, x.stride(), placed(x))
 
 
 def precision(x: Tensor) -> str:

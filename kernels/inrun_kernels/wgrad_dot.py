@@ -37,7 +37,6 @@ that several programs had is left in pieces, which the second stage adds up in o
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -47,7 +46,6 @@ from torch import Tensor
 from inrun_kernels import tuning
 from inrun_kernels.config import (
     Chip,
-    Share,
     Tile,
     ceil_div,
     chip_named,
@@ -57,7 +55,7 @@ from inrun_kernels.config import (
     wgrad_accumulators,
 )
 from inrun_kernels.cost import Sizes
-from inrun_kernels.rows import by_columns, columns_of, launch_columns, launch_row_wgrad_dot
+from inrun_kernels.rows import by_columns, columns_launch, columns_of, launch_row_wgrad_dot
 from inrun_kernels.tiles import (
     INTERPRETED,
     Launch,
@@ -66,10 +64,11 @@ from inrun_kernels.tiles import (
     chip,
     copyable,
     descriptor,
+    kind,
     multiprocessors,
     one_row,
-    placed,
     precision,
+    remember,
     rounded,
 )
 from inrun_kernels.wgrad_dot_kernel import second_stage_kernel, wgrad_dot_kernel
@@ -122,7 +121,6 @@ def launch_wgrad_dot(
 class _Facts(NamedTuple):
     """All that decides how a product is launched, but its tile."""
 
-    device: torch.device
     architecture: str
     processors: int
     dtype: torch.dtype
@@ -141,7 +139,8 @@ class _Facts(NamedTuple):
     copy_d: bool
     vectors: bool  # whether they can be loaded 16 elements at a time
     strides: tuple[int, ...]  # of acts, grads, and the directions of weight and bias
-    kinds: tuple[Any, ...]  # of all that a kernel takes the address of, but what is made here
+    unrounded: Any  # the `tiles.kind` of what a bias is summed from
+    bias: Any  # and of its direction
 
     @property
     def chip(self) -> Chip:
@@ -175,7 +174,6 @@ class _Facts(NamedTuple):
         return wgrad_accumulators(self.form, self.in_shared, self.directions)
 
 
-@lru_cache(1024)
 def _tiles(facts: _Facts) -> tuple[Tile, ...]:
     """Tiles that fit the chip, the default first."""
     return matrix_tiles(
@@ -198,8 +196,8 @@ class _Plan:
     pieces: tuple[int, int, int] | None
     bias_pieces: tuple[int, int] | None
     partial: tuple[int, int, int]
-    in_row: int  # of `partial`, before the bias's own parts
     sums: tuple[int, int, int] | None
+    columns: tuple[tuple[int], Launch] | None  # what writes them
     bias: int
     grid: tuple[int]
     launch: Launch
@@ -207,9 +205,14 @@ class _Plan:
     second: Launch
 
 
-@lru_cache(1024)
-def _plan(facts: _Facts, tile: Tile, tiles: int, units: int, plan: Share) -> _Plan:
-    """`tiles` of `units` each, as `plan` shares them out."""
+def _planned(facts: _Facts, tile: Tile) -> _Plan:
+    # Registers of a thread beside the accumulators: of addresses, and operands on their way to what waits for them.
+    beside = 64 if facts.chip.asynchronous or facts.copy_tokens else 112
+    slots = facts.processors * resident_programs(tile, facts.accumulators, beside)
+    tiles = ceil_div(facts.outputs, tile.block_m) * ceil_div(facts.inputs, tile.block_n)
+    units = facts.n_samples * ceil_div(facts.tokens, tile.block_k) if facts.within else facts.n_samples
+    filled = facts.outputs * facts.inputs / (tiles * tile.block_m * tile.block_n)
+    plan = share(tiles, units, facts.n_samples, facts.batch * facts.tokens, slots, filled)
     rides, within, (chunks, parts) = facts.rides, facts.within, facts.sums
     n_samples, lanes, shared = facts.n_samples, max(1, facts.directions), plan.programs > 0
     in_row = 2 * tiles if within else tiles
@@ -219,8 +222,8 @@ def _plan(facts: _Facts, tile: Tile, tiles: int, units: int, plan: Share) -> _Pl
         pieces=(plan.pieces, tile.block_m, tile.block_n) if plan.pieces else None,
         bias_pieces=(plan.pieces, tile.block_m) if plan.pieces and rides else None,
         partial=(n_samples, lanes, in_row + parts),
-        in_row=in_row,
         sums=(n_samples, chunks, facts.outputs) if chunks else None,
+        columns=columns_launch(None, facts.unrounded, facts.bias, in_row + parts, in_row) if chunks else None,
         bias=facts.outputs if rides or chunks else 0,
         grid=(plan.whole + plan.programs,),
         launch=Launch(
@@ -285,6 +288,17 @@ def _plan(facts: _Facts, tile: Tile, tiles: int, units: int, plan: Share) -> _Pl
     )
 
 
+class _Call(NamedTuple):
+    """What operands of one kind are launched with."""
+
+    facts: _Facts
+    tiles: tuple[Tile, ...]  # that fit the chip, the default first
+    plans: dict[Tile, _Plan]  # with those that were taken
+
+
+_calls: dict[Any, _Call] = {}
+
+
 def _launch(
     acts: Tensor,
     grads: Tensor,
@@ -296,52 +310,30 @@ def _launch(
     weight_grad: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Writes `weight_grad`, `[O,I]` of adjacent elements; returns `(bias_grad, dots)`. `unrounded`: for biases."""
-    (batch, tokens, inputs), outputs, device = acts.shape, grads.shape[2], acts.device
-    n_samples, n_directions = batch if segments is None else len(segments) - 1, 0 if val_grad is None else len(val_grad)
-    if n_samples == 0:  # offsets that the device has yet to refuse
-        bias_grad = weight_grad.new_zeros(0 if bias_val_grad is None else outputs)
-        return bias_grad, weight_grad.zero_().new_empty(0, max(1, n_directions), dtype=torch.float32)
-    copies = chip(device).copies and acts.dtype != torch.float32
-    copy_tokens = copies and segments is None and copyable(acts, grads)
-    segments = None if segments is None else segments.contiguous()
-    copy_d = copies and (copyable(val_grad) if val_grad is not None else copy_tokens)
-    addressed = bias_val_grad, segments, *(() if copy_d else (val_grad,)), *(() if copy_tokens else (acts, grads))
-    facts = _Facts(
-        device,
+    device = acts.device
+    if segments is not None:
+        segments = segments.contiguous()
+        if len(segments) == 1:  # offsets that the device has yet to refuse
+            dots = weight_grad.zero_().new_empty(0, 1 if val_grad is None else len(val_grad), dtype=torch.float32)
+            return weight_grad.new_zeros(0 if bias_val_grad is None else len(weight_grad)), dots
+    key = (  # launches are for operands of these kinds
+        form,
         architecture(device),
         multiprocessors(device),
-        acts.dtype,
         precision(acts),
-        form,
-        batch,
-        tokens,
-        inputs,
-        outputs,
-        n_samples,
-        n_directions,
-        None if val_grad is None else val_grad.dtype,
-        segments is not None,
-        bias_val_grad is not None,
-        copy_tokens,
-        copy_d,
-        copy_tokens or aligned(acts, grads),
-        (
-            *acts.stride(),
-            *grads.stride(),
-            *((0, 0, 0) if val_grad is None else val_grad.stride()),
-            *((0, 0) if bias_val_grad is None else bias_val_grad.stride()),
-        ),
-        tuple(None if x is None else (x.dtype, placed(x)) for x in (weight_grad, *addressed)),
+        kind(acts),
+        kind(grads),
+        None if unrounded is grads else kind(unrounded),
+        kind(val_grad),
+        kind(bias_val_grad),
+        kind(segments),
+        kind(weight_grad),
     )
+    call = _calls.get(key) or _arranged(key, acts, grads, unrounded, val_grad, bias_val_grad, segments)
+    facts = call.facts
 
     def run(tile: Tile) -> tuple[Tensor, Tensor]:
-        # Registers of a thread beside the accumulators: of addresses, and operands on their way to what waits for them.
-        beside = 64 if facts.chip.asynchronous or copy_tokens else 112
-        slots = facts.processors * resident_programs(tile, facts.accumulators, beside)
-        tiles = ceil_div(outputs, tile.block_m) * ceil_div(inputs, tile.block_n)
-        units = n_samples * ceil_div(tokens, tile.block_k) if facts.within else n_samples
-        filled = outputs * inputs / (tiles * tile.block_m * tile.block_n)
-        plan = _plan(facts, tile, tiles, units, share(tiles, units, n_samples, batch * tokens, slots, filled))
+        plan = call.plans.get(tile) or call.plans.setdefault(tile, _planned(facts, tile))
         partial = torch.empty(plan.partial, dtype=torch.float32, device=device)
         dots = torch.empty(plan.partial[:2], dtype=torch.float32, device=device)
         sums, pieces, bias_pieces = (
@@ -350,26 +342,75 @@ def _launch(
         )
         bias = weight_grad.new_empty(plan.bias)
         operands: list[Any] = [acts, grads, val_grad]
-        if copy_tokens:
+        if facts.copy_tokens:
             operands[0] = descriptor(acts, [1, tile.block_k, tile.block_n])
             operands[1] = descriptor(grads, [1, tile.block_k, tile.block_m])
         if val_grad is not None and facts.copy_d:
             operands[2] = descriptor(val_grad, [1, tile.block_m, tile.block_n])
         results = weight_grad, bias, pieces, bias_pieces, partial
         plan.launch(plan.grid, *operands, bias_val_grad, segments, *results)
-        if sums is not None and bias_val_grad is not None:
-            launch_columns(None, unrounded, bias_val_grad, sums, partial[:, :, plan.in_row :])
+        if plan.columns is not None:
+            columns_grid, columns = plan.columns
+            columns(columns_grid, None, unrounded, bias_val_grad, sums, partial)
         plan.second(plan.second_grid, partial, sums, dots, pieces, weight_grad, bias_pieces, bias)
         return bias, dots
 
-    candidates = _tiles(facts)
-    tile = candidates[0]
+    tile = call.tiles[0]
     if tuning.is_on():
-        sizes = Sizes(n_samples, batch * tokens // max(1, n_samples), inputs, outputs, n_directions)
-        known = (facts.precision, copy_tokens, facts.copy_d, facts.documents, facts.rides, facts.of_d)
-        tile = tuning.choose("wgrad_dot", candidates, sizes, " ".join(map(str, known)), acts, run, form)
+        sizes = Sizes(
+            facts.n_samples,
+            facts.batch * facts.tokens // max(1, facts.n_samples),
+            facts.inputs,
+            facts.outputs,
+            facts.directions,
+        )
+        known = (facts.precision, facts.copy_tokens, facts.copy_d, facts.documents, facts.rides, facts.of_d)
+        tile = tuning.choose("wgrad_dot", call.tiles, sizes, " ".join(map(str, known)), acts, run, form)
     bias_grad, dots = run(tile)
     if bias_val_grad is None or len(bias_grad):
         return bias_grad, dots
     bias_grad, of_bias = launch_row_wgrad_dot(None, unrounded, bias_val_grad, segments)
     return bias_grad.to(weight_grad.dtype), dots + of_bias
+
+
+def _arranged(
+    key: Any,
+    acts: Tensor,
+    grads: Tensor,
+    unrounded: Tensor,
+    val_grad: Tensor | None,
+    bias_val_grad: Tensor | None,
+    segments: Tensor | None,
+) -> _Call:
+    """What these operands are launched with, remembered under their key."""
+    (form, where, processors, how, *_), (batch, tokens, inputs) = key, acts.shape
+    copies = chip(acts.device).copies and acts.dtype != torch.float32
+    copy_tokens = copies and segments is None and copyable(acts, grads)
+    facts = _Facts(
+        architecture=where,
+        processors=processors,
+        dtype=acts.dtype,
+        precision=how,
+        form=form,
+        batch=batch,
+        tokens=tokens,
+        inputs=inputs,
+        outputs=grads.shape[2],
+        n_samples=batch if segments is None else len(segments) - 1,
+        directions=0 if val_grad is None else len(val_grad),
+        of_d=None if val_grad is None else val_grad.dtype,
+        documents=segments is not None,
+        biased=bias_val_grad is not None,
+        copy_tokens=copy_tokens,
+        copy_d=copies and (copyable(val_grad) if val_grad is not None else copy_tokens),
+        vectors=copy_tokens or aligned(acts, grads),
+        strides=(
+            *acts.stride(),
+            *grads.stride(),
+            *((0, 0, 0) if val_grad is None else val_grad.stride()),
+            *((0, 0) if bias_val_grad is None else bias_val_grad.stride()),
+        ),
+        unrounded=kind(unrounded),
+        bias=kind(bias_val_grad),
+    )
+    return remember(_calls, key, _Call(facts, _tiles(facts), {}))
