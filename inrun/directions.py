@@ -131,32 +131,31 @@ def coefficient(
     return torch.div(-share if group["maximize"] else share, scale, out=scale)
 
 
-def adam_part(slot: Any, val_grads: Sequence[Tensor | None]) -> Any:
-    """The parameter's part in the one call that writes the directions of Adam (`inrun_kernels.adam`).
+AdamRates = tuple[float, tuple[float, float], float]
 
-    None where there is no kernel for it, and where `coefficient` has more to say: several targets, amsgrad, learning
-    rates or betas on the device.
-    """
-    if len(val_grads) > 1 or (grad := val_grads[0]) is None or not (grad.is_cuda or grad.is_cpu):
-        return None
-    group = slot.options
-    if isinstance(slot.optimizer, SGD) or group["amsgrad"]:
+
+def adam_rates(optimizer: Optimizer, group: Mapping[str, Any]) -> AdamRates | None:
+    """Gain, betas and eps of a group whose directions `inrun_kernels.adam` can write; None where `coefficient` has
+    more to say: another optimizer, amsgrad, learning rates or betas on the device."""
+    if isinstance(optimizer, SGD) or group["amsgrad"]:
         return None
     lr, (beta1, beta2) = group["lr"], group["betas"]
     for number in (lr, beta1, beta2):
         if isinstance(number, Tensor) and number.is_cuda:
             return None
-    lr, beta1, beta2, state = float(lr), float(beta1), float(beta2), slot.state
+    lr, beta1, beta2 = float(lr), float(beta1), float(beta2)
+    return (-lr if group["maximize"] else lr) * (1 - beta1), (beta1, beta2), group["eps"]
+
+
+def adam_part(slot: Any, grad: Tensor, rates: AdamRates) -> adam.AdamPart | None:
+    """The parameter's part in the one call that writes the directions of Adam; None where there is no kernel for it."""
+    if not (grad.is_cuda or grad.is_cpu):
+        return None
+    state, (gain, betas, eps) = slot.state, rates
     step = state.get("step", 0.0)
-    part = adam.AdamPart(
-        out=slot.direction,
-        val_grad=grad,
-        moment=local(state.get("exp_avg_sq")),
-        step=step if isinstance(step, Tensor) and step.is_cuda else float(step),
-        gain=(-lr if group["maximize"] else lr) * (1 - beta1),
-        betas=(beta1, beta2),
-        eps=group["eps"],
-    )
+    step = step if isinstance(step, Tensor) and step.is_cuda else float(step)
+    moment = local(state.get("exp_avg_sq"))
+    part = adam.AdamPart(out=slot.direction, val_grad=grad, moment=moment, step=step, gain=gain, betas=betas, eps=eps)
     return part if adam.fits(part) else None
 
 

@@ -47,11 +47,16 @@ class Inline:
         gradients, every = tracker.validations.gradients, tracker.validations.every
         self.probes = []
         self._lr = learning_rates(tracker.optimizers)
-        launched = []
+        launched, rates = [], {}
+        for each in tracker.optimizers if len(tracker.targets) == 1 else ():
+            rates |= {(each, k): directions.adam_rates(each, group) for k, group in enumerate(each.param_groups)}
         for i, slot in enumerate(tracker.slots):  # one may have been frozen since the gradient was taken
             frozen = not slot.param.requires_grad
             found = [None if frozen else gradients[name][i] for name in tracker.targets]
-            if (part := directions.adam_part(slot, found)) is not None:
+            part, of_group = None, rates.get((slot.optimizer, slot.group))
+            if of_group is not None and found[0] is not None:
+                part = directions.adam_part(slot, found[0], of_group)
+            if part is not None:
                 launched.append(part)
             else:
                 write_direction(slot, found)

@@ -10,7 +10,6 @@ FLOPs: some 10 an element.  Bytes: v and g read once, d written once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,32 +41,27 @@ class AdamPart:
     betas: tuple[float, float]
     eps: float
 
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What one launch has in common."""
-        moment = self.val_grad if self.moment is None else self.moment
-        return self.out.device, self.out.dtype, self.val_grad.dtype, moment.dtype
-
 
 def fits(part: AdamPart) -> bool:
     """Whether a kernel can read and write the part's tensors: dense and of one size; on a GPU aligned, and float32 or
     half of it; on a CPU float32."""
-    tensors, shape = [x for x in (part.out, part.val_grad, part.moment) if x is not None], part.out.shape
+    out, step = part.out, part.step
+    tensors = (out, part.val_grad) if part.moment is None else (out, part.val_grad, part.moment)
     for x in tensors:
-        if not x.is_contiguous() or x.shape != shape:
+        if not x.is_contiguous() or x.shape != out.shape:
             return False
-    if not use_triton(None, part.out):
+    if not use_triton(None, out):
         return native.runs_float32(*tensors)
-    step = part.step
-    return all(x.dtype in _GPU_DTYPES and x.data_ptr() % 16 == 0 for x in tensors) and (
-        not isinstance(step, Tensor) or (step.dtype == torch.float32 and step.device == part.out.device)
-    )
+    for x in tensors:
+        if x.dtype not in _GPU_DTYPES or x.data_ptr() % 16:
+            return False
+    return not isinstance(step, Tensor) or (step.dtype == torch.float32 and step.device == out.device)
 
 
 def write_adam_directions(parts: Sequence[AdamPart]) -> None:
     """Write the direction of every part, each of which `fits`."""
     torch.autograd.graph.increment_version([part.out for part in parts])
-    launched = [part for part in parts if use_triton(None, part.out)]
+    launched = [part for part in parts if use_triton(None, part.out)]  # not the empty ones
     if launched:
         from inrun_kernels.adam_kernel import launch_adam_directions
 

@@ -8,6 +8,7 @@ numbers go with the launch, as torch's own multi-tensor optimizers have it.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import math
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,25 +75,28 @@ def _adam_direction_kernel(
 
 
 def launch_adam_directions(parts: Sequence[Any]) -> None:
-    """Write the direction of every `AdamPart`, each of which `adam.fits`."""
+    """Write the direction of every `AdamPart`, each of which `adam.fits` and none is empty."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for part in parts:
-        if part.out.numel():
-            groups.setdefault(part.kind, []).append(part)
+        moment = part.val_grad if part.moment is None else part.moment
+        groups.setdefault((part.out.device, part.out.dtype, part.val_grad.dtype, moment.dtype), []).append(part)
     for (device, out, grad, moment), members in groups.items():
-        pointers, numbers, first = [], [], 0
+        # Python's own arrays: torch takes long over lists, and this is for every parameter at every step.
+        pointers, numbers, first = array("q"), array("d"), 0
+        of_rates: dict[tuple[Any, ...], tuple[float, ...]] = {}
         for part in members:
-            step, (beta1, beta2) = part.step, part.betas
-            at = step.data_ptr() if isinstance(step, Tensor) else 0
+            step, count = part.step, part.out.numel()
+            steps_at, made = (step.data_ptr(), 0.0) if isinstance(step, Tensor) else (0, step)
             moment_at = 0 if part.moment is None else part.moment.data_ptr()
-            places = part.out.data_ptr(), part.val_grad.data_ptr(), moment_at, at
-            pointers.append((*places, part.out.numel(), first))
-            logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
-            made = 0.0 if isinstance(step, Tensor) else step
-            numbers.append((made, *logs, beta2, 1 - beta2, part.gain, part.eps))
-            first += ceil_div(part.out.numel(), _BLOCK)
-        types = ((pointers, torch.int64), (numbers, torch.float64))
-        tables = [torch.tensor(table, dtype=dtype, device="cpu") for table, dtype in types]
+            pointers.extend((part.out.data_ptr(), part.val_grad.data_ptr(), moment_at, steps_at, count, first))
+            rates = made, part.betas, part.gain, part.eps
+            if rates not in of_rates:
+                logs = (math.log(beta) if beta else -math.inf for beta in part.betas)
+                of_rates[rates] = (made, *logs, part.betas[1], 1 - part.betas[1], part.gain, part.eps)
+            numbers.extend(of_rates[rates])
+            first += ceil_div(count, _BLOCK)
+        columns = len(pointers) // len(members), len(numbers) // len(members)
+        tables = [torch.frombuffer(pointers, dtype=torch.int64), torch.frombuffer(numbers, dtype=torch.float64)]
         if device.type == "cuda":
             tables = [table.pin_memory().to(device, non_blocking=True) for table in tables]
         with torch.cuda.device_of(members[0].out):
@@ -101,8 +105,8 @@ def launch_adam_directions(parts: Sequence[Any]) -> None:
                 (first,),
                 tables,
                 (len(members),),
-                POINTERS=len(pointers[0]),
-                NUMBERS=len(numbers[0]),
+                POINTERS=columns[0],
+                NUMBERS=columns[1],
                 OUT=_TYPES[out],
                 GRAD=_TYPES[grad],
                 MOMENT=_TYPES[moment],

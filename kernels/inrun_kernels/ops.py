@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inrun_kernels import derivatives, forms, native, torch_path
 from inrun_kernels.torch_path import accumulate_dtype
-from inrun_kernels.validation import check_id_values, check_segment_values
+from inrun_kernels.validation import agree, check_id_values, check_segment_values
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -306,33 +306,19 @@ def layer_wgrad_dot(
     """
     if segments is not None:
         return None
-    (batch, tokens, inputs), shape, dtypes = acts.shape, val_grad.shape, (acts.dtype, torch.float32)
-    if (
-        len(shape) > 3
-        or shape[-2:] != (grads.shape[2], inputs)
-        or val_grad.stride(-1) != 1
-        or val_grad.dtype not in dtypes
-        or (bias_val_grad is not None and (bias_val_grad.shape != shape[:-1] or bias_val_grad.dtype not in dtypes))
-    ):
-        return None
     if not acts.is_cpu:
-        operands, device = [x for x in (acts, grads, val_grad, bias_val_grad) if x is not None], acts.device
-        if acts.dtype is not grads.dtype or not unseen(*operands) or not use_triton(None, acts, grads):
+        operands = (acts, grads, val_grad) if bias_val_grad is None else (acts, grads, val_grad, bias_val_grad)
+        if not use_triton(None, acts, grads) or not unseen(*operands):
             return None
-        for x in operands:
-            if x.device != device:
-                return None
-        along, along_bias = val_grad, bias_val_grad
-        if len(shape) == 2:
-            along, along_bias = val_grad.unsqueeze(0), None if bias_val_grad is None else bias_val_grad.unsqueeze(0)
-        from inrun_kernels.wgrad_dot import launch_wgrad_dot
+        from inrun_kernels.wgrad_dot import launch_layer
 
-        form = forms.of_wgrad_dot(acts, grads, along, None, True, False).form
         with launch_context(acts):
-            found = launch_wgrad_dot(acts, grads, along, along_bias, None, form, grad_dtype)
-        return found if len(shape) == 3 else (*found[:2], found[2].squeeze(1))
-    if batch < 2 or not unseen() or not native.runs(acts, grads, val_grad, bias_val_grad):
+            return launch_layer(acts, grads, val_grad, bias_val_grad, grad_dtype)
+    if len(acts) < 2 or not unseen() or not native.runs(acts, grads, val_grad, bias_val_grad):
         return None
+    if not agree(acts, grads, val_grad, bias_val_grad):
+        return None
+    (batch, tokens, inputs), shape = acts.shape, val_grad.shape
     sizes = batch * tokens, batch, inputs, shape[-2], shape[0] if len(shape) == 3 else 1
     if forms.of_cpu_sizes(True, *sizes).form == "two":
         return native.ghost_wgrad_dot(acts, grads, val_grad, bias_val_grad, None)

@@ -202,9 +202,15 @@ def copyable(*tensors: Tensor) -> bool:
 
 
 def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """What the copy engine needs to read blocks of a `copyable` x that is not empty; elements outside it are zero."""
+    """What the copy engine needs to read blocks of a `copyable` x that is not empty; elements outside it are zero.
+
+    An x of fewer dimensions than the block has ones in front.
+    """
     made = object.__new__(TensorDescriptor)  # without its own checks of the same, which take as long as a launch
-    made.base, made.shape, made.strides, made.block_shape = x, list(x.shape), list(x.stride()), block
+    shape, strides = list(x.shape), list(x.stride())
+    for _ in range(len(block) - len(shape)):
+        shape, strides = [1, *shape], [shape[0] * strides[0], *strides]
+    made.base, made.shape, made.strides, made.block_shape = x, shape, strides, block
     return made
 
 

@@ -68,6 +68,21 @@ def check_direction(
     check_device(name, val_grad, like)
 
 
+def agree(acts: Tensor, grads: Tensor, val_grad: Tensor, bias_val_grad: Tensor | None) -> bool:
+    """Whether a layer's operands are as kernels have them: `acts [B,T,I]`, `grads [B,T,O]`, and directions `[O,I]` and
+    `[O]`, or with a leading M, in rows of adjacent elements, of the layer's dtype or float32, on one device."""
+    shape, dtypes, device = val_grad.shape, (acts.dtype, torch.float32), acts.device
+    if shape[-2:] != (grads.shape[2], acts.shape[2]) or len(shape) > 3 or val_grad.stride(-1) != 1:
+        return False
+    if acts.dtype is not grads.dtype or val_grad.dtype not in dtypes:
+        return False
+    if grads.device != device or val_grad.device != device:
+        return False
+    return bias_val_grad is None or (
+        bias_val_grad.shape == shape[:-1] and bias_val_grad.dtype in dtypes and bias_val_grad.device == device
+    )
+
+
 def check_grouping(segments: Tensor | None, per_token: bool, like: Tensor) -> None:
     """Require `segments` to be a 1-D integer tensor of at least one offset, and not given with `per_token`."""
     if segments is None:

@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inrun_kernels import tuning
+from inrun_kernels import forms, tuning
 from inrun_kernels.config import (
     Chip,
     Tile,
@@ -71,6 +71,7 @@ from inrun_kernels.tiles import (
     remember,
     rounded,
 )
+from inrun_kernels.validation import agree
 from inrun_kernels.wgrad_dot_kernel import second_stage_kernel, wgrad_dot_kernel
 
 _COPIED = 1 << 26  # elements of the output gradients that are copied to aligned rows at a time: 128 MB
@@ -96,9 +97,7 @@ def launch_wgrad_dot(
     acts, unrounded = one_row(acts, segments), one_row(grads, segments)
     acts, grads = rounded(acts, unrounded)
     weight_grad = torch.empty(grads.shape[2], acts.shape[2], dtype=grad_dtype or torch.float32, device=acts.device)
-    copies = chip(acts.device).copies and segments is None
-    readable = copyable if copies else aligned
-    if acts.dtype == torch.float32 or readable(grads) or not readable(acts) or len(weight_grad) < _COLUMNS:
+    if not _in_parts(acts, grads, segments, len(weight_grad)):
         bias_grad, dots = _launch(acts, grads, unrounded, val_grad, bias_val_grad, segments, form, weight_grad)
         return weight_grad, bias_grad, dots
     # As of a head with an odd vocabulary: read an element at a time they would take several times the product. Copied,
@@ -106,7 +105,7 @@ def launch_wgrad_dot(
     width = max(1, _COPIED // (_COLUMNS * max(1, grads[..., 0].numel()))) * _COLUMNS
     rows = grads.new_empty(*grads.shape[:2], min(width, ceil_div(len(weight_grad), _COLUMNS) * _COLUMNS))
     # Without descriptors the width has to be a multiple as well: the last columns are then read as they are.
-    rest = len(weight_grad) if copies else len(weight_grad) // _COLUMNS * _COLUMNS
+    rest = len(weight_grad) if _copies(acts, segments) else len(weight_grad) // _COLUMNS * _COLUMNS
     found = []
     for part in (slice(*ends) for ends in pairwise(sorted({*range(0, rest, width), rest, len(weight_grad)}))):
         here = grads[..., part]
@@ -116,6 +115,16 @@ def launch_wgrad_dot(
         found.append(_launch(acts, here, here, along, of_bias, segments, form, weight_grad[part]))
     bias_grads, dots = zip(*found, strict=True)
     return weight_grad, torch.cat(bias_grads), torch.stack(dots).sum(0)
+
+
+def _in_parts(acts: Tensor, grads: Tensor, segments: Tensor | None, outputs: int) -> bool:
+    """Whether the output gradients are better copied, some columns at a time."""
+    readable = copyable if _copies(acts, segments) else aligned
+    return acts.dtype != torch.float32 and outputs >= _COLUMNS and not readable(grads) and readable(acts)
+
+
+def _copies(acts: Tensor, segments: Tensor | None) -> bool:
+    return chip(acts.device).copies and segments is None
 
 
 class _Facts(NamedTuple):
@@ -299,6 +308,27 @@ class _Call(NamedTuple):
 _calls: dict[Any, _Call] = {}
 
 
+def launch_layer(
+    acts: Tensor, grads: Tensor, val_grad: Tensor, bias_val_grad: Tensor | None, grad_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`launch_wgrad_dot`, for directions with their leading M or without, of which the dots then have none either, in
+    the form that the model of the chip takes. None for what is not launched as it is, once."""
+    device = acts.device
+    key = _key(None, acts, grads, None, val_grad, bias_val_grad, None, grad_dtype)
+    if (call := _calls.get(key)) is None:
+        half, columns = acts.dtype.itemsize == 2, grads.shape[2]
+        if not (half and agree(acts, grads, val_grad, bias_val_grad)) or _in_parts(acts, grads, None, columns):
+            return None
+        directions, of_bias = val_grad, bias_val_grad
+        if val_grad.dim() == 2:
+            directions, of_bias = val_grad[None], None if bias_val_grad is None else bias_val_grad[None]
+        form = forms.of_wgrad_dot(acts, grads, directions, None, True, False).form
+        call = _arranged(key, form, acts, grads, grads, directions, of_bias, None)
+    weight_grad = torch.empty(val_grad.shape[-2:], dtype=grad_dtype, device=device)
+    bias_grad, dots = _run(call, acts, grads, grads, val_grad, bias_val_grad, None, weight_grad)
+    return weight_grad, bias_grad, dots if val_grad.dim() == 3 else dots.view(len(acts))
+
+
 def _launch(
     acts: Tensor,
     grads: Tensor,
@@ -310,71 +340,27 @@ def _launch(
     weight_grad: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Writes `weight_grad`, `[O,I]` of adjacent elements; returns `(bias_grad, dots)`. `unrounded`: for biases."""
-    device = acts.device
     if segments is not None:
         segments = segments.contiguous()
         if len(segments) == 1:  # offsets that the device has yet to refuse
             dots = weight_grad.zero_().new_empty(0, 1 if val_grad is None else len(val_grad), dtype=torch.float32)
             return weight_grad.new_zeros(0 if bias_val_grad is None else len(weight_grad)), dots
-    key = (  # launches are for operands of these kinds
-        form,
-        architecture(device),
-        multiprocessors(device),
-        precision(acts),
-        kind(acts),
-        kind(grads),
-        None if unrounded is grads else kind(unrounded),
-        kind(val_grad),
-        kind(bias_val_grad),
-        kind(segments),
-        kind(weight_grad),
-    )
-    call = _calls.get(key) or _arranged(key, acts, grads, unrounded, val_grad, bias_val_grad, segments)
-    facts = call.facts
+    apart = None if unrounded is grads else unrounded
+    key = _key(form, acts, grads, apart, val_grad, bias_val_grad, segments, kind(weight_grad))
+    call = _calls.get(key) or _arranged(key, form, acts, grads, unrounded, val_grad, bias_val_grad, segments)
+    return _run(call, acts, grads, unrounded, val_grad, bias_val_grad, segments, weight_grad)
 
-    def run(tile: Tile) -> tuple[Tensor, Tensor]:
-        plan = call.plans.get(tile) or call.plans.setdefault(tile, _planned(facts, tile))
-        partial = torch.empty(plan.partial, dtype=torch.float32, device=device)
-        dots = torch.empty(plan.partial[:2], dtype=torch.float32, device=device)
-        sums, pieces, bias_pieces = (
-            None if shape is None else torch.empty(shape, dtype=torch.float32, device=device)
-            for shape in (plan.sums, plan.pieces, plan.bias_pieces)
-        )
-        bias = weight_grad.new_empty(plan.bias)
-        operands: list[Any] = [acts, grads, val_grad]
-        if facts.copy_tokens:
-            operands[0] = descriptor(acts, [1, tile.block_k, tile.block_n])
-            operands[1] = descriptor(grads, [1, tile.block_k, tile.block_m])
-        if val_grad is not None and facts.copy_d:
-            operands[2] = descriptor(val_grad, [1, tile.block_m, tile.block_n])
-        results = weight_grad, bias, pieces, bias_pieces, partial
-        plan.launch(plan.grid, *operands, bias_val_grad, segments, *results)
-        if plan.columns is not None:
-            columns_grid, columns = plan.columns
-            columns(columns_grid, None, unrounded, bias_val_grad, sums, partial)
-        plan.second(plan.second_grid, partial, sums, dots, pieces, weight_grad, bias_pieces, bias)
-        return bias, dots
 
-    tile = call.tiles[0]
-    if tuning.is_on():
-        sizes = Sizes(
-            facts.n_samples,
-            facts.batch * facts.tokens // max(1, facts.n_samples),
-            facts.inputs,
-            facts.outputs,
-            facts.directions,
-        )
-        known = (facts.precision, facts.copy_tokens, facts.copy_d, facts.documents, facts.rides, facts.of_d)
-        tile = tuning.choose("wgrad_dot", call.tiles, sizes, " ".join(map(str, known)), acts, run, form)
-    bias_grad, dots = run(tile)
-    if bias_val_grad is None or len(bias_grad):
-        return bias_grad, dots
-    bias_grad, of_bias = launch_row_wgrad_dot(None, unrounded, bias_val_grad, segments)
-    return bias_grad.to(weight_grad.dtype), dots + of_bias
+def _key(form: str | None, acts: Tensor, grads: Tensor, *others: Any) -> tuple[Any, ...]:
+    """All that decides how these operands, and what else there is, are launched."""
+    known = [kind(x) if isinstance(x, Tensor) else x for x in others]
+    device = acts.device
+    return form, architecture(device), multiprocessors(device), precision(acts), kind(acts), kind(grads), *known
 
 
 def _arranged(
     key: Any,
+    form: str,
     acts: Tensor,
     grads: Tensor,
     unrounded: Tensor,
@@ -383,7 +369,7 @@ def _arranged(
     segments: Tensor | None,
 ) -> _Call:
     """What these operands are launched with, remembered under their key."""
-    (form, where, processors, how, *_), (batch, tokens, inputs) = key, acts.shape
+    (_, where, processors, how, *_), (batch, tokens, inputs) = key, acts.shape
     copies = chip(acts.device).copies and acts.dtype != torch.float32
     copy_tokens = copies and segments is None and copyable(acts, grads)
     facts = _Facts(
@@ -414,3 +400,51 @@ def _arranged(
         bias=kind(bias_val_grad),
     )
     return remember(_calls, key, _Call(facts, _tiles(facts), {}))
+
+
+def _run(
+    call: _Call,
+    acts: Tensor,
+    grads: Tensor,
+    unrounded: Tensor,
+    val_grad: Tensor | None,
+    bias_val_grad: Tensor | None,
+    segments: Tensor | None,
+    weight_grad: Tensor,
+) -> tuple[Tensor, Tensor]:
+    facts, device = call.facts, acts.device
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor]:
+        plan = call.plans.get(tile) or call.plans.setdefault(tile, _planned(facts, tile))
+        partial = torch.empty(plan.partial, dtype=torch.float32, device=device)
+        dots = partial.new_empty(plan.partial[:2])
+        sums, pieces, bias_pieces = (
+            None if shape is None else partial.new_empty(shape) for shape in (plan.sums, plan.pieces, plan.bias_pieces)
+        )
+        bias = weight_grad.new_empty(plan.bias)
+        operands: list[Any] = [acts, grads, val_grad]
+        if facts.copy_tokens:
+            operands[0] = descriptor(acts, [1, tile.block_k, tile.block_n])
+            operands[1] = descriptor(grads, [1, tile.block_k, tile.block_m])
+        if val_grad is not None and facts.copy_d:
+            operands[2] = descriptor(val_grad, [1, tile.block_m, tile.block_n])
+        results = weight_grad, bias, pieces, bias_pieces, partial
+        plan.launch(plan.grid, *operands, bias_val_grad, segments, *results)
+        if plan.columns is not None:
+            columns_grid, columns = plan.columns
+            columns(columns_grid, None, unrounded, bias_val_grad, sums, partial)
+        plan.second(plan.second_grid, partial, sums, dots, pieces, weight_grad, bias_pieces, bias)
+        return bias, dots
+
+    tile = call.tiles[0]
+    if tuning.is_on():
+        of_sample = facts.batch * facts.tokens // max(1, facts.n_samples)
+        sizes = Sizes(facts.n_samples, of_sample, facts.inputs, facts.outputs, facts.directions)
+        known = (facts.precision, facts.copy_tokens, facts.copy_d, facts.documents, facts.rides, facts.of_d)
+        tile = tuning.choose("wgrad_dot", call.tiles, sizes, " ".join(map(str, known)), acts, run, facts.form)
+    bias_grad, dots = run(tile)
+    if bias_val_grad is None or len(bias_grad):
+        return bias_grad, dots
+    directions = bias_val_grad if bias_val_grad.dim() == 2 else bias_val_grad[None]
+    bias_grad, of_bias = launch_row_wgrad_dot(None, unrounded, directions, segments)
+    return bias_grad.to(weight_grad.dtype), dots + of_bias
