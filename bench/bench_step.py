@@ -3,25 +3,27 @@
 
 On a GPU also by the device's own time ("step, device time"): with a host that has launched all it can, some thousand
 kernels, before the clock starts. A scored step's Python takes longer than plain training's; where it takes longer than
-the device, that is what the other rows measure.
+the device, that is what the other rows measure. Under `torch.compile` ("step, compiled") there is little of it.
 """
 
 import copy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.measure import CLOCK, SEED, Machine, Measured, Row, Work, gated, interleaved, require_close, rows_of
+from bench.measure import BASE, CLOCK, SEED, Machine, Measured, Row, Work, gated, interleaved, require_close, rows_of
 from bench.peers import STEPS, InRun, InRunValidated, Training, loss_of
 from inrun.config import GPTConfig
 from inrun.gpt import GPT
 
 VALIDATED = "inrun_validated"
 PROVIDERS = [*STEPS, VALIDATED]
+COMPILED = {BASE: Training, "inrun": InRun, VALIDATED: InRunValidated}  # whole models; the peers' hooks have no graph
 FAR_AHEAD = 0.25  # seconds
 RTOL = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of a root mean square, through all layers
 
@@ -74,6 +76,7 @@ GPU_CASES = [
     Case(16, 1024, 768, 12, 50304, tied=True),  # rows of logits that cuBLAS reads at its best
 ]
 CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
+CASE_COMPILED = CASES[-1] if torch.cuda.is_available() else CASES[0]
 
 
 @pytest.fixture(scope="module")
@@ -87,37 +90,53 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
     val_grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
+    def made(name: str, make: type[Training], directions: dict[str, Tensor]) -> Training:
+        of_model = copy.deepcopy(model)
+        if name == VALIDATED:
+            return InRunValidated(of_model, val_x[:1], val_y[:1])
+        return make(of_model, val_grads if name == "inrun" else directions)
+
     ours = InRun(copy.deepcopy(model), val_grads)
     ours.prepare()
     values = ours(x, y)
     directions = ours.written_directions()
-    steps = {name: ours if make is InRun else make(copy.deepcopy(model), directions) for name, make in STEPS.items()}
-    steps[VALIDATED] = InRunValidated(copy.deepcopy(model), val_x[:1], val_y[:1])
+    steps = {n: ours if make is InRun else made(n, make, directions) for n, make in STEPS.items()}
+    steps[VALIDATED] = made(VALIDATED, InRunValidated, directions)
     gradients, dots = _reference(model, directions, x, y)
 
     def require_right(name: str, step: Training) -> None:
+        if step is not ours:
+            step.prepare()
         found = values if step is ours else step(x, y)
         if name != VALIDATED:  # along another direction
             require_close(f"{name}, dots", found, dots, RTOL[machine.dtype])
         _require_gradients(name, step, gradients, RTOL[machine.dtype])
 
     steps, failed = gated(steps, require_right)
+    compiled = {}
+    if case == CASE_COMPILED:
+        compiled = {name: made(name, make, directions) for name, make in COMPILED.items()}
+        for step in compiled.values():
+            step.model.compile()
+        compiled, _ = gated(compiled, require_right)
     if request.config.getoption("benchmark_disable"):
         return {name: ([0.0], {}) for name in steps} | failed
     gradients.clear()
 
+    def measure(suite: str, steps: dict[str, Training], peaks: dict[str, int], **how: Any) -> Any:
+        runs = {name: partial(step, x, y) for name, step in steps.items()}
+        taken = interleaved(runs, machine, least=3, prepare=lambda name: steps[name].prepare(), **how)
+        work = {name: case.work() for name in steps}
+        return taken, rows_of(taken, peaks, work, machine, {}, suite=suite, case=str(case))
+
     peaks = {name: _peak_bytes(step, machine, x, y) for name, step in steps.items()}
-    runs = {name: partial(step, x, y) for name, step in steps.items()}
-    prepare = {name: step.prepare for name, step in steps.items()}
-    taken = interleaved(runs, machine, rounds=15, least=3, seconds=8, prepare=lambda name: prepare[name]())
-    work = {name: case.work() for name in steps}
-    found = rows_of(taken, peaks, work, machine, {}, suite="step", case=str(case))
+    taken, found = measure("step", steps, peaks, rounds=15, seconds=8)
     rows += found
     if machine.on_gpu:
-        alone = interleaved(
-            runs, machine, rounds=7, least=3, seconds=2, prepare=lambda name: prepare[name](), ahead=FAR_AHEAD
-        )
-        rows += rows_of(alone, peaks, work, machine, {}, suite="step, device time", case=str(case))
+        rows += measure("step, device time", steps, peaks, rounds=7, seconds=2, ahead=FAR_AHEAD)[1]
+    if compiled:
+        peaks = {name: _peak_bytes(step, machine, x, y) for name, step in compiled.items()}
+        rows += measure("step, compiled", compiled, peaks, rounds=15, seconds=8)[1]
     return {row["provider"]: (taken[row["provider"]], row) for row in found} | failed
 
 

@@ -44,6 +44,7 @@ from .probing import (
     apply,
     attach,
     autocast,
+    autocasts,
     bias_gradient,
     by_row,
     flat,
@@ -166,7 +167,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, direction, bias_direction, probe, segments):
-        _, cast = autocast(x, weight)
+        cast = weight if weight.dtype is x.dtype or not autocasts(x) else weight.to(x.dtype)  # as `linear` cast x
         ctx.save_for_backward(x, weight, bias, direction, bias_direction, probe, segments, cast)
         return F.linear(x, cast, bias).detach()  # with a bias a view, which could not be changed in place
 

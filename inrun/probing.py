@@ -164,11 +164,15 @@ def _of_rows(rows: int, batch: int) -> str:
 
 def autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     """The casts autocast makes of tensors (or None) before a matrix product of `x`, made where autograd sees them."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        return tuple(None if y is None else y.to(dtype) for y in (x, *others))
-    return x, *others
+    if not autocasts(x):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(None if y is None else y.to(dtype) for y in (x, *others))
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast makes any of a matrix product of `x`."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def rows(x: Tensor, last: int) -> Tensor:
