@@ -59,7 +59,7 @@ class Affine:
 
 class AffineRule(Rule):
     @property
-    def folds(self: Any) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def may_fold(self: Any) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._inrun.form.axis == -1
 
     def placed(self: Any, x: Tensor, layout: Layout) -> Tensor:
@@ -80,7 +80,7 @@ class AffineRule(Rule):
                 own = self.plain(x).float()
             if (y - own).norm() > OFF * own.norm():
                 raise InRunError(
-                    f"{self._inrun.name or 'model'}: expected {self._inrun_class.__name__} to scale and shift what it "
+                    f"{self._inrun}: expected {self._inrun_class.__name__} to scale and shift what it "
                     "computes, as it did when it was run on random numbers, got another output for this batch; score "
                     "it by an enclosing module, track(..., through={parameter: module}), or exclude its parameters"
                 )

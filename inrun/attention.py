@@ -30,7 +30,7 @@ class AttentionRule(Holder):
             plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
             return plain(query, key, value, *args, **kwargs)
         if query.dim() != 3:
-            raise InRunError(f"{tap.name or 'model'}: expected a query with a batch axis, got {tuple(query.shape)}")
+            raise InRunError(f"{tap}: expected a query with a batch axis, got {tuple(query.shape)}")
         if tap.keep is None:
             return _attend(self, query, key, value, *args, **kwargs)
         return eagerly(_attend, self, query, key, value, *args, **kwargs)
@@ -45,7 +45,7 @@ class _Projection(LinearRule):
         third: which third of those that are three in one.
     """
 
-    folds = False
+    may_fold = False
 
     def __init__(self, tap: Tap, module: Any, names: tuple[str, str], third: int | None = None) -> None:
         self._inrun, self._parameters, self.parameters = tap, module._parameters, module.parameters
@@ -126,7 +126,7 @@ def _projected(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Sequen
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
     if missing := {name for name in names if name not in module._parameters}:  # PEFT merges its adapter into them
         raise InRunError(
-            f"{module._inrun.name or 'model'}: expected its {', '.join(sorted(missing))} among its parameters while it "
+            f"{module._inrun}: expected its {', '.join(sorted(missing))} among its parameters while it "
             "runs, as in nn.MultiheadAttention, got none; score it by the module around it, track(..., "
             "through={parameter: module})"
         )

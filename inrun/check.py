@@ -16,12 +16,14 @@ from torch import Tensor
 
 from .directions import parts
 from .distributed import Ranks
-from .errors import InRunError
+from .errors import InRunError, few
 
-# Of the scores' absolute sum, and of |g * D| as if each product had been rounded once in bfloat16.
+# How far a sum of scores may be from what the gradient gives: a part of the scores' absolute sum, and a part of |g * D|
+# (eight times what rounding each product once to bfloat16 would make).
 SUM_TOLERANCE = 1e-2
 ROUNDING = 8 * 2.0**-8
 _BLOCK = 1 << 24  # elements
+_SHOWN = 10  # lines of a message
 
 
 @torch.no_grad()
@@ -71,7 +73,7 @@ def efficiency(
     for members, (total, size, count) in zip(groups, scores, strict=True):
         gradient = sum((of_slot[id(s)][0] for s in members), none)
         rounding = sum((of_slot[id(s)][1].sqrt() for s in members), none)
-        shapes = ", ".join(f"{s.name} {tuple(s.param.shape)}" for s in members)
+        shapes = few([f"{s.name} {tuple(s.param.shape)}" for s in members])
         tolerance = SUM_TOLERANCE * size + ROUNDING * rounding
         if not bool(((total - gradient).abs() <= tolerance).all()):
             wrong.append(f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}")
@@ -79,13 +81,14 @@ def efficiency(
             wrong.append(f"{shapes}: not scored, though it has a gradient")
         tells.append(float((gradient.abs() > 2 * tolerance).any()))
     if wrong:
+        more = [] if len(wrong) <= _SHOWN else [f"and {len(wrong) - _SHOWN} more"]
         raise InRunError(
             "the scores do not add up to the gradients. Either something uses these parameters past their modules "
             "(call the module, track with through={parameter: the module that does}, or exclude the parameter), or "
             "gradients were left over from before the step, or were changed since element by element (clipping by "
             "value), or the loss has a term of the parameters alone (a penalty, which belongs to no sample: take "
             "weight_decay, or check=False), or is no number, or "
-            "dimension 0 of a layer's input is not the sample:\n  " + "\n  ".join(wrong)
+            "dimension 0 of a layer's input is not the sample:\n  " + "\n  ".join([*wrong[:_SHOWN], *more])
         )
     everywhere = ranks.sum(torch.tensor(tells, device=factor.device)).tolist()
     return {s.name for members, n in zip(groups, everywhere, strict=True) if n == ranks.size for s in members}
@@ -118,7 +121,7 @@ def _require_every_batch(batches: Sequence[Mapping[Any, Tensor | None]]) -> None
         scored = [batch[tap] is not None for batch in batches]
         if any(scored) and not all(scored):
             raise InRunError(
-                f"{tap.name or 'model'}: expected a backward through it for each of the step's {len(batches)} batches, "
+                f"{tap}: expected a backward through it for each of the step's {len(batches)} batches, "
                 f"batch {scored.index(False) + 1} had none. Reentrant checkpointing needs each backward before the "
                 "next batch(ids); use_reentrant=False has no such limit"
             )

@@ -68,13 +68,10 @@ def _convolve(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | None
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, bias, direction, bias_direction, probe, geometry):
+    def forward(ctx, x, weight, bias, direction, bias_direction, probe, geometry):
+        ctx.geometry = geometry
+        ctx.save_for_backward(x, weight, bias, direction, bias_direction, probe)
         return _convolve(x, weight, geometry, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.geometry = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def written_out(x, weight, bias, direction, bias_direction, probe, geometry):

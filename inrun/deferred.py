@@ -35,14 +35,14 @@ from torch.optim import SGD, Optimizer
 from . import directions, hessian
 from .coupled import KNOWN
 from .distributed import local
-from .errors import InRunError
+from .errors import InRunError, few
 from .inline import Inline
-from .keep import Budget, Keeper
+from .keep import Budget, Keeper, Waiting
 from .layers import ForwardModeRule
 from .pairwise import Pairs
 from .path import Path
 from .tap import Layout, in_modes, modes_of, random_kept, random_state, set_random_state, size_of, together
-from .updates import ELEMENTWISE, UpdateRule, counts_read, require_known, require_no_closure, weights_moved
+from .updates import ELEMENTWISE, counts_read, require_known, require_no_closure, weights_moved
 from .validation import Gradients
 
 if TYPE_CHECKING:
@@ -59,22 +59,13 @@ class Deferred:
     Args:
         tracker: whose step.
         name: one of `METHODS`; of `PAIRWISE`, where the tracker scores each validation sample.
-        keep: where activations wait, "device" or "host"; keep_bytes: how much may wait.
-        update: a user's update rule, "elementwise", or None.
-        clip: the `max_norm` of the user's clipping by norm, or None.
+        waiting: where activations wait, and the update.
     """
 
     standard_error = None
 
-    def __init__(
-        self,
-        tracker: Tracker,
-        name: str,
-        keep: str,
-        keep_bytes: int | None,
-        update: UpdateRule | str | None,
-        clip: float | None,
-    ) -> None:
+    def __init__(self, tracker: Tracker, name: str, waiting: Waiting) -> None:
+        keep, keep_bytes, update, clip = waiting
         pairwise = bool(tracker.samples)
         if pairwise and (name not in PAIRWISE or clip is not None):
             raise InRunError(
@@ -107,11 +98,6 @@ class Deferred:
         self._weights: list[tuple[Tensor, Tensor]] = []  # each, and what they were, if its loss will be computed again
         self.drop: dict[str, Tensor] = {}  # target -> loss at w + u(0) less the loss at w + u(g_B)
         self.updated = False
-
-    @property
-    def _many(self) -> int | None:
-        """How many targets, where dots and directions have an axis for them."""
-        return self.tracker.many
 
     @property
     def starts_with_validation(self) -> bool:
@@ -148,7 +134,7 @@ class Deferred:
             if inside := [name for name, m in module.named_modules() if name and m in sharded]:
                 raise InRunError(
                     f"method {self.name!r}: expected no fully_shard inside of {module._inrun.name or 'the model'}, "
-                    f"which is scored by forward-mode AD and then runs once more, got {', '.join(inside[:5])}; call "
+                    f"which is scored by forward-mode AD and then runs once more, got {few(inside)}; call "
                     "fully_shard on that module as a whole, or track with method 'first'"
                 )
 
@@ -226,11 +212,9 @@ class Deferred:
     def finish(self) -> list[Tensor | None]:
         """The dots of each batch, once everything the direction needs is there."""
         if not self.updated:
-            columns = len(self.tracker.columns)
-            many = () if columns == 1 and self.pairs is None else (columns,)
             layouts, device = self.keeper.layouts, self.tracker.slots[0].param.device
             self.keeper.reset()
-            return [torch.zeros(layout.count, *many, device=device) for layout in layouts]
+            return [torch.zeros(layout.count, *self.tracker.tail, device=device) for layout in layouts]
         if self._early is not None:
             return self._early
         if self.pairs is not None:
@@ -260,7 +244,7 @@ class Deferred:
     def _scored(self) -> list[Tensor | None]:
         found = [
             together(dots.values()) if run is None else self._recomputed(i, run)
-            for i, (dots, run) in enumerate(zip(self.keeper.dots(self._many), self.recompute, strict=True))
+            for i, (dots, run) in enumerate(zip(self.keeper.dots(self.tracker.many), self.recompute, strict=True))
         ]
         self.keeper.reset()
         self._weights = []
@@ -335,13 +319,13 @@ class Deferred:
             else:
                 slot.direction.copy_(slot.grad * unscale)  # every target's slice, by broadcasting
         along = [s.direction for s in tracker.slots]
-        tracker.check(self.keeper.dots(self._many), along, factor, unscale)
+        tracker.check(self.keeper.dots(self.tracker.many), along, factor, unscale)
 
     # ------------------------------------------------------------------ directions
 
     def _slices(self, slot: Any) -> list[Tensor]:
         """A parameter's direction, one slice for each target."""
-        return [slot.direction] if self._many is None else list(slot.direction.unbind(0))
+        return [slot.direction] if self.tracker.many is None else list(slot.direction.unbind(0))
 
     def _write_coefficients(self) -> None:
         for i, slot in enumerate(self.tracker.slots):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,12 @@ class InRunError(RuntimeError):
     A wrong argument is a ``ValueError`` or a ``TypeError``; this is for what depends on what came before: a
     parameter that no rule covers, a validation pass that is missing, a step that was recorded already.
     """
+
+
+def few(names: Sequence[object], most: int = 5) -> str:
+    """The first of many names for a message, and how many more there are."""
+    shown = ", ".join(map(str, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 class Pending:

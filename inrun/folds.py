@@ -37,15 +37,15 @@ class Folds:
         self._known: set[nn.Module] = set()
         self._asked: dict[Any, tuple[int, ...]] = {}  # layers, and their inputs' shapes
         self._call: tuple[Any, int, tuple[Any, ...]] | None = None  # the model's inputs, B, and autocast
-        self.rows = 0  # B of the next forward; 0 where it is not rows that have values
+        self.rows = 0  # B of the next forward; 0 where values belong to documents or tokens
         self._sizes: set[int] | None = None  # what a sample may have of rows there
 
     def begin(self, rows: int) -> None:
-        """A forward of so many samples will come; of 0 where it is not rows that have values."""
+        """A forward of so many samples will come; 0 where values belong to documents or tokens."""
         self.rows, self._sizes = rows, None
 
-    def hold(self, layer: nn.Module, x: Tensor) -> bool:
-        """Whether the layer's input is taken for one of those; `settle` will tell."""
+    def are_in(self, layer: nn.Module, x: Tensor) -> bool:
+        """Whether the layer's input is taken for flattened tokens, for now; `verify` raises where it is not."""
         if not self.rows or x.shape[0] in (1, self.rows) or x.shape[0] % self.rows:
             return False
         if self.rows == 1:
@@ -67,7 +67,7 @@ class Folds:
         self._asked[layer] = tuple(x.shape)
         return True
 
-    def settle(self) -> None:
+    def verify(self) -> None:
         """Raise `InRunError` where an input was taken for what it is not."""
         if self._call is None:
             return
@@ -90,7 +90,7 @@ class Folds:
             first, second = (run.get(layer, []) for run in runs) if runs else ([], [])
             if len(first) != len(second) or not all(map(self._moved_on, first, second)) or not first:
                 raise InRunError(
-                    f"{layer._inrun.name or 'model'}: expected an input [B, ...], or [B * T, ...] of tokens, sample "
+                    f"{layer._inrun}: expected an input [B, ...], or [B * T, ...] of tokens, sample "
                     f"after sample, with B = {self.rows}; got {shape}, whose rows did not move on when the samples of "
                     "the model's input did. Name a module around it that returns [B, ...], track(..., "
                     "through={parameter: module}), or exclude its parameters"

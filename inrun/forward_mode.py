@@ -19,13 +19,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import functional, probing
-from .errors import InRunError
+from .errors import InRunError, few
 from .tap import Layout, Tap, along, buffers_kept, random_kept
 
 
 def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, uncaptured: bool = False) -> Any:
     """One ordinary forward that carries tangents beside it, then the dots attached to each output."""
-    # A graph takes no tangents in. All of this is captured in one, or, where that fails and this frame runs, nothing.
+    # Tangents do not cross a graph's edge: all of this function is captured in one, or, where this frame runs, nothing.
     if not uncaptured and not torch.compiler.is_compiling():
         outside: Any = torch.compiler.disable(forward_mode)
         return outside(module, tap, forward, args, kwargs, True)
@@ -33,7 +33,7 @@ def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: 
     assert probe is not None
     layout = tap.layout or Layout(probe.shape[0])
     if forward_ad._current_level >= 0:
-        raise InRunError(f"{tap.name}: forward-mode scoring inside another forward-mode pass is not supported")
+        raise InRunError(f"{tap}: forward-mode scoring inside another forward-mode pass is not supported")
     single = probe.dim() == 1
     more = [] if single else [tangents_only(module, tap, forward, args, kwargs, m) for m in range(1, probe.shape[1])]
     with dual(tap, None if single else 0) as scale:
@@ -68,9 +68,9 @@ def by_sample(module: Any, tap: Tap, leaf: int, out: Tensor, layout: Layout) -> 
         if out.dim() == 0 and not tap.name:
             instead = "Compute the loss outside of the model, from its [B, ...] outputs"
         raise InRunError(
-            f"{tap.name or 'model'} ({module._inrun_class.__name__}): expected every output to be {expected} with "
+            f"{tap} ({module._inrun_class.__name__}): expected every output to be {expected} with "
             f"B = {layout.rows}, got {tuple(out.shape)}; it holds parameters with no rule of their own "
-            f"({', '.join(n for _, n in tap.forward_mode)}), which are scored by their module's output. {instead}, or "
+            f"({few(tap.parameters)}), which are scored by their module's output. {instead}, or "
             "exclude them"
         )
     else:
@@ -84,7 +84,7 @@ def split_samples(tap: Tap, x: Tensor, batch: int) -> Tensor:
     """`[B * T, ...]` as `[B, T, ...]`."""
     if x.dim() == 0 or x.shape[0] % batch:
         raise InRunError(
-            f"{tap.name}: expected the flattened tokens of {batch} samples, of equal length, got {tuple(x.shape)}"
+            f"{tap}: expected the flattened tokens of {batch} samples, of equal length, got {tuple(x.shape)}"
         )
     return x.unflatten(0, (batch, -1))
 
@@ -105,8 +105,8 @@ def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
         if "forward AD" not in str(error) and "forward mode AD" not in str(error):
             raise
         raise InRunError(
-            f"{tap.name or 'model'}: holds parameters with no rule of their own and uses an operation without "
-            f"forward-mode AD; exclude them ({', '.join(n for _, n in tap.forward_mode)}). Torch says: {error}"
+            f"{tap}: holds parameters with no rule of their own and uses an operation without "
+            f"forward-mode AD; exclude them ({few(tap.parameters)}). Torch says: {error}"
         ) from error
 
 
@@ -120,9 +120,9 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
         pairs = [_unpacked(x, scale) for x in leaves]
     if [x._version for x in inputs if not x.is_inference()] != versions:
         raise InRunError(
-            f"{tap.name or 'model'} ({module._inrun_class.__name__}): expected a module that leaves its input as it "
+            f"{tap} ({module._inrun_class.__name__}): expected a module that leaves its input as it "
             "is, since it is run on it more than once to score "
-            f"{', '.join(n for _, n in tap.forward_mode)}; got one that changes it in place. Let it work on a copy, "
+            f"{few(tap.parameters)}; got one that changes it in place. Let it work on a copy, "
             "exclude them, or take method 'first' with one target, which runs it once"
         )
     return [torch.zeros_like(x) if t is None and isinstance(x, Tensor) else t for x, t in pairs]
@@ -141,7 +141,7 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
     """The parameters carry their directions as tangents; yields what those were divided by, if anything."""
     # Fused attention, recurrent layers and grouped products have no forward derivative; written out they have one.
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap), _written_out_norms(tap):
-        plain: list[Any] = [(owner, local, owner._parameters[local]) for owner, local in tap.forward_mode]
+        plain: list[Any] = [(owner, local, owner._parameters[local]) for owner, local in tap.owned]
         tangents: list[Any] = [along(owner, local) for owner, local, _ in plain]
         tangents = tangents if target is None else [t[target] for t in tangents]
         scale = None
@@ -164,7 +164,7 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
 @contextlib.contextmanager
 def _written_out_layers(tap: Tap) -> Iterator[None]:
     before = [config._experts_implementation for config in tap.configs]
-    native = not any(isinstance(owner, nn.RNNBase) for owner, _ in tap.forward_mode)
+    native = not any(isinstance(owner, nn.RNNBase) for owner, _ in tap.owned)
     with contextlib.nullcontext() if native else _no_fused_recurrence():
         try:
             for config in tap.configs:  # of Hugging Face's fused experts

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from inrun_kernels.adam import write_adam_directions
 
 from . import directions
-from .errors import InRunError, Pending
+from .errors import InRunError, Pending, few
 from .tap import Layout, Tap, together
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Inline:
         """Fresh probes for the next forward: one for all layers of a device; while the sums are to be checked,
         one for every layer. Nothing is kept, so nothing need be computed again."""
         tracker = self.tracker
-        shape = (layout.count,) if len(tracker.targets) == 1 else (layout.count, len(tracker.targets))
+        shape = (layout.count, *tracker.tail)
         probes: dict[Any, Tensor] = {}
         by_tap: dict[Tap, Tensor] = {}
         layouts = {device: layout.on(device) for device in {slot.param.device for slot in tracker.slots}}
@@ -92,7 +92,7 @@ class Inline:
         if lost := tracker.lost():
             raise InRunError(
                 f"optimizer.step(): expected the gradients of the step's backward, those of {len(lost)} parameters are "
-                f"gone: {', '.join(lost[:5])}. Method 'first' has scored them already: freeze or exclude what is not "
+                f"gone: {few(lost)}. Method 'first' has scored them already: freeze or exclude what is not "
                 "to train, or take a path method"
             )
         if tracker.check_due:

@@ -12,7 +12,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,9 +60,24 @@ class Kept:
         """Raise `InRunError` where something has written into the input since."""
         if versions_of(self.x) != self.versions:
             raise InRunError(
-                f"{self.module._inrun.name or 'model'}: expected its input to stay as it was until the step is scored, "
+                f"{self.module._inrun}: expected its input to stay as it was until the step is scored, "
                 "got one that was changed in place. Let it be changed in a copy, or take method 'first'"
             )
+
+
+class Waiting(NamedTuple):
+    """What a method that scores a step later is told (see `inrun.track`).
+
+    Attributes:
+        keep: where activations wait, "device" or "host"; keep_bytes: how much may wait.
+        update: a user's update rule, "elementwise", or None.
+        clip: the `max_norm` of the user's clipping by norm, or None.
+    """
+
+    keep: str
+    keep_bytes: int | None
+    update: Any
+    clip: float | None
 
 
 class Budget:
@@ -74,8 +89,6 @@ class Budget:
     """
 
     def __init__(self, where: str, limit: int | None) -> None:
-        if where not in ("device", "host"):
-            raise ValueError(f"keep: expected 'device' or 'host', got {where!r}")
         self.where, self.limit, self.peak = where, limit, 0
         self.keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
 
@@ -165,7 +178,7 @@ class Keeper:
     def _run_module(self, module: Any, plain: Callable, inputs: tuple[tuple, dict]) -> Any:
         if cache := [v for v in pytree.tree_leaves(inputs) if hasattr(v, "get_seq_length")]:
             raise InRunError(
-                f"{module._inrun.name or 'model'}: expected inputs that it leaves as they are, since it is run on them "
+                f"{module._inrun}: expected inputs that it leaves as they are, since it is run on them "
                 f"once more to be scored; got a {type(cache[0]).__name__}, which grows. Call the model with "
                 "use_cache=False, or take method 'first'"
             )
@@ -302,7 +315,7 @@ class Keeper:
                 yield dict(zip(names, one, strict=True))
             return
         args, kwargs = moved(kept.x, device)
-        places = [(owner, n) for owner, n in module._inrun.forward_mode if owner._parameters[n].requires_grad]
+        places = [(owner, n) for owner, n in module._inrun.owned if owner._parameters[n].requires_grad]
         with self._as_it_was(kept, device), buffers_kept(module), torch.enable_grad():
             params = [owner._parameters[local].requires_grad_() for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))

@@ -67,7 +67,7 @@ class Holder:
 class Rule(Holder):
     """A layer with a rule: `probed` runs it with a probe, `dots` scores it from what a deferred step kept."""
 
-    folds = True  # whether rows may be tokens of samples, flattened
+    may_fold = True  # whether its rows may be flattened tokens
 
     def forward(self, *args, **kwargs):
         return self.scored(args[0] if args else next(iter(kwargs.values())))
@@ -96,8 +96,8 @@ class Rule(Holder):
     def _scored(self, x: Tensor) -> Tensor:
         tap = self._inrun
         scores = tap.keep is not None or tap.probe is not None
-        if scores and tap.folds is not None and self.folds and not torch.compiler.is_compiling() and x.dim() > 1:
-            tap.flat = tap.routed or tap.folds.hold(self, x)
+        if scores and tap.folds is not None and self.may_fold and not torch.compiler.is_compiling() and x.dim() > 1:
+            tap.flat = tap.routed or tap.folds.are_in(self, x)
         if tap.keep is not None:
             y = eagerly(tap.keep, self, self.plain, x)
         elif tap.probe is not None:
@@ -109,7 +109,7 @@ class Rule(Holder):
             try:
                 y = self.probed(x, tap.probe, segments)
             except ValueError as error:
-                raise ValueError(f"{tap.name or 'model'}: {error}") from None
+                raise ValueError(f"{tap}: {error}") from None
         else:
             return self.plain(x)
         return y.flatten(0, 1) if tap.flat else y
@@ -191,7 +191,7 @@ class Conv1dRule(LinearRule):
 
 
 class EmbeddingRule(Rule):
-    folds = False
+    may_fold = False
     weight: Tensor
     padding_idx: int | None
 
@@ -203,7 +203,7 @@ class EmbeddingRule(Rule):
         tap = self._inrun
         found = probing.may_be_positions(x)
         tap.positions = found if tap.positions is None else tap.positions & found
-        said = f"{tap.name or 'model'}: ids: {probing.positions(batch)}"
+        said = f"{tap}: ids: {probing.positions(batch)}"
         tap.pending.ask(tap.positions, lambda: InRunError(said))
         return x
 
@@ -275,7 +275,7 @@ class RMSNormRule(Rule):
 
 
 class ConvRule(Rule):
-    folds = False
+    may_fold = False
     weight: Tensor
     bias: Tensor | None
 
@@ -361,7 +361,7 @@ class ForwardModeRule(Holder):
         plain = (bool, int, float, str, torch.dtype, torch.device, type(None))
         if all(isinstance(x, plain) for x in pytree.tree_leaves(inputs)):
             raise InRunError(
-                f"{self._inrun.name or 'model'} ({self._inrun_class.__name__}): expected an input that holds samples, "
+                f"{self._inrun} ({self._inrun_class.__name__}): expected an input that holds samples, "
                 "got none, so its output has no rows of theirs. Name an enclosing module whose outputs are [B, ...] "
                 "with track(..., through={parameter: module}), or exclude its parameters"
             )
@@ -371,7 +371,7 @@ def require_whole_rows(module: Any, layout: Layout) -> None:
     """Raise `InRunError` where values belong to documents or tokens, in a layer that does not go token by token."""
     if layout.segments is not None:
         raise InRunError(
-            f"{module._inrun.name or 'model'} ({module._inrun_class.__name__}): expected a layer that goes token by "
+            f"{module._inrun} ({module._inrun_class.__name__}): expected a layer that goes token by "
             "token, to score tokens or documents. Exclude its parameters, or score whole rows"
         )
 

@@ -43,11 +43,10 @@ from torch.optim import Optimizer
 from . import quadratic, shapley
 from .coalitions import Coalitions, gray
 from .errors import InRunError
-from .keep import Budget, Keeper
+from .keep import Budget, Keeper, Waiting
 from .tap import Layout, size_of
 from .updates import (
     ELEMENTWISE,
-    UpdateRule,
     chunks,
     counts_read,
     is_known,
@@ -68,21 +67,14 @@ class MonteCarlo:
 
     Args:
         tracker: whose step.
-        keep, keep_bytes, update, clip: as of `Deferred`.
+        waiting: where activations wait, and the update.
         permutations: orders that are sampled, even.
     """
 
     starts_with_validation = ends_with_validation = False
 
-    def __init__(
-        self,
-        tracker: Tracker,
-        keep: str,
-        keep_bytes: int | None,
-        update: UpdateRule | str | None,
-        clip: float | None,
-        permutations: int,
-    ) -> None:
+    def __init__(self, tracker: Tracker, waiting: Waiting, permutations: int) -> None:
+        keep, keep_bytes, update, clip = waiting
         if not isinstance(permutations, int) or permutations < 2 or permutations % 2:
             raise ValueError(f"permutations: expected an even integer of at least 2, got {permutations!r}")
         if tracker.samples or not tracker.validations.losses:
@@ -184,10 +176,9 @@ class MonteCarlo:
     def finish(self) -> list[Tensor | None]:
         """The values of each batch, `[rows]` or `[rows, M]`."""
         if self._values is None:
-            tracker = self.tracker
-            many = () if len(tracker.targets) == 1 else (len(tracker.targets),)
-            self._values = [torch.zeros(rows, *many, device=tracker.slots[0].param.device) for rows in self.rows]
-            self.standard_error = torch.zeros(sum(self.rows), *many, device=tracker.slots[0].param.device)
+            tail, device = self.tracker.tail, self.tracker.slots[0].param.device
+            self._values = [torch.zeros(rows, *tail, device=device) for rows in self.rows]
+            self.standard_error = torch.zeros(sum(self.rows), *tail, device=device)
         self.keeper.reset()
         return self._values
 

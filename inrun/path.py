@@ -34,8 +34,10 @@ from .updates import UpdateRule, chunks, compare, updates
 if TYPE_CHECKING:
     from .tracker import Tracker
 
-NOTHING = 1e-6  # of the root mean square of the largest parameter's gradient
-STILL = 1e-3  # of the move over as much as that
+# A coordinate's gradient counts as none below this part of the root mean square of the parameter whose is largest, and
+# its move as none below this part of what a gradient as large as that would move it.
+NOTHING = 1e-6
+STILL = 1e-3
 
 
 class Path:
@@ -56,7 +58,7 @@ class Path:
     def release(self) -> None:
         """Forget the step."""
         self._coupled.release()
-        self._log = 0.0  # of one over what the gradient was multiplied by when it was clipped
+        self._log = 0.0  # log(1 / what clipping multiplied the gradient by)
         self._slopes: dict[int, Tensor] = {}  # slot -> -u'(g_B), where it was clipped along the path
         self._units: dict[int, Tensor] = {}  # slot -> g_B / |g_B|, where it was clipped
         self._beside: Beside | None = None

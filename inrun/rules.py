@@ -2,7 +2,8 @@
 
 Layers with a rule of their own: Linear, Embedding, LayerNorm, RMSNorm, convolutions, Hugging Face's Conv1D, subclasses
 of these that call `super().forward()`, and every module that only scales and shifts (`affine.py`) or first of all
-projects its input (`projection.py`). Any other module that holds parameters directly is scored by forward-mode AD:
+projects its input (`projection.py`); MultiheadAttention (`attention.py`), Hugging Face's fused experts (`experts.py`)
+and T5's relative bias. Any other module that holds parameters directly is scored by forward-mode AD:
 `dot_b = <dL/dout_b, JVP_D(out)_b>`, exact for every module whose output rows belong to samples, at the price of a
 second forward through it.
 """
@@ -168,7 +169,7 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     """Change a site's module into its tracked class and put the directions beside their parameters."""
     tap = Tap(site.name)
     tap.form, tap.flat, tap.routed, tap.by_row = site.form, site.flat, site.flat, site.takes_one_sample
-    tap.owned = [(owner, local) for owner, local, _ in site.owned]
+    tap.owned, tap.parameters = [one[:2] for one in site.owned], [full for _, _, full in site.owned]
     for owner, local, full in site.owned:
         if not isinstance(owner, Holder):
             _adopt(owner, Holder if owner is not site.module else site.rule, tap, site.under)
@@ -176,7 +177,7 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     if not isinstance(site.module, site.rule):
         _adopt(site.module, site.rule, tap, None)
     if issubclass(site.rule, ForwardModeRule):
-        tap.forward_mode = tap.owned
+        tap.forward_mode = True
         tap.norms = any(isinstance(m, _NORMS) for m in site.module.modules())
         configs = {
             id(config): config for m in site.module.modules() if (config := getattr(m, "config", None)) is not None

@@ -1,4 +1,4 @@
-"""What a layer returns for all samples together, watched until a step had several.
+"""An output that plain training has once for all samples, as of position embeddings: watched until a step had several.
 
 A layer whose input is `[1, ...]`, or positions `[T]`, returns a row for each sample in a step, `[B, ...]`, so that each
 has a gradient of its own. Where that is added to a batch, or goes row by row, it comes to the same. Where it does not

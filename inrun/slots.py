@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import distributed
-from .errors import InRunError
+from .errors import InRunError, few
 from .tap import SUFFIX, Tap, targets_first
 
 
@@ -100,6 +100,6 @@ def places(optimizers: Iterable[Optimizer]) -> dict[int, tuple[Optimizer, int]]:
 def require_all(missing: list[str]) -> None:
     if missing:
         raise InRunError(
-            f"optimizer: expected every trainable parameter in its groups, {len(missing)} are not: "
-            f"{', '.join(missing[:5])}{'...' if len(missing) > 5 else ''}; exclude or freeze them"
+            f"optimizer: expected every trainable parameter in its groups, {len(missing)} are not: {few(missing)}; "
+            "exclude or freeze them"
         )

@@ -1,4 +1,4 @@
-"""The samples' squared gradients added up, and each one's squared norm: what `turning.py` looks beside the path by.
+"""The samples' squared gradients added up, and each one's squared norm: how far beside the path `turning.py` looks.
 
 Linear layers have their gradients in factors, sum_t left_t right_t^T, from which one product (`ghost_square`) makes
 both without a gradient of any sample; those of norms and biases are sums, which are squared. A table's left factors are

@@ -134,8 +134,7 @@ class Step:
     def scaled(self, dots: Sequence[Tensor | None]) -> Tensor:
         """The batches' dots as values: together, and as the update used their gradients."""
         if self._idle and not dots:
-            shape = [0, *([self._tracker.many] if self._tracker.many else [])]
-            dots = [torch.zeros(shape, device=self._tracker.slots[0].param.device)]
+            dots = [torch.zeros(0, *self._tracker.tail, device=self._tracker.slots[0].param.device)]
         if not dots:
             raise InRunError("step: expected ids, by step(ids) or by batch(ids) before each forward; got neither")
         for i, part in enumerate(dots):

@@ -19,26 +19,38 @@ SUFFIX = "_direction"  # a parameter's direction stands beside it under this nam
 
 
 class Tap:
-    """What a tracked module reads in its forward: the batch's probe, or what keeps; with neither it runs plainly."""
+    """What a tracked module reads in its forward.
+
+    With a `probe` the module scores its samples in its backward; with `keep` it is stored, and scored later; with
+    neither it runs as if it were not tracked.
+    """
 
     def __init__(self, name: str) -> None:
+        # What the module is.
         self.name = name
-        self.probe: Tensor | None = None
-        self.layout: Layout | None = None  # of the probe, where it counts documents or tokens
-        self.keep: Callable | None = None  # in a deferred step, runs the layer and keeps what will score it
-        self.owned: list[tuple[nn.Module, str]] = []  # the parameters that it scores
-        self.forward_mode: list[tuple[nn.Module, str]] = []
-        self.norms = False  # whether any of torch's norms is inside
-        self.configs: list[Any] = []  # of Hugging Face's experts inside
+        self.owned: list[tuple[nn.Module, str]] = []  # the parameters that it scores: owner and local name
+        self.parameters: list[str] = []  # their full names
+        self.forward_mode = False  # whether by forward-mode AD
         self.form: Any = None  # of a module known by running it, what it computes
         self.names: tuple[str, ...] = ()  # of the module's attributes
-        self.pending: Any = None  # of the tracker
-        self.positions: Tensor | None = None  # whether all ids so far, one for each sample, could be positions
+        self.norms = False  # whether any of torch's norms is inside
+        self.configs: list[Any] = []  # of Hugging Face's experts inside
+        self.by_row = True  # whether it computes each row of a batch by itself, and holds it at dimension 0
+        self.routed = False  # whether its rows are always the tokens of [B, T], flattened
+        # This batch.
+        self.probe: Tensor | None = None
+        self.layout: Layout | None = None  # of the probe, where it counts documents or tokens
+        self.keep: Callable | None = None
+        self.flat = False  # whether its rows are the tokens of [B, T], flattened, here
+        # The tracker's.
+        self.pending: Any = None
+        self.folds: Any = None  # tells whether a layer's rows are flattened tokens
         self.watched = False  # whether to see what becomes of outputs that all samples share
         self.compared = False  # whether a module known by running it is to be compared with itself
-        self.flat = self.routed = False  # whether the module's rows are the tokens of [B, T], flattened; so always
-        self.folds: Any = None  # tells of any other layer's rows whether they are
-        self.by_row = True  # whether it computes each row of a batch by itself, and holds it at dimension 0
+        self.positions: Tensor | None = None  # whether all ids so far, one for each sample, could be positions
+
+    def __str__(self) -> str:
+        return self.name or "model"
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class Layout:
         """Raise `InRunError` unless `x`, of a layer whose values belong to tokens or documents, is `[B, T, ...]`."""
         if x.shape[: max(0, x.dim() - feature_dims)][:2] != (self.rows, self.tokens):
             raise InRunError(
-                f"{tap.name or 'model'}: expected its input and output to be [B, T, ...] with B = {self.rows} rows of "
+                f"{tap}: expected its input and output to be [B, T, ...] with B = {self.rows} rows of "
                 f"T = {self.tokens} tokens, to score tokens or documents; got {tuple(x.shape)}. Exclude its "
                 "parameters, or score whole rows"
             )

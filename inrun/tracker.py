@@ -32,17 +32,19 @@ from . import check, directions, distributed, rules
 from .deferred import METHODS as DEFERRED
 from .deferred import Deferred
 from .distributed import Ranks
-from .errors import InRunError, Pending
-from .factor import Watch, skipped
+from .errors import InRunError, Pending, few
 from .folds import Folds
 from .inline import Inline
+from .keep import Waiting
 from .ledger import Ledger
+from .method import Method
 from .montecarlo import MonteCarlo
 from .slots import Slot, places, require_all, sibling, trainable
 from .step import Step
 from .tap import Layout, Tap, size_of
 from .updates import UpdateRule, as_optimizers
 from .validation import Validation, as_losses, as_samples, columns_of
+from .watch import Watch, skipped
 
 METHODS = ("first", *DEFERRED, "monte_carlo")
 
@@ -120,9 +122,20 @@ def track(
         ValueError: an unknown method, a bad `validate_every` or `permutations`, empty or repeated targets or
             validation ids.
     """
-    scope, waiting = (exclude, through), (keep, keep_bytes, update, clip, permutations)
-    sides = (validation, validate_every, targets, pairwise)
-    return Tracker(model, optimizer, method, sides, scope, ledger, check, waiting)
+    return Tracker(
+        model,
+        optimizer,
+        method,
+        validation=validation,
+        validate_every=validate_every,
+        targets=targets,
+        pairwise=pairwise,
+        plan=(exclude, through),
+        ledger=ledger,
+        checked=check,
+        waiting=Waiting(keep, keep_bytes, update, clip),
+        permutations=permutations,
+    )
 
 
 def as_ledger(ledger: Ledger | str | Path | None) -> Ledger:
@@ -139,20 +152,36 @@ class Tracker:
         coverage: names of the parameters: `{"tracked": [...], "excluded": [...], "frozen": [...]}`.
         ledger: the `Ledger` that holds the values.
         columns: names of the values' last axis: the targets, or with `pairwise` the validation samples.
+        tail: of the values' shape, what follows the sample: nothing, or how many columns there are.
+        many: how many targets, where directions have an axis for them; None where they have none.
         optimizers: those that are bound.
         steps: number of the next step; set it when resuming a run.
         last_validation: target -> last loss of its validation callable (a detached scalar tensor).
         seconds: wall seconds spent so far in "validation", "direction" and "harvest" (no device synchronisation).
     """
 
-    def __init__(self, model, optimizer, method, sides, scope, ledger, checked, waiting):
-        validation, validate_every, targets, pairwise = sides
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        method: str,
+        *,
+        validation: Any,
+        validate_every: int,
+        targets: Sequence[str],
+        pairwise: Any,
+        plan: tuple[Sequence[str], Mapping[str, str] | None],
+        ledger: Ledger | str | Path | None,
+        checked: bool,
+        waiting: Waiting,
+        permutations: int,
+    ) -> None:
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        if isinstance(waiting[2], str) and waiting[2] != "elementwise":
-            raise ValueError(f"update: expected 'elementwise', a function or None, got {waiting[2]!r}")
-        if waiting[0] not in ("device", "host"):
-            raise ValueError(f"keep: expected 'device' or 'host', got {waiting[0]!r}")
+        if isinstance(waiting.update, str) and waiting.update != "elementwise":
+            raise ValueError(f"update: expected 'elementwise', a function or None, got {waiting.update!r}")
+        if waiting.keep not in ("device", "host"):
+            raise ValueError(f"keep: expected 'device' or 'host', got {waiting.keep!r}")
         if not isinstance(validate_every, int) or validate_every < 1:
             raise ValueError(f"validate_every: expected an integer of at least 1, got {validate_every!r}")
         self.in_batch = isinstance(validation, str) and validation == "batch"
@@ -162,7 +191,7 @@ class Tracker:
             raise ValueError(f"targets: expected a sequence of distinct names, got {targets!r}")
         self.samples = as_samples(pairwise, self.targets)
         self.columns = columns_of(self.samples, self.targets)
-        # How many targets, where dots and directions have an axis for them.
+        self.tail = (len(self.columns),) if self.samples or len(self.columns) > 1 else ()
         sampled = method == "monte_carlo"
         self.many = len(self.targets) if len(self.targets) > 1 and not self.samples and not sampled else None
         self.ranks = Ranks(model, alike=bool(self.samples))
@@ -175,38 +204,41 @@ class Tracker:
         self.slots: list[Slot] = []
         if any(isinstance(m, rules.Holder) for m in model.modules()):
             raise InRunError("model: is tracked already; close its tracker first")
-        plan = rules.plan(model, *scope)
+        planned = rules.plan(model, *plan)
         if self.samples or sampled:
-            _require_one_by_one(plan, "method 'monte_carlo'" if sampled else "pairwise")
+            _require_one_by_one(planned, "method 'monte_carlo'" if sampled else "pairwise")
         if self.in_batch:
-            _require_rules(plan)
+            _require_rules(planned)
         self._pending = Pending()
         options = validate_every, self.ranks, self._pending
-        self.validations = Validation(model, plan.excluded, losses, self.targets, *options)
+        self.validations = Validation(model, planned.excluded, losses, self.targets, *options)
         self._frozen = method in ("first", "secant")  # whether the optimizer's state is taken as frozen
         inline = method == "first" and not self.samples and not self.in_batch
-        self._method: Any = (
-            Inline(self) if inline else MonteCarlo(self, *waiting) if sampled else Deferred(self, method, *waiting[:-1])
+        self._method: Method = (
+            Inline(self)
+            if inline
+            else MonteCarlo(self, waiting, permutations)
+            if sampled
+            else Deferred(self, method, waiting)
         )
         optimizers = as_optimizers(optimizer)
         if optimizers:
             self._require_supported(optimizers)
             held, params = places(optimizers), dict(model.named_parameters())
-            require_all([n for n in plan.tracked if id(params[n]) not in held])
+            require_all([n for n in planned.tracked if id(params[n]) not in held])
         self.model = model
-        self.coverage = {"tracked": plan.tracked, "excluded": plan.excluded, "frozen": plan.frozen}
+        self.coverage = {"tracked": planned.tracked, "excluded": planned.excluded, "frozen": planned.frozen}
         self.ledger = as_ledger(ledger)
         self.steps = 0
         self.check_due = checked  # in this step, or the next one
         self.first_check = False  # whether this step's is the first
         self.agenda = check.Agenda()
-        self._shared_due, self._rows = checked, 0  # until a batch has several rows: those of a step's largest
+        self._shared_due = checked  # whether outputs that samples share are still watched: until a batch has several
+        self._rows = 0  # of this step's largest batch
         self._unscored: set[nn.Parameter] = set()  # excluded ones that train
-        self._install(plan)
         self._folds = Folds(model)
-        if self.ranks.size == 1 and not (self.samples or sampled or self.in_batch):
-            for tap in self.taps:
-                tap.folds = self._folds
+        may_fold = self.ranks.size == 1 and not (self.samples or sampled or self.in_batch)
+        self._install(planned, self._folds if may_fold else None)
         self._step: Step | None = None
         self._waiting: Step | None = None  # a step that ended and whose values still wait for a validation gradient
         self._seconds = {"direction": 0.0, "harvest": 0.0}
@@ -217,6 +249,7 @@ class Tracker:
             self.bind(optimizers)
         before, now = [self.ledger.metadata.get(name) for name in ("method", "targets")], [method, list(self.columns)]
         if self.ledger.last_step is not None and before[0] is not None and before != now:
+            before, now = (f"{of} ({few(names or [])})" for of, names in (before, now))
             warnings.warn(f"ledger: its steps so far have values of method and targets {before}, those to come of "
                           f"{now}; sums will add them up", stacklevel=4)  # fmt: skip
         self.ledger.metadata.update(
@@ -224,17 +257,17 @@ class Tracker:
             unit="nats of validation loss",
             method=method,
             targets=list(self.columns),
-            tracked_parameters=len(plan.tracked),
-            excluded_parameters=plan.excluded,
+            tracked_parameters=len(planned.tracked),
+            excluded_parameters=planned.excluded,
         )
 
-    def _install(self, plan: rules.Plan) -> None:
+    def _install(self, plan: rules.Plan, folds: Folds | None) -> None:
         params = dict(self.model.named_parameters())
         siblings = {name: sibling(params[name], self.many) for name in plan.tracked}
         slots: dict[str, Slot] = {}
         for site in plan.sites:
             tap = rules.install(site, siblings)
-            tap.pending = self._pending
+            tap.pending, tap.folds = self._pending, folds
             self.taps.append(tap)
             for owner, local, full in site.owned:
                 slots.setdefault(full, Slot(full, owner, local, [])).taps.append(tap)
@@ -432,9 +465,9 @@ class Tracker:
             self._method.begin()
         self._watch.begin()
         watched = self.check_due or self._shared_due
-        watched = watched and not any(_is_compiled(m) for m in self.model.modules())  # which takes plain tensors
+        eager = watched and not any(_is_compiled(m) for m in self.model.modules())  # which takes plain tensors
         for tap in self.taps:
-            tap.watched, tap.compared = watched and self._shared_due, watched and self.check_due
+            tap.watched, tap.compared = eager and self._shared_due, eager and self.check_due
         self._step = step
 
     def _require_no_others(self) -> None:
@@ -447,7 +480,7 @@ class Tracker:
         if others:
             raise InRunError(
                 f"model: expected the parameters that were trainable when they were tracked, got {len(others)} more, "
-                f"which would have no score: {', '.join(others[:5])}. Close the tracker and track again, or freeze them"
+                f"which would have no score: {few(others)}. Close the tracker and track again, or freeze them"
             )
         self._unscored = unknown
 
@@ -485,17 +518,17 @@ class Tracker:
         factor, step.uneven = self._watch.factor(optimizer)
         self._watch.active = False  # what the method runs from here on is no batch
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
-        later = self.check_due and not bool(factor)  # an update that will be skipped tells nothing
-        self.check_due, self.first_check = self.check_due and not later, self.first_check and not later
-        compare = self.first_check and self._frozen
+        unscale = 1.0 if scale is None else 1.0 / scale
+        put_off = self.check_due and not bool(factor)  # an update that will be skipped tells nothing
+        if put_off:
+            self.check_due = self.first_check = False
         with self.paused():
-            self._folds.settle()
-            unscale = 1.0 if scale is None else 1.0 / scale
+            self._folds.verify()
             step.factor = self._method.before_update(factor, unscale)
-        if compare and self.validations.norms:
+        if self.first_check and self._frozen and self.validations.norms:
             grads = [slot.grad for slot in self.slots if slot.grad is not None]
             directions.warn_of_sizes(self.optimizers, self.validations.norms, self.ranks.norm(grads) * unscale)
-        self.check_due, self.first_check = later, False
+        self.check_due, self.first_check = put_off, False
         self._shared_due = self._shared_due and self._rows < 2
 
     def lost(self) -> list[str]:
@@ -506,8 +539,7 @@ class Tracker:
         self, dots: Sequence[Mapping[Any, Tensor | None]], along: list[Tensor], factor: Any, unscale: Any
     ) -> None:
         """The check of `check.efficiency`, which says when the next one is due."""
-        first = not self.agenda.made
-        certain = check.efficiency(self.slots, dots, along, factor, unscale, self.ranks, first)
+        certain = check.efficiency(self.slots, dots, along, factor, unscale, self.ranks, self.first_check)
         self.agenda.made_at(self.steps, certain, [s.name for s in self.slots if s.param.requires_grad])
 
     def end(self, step: Step) -> None:
@@ -566,7 +598,7 @@ def _require_one_by_one(plan: rules.Plan, what: str) -> None:
     if others:
         raise InRunError(
             f"{what}: expected layers that compute each row of a batch by itself, with the sample axis in front; got "
-            f"{', '.join(others[:5])}. Exclude them, or "
+            f"{few(others)}. Exclude them, or "
             f"{'give every validation sample a target of its own' if what == 'pairwise' else 'take another method'}"
         )
 
@@ -577,6 +609,6 @@ def _require_rules(plan: rules.Plan) -> None:
     if others or plan.excluded:
         raise InRunError(
             "validation='batch': expected every trainable parameter in a layer with a rule of its own, so that the "
-            f"validation rows do not train it; {', '.join((others + plan.excluded)[:5])} "
+            f"validation rows do not train it; {few(others + plan.excluded)} "
             "is not, or is excluded. Use validation blocks"
         )

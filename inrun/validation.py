@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import Ranks
-from .errors import InRunError, Pending
+from .errors import InRunError, Pending, few
 from .tap import random_kept
 
 Gradients = list[Tensor | None]
@@ -170,8 +170,7 @@ def _not_finite(target: str, names: list[str], norms: Tensor, scale: float | Ten
     bad = [name for name, finite in zip(names, norms.isfinite().tolist(), strict=True) if not finite]
     return InRunError(
         f"validation({target!r}): expected a finite gradient, got NaN or infinity in "
-        f"{', '.join(bad[:5]) or 'the shards of another process'}"
-        f"{'' if len(bad) <= 5 else f' and {len(bad) - 5} more'}{_remedy(scale)}"
+        f"{few(bad) or 'the shards of another process'}{_remedy(scale)}"
     )
 
 

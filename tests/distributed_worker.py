@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import inrun
-from inrun.factor import WATCHED_ELEMENTS
+from inrun.watch import WATCHED_ELEMENTS
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FOLDER = Path(sys.argv[1])
@@ -416,7 +416,7 @@ def check_deferred_path_secant():
     deferred("path_secant", "adamw", True)
 
 
-def pairs(group: bool) -> list[Tensor]:
+def pairs(group: bool, splits: tuple[tuple[int, ...], ...] = SPLITS) -> list[Tensor]:
     """Values on each validation sample, with the whole batch or this rank's samples of it."""
     model = make("gpt_tied")
     optimizer = OPTIMIZERS["adamw"](model.parameters())
@@ -424,13 +424,17 @@ def pairs(group: bool) -> list[Tensor]:
     wrapped = DDP(model) if group else model
     val = data("gpt_tied", 4, seed=2)
     found = []
-    for (x, y), split in zip(batches("gpt_tied", SPLITS), SPLITS, strict=True):
+    for (x, y), split in zip(batches("gpt_tied", splits), splits, strict=True):
         with tracker.validation():
             loss_of(model, *val).backward()
         if group:
             x, y = mine(x, split), mine(y, split)
         with tracker.step(range(len(x))) as step:
-            (loss_of(wrapped, x, y) if group else whole_loss(model, x, y, split)).backward()
+            if not group:
+                loss = whole_loss(model, x, y, split)
+            else:
+                loss = loss_of(wrapped, x, y) if len(x) else 0 * loss_of(wrapped, *data("gpt_tied", 1))
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         found.append(step)
@@ -448,8 +452,10 @@ def pairs(group: bool) -> list[Tensor]:
 
 
 def check_pairwise():
-    for values, reference in zip(pairs(True), PAIRS, strict=True):
-        close(gathered(values), reference)
+    for splits, references in PAIRS.items():
+        for values, reference, split in zip(pairs(True, splits), references, splits, strict=True):
+            assert values.shape == (split[RANK], 4)
+            close(gathered(values), reference)
 
 
 # ---------------------------------------------------------------------- FSDP2
@@ -815,7 +821,7 @@ def restart():
 # ----------------------------------------------------------------------
 
 
-PAIRS: list[Tensor] = []  # with one process
+PAIRS: dict[tuple[tuple[int, ...], ...], list[Tensor]] = {}  # with one process
 REFERENCES = [("gpt_tied", "sgd"), ("gpt_tied", "adamw"), ("loose", "adamw"), ("gpt_tied", "sgd", IDLE),
     ("gpt_tied", "adamw", SPLITS, "first", False, TWO), ("loose", "adamw", SPLITS, "first", False, TWO),
     ("gpt_tied", "plain", SPLITS, "second", True), ("gpt_tied", "adamw", SPLITS, "secant"),
@@ -836,7 +842,7 @@ def main() -> None:
     names = sys.argv[2:] or [name for name in globals() if name.startswith("check_")]
     for reference in [("gpt_tied", "adamw", LONG)] if names == ["restart"] else REFERENCES:
         alone(*reference)
-    PAIRS.extend(pairs(False))
+    PAIRS.update({splits: pairs(False, splits) for splits in (SPLITS, IDLE)})
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     results = {}
     for name in names:

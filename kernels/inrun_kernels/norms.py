@@ -45,15 +45,14 @@ def norm_backward(
         `(grad_x [B, T, I] in the dtype of x, weight_grad [I], bias_grad [I] or None, dots [S] or [S, M])`, the last
         three in float32; None where there is no kernel for these tensors.
     """
-    one, other = (val_grad, bias_val_grad) if bias_val_grad is not None else (val_grad, val_grad)
-    first = other if one is None else one
-    assert first is not None and other is not None, "a direction of either"
-    if first.shape != other.shape or first.shape[-1:] != weight.shape or first.dim() > 2 or not unseen():
+    known = [d for d in (val_grad, bias_val_grad) if d is not None]
+    shape = known[0].shape
+    if known[-1].shape != shape or shape[-1:] != weight.shape or len(shape) > 2 or not unseen():
         return None
     layer = stats if isinstance(stats, tuple) else ()
-    if native.norm_fits(x, grads, weight, first, other, *layer):
+    if native.norm_fits(x, grads, weight, *known, *layer):
         run = native.norm_backward
-    elif use_triton(None, x, grads) and unseen(x, grads, weight, first, other):
+    elif use_triton(None, x, grads) and unseen(x, grads, weight, *known):
         widest = max(x.element_size(), grads.element_size()) * x.shape[2]
         if widest > WIDEST or torch.float64 in (x.dtype, grads.dtype, weight.dtype):
             return None

@@ -306,9 +306,9 @@ def layer_wgrad_dot(
     """
     if segments is not None:
         return None
-    if not acts.is_cpu:
+    if use_triton(None, acts, grads):
         operands = (acts, grads, val_grad) if bias_val_grad is None else (acts, grads, val_grad, bias_val_grad)
-        if not use_triton(None, acts, grads) or not unseen(*operands):
+        if not unseen(*operands):
             return None
         from inrun_kernels.wgrad_dot import launch_layer
 

@@ -44,7 +44,7 @@ def wgrad_dot_kernel(
     tokens,
     inputs,
     outputs,
-    n_samples,
+    n_samples,  # not read: without it ptxas finds other registers, and spills (float32, "prefix", sm_90)
     whole,  # tiles, the first, that have a program each
     units,  # of a tile's work: samples, or with WITHIN blocks of tokens
     span,  # units from a shared tile's first to the next one's, of which those beyond `units` are empty

@@ -1,0 +1,72 @@
+"""What a tracker asks of the method by which values come about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .tap import Layout
+
+
+class Method(Protocol):
+    """One of `Inline`, `Deferred`, `MonteCarlo`.
+
+    In a step come `begin`, `batch` before each forward, `before_update` when the optimizer begins, `end` when the block
+    is over, and `finish` once the values are due.
+
+    Attributes:
+        scale: what the loss of this step is multiplied by, set before `begin`.
+        drop: target -> what the step took off the validation loss, where the method measures it.
+        standard_error: of the values, where the method draws samples.
+    """
+
+    scale: Any
+    drop: dict[str, Tensor]
+
+    @property
+    def standard_error(self) -> Tensor | None: ...
+
+    @property
+    def starts_with_validation(self) -> bool:
+        """Whether a step needs the validation gradient at the weights it begins with."""
+        ...
+
+    @property
+    def ends_with_validation(self) -> bool:
+        """Whether a step's values wait for the validation gradient at the weights it ends with."""
+        ...
+
+    def require_supported(self, optimizer: Optimizer) -> None:
+        """Raise `InRunError` unless the method knows what this optimizer does."""
+
+    def require_shards_do(self) -> None:
+        """Raise `InRunError` where the method cannot do with parameters under `fully_shard`."""
+
+    def begin(self) -> None: ...
+
+    def batch(self, layout: Layout, recompute: Callable[[], Tensor] | None) -> None: ...
+
+    def before_update(self, factor: Tensor, unscale: Any) -> Tensor:
+        """What the dots must be multiplied by to be values.
+
+        Args:
+            factor: the dots times this belong to the gradients as the optimizer uses them; 0 where it skips the update.
+            unscale: what a gradient as it stands must still be multiplied by (a fused optimizer's loss scale).
+        """
+        ...
+
+    def end(self) -> None: ...
+
+    def finish(self) -> list[Tensor | None]:
+        """The dots of each batch, `[count]` or `[count, M]`; None where no backward reached a tracked layer."""
+        ...
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held, by what for."""
+        ...
+
+    def release(self) -> None:
+        """Forget all that waits."""
