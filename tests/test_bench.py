@@ -19,3 +19,13 @@ def test_whole_steps_pass_their_gate():
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "passed" in done.stdout and "skipped" not in done.stdout
+
+
+def test_the_hosts_work_is_measured_on_a_gpus_way():
+    """Every layer's launches, which do nothing: of what took another way there would be fewer."""
+    command = [sys.executable, "-m", "bench.bench_host", "--steps", "2", "--layers", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    linears, norms, embeddings, adam = 4 * 3 + 2, 3 * 2, 2, 1  # a bias has a pass of its own; the head has none
+    assert f"{linears + norms + embeddings + adam} launches" in done.stdout, done.stdout
