@@ -73,7 +73,7 @@ def efficiency(
     for members, (total, size, count) in zip(groups, scores, strict=True):
         gradient = sum((of_slot[id(s)][0] for s in members), none)
         rounding = sum((of_slot[id(s)][1].sqrt() for s in members), none)
-        shapes = few([f"{s.name} {tuple(s.param.shape)}" for s in members])
+        shapes = few([f"{s.name} {tuple(s.param.shape)}" for s in members], 20)
         tolerance = SUM_TOLERANCE * size + ROUNDING * rounding
         if not bool(((total - gradient).abs() <= tolerance).all()):
             wrong.append(f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}")

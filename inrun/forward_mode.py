@@ -70,7 +70,7 @@ def by_sample(module: Any, tap: Tap, leaf: int, out: Tensor, layout: Layout) -> 
         raise InRunError(
             f"{tap} ({module._inrun_class.__name__}): expected every output to be {expected} with "
             f"B = {layout.rows}, got {tuple(out.shape)}; it holds parameters with no rule of their own "
-            f"({few(tap.parameters)}), which are scored by their module's output. {instead}, or "
+            f"({few(tap.parameters, 20)}), which are scored by their module's output. {instead}, or "
             "exclude them"
         )
     else:
@@ -106,7 +106,7 @@ def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
             raise
         raise InRunError(
             f"{tap}: holds parameters with no rule of their own and uses an operation without "
-            f"forward-mode AD; exclude them ({few(tap.parameters)}). Torch says: {error}"
+            f"forward-mode AD; exclude them ({few(tap.parameters, 20)}). Torch says: {error}"
         ) from error
 
 
@@ -122,7 +122,7 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
         raise InRunError(
             f"{tap} ({module._inrun_class.__name__}): expected a module that leaves its input as it "
             "is, since it is run on it more than once to score "
-            f"{few(tap.parameters)}; got one that changes it in place. Let it work on a copy, "
+            f"{few(tap.parameters, 20)}; got one that changes it in place. Let it work on a copy, "
             "exclude them, or take method 'first' with one target, which runs it once"
         )
     return [torch.zeros_like(x) if t is None and isinstance(x, Tensor) else t for x, t in pairs]

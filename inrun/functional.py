@@ -200,14 +200,17 @@ class _Linear(torch.autograd.Function):
                     grad_bias = None if bias is None else grad_bias.to(bias_dtype)
                 dots = dots if probe.dtype is torch.float32 else dots.to(probe.dtype)
                 return grad_x, grad_weight, grad_bias, None, None, dots, None
+        # As products return it; autocast's is another half precision than the weight's.
+        dtype = weight.dtype if weight.dtype in (acts.dtype, torch.float32) else None
         if not (direction is None or bias_direction is None) and need_weight and direction.stride(-1) == 1:
             grad_weight, grad_bias, dots = linear_wgrad_dot(
-                acts, grads, direction, bias_direction, segments=segments, grad_dtype=weight.dtype
+                acts, grads, direction, bias_direction, segments=segments, grad_dtype=dtype
             )
             grad_bias, bias_dots = grad_bias.to(bias_dtype) if need_bias else None, None
         else:
-            grad_weight, dots = _weight_gradient(acts, grads, direction, need_weight, weight.dtype, segments)
+            grad_weight, dots = _weight_gradient(acts, grads, direction, need_weight, dtype, segments)
             grad_bias, bias_dots = bias_gradient(grads, bias_direction, need_bias, bias_dtype, segments)
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None, None, added(dots, bias_dots, probe), None
 
 
@@ -270,7 +273,7 @@ class _Bias(torch.autograd.Function):
 
 def _weight_gradient(acts, grads, direction, need_weight, dtype, segments):
     if direction is None:
-        return (grads.flatten(0, 1).t() @ acts.flatten(0, 1)).to(dtype) if need_weight else None, None
+        return grads.flatten(0, 1).t() @ acts.flatten(0, 1) if need_weight else None, None
     if not need_weight:
         return None, ghost_dot(acts, grads, direction, segments=segments)
     if direction.stride(-1) != 1:  # a transposed weight (conv1d): exchange the factors, keep memory in order

@@ -259,6 +259,28 @@ def test_autocast_matches_plain_autocast_and_scores():
     torch.testing.assert_close(probe.grad.sum(), total, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("batch", [1, B])
+def test_weights_of_another_half_precision_than_autocasts(batch, has_bias):
+    x, params, _, _ = layer_cases(torch.float32)["linear"]
+    x, params = x[:batch], params[: 1 + has_bias]
+    directions = directions_for(params)
+    found = []
+    for probe in (torch.zeros(batch, requires_grad=True), None):
+        leaves = [p.half().requires_grad_() for p in params]
+        both = (*directions, None)[:2]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = IF.linear(x, leaves[0], leaves[1] if has_bias else None, both, probe)
+        y.float().square().sum().backward()
+        assert all(p.grad.dtype == torch.float16 for p in leaves)
+        found.append([p.grad for p in leaves])
+        if probe is not None:
+            total = sum((p.grad.float() * d).sum() for p, d in zip(leaves, directions, strict=True))
+            torch.testing.assert_close(probe.grad.sum(), total, rtol=1e-2, atol=1e-1)
+    for ours, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=2e-2, atol=2e-1)
+
+
 @pytest.mark.parametrize("lead", [(1, T), (T,)])
 def test_position_ids_without_the_sample_axis_are_expanded(lead):
     _, params, _, _ = layer_cases()["embedding"]

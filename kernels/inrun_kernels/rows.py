@@ -98,7 +98,7 @@ def _columns_kernel(
     grads_ptr,  # [B, T, I]
     val_grad_ptr,  # [M, I]
     sums_ptr,  # [B, chunks, I]
-    partial_ptr,  # [B, M, chunks * columns / BLOCK_I]
+    partial_ptr,  # [B, M, row_length]: of these chunks * columns / BLOCK_I
     row_length,  # of partial, M of them for each sample
     before,  # parts of a row that are others'
     chunks,

@@ -314,10 +314,11 @@ def launch_layer(
     """`launch_wgrad_dot`, for directions with their leading M or without, of which the dots then have none either, in
     the form that the model of the chip takes. None for what is not launched as it is, once."""
     device = acts.device
+    if acts.dtype.itemsize != 2 or val_grad.stride(-1) != 1:
+        return None
     key = _key(None, acts, grads, None, val_grad, bias_val_grad, None, grad_dtype)
     if (call := _calls.get(key)) is None:
-        half, columns = acts.dtype.itemsize == 2, grads.shape[2]
-        if not (half and agree(acts, grads, val_grad, bias_val_grad)) or _in_parts(acts, grads, None, columns):
+        if not agree(acts, grads, val_grad, bias_val_grad) or _in_parts(acts, grads, None, grads.shape[2]):
             return None
         directions, of_bias = val_grad, bias_val_grad
         if val_grad.dim() == 2:

@@ -142,7 +142,8 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
 def shared(*arguments: Any) -> None:
     """A weight gradient whose tiles several programs share."""
-    with mock.patch.object(wgrad_dot, "share", lambda tiles, units, *_: Share(1, 3, units, units, tiles + 3)):
+    plans = mock.patch.object(wgrad_dot, "_calls", {})
+    with plans, mock.patch.object(wgrad_dot, "share", lambda tiles, units, *_: Share(1, 3, units, units, tiles + 3)):
         wgrad_dot.launch_wgrad_dot(*arguments)
 
 
