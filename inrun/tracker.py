@@ -249,11 +249,7 @@ class Tracker:
             self.bind(optimizers)
         before, now = [self.ledger.metadata.get(name) for name in ("method", "targets")], [method, list(self.columns)]
         if self.ledger.last_step is not None and before[0] is not None and before != now:
-            olds, news = (set(names or []) for _, names in (before, now))
-            before, now = (
-                f"{of} ({few([n for n in names or [] if olds == news or n not in olds & news])})"
-                for of, names in (before, now)
-            )
+            before, now = (f"{of} ({few(names or [], 20)})" for of, names in (before, now))
             warnings.warn(f"ledger: its steps so far have values of method and targets {before}, those to come of "
                           f"{now}; sums will add them up", stacklevel=4)  # fmt: skip
         self.ledger.metadata.update(
