@@ -3,7 +3,7 @@
 
 On a GPU also by the device's own time ("step, device time"): with a host that has launched all it can, some thousand
 kernels, before the clock starts. A scored step's Python takes longer than plain training's; where it takes longer than
-the device, that is what the other rows measure. Under `torch.compile` ("step, compiled") there is little of it.
+the device, that is what the other rows measure. One case is also measured under `torch.compile` ("step, compiled").
 """
 
 import copy

@@ -46,6 +46,7 @@ def norm_backward(
         three in float32; None where there is no kernel for these tensors.
     """
     known = [d for d in (val_grad, bias_val_grad) if d is not None]
+    assert known, "a direction of either"
     shape = known[0].shape
     if known[-1].shape != shape or shape[-1:] != weight.shape or len(shape) > 2 or not unseen():
         return None

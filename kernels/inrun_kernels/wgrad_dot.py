@@ -313,7 +313,6 @@ def launch_layer(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """`launch_wgrad_dot`, for directions with their leading M or without, of which the dots then have none either, in
     the form that the model of the chip takes. None for what is not launched as it is, once."""
-    device = acts.device
     if acts.dtype.itemsize != 2 or val_grad.stride(-1) != 1:
         return None
     key = _key(None, acts, grads, None, val_grad, bias_val_grad, None, grad_dtype)
@@ -325,7 +324,7 @@ def launch_layer(
             directions, of_bias = val_grad[None], None if bias_val_grad is None else bias_val_grad[None]
         form = forms.of_wgrad_dot(acts, grads, directions, None, True, False).form
         call = _arranged(key, form, acts, grads, grads, directions, of_bias, None)
-    weight_grad = torch.empty(val_grad.shape[-2:], dtype=grad_dtype, device=device)
+    weight_grad = torch.empty(val_grad.shape[-2:], dtype=grad_dtype, device=acts.device)
     bias_grad, dots = _run(call, acts, grads, grads, val_grad, bias_val_grad, None, weight_grad)
     return weight_grad, bias_grad, dots if val_grad.dim() == 3 else dots.view(len(acts))
 
