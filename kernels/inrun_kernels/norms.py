@@ -45,8 +45,8 @@ def norm_backward(
         `(grad_x [B, T, I] in the dtype of x, weight_grad [I], bias_grad [I] or None, dots [S] or [S, M])`, the last
         three in float32; None where there is no kernel for these tensors.
     """
+    assert val_grad is not None or bias_val_grad is not None, "a direction of either"
     known = [d for d in (val_grad, bias_val_grad) if d is not None]
-    assert known, "a direction of either"
     shape = known[0].shape
     if known[-1].shape != shape or shape[-1:] != weight.shape or len(shape) > 2 or not unseen():
         return None
