@@ -11,6 +11,8 @@ with contextlib.suppress(ImportError):
 
 # Inductor's disk cache would go on serving a graph made with an older fake kernel.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+# Without that cache each process would build ten programs to see what vectors the compiler knows of.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import hypothesis
 import pytest
@@ -25,6 +27,26 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu" or not torch.cuda.is_available():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _patch_the_language_once()
+
+
+def _patch_the_language_once() -> None:
+    # The interpreter does so at every call of a function within a kernel, a third of its time. A launch has done it for
+    # the kernel's own modules, and for triton's nobody takes it back.
+    with contextlib.suppress(ImportError):
+        from triton.runtime.interpreter import InterpretedFunction
+
+        call, seen = InterpretedFunction.__call__, set()
+
+        def once(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
+            module = self.fn.__globals__["__name__"]
+            if module in seen:
+                return self.rewrite()(*args, **kwargs)
+            seen.add(module)
+            return call(self, *args, **kwargs)
+
+        InterpretedFunction.__call__ = once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
