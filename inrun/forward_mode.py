@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -115,7 +116,8 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
     captured = torch.compiler.is_compiling()
     inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not captured]
     versions = [x._version for x in inputs if not x.is_inference()]
-    with torch.no_grad(), random_kept(), buffers_kept(module), dual(tap, m) as scale:
+    # As in the ordinary forward, so that what it computes under `no_grad` is known for that; but no graph is kept.
+    with torch.enable_grad(), _nothing_saved(), random_kept(), buffers_kept(module), dual(tap, m) as scale:
         leaves = pytree.tree_leaves(_run(tap, forward, args, kwargs))
         pairs = [_unpacked(x, scale) for x in leaves]
     if [x._version for x in inputs if not x.is_inference()] != versions:
@@ -126,6 +128,12 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
             "exclude them, or take method 'first' with one target, which runs it once"
         )
     return [torch.zeros_like(x) if t is None and isinstance(x, Tensor) else t for x, t in pairs]
+
+
+def _nothing_saved() -> contextlib.AbstractContextManager:
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return saved_tensors_hooks(lambda x: None, lambda x: x)
 
 
 def _unpacked(x: Any, scale: Tensor | None) -> tuple[Any, Tensor | None]:
@@ -140,7 +148,7 @@ def _unpacked(x: Any, scale: Tensor | None) -> tuple[Any, Tensor | None]:
 def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
     """The parameters carry their directions as tangents; yields what those were divided by, if anything."""
     # Fused attention, recurrent layers and grouped products have no forward derivative; written out they have one.
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap), _written_out_norms(tap):
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap), _as_backward(tap):
         plain: list[Any] = [(owner, local, owner._parameters[local]) for owner, local in tap.owned]
         tangents: list[Any] = [along(owner, local) for owner, local, _ in plain]
         tangents = tangents if target is None else [t[target] for t in tangents]
@@ -175,17 +183,21 @@ def _written_out_layers(tap: Tap) -> Iterator[None]:
                 config._experts_implementation = implementation
 
 
-def _written_out_norms(tap: Tap) -> contextlib.AbstractContextManager:
+def _as_backward(tap: Tap) -> contextlib.AbstractContextManager:
     captured = torch.compiler.is_compiling()  # then the mode is not free: each operation is traced through it
-    return _WrittenOutNorms() if tap.norms or not captured else contextlib.nullcontext()
+    return _AsBackward() if tap.norms or not captured else contextlib.nullcontext()
 
 
-class _WrittenOutNorms(TorchFunctionMode):
-    """Torch's norms scale and shift by operations of their own. By theirs, an output in half precision has a float32
+class _AsBackward(TorchFunctionMode):
+    """Tangents go where gradients do: torch's own also pass `torch.no_grad()`.
+
+    And torch's norms scale and shift by operations of their own. By theirs, an output in half precision has a float32
     tangent, which the next product refuses; and where the scale carries none, a graph cannot be captured."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args, kwargs, pair = list(args), dict(kwargs or {}), []
+        if func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(*args)
         if func is Tensor.unflatten:  # whose Python code a graph cannot capture
             func = torch.unflatten
         if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage] - without a forward derivative

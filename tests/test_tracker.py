@@ -16,7 +16,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 import pytest
 import torch
 import torch.nn.functional as F
-from models import MODELS, B, Bypass, data, gpt, gradient, loss_of, make, oracle_values
+from models import MODELS, VOCAB, WIDTH, B, Bypass, data, gpt, gradient, loss_of, make, oracle_values
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -1256,3 +1256,38 @@ def test_inputs_may_come_in_containers_that_torch_does_not_open():
         model(batch).square().mean().backward()
         optimizer.step()
     assert step.values.sum() > 0
+
+
+class Normed(nn.Module):
+    """A parameter of its own, and a size that no gradient passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight
+        with torch.no_grad():
+            size = y.abs().mean(-1, keepdim=True)
+            with torch.enable_grad():
+                passed = y.mean(-1, keepdim=True)
+        return self.head(y / (size + passed.exp()))
+
+
+@pytest.mark.parametrize("targets", [("one",), ("one", "two")])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_what_a_module_computes_without_gradients_carries_no_tangents(method, targets):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Normed())
+    x, y = torch.randn(2, B, WIDTH), torch.randint(VOCAB, (2, B))
+    expected = oracle_values(model, lambda name, g: 0.1 * g, (x[0], y[0]), (x[1], y[1]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method, targets=targets, check=False)
+    for target in targets:
+        with tracker.validation(target):
+            loss_of(model, x[1], y[1]).backward()
+    with tracker.step(range(B)) as step:
+        loss_of(model, x[0], y[0]).backward()
+        optimizer.step()
+    for values in step.values.view(B, -1).unbind(1):
+        torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-7)
