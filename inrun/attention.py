@@ -115,7 +115,8 @@ def _attend(
     else:
         out = F.scaled_dot_product_attention(q, k, v, None if is_causal else mask, dropout, is_causal)
     out = _Projection(module._inrun, module.out_proj, ("weight", "bias")).scored(out.transpose(1, 2).flatten(2))
-    return out if module.batch_first else out.transpose(0, 1), weights
+    out = out.transpose(0, 1).contiguous()  # as torch's lies in memory: a dropout draws its numbers in that order
+    return out.transpose(0, 1) if module.batch_first else out, weights
 
 
 def _projected(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:

@@ -61,13 +61,16 @@ def by_sample(module: Any, tap: Tap, leaf: int, out: Tensor, layout: Layout) -> 
         InRunError: its rows are not the samples, or its tokens not theirs.
     """
     axis = sample_axis(module, leaf)
+    packed = isinstance(module, nn.RNNBase) and leaf == 0 and out.dim() < 3  # or of one sequence, without a batch
     if tap.flat:
         out = split_samples(tap, out, layout.rows)
-    elif out.dim() <= axis or (out.shape[axis] != layout.rows and layout.segments is None):
+    elif packed or out.dim() <= axis or (out.shape[axis] != layout.rows and layout.segments is None):
         expected = "[B, ...]" if axis == 0 else "[N, B, ...]"
         instead = "Name an enclosing module whose outputs are [B, ...] with track(..., through={parameter: module})"
         if out.dim() == 0 and not tap.name:
             instead = "Compute the loss outside of the model, from its [B, ...] outputs"
+        if packed:
+            instead = f"Pad sequences in place of packing them. {instead}"
         raise InRunError(
             f"{tap} ({module._inrun_class.__name__}): expected every output to be {expected} with "
             f"B = {layout.rows}, got {tuple(out.shape)}; it holds parameters with no rule of their own "
@@ -183,9 +186,14 @@ def _written_out_layers(tap: Tap) -> Iterator[None]:
                 config._experts_implementation = implementation
 
 
-def _as_backward(tap: Tap) -> contextlib.AbstractContextManager:
-    captured = torch.compiler.is_compiling()  # then the mode is not free: each operation is traced through it
-    return _AsBackward() if tap.norms or not captured else contextlib.nullcontext()
+@contextlib.contextmanager
+def _as_backward(tap: Tap) -> Iterator[None]:
+    if torch.compiler.is_compiling():  # then the mode is not free: each operation is traced through it
+        with _AsBackward() if tap.norms else contextlib.nullcontext():
+            yield
+        return
+    with forward_ad._set_fwd_grad_enabled(True), _AsBackward():  # and as it was after, whatever ran inside
+        yield
 
 
 class _AsBackward(TorchFunctionMode):

@@ -173,7 +173,7 @@ class Keeper:
         """Keep these rows of a layer's input, and of the gradient of its output when it comes."""
         if y.requires_grad:
             kept = Kept(module, len(self.layouts) - 1, _unaliased(x)[rows].detach())
-            y.register_hook(lambda grad: self._arrived(kept, 0, grad[rows]))
+            _when_it_comes(y, lambda grad: self._arrived(kept, 0, grad[rows]))
 
     def _run_module(self, module: Any, plain: Callable, inputs: tuple[tuple, dict]) -> Any:
         if cache := [v for v in pytree.tree_leaves(inputs) if hasattr(v, "get_seq_length")]:
@@ -201,10 +201,16 @@ class Keeper:
                 # An alias: where one output is made from another, each has the gradient that came from outside.
                 leaves[i] = leaf.view_as(leaf) if _is_parameter(leaf) else probing.Alias.apply(leaf)
                 # A copy: a parameter that is an output, or a term of one, may take this memory for its own gradient.
-                leaves[i].register_hook(lambda grad, i=i: self._arrived(kept, i, grad.clone()))
+                _when_it_comes(leaves[i], lambda grad, i=i: self._arrived(kept, i, grad.clone()))
         return pytree.tree_unflatten(leaves, spec)
 
     def _arrived(self, kept: Kept, leaf: int, grad: Tensor) -> None:
+        if torch.is_grad_enabled():
+            raise InRunError(
+                f"{kept.module._inrun}: expected a backward without create_graph=True, since what is kept of a layer "
+                "does not tell what a second backward adds to its gradients (as of a gradient penalty); take method "
+                "'first'"
+            )
         if not any(_runs(node) for node in kept.accumulators):  # torch.autograd.grad, which leaves no gradients
             return
         if not kept.grads:
@@ -367,6 +373,13 @@ class Keeper:
         """Run the module with the weights its step began with."""
         places = [(owner, name) for owner in module.modules() for name in owner._parameters]
         return replaced([(*place, self._weights[place]) for place in places if place in self._weights])
+
+
+def _when_it_comes(y: Tensor, arrived: Callable[[Tensor], None]) -> None:
+    """Call with the gradient of `y` once its backward begins: as hooks of the tensor, also later ones, have left it."""
+    node, place = y.grad_fn, y.output_nr
+    assert node is not None
+    node.register_prehook(lambda grads: None if grads[place] is None else arrived(grads[place]))
 
 
 def _runs(node: Any) -> bool:

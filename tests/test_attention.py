@@ -201,3 +201,20 @@ def test_pairs_within_the_batch_with_half_of_it_frozen(frozen):
         model(x, x * 2, x * 3)[0].square().sum().backward()
         optimizer.step()
     close(step.values, LR * torch.stack(gradients[:B]) @ torch.stack(gradients[B:]).T)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_what_follows_sees_the_memory_that_it_sees_untracked(batch_first):
+    """A dropout draws its numbers as they lie there, and a view may need them so."""
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(E, HEADS, batch_first=batch_first)
+    x = torch.randn(B, S, E) if batch_first else torch.randn(S, B, E)
+    tracked = nn.Sequential(copy.deepcopy(layer))
+    inrun.track(tracked, torch.optim.SGD(tracked.parameters(), lr=LR))
+    for need_weights in (True, False):
+        expected, found = (each(x, x, x, need_weights=need_weights)[0] for each in (layer, tracked[0]))
+        assert found.stride() == expected.stride()
+        torch.manual_seed(1)
+        dropped = F.dropout(expected)
+        torch.manual_seed(1)
+        torch.testing.assert_close(F.dropout(found), dropped)

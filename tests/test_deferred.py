@@ -790,3 +790,29 @@ def test_rounding_to_16_bits_is_no_other_clipping():
                 nn.utils.clip_grad_norm_(model.parameters(), 0.05)
                 optimizer.step()
                 optimizer.zero_grad()
+
+
+def test_a_hook_that_changes_an_outputs_gradient_is_seen_and_a_second_backward_is_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    x, y, others = torch.randn(B, 4), torch.randint(3, (B,)), (torch.randn(3, 4), torch.randint(3, (3,)))
+
+    def loss(x, y, reduction="mean"):
+        hidden = model[0](x)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda g: g.clamp(-0.02, 0.01))
+        return F.cross_entropy(model[2](model[1](hidden)), y, reduction=reduction)
+
+    params = list(model.parameters())
+    g_v = torch.autograd.grad(loss(*others), params)
+    rows = [torch.autograd.grad(loss(x[[b]], y[[b]], "sum") / B, params) for b in range(B)]
+    expected = torch.stack([0.1 * sum((a * b).sum() for a, b in zip(g_v, row, strict=True)) for row in rows])
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: loss(*others))
+    with tracker.step(range(B)) as step:
+        loss(x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    close(step.values, expected.double())
+    with pytest.raises(inrun.InRunError, match="create_graph=True"), tracker.step(range(B)):
+        loss(x, y).backward(create_graph=True)

@@ -1291,3 +1291,51 @@ def test_what_a_module_computes_without_gradients_carries_no_tangents(method, ta
         optimizer.step()
     for values in step.values.view(B, -1).unbind(1):
         torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+class Gain(nn.Module):
+    """One number scales all features, as in ReZero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((1,), 0.7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gain
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_one_number_that_scales_all_features_and_forwards_without_gradients_in_between(method):
+    """A metric under `no_grad`, within a step, leaves the steps to come as they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Gain(), Normed())
+    x, y = torch.randn(2, B, WIDTH), torch.randint(VOCAB, (2, B))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x[1], y[1]))
+    for _ in range(2):
+        expected = oracle_values(model, lambda name, g: 0.1 * g, (x[0], y[0]), (x[1], y[1]))
+        with tracker.step(range(B)) as step:
+            loss_of(model, x[0], y[0]).backward()
+            with torch.no_grad():
+                model(x[0])
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(step.values.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_packed_sequences_are_refused_whatever_their_width():
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(WIDTH, B), nn.Linear(B, VOCAB)  # as many features as samples
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([1, 2, 3, 3, 2]), enforce_sorted=False)
+            return self.head(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0])[0].sum(0))
+
+    torch.manual_seed(0)
+    model, x, y = Tagger(), torch.randn(3, B, WIDTH), torch.randint(VOCAB, (B,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y))
+    with pytest.raises(inrun.InRunError, match=r"Pad sequences in place of packing"), tracker.step(range(B)):
+        loss_of(model, x, y)
