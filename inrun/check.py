@@ -22,6 +22,7 @@ from .errors import InRunError, few
 # (eight times what rounding each product once to bfloat16 would make).
 SUM_TOLERANCE = 1e-2
 ROUNDING = 8 * 2.0**-8
+NOTHING = 1e-10  # nats, a thousandth of what float32 tells of a loss: rounding alone, of a gradient that is zero
 _BLOCK = 1 << 24  # elements
 _SHOWN = 10  # lines of a message
 
@@ -74,7 +75,7 @@ def efficiency(
         gradient = sum((of_slot[id(s)][0] for s in members), none)
         rounding = sum((of_slot[id(s)][1].sqrt() for s in members), none)
         shapes = few([f"{s.name} {tuple(s.param.shape)}" for s in members], 20)
-        tolerance = SUM_TOLERANCE * size + ROUNDING * rounding
+        tolerance = SUM_TOLERANCE * size + ROUNDING * rounding + NOTHING
         if not bool(((total - gradient).abs() <= tolerance).all()):
             wrong.append(f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}")
         elif not count.any() and any(bool(of_slot[id(s)][2].any()) for s in members):
@@ -86,9 +87,10 @@ def efficiency(
             "the scores do not add up to the gradients. Either something uses these parameters past their modules "
             "(call the module, track with through={parameter: the module that does}, or exclude the parameter), or "
             "gradients were left over from before the step, or were changed since element by element (clipping by "
-            "value), or the loss has a term of the parameters alone (a penalty, which belongs to no sample: take "
-            "weight_decay, or check=False), or is no number, or "
-            "dimension 0 of a layer's input is not the sample:\n  " + "\n  ".join([*wrong[:_SHOWN], *more])
+            "value) or of one optimizer and not yet of another (scaler.unscale_ each before the first step), or the "
+            "loss has a term of the parameters alone (a penalty, which belongs to no sample: take weight_decay, or "
+            "check=False), or is no number, or dimension 0 of a layer's input is not the sample:\n  "
+            + "\n  ".join([*wrong[:_SHOWN], *more])
         )
     everywhere = ranks.sum(torch.tensor(tells, device=factor.device)).tolist()
     return {s.name for members, n in zip(groups, everywhere, strict=True) if n == ranks.size for s in members}

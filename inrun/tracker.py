@@ -512,6 +512,9 @@ class Tracker:
             raise InRunError("step: expected one optimizer.step() in the block, got a second one")
         step.updated.append(optimizer)
         if step.factor is not None:  # another optimizer's step, whose gradients and state were taken before the first
+            self._watch.require_in_time(step.updated[:-1], isinstance(self._method, Inline))
+            assert step.uneven is not None
+            step.uneven = step.uneven | self._watch.uneven(optimizer, step.factor)
             step.factor = skipped(optimizer, step.factor)
             return
         self.ranks.settle()
@@ -528,6 +531,7 @@ class Tracker:
         if self.first_check and self._frozen and self.validations.norms:
             grads = [slot.grad for slot in self.slots if slot.grad is not None]
             directions.warn_of_sizes(self.optimizers, self.validations.norms, self.ranks.norm(grads) * unscale)
+        self._watch.updated()
         self.check_due, self.first_check = put_off, False
         self._shared_due = self._shared_due and self._rows < 2
 
@@ -553,6 +557,8 @@ class Tracker:
 
     def finish(self, step: Step) -> None:
         """Record and count a step that has ended; its values may wait for their last validation gradient."""
+        if step.updated:
+            self._watch.require_in_time(step.updated, isinstance(self._method, Inline))
         if step.factor is not None and (missing := len(self.optimizers) - len(step.updated)):
             warnings.warn(f"optimizer.step() did not run in the step block for {missing} of {len(self.optimizers)} "
                           "optimizers; its values are zero", stacklevel=4)  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .distributed import Ranks, local
-from .errors import InRunError, Pending
+from .errors import InRunError, Pending, few
 
 WATCHED_PER_GROUP, WATCHED = 8, 64  # parameters, the latter of all groups, but one of each
 # Of a parameter. A prime: elements so far apart lie in all columns of a weight, whose sums may cancel along a row
@@ -34,7 +34,8 @@ class Watch:
     def __init__(self, slots: Sequence[Any], ranks: Ranks, pending: Pending) -> None:
         self.active, self._ranks, self._pending = False, ranks, pending
         self._raw: dict[str, Tensor] = {}
-        self._reached: dict[str, Any] = {}  # slots
+        self._reached: dict[str, Any] = {}  # slots, since the step or its last update began
+        self._updating = False  # whether an update of the step has begun
         self._slots = []
         slots = [slot for slot in slots if slot.param.requires_grad]  # others take no hooks
         groups: dict[Any, list[Any]] = {}
@@ -63,7 +64,7 @@ class Watch:
 
     def _require_kept(self, slot: Any, _: Tensor) -> None:
         """Raise `InRunError` where a gradient that comes finds that of the step's last backward gone."""
-        if self.active and slot.name in self._raw and slot.grad is None:
+        if self.active and not self._updating and slot.name in self._raw and slot.grad is None:
             raise InRunError(
                 f"{slot.name}: expected the gradient of the step's last backward when the next one adds to it, got "
                 "none; call optimizer.zero_grad() before the step's first backward or after optimizer.step()"
@@ -83,7 +84,30 @@ class Watch:
     def begin(self) -> None:
         self._raw.clear()
         self._reached.clear()
-        self.active = True
+        self.active, self._updating = True, False
+
+    def updated(self) -> None:
+        """The step's first update has begun, from all the gradients that have come."""
+        self._reached.clear()
+        self.active = self._updating = True
+
+    def require_in_time(self, before: Sequence[Optimizer], scored: bool) -> None:
+        """Raise `InRunError` where gradients came that an update has no part in.
+
+        Args:
+            before: the optimizers whose updates had begun.
+            scored: whether gradients are scored as they come, so that those of other optimizers count.
+        """
+        slots = self._reached.items() if self._updating else ()
+        late = [name for name, slot in slots if not scored or any(slot.optimizer is other for other in before)]
+        self._reached.clear()
+        if late:
+            raise InRunError(
+                "optimizer.step(): expected all of the step's backward passes before it"
+                f"{'' if scored else ', of several optimizers before the first'}; after it came gradients of "
+                f"{len(late)} parameters, whose scores would be in the step's values: {few(late)}. Run that backward "
+                "before, or outside of the step block"
+            )
 
     def lost(self) -> list[str]:
         """Parameters whose gradient of this step's backward is gone, so that the update passes them by."""
@@ -113,14 +137,30 @@ class Watch:
         Raises:
             InRunError: no backward pass since `begin`.
         """
-        ranks = self._ranks
-        # Another process may have had a backward through a parameter that had none here.
-        slots = [s for s in self._slots if s.grad is not None and (s.name in self._raw or ranks.size > 1)]
+        slots = self._came()
         if not slots:
             raise InRunError(
                 "optimizer.step(): expected a backward pass in the step block, there was none (torch.autograd.grad is "
                 "none, and makes no scores; use backward())"
             )
+        return self._compared(optimizer, slots, None)
+
+    @torch.no_grad()
+    def uneven(self, optimizer: Optimizer, factor: Tensor) -> Tensor:
+        """Whether the gradients of one more optimizer are not those of the backward times the first's factor."""
+        slots = [s for s in self._came() if s.optimizer is optimizer]
+        if not slots:
+            return torch.zeros_like(factor, dtype=torch.bool)
+        return self._compared(optimizer, slots, factor)[1].to(factor.device) & (factor != 0)
+
+    def _came(self) -> list[Any]:
+        """Watched slots with a gradient of the step."""
+        # Another process may have had a backward through a parameter that had none here.
+        return [s for s in self._slots if s.grad is not None and (s.name in self._raw or self._ranks.size > 1)]
+
+    def _compared(self, optimizer: Optimizer, slots: Sequence[Any], factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The common factor, if it is not known yet, and whether there is none."""
+        ranks, scale = self._ranks, getattr(optimizer, "grad_scale", None)
         device = slots[0].param.device
         parts = {s.name: self._seen(s.grad) for s in slots}
         now = _together(parts.values(), device)
@@ -130,11 +170,13 @@ class Watch:
         largest = torch.where(largest > 0, largest, torch.ones_like(largest))
         now, raw = now / largest, raw / largest  # no overflow under a loss scale
         squared, along = ranks.over_shards(torch.stack([raw.square().sum(), (now * raw).sum()]))
-        factor = torch.where(squared > 0, along / squared, torch.ones_like(squared))
-        uneven = self._uneven(now, raw, factor, [len(part) for part in parts.values()], largest)
-        if (scale := getattr(optimizer, "grad_scale", None)) is not None:
-            factor = factor / scale.to(device)  # a fused optimizer divides the loss scale out itself
-        return skipped(optimizer, factor), uneven
+        scale = 1.0 if scale is None else scale.to(device)  # which a fused optimizer divides out itself
+        if factor is None:
+            change = torch.where(squared > 0, along / squared, torch.ones_like(squared))
+        else:
+            change = factor.to(device) * scale
+        uneven = self._uneven(now, raw, change, [len(part) for part in parts.values()], largest)
+        return skipped(optimizer, change / scale), uneven
 
     def _uneven(self, now: Tensor, raw: Tensor, factor: Tensor, lengths: list[int], unit: Tensor) -> Tensor:
         """Whether any parameter's part of `now` is not `factor` times that of `raw`, both in units of `unit`."""

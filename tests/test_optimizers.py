@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from models import B, data, gradient, loss_of, make, oracle_values, sample_gradients
+from models import VOCAB, WIDTH, B, data, gradient, loss_of, make, oracle_values, sample_gradients
 from torch import nn
 
 import inrun
@@ -469,3 +469,82 @@ def test_directions_written_by_their_addresses_are_seen_by_autograd():
     torch.testing.assert_close(out, torch.tensor([1.0, -1.0, 0.0]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.backward()
+
+
+def test_gradients_that_come_or_change_between_two_optimizers_steps():
+    """Scored as they come by "first", where they are the second's own; else the values would not be the step's."""
+    torch.manual_seed(0)
+    models = [nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCAB)]) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x, y = torch.randn(2, B, WIDTH), torch.randint(VOCAB, (2, B))
+    tracked, plain = models
+
+    def losses(model, x, y):
+        return model[0](x).square().mean(), F.cross_entropy(model[1](x), y)
+
+    def whole(model):
+        return sum(losses(model, x[1], y[1]))
+
+    def stepped(method, between, together):
+        parts = [list(layer.parameters()) for layer in tracked]
+        optimizers = [torch.optim.SGD(part, lr=0.1) for part in parts]
+        tracker = inrun.track(tracked, optimizers, method, validation=lambda: whole(tracked))
+        step = tracker.step(range(B))
+        try:
+            with step:
+                first, second = losses(tracked, x[0], y[0])
+                (first + second if together else first).backward()
+                optimizers[0].step()
+                between(second)
+                optimizers[1].step()
+        finally:
+            tracked.zero_grad()
+            tracker.close()
+            tracked.load_state_dict(plain.state_dict())
+        return step.values
+
+    params = list(plain.parameters())
+    g_v = torch.autograd.grad(whole(plain), params)
+    rows = [torch.autograd.grad(sum(losses(plain, x[0, b : b + 1], y[0, b : b + 1])) / B, params) for b in range(B)]
+    expected = torch.stack([0.1 * sum((a * b).sum() for a, b in zip(g_v, row, strict=True)) for row in rows])
+    torch.testing.assert_close(stepped("first", lambda second: second.backward(), False), expected)
+    for method in ("first", "path"):
+        torch.testing.assert_close(stepped(method, lambda second: None, True), expected)
+        with pytest.raises(inrun.InRunError, match="one common factor"):
+            stepped(method, lambda second: nn.utils.clip_grad_norm_(tracked[1].parameters(), 1e-3), True)
+    with pytest.raises(inrun.InRunError, match="of several optimizers before the first; after it came gradients of 2"):
+        stepped("path", lambda second: second.backward(), False)
+    with pytest.raises(inrun.InRunError, match=r"after it came gradients of 2 .*0\.weight, 0\.bias"):
+        stepped("first", lambda second: losses(tracked, x[0], y[0])[0].backward(), True)
+
+
+def test_a_backward_after_the_update_is_no_part_of_the_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, VOCAB))
+    x, y = torch.randn(B, WIDTH), torch.randint(VOCAB, (B,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for method in ("first", "path"):
+        tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x, y))
+        with pytest.raises(inrun.InRunError, match="after it came gradients of 2"), tracker.step(range(B)):
+            loss_of(model, x, y).backward()
+            optimizer.step()
+            loss_of(model, x, y).backward()
+        model.zero_grad()
+        tracker.close()
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_is_no_miss():
+    """Of a bias that what follows takes away again."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv1d(3, 8, 3), nn.InstanceNorm1d(8), nn.ReLU(), nn.Flatten(), nn.Linear(48, VOCAB))
+        model.requires_grad_(False)
+        model[0].bias.requires_grad_(True)
+        x, y = torch.randn(2, B, 3, 8), torch.randint(VOCAB, (2, B))
+        optimizer = torch.optim.SGD([model[0].bias], lr=0.1)
+        tracker = inrun.track(model, optimizer, validation=lambda m=model, x=x, y=y: loss_of(m, x[1], y[1]))
+        with tracker.step(range(B)) as step:
+            loss_of(model, x[0], y[0]).backward()
+            optimizer.step()
+        assert step.values.abs().max() < 1e-12
+        tracker.close()
