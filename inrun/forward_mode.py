@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from . import functional, probing
 from .errors import InRunError, few
-from .tap import Layout, Tap, along, buffers_kept, random_kept
+from .tap import Layout, Tap, along, buffers_kept, random_kept, random_state, set_random_state
 
 
 def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, uncaptured: bool = False) -> Any:
@@ -37,9 +38,7 @@ def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: 
         raise InRunError(f"{tap}: forward-mode scoring inside another forward-mode pass is not supported")
     single = probe.dim() == 1
     more = [] if single else [tangents_only(module, tap, forward, args, kwargs, m) for m in range(1, probe.shape[1])]
-    with dual(tap, None if single else 0) as scale:
-        leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
-        pairs = [_unpacked(x, scale) for x in leaves]
+    pairs, spec = _with_tangents(module, tap, forward, args, kwargs, None if single else 0)
     outputs = []
     for i, (primal, tangent) in enumerate(pairs):
         if tangent is None:
@@ -52,6 +51,62 @@ def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: 
         )  # fmt: skip
         outputs.append(scored.flatten(0, 1) if tap.flat else scored.movedim(0, sample_axis(module, i)))
     return pytree.tree_unflatten(outputs, spec)
+
+
+def _with_tangents(
+    module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | None
+) -> tuple[list[tuple[Any, Tensor | None]], Any]:
+    """The outputs, each with its tangent along direction m (None: the only one), and how they were nested."""
+    if not tap.checkpoints:
+        seeking = tap.checkpoints is None and not torch.compiler.is_compiling()
+        begun = (random_state(), [(b, b.clone()) for b in module.buffers()]) if seeking else None
+        try:
+            with _checkpoints(_stop) if seeking else contextlib.nullcontext(), dual(tap, m) as scale:
+                leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
+                pairs = [_unpacked(x, scale) for x in leaves]
+            tap.checkpoints = False if seeking else tap.checkpoints
+            return pairs, spec
+        except _Met:
+            assert begun is not None
+            tap.checkpoints = True
+            set_random_state(begun[0])
+            for buffer, before in begun[1]:
+                buffer.data.copy_(before)
+    # What a checkpoint computes again in the backward would carry no tangents, and save other tensors than it had.
+    tangents = tangents_only(module, tap, forward, args, kwargs, m)
+    leaves, spec = pytree.tree_flatten(forward(*args, **kwargs))
+    return list(zip(leaves, tangents, strict=True)), spec
+
+
+class _Met(BaseException):
+    """A forward-mode pass came to a checkpoint."""
+
+
+def _stop() -> None:
+    raise _Met
+
+
+@contextlib.contextmanager
+def _checkpoints(met: Callable[[], None]) -> Iterator[None]:
+    """What is checkpointed within is computed without a checkpoint, after a call of `met`."""
+    module: Any = torch.utils.checkpoint
+    before = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+
+    class Plain:
+        @staticmethod
+        def apply(function: Callable, _: bool, *args: Any) -> Any:
+            met()
+            return function(*args)
+
+    def plain(*_: Any, **__: Any) -> Iterator[None]:
+        met()
+        yield
+
+    module.CheckpointFunction, module._checkpoint_without_reentrant_generator = Plain, plain
+    try:
+        yield
+    finally:
+        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = before
 
 
 def by_sample(module: Any, tap: Tap, leaf: int, out: Tensor, layout: Layout) -> Tensor:
@@ -115,12 +170,14 @@ def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | None) -> list[Any]:
-    """The outputs' tangents along direction m (None: the only one), leaving random state and buffers as they were."""
+    """The outputs' tangents along direction m (None: the only one), or None of those without, leaving random state and
+    buffers as they were."""
     captured = torch.compiler.is_compiling()
     inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not captured]
     versions = [x._version for x in inputs if not x.is_inference()]
     # As in the ordinary forward, so that what it computes under `no_grad` is known for that; but no graph is kept.
-    with torch.enable_grad(), _nothing_saved(), random_kept(), buffers_kept(module), dual(tap, m) as scale:
+    plain = contextlib.nullcontext() if captured else _checkpoints(lambda: None)
+    with torch.enable_grad(), _nothing_saved(), random_kept(), buffers_kept(module), plain, dual(tap, m) as scale:
         leaves = pytree.tree_leaves(_run(tap, forward, args, kwargs))
         pairs = [_unpacked(x, scale) for x in leaves]
     if [x._version for x in inputs if not x.is_inference()] != versions:
@@ -130,7 +187,7 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
             f"{few(tap.parameters, 20)}; got one that changes it in place. Let it work on a copy, "
             "exclude them, or take method 'first' with one target, which runs it once"
         )
-    return [torch.zeros_like(x) if t is None and isinstance(x, Tensor) else t for x, t in pairs]
+    return [tangent for _, tangent in pairs]
 
 
 def _nothing_saved() -> contextlib.AbstractContextManager:

@@ -34,6 +34,7 @@ class Tap:
         self.form: Any = None  # of a module known by running it, what it computes
         self.names: tuple[str, ...] = ()  # of the module's attributes
         self.norms = False  # whether any of torch's norms is inside
+        self.checkpoints: bool | None = None  # whether it checkpoints what is inside; None: not known yet
         self.configs: list[Any] = []  # of Hugging Face's experts inside
         self.by_row = True  # whether it computes each row of a batch by itself, and holds it at dimension 0
         self.routed = False  # whether its rows are always the tokens of [B, T], flattened

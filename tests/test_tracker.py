@@ -1339,3 +1339,51 @@ def test_packed_sequences_are_refused_whatever_their_width():
     tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y))
     with pytest.raises(inrun.InRunError, match=r"Pad sequences in place of packing"), tracker.step(range(B)):
         loss_of(model, x, y)
+
+
+class Positioned(nn.Module):
+    """As vision transformers are: a table of positions at the root, and blocks that may be checkpointed."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant, self.pos = reentrant, nn.Parameter(torch.randn(1, 3, WIDTH))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2), nn.BatchNorm1d(3).eval())
+            for _ in range(2)
+        )
+        self.head = nn.Linear(WIDTH, VOCAB)
+        self.register_buffer("forwards", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.forwards += 1
+        x = x + self.pos
+        for block in self.blocks:
+            run = block if self.reentrant is None else lambda x, b=block: checkpoint(b, x, use_reentrant=self.reentrant)
+            x = x + run(x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("targets", [("one",), ("one", "two")])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_checkpoints_inside_of_what_is_scored_by_forward_mode_change_nothing(method, targets):
+    found = {}
+    for reentrant in (None, False, True):
+        torch.manual_seed(0)
+        model = Positioned(reentrant)
+        x, y = torch.randn(2, B, 3, WIDTH), torch.randint(VOCAB, (2, B))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker = inrun.track(model, optimizer, method, targets=targets)
+        values = []
+        for _ in range(2):
+            for target in targets:
+                with tracker.validation(target):
+                    loss_of(model, x[1], y[1]).backward()
+            with tracker.step(range(B)) as step:
+                loss_of(model, x[0], y[0]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            values.append(step.values)
+        found[reentrant] = (torch.stack(values), dict(model.state_dict()))
+    assert found[None][0].abs().min() > 0
+    for reentrant in (False, True):
+        torch.testing.assert_close(found[reentrant], found[None])
