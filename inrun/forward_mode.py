@@ -38,7 +38,13 @@ def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: 
         raise InRunError(f"{tap}: forward-mode scoring inside another forward-mode pass is not supported")
     single = probe.dim() == 1
     more = [] if single else [tangents_only(module, tap, forward, args, kwargs, m) for m in range(1, probe.shape[1])]
-    pairs, spec = _with_tangents(module, tap, forward, args, kwargs, None if single else 0)
+    first = None if single else 0
+    if uncaptured:
+        pairs, spec = _with_tangents(module, tap, forward, args, kwargs, first)
+    else:  # here, since a frame with this block is captured whole, or runs once more and comes by above
+        with dual(tap, first) as scale:
+            leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
+            pairs = [_unpacked(x, scale) for x in leaves]
     outputs = []
     for i, (primal, tangent) in enumerate(pairs):
         if tangent is None:
@@ -58,13 +64,13 @@ def _with_tangents(
 ) -> tuple[list[tuple[Any, Tensor | None]], Any]:
     """The outputs, each with its tangent along direction m (None: the only one), and how they were nested."""
     if not tap.checkpoints:
-        seeking = tap.checkpoints is None and not torch.compiler.is_compiling()
+        seeking = tap.checkpoints is None
         begun = (random_state(), [(b, b.clone()) for b in module.buffers()]) if seeking else None
         try:
             with _checkpoints(_stop) if seeking else contextlib.nullcontext(), dual(tap, m) as scale:
                 leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
                 pairs = [_unpacked(x, scale) for x in leaves]
-            tap.checkpoints = False if seeking else tap.checkpoints
+            tap.checkpoints = False
             return pairs, spec
         except _Met:
             assert begun is not None

@@ -514,7 +514,7 @@ class Tracker:
         if step.factor is not None:  # another optimizer's step, whose gradients and state were taken before the first
             self._watch.require_in_time(step.updated[:-1], isinstance(self._method, Inline))
             assert step.uneven is not None
-            step.uneven = step.uneven | self._watch.uneven(optimizer, step.factor)
+            step.uneven = step.uneven | self._watch.uneven(optimizer)
             step.factor = skipped(optimizer, step.factor)
             return
         self.ranks.settle()

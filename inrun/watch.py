@@ -36,6 +36,7 @@ class Watch:
         self._raw: dict[str, Tensor] = {}
         self._reached: dict[str, Any] = {}  # slots, since the step or its last update began
         self._updating = False  # whether an update of the step has begun
+        self._factor = torch.ones(())  # of the first
         self._slots = []
         slots = [slot for slot in slots if slot.param.requires_grad]  # others take no hooks
         groups: dict[Any, list[Any]] = {}
@@ -143,12 +144,13 @@ class Watch:
                 "optimizer.step(): expected a backward pass in the step block, there was none (torch.autograd.grad is "
                 "none, and makes no scores; use backward())"
             )
-        return self._compared(optimizer, slots, None)
+        self._factor, uneven = self._compared(optimizer, slots, None)
+        return self._factor, uneven
 
     @torch.no_grad()
-    def uneven(self, optimizer: Optimizer, factor: Tensor) -> Tensor:
+    def uneven(self, optimizer: Optimizer) -> Tensor:
         """Whether the gradients of one more optimizer are not those of the backward times the first's factor."""
-        slots = [s for s in self._came() if s.optimizer is optimizer]
+        slots, factor = [s for s in self._came() if s.optimizer is optimizer], self._factor
         if not slots:
             return torch.zeros_like(factor, dtype=torch.bool)
         return self._compared(optimizer, slots, factor)[1].to(factor.device) & (factor != 0)
