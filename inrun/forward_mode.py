@@ -66,6 +66,7 @@ def _with_tangents(
     if not tap.checkpoints:
         seeking = tap.checkpoints is None
         begun = (random_state(), [(b, b.clone()) for b in module.buffers()]) if seeking else None
+        versions = _versions(args, kwargs)
         try:
             with _checkpoints(_stop) if seeking else contextlib.nullcontext(), dual(tap, m) as scale:
                 leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
@@ -74,6 +75,7 @@ def _with_tangents(
             return pairs, spec
         except _Met:
             assert begun is not None
+            _require_unchanged(module, tap, args, kwargs, versions)
             tap.checkpoints = True
             set_random_state(begun[0])
             for buffer, before in begun[1]:
@@ -178,22 +180,30 @@ def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
 def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | None) -> list[Any]:
     """The outputs' tangents along direction m (None: the only one), or None of those without, leaving random state and
     buffers as they were."""
-    captured = torch.compiler.is_compiling()
-    inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not captured]
-    versions = [x._version for x in inputs if not x.is_inference()]
+    versions = _versions(args, kwargs)
     # As in the ordinary forward, so that what it computes under `no_grad` is known for that; but no graph is kept.
-    plain = contextlib.nullcontext() if captured else _checkpoints(lambda: None)
+    plain = contextlib.nullcontext() if torch.compiler.is_compiling() else _checkpoints(lambda: None)
     with torch.enable_grad(), _nothing_saved(), random_kept(), buffers_kept(module), plain, dual(tap, m) as scale:
         leaves = pytree.tree_leaves(_run(tap, forward, args, kwargs))
         pairs = [_unpacked(x, scale) for x in leaves]
-    if [x._version for x in inputs if not x.is_inference()] != versions:
+    _require_unchanged(module, tap, args, kwargs, versions)
+    return [tangent for _, tangent in pairs]
+
+
+def _versions(*inputs: Any) -> list[int]:
+    """How often each input has been changed in place."""
+    found = [] if torch.compiler.is_compiling() else pytree.tree_leaves(inputs)
+    return [x._version for x in found if isinstance(x, Tensor) and not x.is_inference()]
+
+
+def _require_unchanged(module: Any, tap: Tap, args: tuple, kwargs: dict, versions: list[int]) -> None:
+    if _versions(args, kwargs) != versions:
         raise InRunError(
             f"{tap} ({module._inrun_class.__name__}): expected a module that leaves its input as it "
             "is, since it is run on it more than once to score "
             f"{few(tap.parameters, 20)}; got one that changes it in place. Let it work on a copy, "
-            "exclude them, or take method 'first' with one target, which runs it once"
+            "exclude them, or take method 'first' with one target and no checkpoints inside, which runs it once"
         )
-    return [tangent for _, tangent in pairs]
 
 
 def _nothing_saved() -> contextlib.AbstractContextManager:

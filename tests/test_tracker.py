@@ -1387,3 +1387,16 @@ def test_checkpoints_inside_of_what_is_scored_by_forward_mode_change_nothing(met
     assert found[None][0].abs().min() > 0
     for reentrant in (False, True):
         torch.testing.assert_close(found[reentrant], found[None])
+
+
+def test_an_input_that_is_changed_before_a_checkpoint_inside_is_refused():
+    class Adds(Positioned):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x += 1
+            return super().forward(x)
+
+    model, x = Adds(False), torch.randn(B, 3, WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x.clone()).square().mean())
+    with pytest.raises(inrun.InRunError, match="leaves its input as it is"), tracker.step(range(B)):
+        model(x)
