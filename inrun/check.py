@@ -22,7 +22,7 @@ from .errors import InRunError, few
 # (eight times what rounding each product once to bfloat16 would make).
 SUM_TOLERANCE = 1e-2
 ROUNDING = 8 * 2.0**-8
-NOTHING = 1e-10  # nats, a thousandth of what float32 tells of a loss: rounding alone, of a gradient that is zero
+NOTHING = 1e-14  # what rounding alone leaves of a gradient that is zero
 _BLOCK = 1 << 24  # elements
 _SHOWN = 10  # lines of a message
 

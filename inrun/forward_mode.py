@@ -15,7 +15,6 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -64,26 +63,56 @@ def _with_tangents(
 ) -> tuple[list[tuple[Any, Tensor | None]], Any]:
     """The outputs, each with its tangent along direction m (None: the only one), and how they were nested."""
     if not tap.checkpoints:
-        seeking = tap.checkpoints is None
-        begun = (random_state(), [(b, b.clone()) for b in module.buffers()]) if seeking else None
-        versions = _versions(args, kwargs)
+        mode = (module.training, torch.is_grad_enabled())
+        begun = None if mode in tap.without else _state_of(module, args, kwargs)
+        autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+        if begun is not None and autograd._top_saved_tensors_default_hooks(True) is not None:
+            # An outer checkpoint counts what is saved: a run that stops is none of it.
+            with contextlib.suppress(_Met), torch.no_grad():
+                _stopping(tap, forward, args, kwargs, m)
+                tap.without.add(mode)
+            _restore(module, tap, args, kwargs, begun)
+            tap.checkpoints = mode not in tap.without
+            return _with_tangents(module, tap, forward, args, kwargs, m)
         try:
-            with _checkpoints(_stop) if seeking else contextlib.nullcontext(), dual(tap, m) as scale:
-                leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
-                pairs = [_unpacked(x, scale) for x in leaves]
-            tap.checkpoints = False
-            return pairs, spec
+            found = _stopping(tap, forward, args, kwargs, m)
+            tap.without.add(mode)
+            return found
         except _Met:
-            assert begun is not None
-            _require_unchanged(module, tap, args, kwargs, versions)
+            if begun is None:
+                raise InRunError(
+                    f"{tap}: expected checkpoints inside of it from the first step on, or none; track the model after "
+                    "they are switched on"
+                ) from None
+            _restore(module, tap, args, kwargs, begun)
             tap.checkpoints = True
-            set_random_state(begun[0])
-            for buffer, before in begun[1]:
-                buffer.data.copy_(before)
     # What a checkpoint computes again in the backward would carry no tangents, and save other tensors than it had.
     tangents = tangents_only(module, tap, forward, args, kwargs, m)
     leaves, spec = pytree.tree_flatten(forward(*args, **kwargs))
     return list(zip(leaves, tangents, strict=True)), spec
+
+
+def _stopping(tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | None) -> Any:
+    """One forward that carries tangents, up to a checkpoint."""
+    with _checkpoints(_stop), dual(tap, m) as scale:
+        leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
+        return [_unpacked(x, scale) for x in leaves], spec
+
+
+def _state_of(module: Any, args: tuple, kwargs: dict) -> tuple[Any, ...]:
+    held = [(x._buffers, dict(x._buffers)) for x in module.modules() if x._buffers]
+    return random_state(), held, [(b, b.clone()) for b in module.buffers()], _versions(args, kwargs)
+
+
+def _restore(module: Any, tap: Tap, args: tuple, kwargs: dict, begun: tuple[Any, ...]) -> None:
+    """Random numbers and buffers as they were before a forward that does not count."""
+    state, held, copies, versions = begun
+    _require_unchanged(module, tap, args, kwargs, versions)
+    set_random_state(state)
+    for buffers, before in held:
+        buffers.update(before)
+    for buffer, before in copies:
+        buffer.data.copy_(before)
 
 
 class _Met(BaseException):
@@ -181,11 +210,16 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
     """The outputs' tangents along direction m (None: the only one), or None of those without, leaving random state and
     buffers as they were."""
     versions = _versions(args, kwargs)
-    # As in the ordinary forward, so that what it computes under `no_grad` is known for that; but no graph is kept.
-    plain = contextlib.nullcontext() if torch.compiler.is_compiling() else _checkpoints(lambda: None)
-    with torch.enable_grad(), _nothing_saved(), random_kept(), buffers_kept(module), plain, dual(tap, m) as scale:
-        leaves = pytree.tree_leaves(_run(tap, forward, args, kwargs))
-        pairs = [_unpacked(x, scale) for x in leaves]
+    for enabled in (
+        False,
+        True,
+    ):  # a graph, which takes memory, only where what inside is under `no_grad` is to be told
+        if tap.sets_grad_mode != enabled:
+            continue
+        plain = contextlib.nullcontext() if torch.compiler.is_compiling() else _checkpoints(lambda: None)
+        with torch.set_grad_enabled(enabled), random_kept(), buffers_kept(module), plain, dual(tap, m) as scale:
+            leaves = pytree.tree_leaves(_run(tap, forward, args, kwargs))
+            pairs = [_unpacked(x, scale) for x in leaves]
     _require_unchanged(module, tap, args, kwargs, versions)
     return [tangent for _, tangent in pairs]
 
@@ -204,12 +238,6 @@ def _require_unchanged(module: Any, tap: Tap, args: tuple, kwargs: dict, version
             f"{few(tap.parameters, 20)}; got one that changes it in place. Let it work on a copy, "
             "exclude them, or take method 'first' with one target and no checkpoints inside, which runs it once"
         )
-
-
-def _nothing_saved() -> contextlib.AbstractContextManager:
-    if torch.compiler.is_compiling():
-        return contextlib.nullcontext()
-    return saved_tensors_hooks(lambda x: None, lambda x: x)
 
 
 def _unpacked(x: Any, scale: Tensor | None) -> tuple[Any, Tensor | None]:
@@ -262,23 +290,30 @@ def _written_out_layers(tap: Tap) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_backward(tap: Tap) -> Iterator[None]:
     if torch.compiler.is_compiling():  # then the mode is not free: each operation is traced through it
-        with _AsBackward() if tap.norms else contextlib.nullcontext():
+        with _AsBackward(None) if tap.norms else contextlib.nullcontext():
             yield
         return
-    with forward_ad._set_fwd_grad_enabled(True), _AsBackward():  # and as it was after, whatever ran inside
+    with forward_ad._set_fwd_grad_enabled(True), _AsBackward(tap):  # and as it was after, whatever ran inside
         yield
 
 
 class _AsBackward(TorchFunctionMode):
-    """Tangents go where gradients do: torch's own also pass `torch.no_grad()`.
+    """Tangents go where gradients do: torch's own also pass `torch.no_grad()`. (Under one outside of the module nothing
+    tells where another begins; then `tap.sets_grad_mode` says that there is one. In a graph nothing does.)
 
     And torch's norms scale and shift by operations of their own. By theirs, an output in half precision has a float32
     tangent, which the next product refuses; and where the scale carries none, a graph cannot be captured."""
 
+    def __init__(self, tap: Tap | None) -> None:
+        super().__init__()
+        self.tap, self.told = tap, torch.is_grad_enabled()
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args, kwargs, pair = list(args), dict(kwargs or {}), []
-        if func is torch._C._set_grad_enabled:
-            torch._C._set_fwd_grad_enabled(*args)
+        if func is torch._C._set_grad_enabled and self.tap is not None:
+            self.tap.sets_grad_mode = True
+            if self.told:
+                torch._C._set_fwd_grad_enabled(*args)
         if func is Tensor.unflatten:  # whose Python code a graph cannot capture
             func = torch.unflatten
         if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage] - without a forward derivative

@@ -197,7 +197,7 @@ class Keeper:
                         self._weights[owner, local] = copies[id(p)]
         leaves, spec = pytree.tree_flatten(plain(*inputs[0], **inputs[1]))
         for i, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
+            if isinstance(leaf, Tensor) and leaf.requires_grad and torch.is_grad_enabled():
                 # An alias: where one output is made from another, each has the gradient that came from outside.
                 leaves[i] = leaf.view_as(leaf) if _is_parameter(leaf) else probing.Alias.apply(leaf)
                 # A copy: a parameter that is an output, or a term of one, may take this memory for its own gradient.
@@ -205,12 +205,6 @@ class Keeper:
         return pytree.tree_unflatten(leaves, spec)
 
     def _arrived(self, kept: Kept, leaf: int, grad: Tensor) -> None:
-        if torch.is_grad_enabled():
-            raise InRunError(
-                f"{kept.module._inrun}: expected a backward without create_graph=True, since what is kept of a layer "
-                "does not tell what a second backward adds to its gradients (as of a gradient penalty); take method "
-                "'first'"
-            )
         if not any(_runs(node) for node in kept.accumulators):  # torch.autograd.grad, which leaves no gradients
             return
         if not kept.grads:

@@ -29,10 +29,12 @@ Example:
 from __future__ import annotations
 
 import atexit
+import functools
 import os
+import threading
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +49,16 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _SETTLE_STEPS = 32  # values on a GPU are read back once in so many steps: no synchronisation at each step
+_WRITING = threading.RLock()  # of any ledger: to open one writes what others of its folder hold, from any thread
+
+
+def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with _WRITING:
+            return method(*args, **kwargs)
+
+    return alone
 
 
 class Ledger(Reader):
@@ -105,6 +117,7 @@ class Ledger(Reader):
 
     # ------------------------------------------------------------------ writing
 
+    @_one_at_a_time
     def append(
         self, step: int, ids: Any, values: Any, targets: Sequence[str] = ("validation",), *, per_token: bool = False
     ) -> None:
@@ -122,22 +135,13 @@ class Ledger(Reader):
             InRunError: a step not beyond the last one, ids of the other kind, or a value that is not finite,
                 named with its samples (values on a GPU are looked at some steps later, or at the flush).
         """
-        step = shards.as_int(step, "step")
+        id_array = self.require(step, ids)
+        step, count = shards.as_int(step, "step"), len(id_array)
         names = (targets,) if isinstance(targets, str) else tuple(targets)
         if not all(isinstance(name, str) for name in names):
             raise TypeError(f"expected target names to be str, received {names}")
-        if step < 0 or not names or len(set(names)) < len(names):
-            raise ValueError(f"expected step >= 0 and distinct target names, received {step=}, targets={names}")
-        if self.last_step is not None and step <= self.last_step:
-            raise InRunError(
-                f"step {step} was appended, but this writer (rank {self.rank}) holds steps up to "
-                f"{self.last_step}; call resume({step}) first, which drops step {step} and later, or use a "
-                "new folder"
-            )
-        id_array = shards.as_ids(ids)
-        count = len(id_array)
-        if count and self._id_type not in (None, id_array.type):
-            raise InRunError(f"expected ids of type {self._id_type} as in this ledger, received {id_array.type}")
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"expected distinct target names, received targets={names}")
         values = values.detach().clone() if hasattr(values, "detach") else np.array(values, dtype=np.float32)
         shape = tuple(values.shape)
         lead = (count, *(shape[1:2] or (None,))) if per_token else (count,)
@@ -159,6 +163,23 @@ class Ledger(Reader):
         if self._buffered_rows >= self.flush_rows:
             self.flush()
 
+    def require(self, step: int, ids: Any) -> pa.Array:
+        """Raise what `append` would of this step and these ids; returns the ids as they are kept."""
+        step = shards.as_int(step, "step")
+        if step < 0:
+            raise ValueError(f"expected step >= 0, received {step=}")
+        if self.last_step is not None and step <= self.last_step:
+            raise InRunError(
+                f"step {step} was to be appended, but this writer (rank {self.rank}) holds steps up to "
+                f"{self.last_step}; call resume({step}) first, which drops step {step} and later, or use a "
+                "new folder"
+            )
+        found = shards.as_ids(ids)
+        if len(found) and self._id_type not in (None, found.type):
+            raise InRunError(f"expected ids of type {self._id_type} as in this ledger, received {found.type}")
+        return found
+
+    @_one_at_a_time
     def flush(self) -> None:
         """Commit what was appended: one new shard, whole and on disk when this returns.
 
@@ -193,6 +214,7 @@ class Ledger(Reader):
         """Flush; a closed ledger can still be read."""
         self.flush()
 
+    @_one_at_a_time
     def compact(self, rows: int = 1 << 22, *, progress: bool = False) -> None:
         """Make of each writer's many shards few large ones, sorted by sample: smaller, and summed faster.
 
@@ -225,6 +247,7 @@ class Ledger(Reader):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @_one_at_a_time
     def resume(self, step: int) -> None:
         """Drop every row of this writer at `step` or later, where `step` is the next step to be run.
 
@@ -294,6 +317,7 @@ class Ledger(Reader):
             shards.sync(shard.parent)
         return rest
 
+    @_one_at_a_time
     def _in_memory(self) -> pa.Table:
         import pyarrow as pa
 

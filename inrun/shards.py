@@ -66,14 +66,17 @@ def as_ids(ids: Any) -> pa.Array:
     if isinstance(ids, np.ndarray):
         if ids.ndim != 1:
             raise ValueError(f"expected ids of shape [B], received shape {ids.shape}")
-        if ids.dtype.kind in "iu":
+        if ids.dtype.kind in "iu" and (not ids.size or ids.max() < 2**63):
             return pa.array(ids.copy()).cast(pa.int64())
         ids = ids.tolist()
     if isinstance(ids, str | bytes):
         raise TypeError(f"expected a sequence of ids, received the single {ids!r}")
     ids = list(ids)
     if ids and all(isinstance(each, str) for each in ids):
-        return pa.array(ids, pa.string())
+        try:
+            return pa.array(ids, pa.string())
+        except UnicodeEncodeError as error:
+            raise ValueError(f"expected ids that UTF-8 can hold, received {error.object!r}") from error
     return pa.array([as_int(each, "each id (where not all are str)") for each in ids], pa.int64())
 
 

@@ -34,7 +34,9 @@ class Tap:
         self.form: Any = None  # of a module known by running it, what it computes
         self.names: tuple[str, ...] = ()  # of the module's attributes
         self.norms = False  # whether any of torch's norms is inside
-        self.checkpoints: bool | None = None  # whether it checkpoints what is inside; None: not known yet
+        self.checkpoints = False  # whether it checkpoints what is inside
+        self.without: set[Any] = set()  # modes in which it was found not to
+        self.sets_grad_mode = False  # whether it does so inside, as by torch.no_grad()
         self.configs: list[Any] = []  # of Hugging Face's experts inside
         self.by_row = True  # whether it computes each row of a batch by itself, and holds it at dimension 0
         self.routed = False  # whether its rows are always the tokens of [B, T], flattened

@@ -392,11 +392,16 @@ class Tracker:
     def paused(self) -> Iterator[None]:
         """Run the tracked layers plainly inside the block: evaluation or sampling in the middle of a step."""
         before = [(tap, tap.probe, tap.layout, tap.keep) for tap in self.taps]
+        active = bool(self.optimizers) and self._watch.active
         for tap in self.taps:
             tap.probe = tap.layout = tap.keep = None
+        if active:
+            self._watch.active = False
         try:
             yield
         finally:
+            if active:
+                self._watch.active = True
             for tap, probe, layout, keep in before:
                 tap.probe, tap.layout, tap.keep = probe, layout, keep
 
@@ -512,10 +517,11 @@ class Tracker:
             raise InRunError("step: expected one optimizer.step() in the block, got a second one")
         step.updated.append(optimizer)
         if step.factor is not None:  # another optimizer's step, whose gradients and state were taken before the first
-            self._watch.require_in_time(step.updated[:-1], isinstance(self._method, Inline))
+            self._watch.require_in_time(isinstance(self._method, Inline))
             assert step.uneven is not None
             step.uneven = step.uneven | self._watch.uneven(optimizer)
             step.factor = skipped(optimizer, step.factor)
+            self._watch.updated(optimizer)
             return
         self.ranks.settle()
         factor, step.uneven = self._watch.factor(optimizer)
@@ -531,7 +537,7 @@ class Tracker:
         if self.first_check and self._frozen and self.validations.norms:
             grads = [slot.grad for slot in self.slots if slot.grad is not None]
             directions.warn_of_sizes(self.optimizers, self.validations.norms, self.ranks.norm(grads) * unscale)
-        self._watch.updated()
+        self._watch.updated(optimizer)
         self.check_due, self.first_check = put_off, False
         self._shared_due = self._shared_due and self._rows < 2
 
@@ -557,8 +563,7 @@ class Tracker:
 
     def finish(self, step: Step) -> None:
         """Record and count a step that has ended; its values may wait for their last validation gradient."""
-        if step.updated:
-            self._watch.require_in_time(step.updated, isinstance(self._method, Inline))
+        self._watch.require_in_time(isinstance(self._method, Inline))
         if step.factor is not None and (missing := len(self.optimizers) - len(step.updated)):
             warnings.warn(f"optimizer.step() did not run in the step block for {missing} of {len(self.optimizers)} "
                           "optimizers; its values are zero", stacklevel=4)  # fmt: skip

@@ -35,7 +35,8 @@ class Watch:
         self.active, self._ranks, self._pending = False, ranks, pending
         self._raw: dict[str, Tensor] = {}
         self._reached: dict[str, Any] = {}  # slots, since the step or its last update began
-        self._updating = False  # whether an update of the step has begun
+        self._due: dict[str, Any] = {}  # slots whose gradients an update to come is to take
+        self._begun: list[Optimizer] = []  # of the step, whose updates have
         self._factor = torch.ones(())  # of the first
         self._slots = []
         slots = [slot for slot in slots if slot.param.requires_grad]  # others take no hooks
@@ -55,7 +56,7 @@ class Watch:
 
         def remember(param: Tensor) -> None:
             if self.active and param.grad is not None:
-                self._reached[slot.name] = slot
+                self._reached[slot.name] = self._due[slot.name] = slot
                 if watched:
                     grad = local(param.grad)
                     seen = self._seen(grad)
@@ -65,7 +66,7 @@ class Watch:
 
     def _require_kept(self, slot: Any, _: Tensor) -> None:
         """Raise `InRunError` where a gradient that comes finds that of the step's last backward gone."""
-        if self.active and not self._updating and slot.name in self._raw and slot.grad is None:
+        if self.active and not self._has_begun(slot) and slot.name in self._raw and slot.grad is None:
             raise InRunError(
                 f"{slot.name}: expected the gradient of the step's last backward when the next one adds to it, got "
                 "none; call optimizer.zero_grad() before the step's first backward or after optimizer.step()"
@@ -85,29 +86,35 @@ class Watch:
     def begin(self) -> None:
         self._raw.clear()
         self._reached.clear()
-        self.active, self._updating = True, False
+        self._due.clear()
+        self._begun, self.active = [], True
 
-    def updated(self) -> None:
-        """The step's first update has begun, from all the gradients that have come."""
+    def updated(self, optimizer: Optimizer) -> None:
+        """An update has begun, the first from all the gradients that have come."""
+        self._begun.append(optimizer)
+        self._due = {name: s for name, s in self._due.items() if s.grad is not None and not self._has_begun(s)}
         self._reached.clear()
-        self.active = self._updating = True
+        self.active = True
 
-    def require_in_time(self, before: Sequence[Optimizer], scored: bool) -> None:
-        """Raise `InRunError` where gradients came that an update has no part in.
+    def _has_begun(self, slot: Any) -> bool:
+        return any(slot.optimizer is other for other in self._begun)
+
+    def require_in_time(self, scored: bool) -> None:
+        """Raise `InRunError` where gradients came that an update which has begun takes no part of.
 
         Args:
-            before: the optimizers whose updates had begun.
             scored: whether gradients are scored as they come, so that those of other optimizers count.
         """
-        slots = self._reached.items() if self._updating else ()
-        late = [name for name, slot in slots if not scored or any(slot.optimizer is other for other in before)]
+        if not self._begun:
+            return
+        late = [name for name, slot in self._reached.items() if not scored or self._has_begun(slot)]
         self._reached.clear()
         if late:
+            first = ", of several optimizers before the first" if len(self._begun) > 1 else ""
             raise InRunError(
-                "optimizer.step(): expected all of the step's backward passes before it"
-                f"{'' if scored else ', of several optimizers before the first'}; after it came gradients of "
-                f"{len(late)} parameters, whose scores would be in the step's values: {few(late)}. Run that backward "
-                "before, or outside of the step block"
+                f"optimizer.step(): expected all of the step's backward passes before it{first}; after it came "
+                f"gradients of {len(late)} parameters, whose scores would be in the step's values: {few(late)}. Run "
+                "that backward before, or outside of the step block"
             )
 
     def lost(self) -> list[str]:
@@ -149,7 +156,16 @@ class Watch:
 
     @torch.no_grad()
     def uneven(self, optimizer: Optimizer) -> Tensor:
-        """Whether the gradients of one more optimizer are not those of the backward times the first's factor."""
+        """Whether the gradients of one more optimizer are not those of the backward times the first's factor.
+
+        Raises:
+            InRunError: they are gone.
+        """
+        if gone := [name for name, s in self._due.items() if s.optimizer is optimizer and s.grad is None]:
+            raise InRunError(
+                f"optimizer.step(): expected the gradients of the step's backward, those of {len(gone)} parameters are "
+                f"gone since the first optimizer's step: {few(sorted(gone))}"
+            )
         slots, factor = [s for s in self._came() if s.optimizer is optimizer], self._factor
         if not slots:
             return torch.zeros_like(factor, dtype=torch.bool)

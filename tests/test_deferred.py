@@ -792,7 +792,7 @@ def test_rounding_to_16_bits_is_no_other_clipping():
                 optimizer.zero_grad()
 
 
-def test_a_hook_that_changes_an_outputs_gradient_is_seen_and_a_second_backward_is_refused():
+def test_a_hook_that_changes_an_outputs_gradient_is_seen():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     x, y, others = torch.randn(B, 4), torch.randint(3, (B,)), (torch.randn(3, 4), torch.randint(3, (3,)))
@@ -814,5 +814,3 @@ def test_a_hook_that_changes_an_outputs_gradient_is_seen_and_a_second_backward_i
         optimizer.step()
         optimizer.zero_grad()
     close(step.values, expected.double())
-    with pytest.raises(inrun.InRunError, match="create_graph=True"), tracker.step(range(B)):
-        loss(x, y).backward(create_graph=True)

@@ -1353,9 +1353,11 @@ class Positioned(nn.Module):
         )
         self.head = nn.Linear(WIDTH, VOCAB)
         self.register_buffer("forwards", torch.zeros(()))
+        self.register_buffer("again", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.forwards += 1
+        self.again = self.again + 1
         x = x + self.pos
         for block in self.blocks:
             run = block if self.reentrant is None else lambda x, b=block: checkpoint(b, x, use_reentrant=self.reentrant)
@@ -1400,3 +1402,84 @@ def test_an_input_that_is_changed_before_a_checkpoint_inside_is_refused():
     tracker = inrun.track(model, optimizer, validation=lambda: model(x.clone()).square().mean())
     with pytest.raises(inrun.InRunError, match="leaves its input as it is"), tracker.step(range(B)):
         model(x)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_checkpoint_around_a_checkpoint(method):
+    values = []
+    for outer in (False, True):
+        torch.manual_seed(0)
+        inner = Positioned(False if outer else None)
+        run = (lambda x, m=inner: checkpoint(m, x, use_reentrant=False)) if outer else inner
+        x, y = torch.randn(2, B, 3, WIDTH), torch.randint(VOCAB, (2, B))
+        optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+        tracker = inrun.track(inner, optimizer, method, validation=lambda f=run, x=x, y=y: loss_of(f, x[1], y[1]))
+        with tracker.step(range(B)) as step:
+            loss_of(run, x[0], y[0]).backward()
+            optimizer.step()
+        values.append(step.values)
+    torch.testing.assert_close(*values)
+
+
+def test_a_checkpoint_that_comes_later_is_said():
+    model, x = Positioned(None), torch.randn(B, 3, WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x).square().mean())
+    with tracker.step(range(B)):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.reentrant = False
+    with pytest.raises(inrun.InRunError, match="expected checkpoints inside of it from the first step"):
+        tracker.step(range(B)).__enter__()
+        model(x)
+
+
+class Differentiates(nn.Module):
+    """Energies, and forces from them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = (x @ self.weight).tanh().sum()
+            return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_module_that_differentiates_within(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(Differentiates(), nn.Linear(WIDTH, VOCAB))
+    x, y = torch.randn(2, B, WIDTH), torch.randint(VOCAB, (2, B))
+    expected = oracle_values(model, lambda name, g: 0.1 * g, (x[0], y[0]), (x[1], y[1]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x[1], y[1]))
+    with tracker.step(range(B)) as step:
+        loss_of(model, x[0], y[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with tracker.paused():
+            loss_of(model, x[1], y[1]).backward()  # no part of the step
+    torch.testing.assert_close(step.values.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_what_the_ledger_would_refuse_is_said_before_the_update(tmp_path):
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(WIDTH, VOCAB), torch.randn(2, WIDTH), torch.randint(VOCAB, (2,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # the second time without resume()
+        tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y), ledger=tmp_path)
+        before = copy.deepcopy(model.state_dict())
+        for ids, error in (([1, 2], None), (["a", "b"], "expected ids of type int64"), ([1 << 63, 2], "64 bits")):
+            held = tracker.ledger.last_step is not None and tracker.steps == 0
+            refused = pytest.raises((inrun.InRunError, ValueError), match="holds steps up to 0" if held else error)
+            with refused if held or error else contextlib.nullcontext(), tracker.step(ids):
+                loss_of(model, x, y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        if tracker.steps == 0:
+            torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+        tracker.close()
