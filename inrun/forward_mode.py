@@ -26,12 +26,13 @@ from .tap import Layout, Tap, along, buffers_kept, random_kept, random_state, se
 
 def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, uncaptured: bool = False) -> Any:
     """One ordinary forward that carries tangents beside it, then the dots attached to each output."""
-    # Tangents do not cross a graph's edge: all of this function is captured in one, or, where this frame runs, nothing.
-    if not uncaptured and not torch.compiler.is_compiling():
-        outside: Any = torch.compiler.disable(forward_mode)
-        return outside(module, tap, forward, args, kwargs, True)
+    # Tangents do not cross a graph's edge: all of this function is captured in one, or, where this frame runs, nothing;
+    # nor where there are several passes.
     probe = tap.probe
     assert probe is not None
+    if not uncaptured and (probe.dim() > 1 or not torch.compiler.is_compiling()):
+        outside: Any = torch.compiler.disable(forward_mode)
+        return outside(module, tap, forward, args, kwargs, True)
     layout = tap.layout or Layout(probe.shape[0])
     if forward_ad._current_level >= 0:
         raise InRunError(f"{tap}: forward-mode scoring inside another forward-mode pass is not supported")

@@ -362,3 +362,24 @@ def test_a_gated_norm_keeps_its_gate():
     assert torch.equal(out, expected)
     # Training and validation are the same samples, so that the values add up to lr |g|^2.
     torch.testing.assert_close(one.values.sum(), LR * model.weight.grad.square().sum())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_forward_mode_of_several_targets(backend):
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(VOCAB, 8), nn.GroupNorm(1, 6), nn.PReLU(), nn.Linear(8, VOCAB))
+        called = torch.compile(model, backend=backend) if compiled else model
+        x, y, others = torch.randint(VOCAB, (5, 6)), torch.randint(VOCAB, (5, 6)), torch.randint(VOCAB, (2, 2, 3, 6))
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        losses = {n: lambda pair=pair, m=model: mean_loss(m, *pair) for n, pair in zip("ab", others, strict=True)}
+        tracker = inrun.track(model, optimizer, validation=losses)
+        for _ in range(2):  # the first step is the checked one
+            with tracker.step(range(5)) as one:
+                mean_loss(called, x, y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append(one.values)
+    torch.testing.assert_close(*found)
