@@ -117,13 +117,9 @@ def recognise(module: nn.Module) -> Affine | None:
     if len(inspect.signature(type(module).forward).parameters) != 2:  # self and x: a gate would be lost
         return None
     like = next(iter(params.values()), None)
-    if (
-        like is None
-        or like.dim() != 1
-        or len(like) == 1
-        or like.is_meta
-        or any(p.shape != like.shape for p in params.values())
-    ):
+    if like is None or like.dim() != 1 or like.is_meta or any(p.shape != like.shape for p in params.values()):
+        return None
+    if len(like) == 1:  # of one feature, or a number for however many
         return None
     if len(params) > 2 or any(module.children()) or any(True for _ in module.buffers()):
         return None

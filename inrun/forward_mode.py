@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from . import functional, probing
 from .errors import InRunError, few
-from .tap import Layout, Tap, along, buffers_kept, random_kept, random_state, set_random_state
+from .tap import Layout, Tap, along, buffers_kept, buffers_of, random_kept, random_state, set_random_state
 
 
 def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, uncaptured: bool = False) -> Any:
@@ -38,11 +38,10 @@ def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: 
         raise InRunError(f"{tap}: forward-mode scoring inside another forward-mode pass is not supported")
     single = probe.dim() == 1
     more = [] if single else [tangents_only(module, tap, forward, args, kwargs, m) for m in range(1, probe.shape[1])]
-    first = None if single else 0
     if uncaptured:
-        pairs, spec = _with_tangents(module, tap, forward, args, kwargs, first)
+        pairs, spec = _with_tangents(module, tap, forward, args, kwargs, None if single else 0)
     else:  # here, since a frame with this block is captured whole, or runs once more and comes by above
-        with dual(tap, first) as scale:
+        with dual(tap, None) as scale:
             leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
             pairs = [_unpacked(x, scale) for x in leaves]
     outputs = []
@@ -65,28 +64,31 @@ def _with_tangents(
     """The outputs, each with its tangent along direction m (None: the only one), and how they were nested."""
     if not tap.checkpoints:
         mode = (module.training, torch.is_grad_enabled())
-        begun = None if mode in tap.without else _state_of(module, args, kwargs)
+        known = mode in tap.without
+        begun = None if known else (random_state(), buffers_of(module), _versions(args, kwargs))
         autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
-        if begun is not None and autograd._top_saved_tensors_default_hooks(True) is not None:
-            # An outer checkpoint counts what is saved: a run that stops is none of it.
-            with contextlib.suppress(_Met), torch.no_grad():
-                _stopping(tap, forward, args, kwargs, m)
-                tap.without.add(mode)
-            _restore(module, tap, args, kwargs, begun)
-            tap.checkpoints = mode not in tap.without
-            return _with_tangents(module, tap, forward, args, kwargs, m)
+        # An outer checkpoint counts what is saved: a run that stops is none of it.
+        apart = begun is not None and autograd._top_saved_tensors_default_hooks(True) is not None
         try:
-            found = _stopping(tap, forward, args, kwargs, m)
+            with torch.no_grad() if apart else contextlib.nullcontext():
+                found = _stopping(tap, forward, args, kwargs, m)
             tap.without.add(mode)
-            return found
+            if not apart:
+                return found
         except _Met:
-            if begun is None:
+            if known:
                 raise InRunError(
                     f"{tap}: expected checkpoints inside of it from the first step on, or none; track the model after "
                     "they are switched on"
                 ) from None
-            _restore(module, tap, args, kwargs, begun)
             tap.checkpoints = True
+        assert begun is not None
+        random, put_back, versions = begun
+        _require_unchanged(module, tap, args, kwargs, versions)
+        set_random_state(random)
+        put_back()
+        if not tap.checkpoints:
+            return _stopping(tap, forward, args, kwargs, m)
     # What a checkpoint computes again in the backward would carry no tangents, and save other tensors than it had.
     tangents = tangents_only(module, tap, forward, args, kwargs, m)
     leaves, spec = pytree.tree_flatten(forward(*args, **kwargs))
@@ -98,22 +100,6 @@ def _stopping(tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | N
     with _checkpoints(_stop), dual(tap, m) as scale:
         leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
         return [_unpacked(x, scale) for x in leaves], spec
-
-
-def _state_of(module: Any, args: tuple, kwargs: dict) -> tuple[Any, ...]:
-    held = [(x._buffers, dict(x._buffers)) for x in module.modules() if x._buffers]
-    return random_state(), held, [(b, b.clone()) for b in module.buffers()], _versions(args, kwargs)
-
-
-def _restore(module: Any, tap: Tap, args: tuple, kwargs: dict, begun: tuple[Any, ...]) -> None:
-    """Random numbers and buffers as they were before a forward that does not count."""
-    state, held, copies, versions = begun
-    _require_unchanged(module, tap, args, kwargs, versions)
-    set_random_state(state)
-    for buffers, before in held:
-        buffers.update(before)
-    for buffer, before in copies:
-        buffer.data.copy_(before)
 
 
 class _Met(BaseException):
@@ -211,24 +197,24 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
     """The outputs' tangents along direction m (None: the only one), or None of those without, leaving random state and
     buffers as they were."""
     versions = _versions(args, kwargs)
-    for enabled in (
-        False,
-        True,
-    ):  # a graph, which takes memory, only where what inside is under `no_grad` is to be told
-        if tap.sets_grad_mode != enabled:
-            continue
-        plain = contextlib.nullcontext() if torch.compiler.is_compiling() else _checkpoints(lambda: None)
-        with torch.set_grad_enabled(enabled), random_kept(), buffers_kept(module), plain, dual(tap, m) as scale:
-            leaves = pytree.tree_leaves(_run(tap, forward, args, kwargs))
-            pairs = [_unpacked(x, scale) for x in leaves]
+
+    def run() -> list[Any]:
+        plain = _checkpoints(lambda: None)
+        # With a graph, which takes memory, only where what is under `no_grad` inside must be told from the rest.
+        with torch.set_grad_enabled(tap.sets_grad_mode), random_kept(), buffers_kept(module), plain, dual(tap, m) as s:
+            return [_unpacked(x, s)[1] for x in pytree.tree_leaves(_run(tap, forward, args, kwargs))]
+
+    told = tap.sets_grad_mode
+    tangents = run()
+    if tap.sets_grad_mode and not told:  # which this run has found
+        tangents = run()
     _require_unchanged(module, tap, args, kwargs, versions)
-    return [tangent for _, tangent in pairs]
+    return tangents
 
 
 def _versions(*inputs: Any) -> list[int]:
     """How often each input has been changed in place."""
-    found = [] if torch.compiler.is_compiling() else pytree.tree_leaves(inputs)
-    return [x._version for x in found if isinstance(x, Tensor) and not x.is_inference()]
+    return [x._version for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and not x.is_inference()]
 
 
 def _require_unchanged(module: Any, tap: Tap, args: tuple, kwargs: dict, versions: list[int]) -> None:

@@ -105,7 +105,7 @@ class Step:
         tokens = layout.tokens if layout.per_token else None
         if self.ids and tokens != self._tokens:
             raise InRunError(f"tokens: expected {self._tokens} as in this step's other batches, got {tokens}")
-        self._tracker.ledger.require(self.number, [*self.ids, *ids])
+        self._tracker.ledger.require(self.number, [*self.ids[:1], *ids])  # each batch has ids of one kind
         self._tracker.batch(self, layout, recompute)
         self._tokens = tokens
         self.ids = [*self.ids, *ids]

@@ -178,17 +178,27 @@ def replaced(places: Iterable[tuple[Any, str, Tensor | None]]) -> Iterator[None]
 @contextmanager
 def buffers_kept(*modules: nn.Module) -> Iterator[None]:
     """Buffers that the block writes, or puts others in the place of, stand again after it."""
-    holders = [(m._buffers, dict(m._buffers)) for module in modules for m in module.modules() if m._buffers]
-    copies = [(b, b.clone()) for module in modules for b in module.buffers()]
+    put_back = buffers_of(*modules)
     try:
         yield
     finally:
+        put_back()
+
+
+def buffers_of(*modules: nn.Module) -> Callable[[], None]:
+    """What puts the modules' buffers back, as they are now."""
+    holders = [(m._buffers, dict(m._buffers)) for module in modules for m in module.modules() if m._buffers]
+    copies = [(b, b.clone()) for module in modules for b in module.buffers()]
+
+    def put_back() -> None:
         if not torch.compiler.is_compiling():
             for buffers, held in holders:
                 buffers.update(held)
         with torch.no_grad():
             for buffer, saved in copies:  # past the count of changes: a graph may hold the buffer
                 (buffer if torch.compiler.is_compiling() else buffer.data).copy_(saved)
+
+    return put_back
 
 
 @contextmanager
