@@ -63,6 +63,7 @@ class Deferred:
     """
 
     standard_error = None
+    scores_in_backward = False
 
     def __init__(self, tracker: Tracker, name: str, waiting: Waiting) -> None:
         keep, keep_bytes, update, clip = waiting

@@ -26,6 +26,7 @@ class Inline:
     """Directions are written when a step begins; probes collect the dots; nothing is kept."""
 
     starts_with_validation, ends_with_validation = True, False
+    scores_in_backward = True
     standard_error = None
     scale: Any = 1.0
 

@@ -27,6 +27,11 @@ class Method(Protocol):
     drop: dict[str, Tensor]
 
     @property
+    def scores_in_backward(self) -> bool:
+        """Whether gradients are scored as they come."""
+        ...
+
+    @property
     def standard_error(self) -> Tensor | None: ...
 
     @property

@@ -71,7 +71,7 @@ class MonteCarlo:
         permutations: orders that are sampled, even.
     """
 
-    starts_with_validation = ends_with_validation = False
+    starts_with_validation = ends_with_validation = scores_in_backward = False
 
     def __init__(self, tracker: Tracker, waiting: Waiting, permutations: int) -> None:
         keep, keep_bytes, update, clip = waiting

@@ -237,6 +237,9 @@ class Tracker:
         self._rows = 0  # of this step's largest batch
         self._unscored: set[nn.Parameter] = set()  # excluded ones that train
         self._folds = Folds(model)
+        self._watch = Watch(
+            (), self.ranks, self._pending, self._method.scores_in_backward
+        )  # until there are optimizers
         may_fold = self.ranks.size == 1 and not (self.samples or sampled or self.in_batch)
         self._install(planned, self._folds if may_fold else None)
         self._step: Step | None = None
@@ -325,7 +328,7 @@ class Tracker:
         self._handles = [each.register_step_pre_hook(self._before_update) for each in optimizers]
         if not self.ranks.sharded:
             self.model.__dict__["named_parameters"] = MethodType(rules.named_parameters, self.model)
-        self._watch = Watch(self.slots, self.ranks, self._pending)
+        self._watch = Watch(self.slots, self.ranks, self._pending, self._method.scores_in_backward)
 
     def _require_supported(self, optimizers: Sequence[Optimizer]) -> None:
         for optimizer in optimizers:
@@ -392,16 +395,13 @@ class Tracker:
     def paused(self) -> Iterator[None]:
         """Run the tracked layers plainly inside the block: evaluation or sampling in the middle of a step."""
         before = [(tap, tap.probe, tap.layout, tap.keep) for tap in self.taps]
-        active = bool(self.optimizers) and self._watch.active
+        watching, self._watch.active = self._watch.active, False
         for tap in self.taps:
             tap.probe = tap.layout = tap.keep = None
-        if active:
-            self._watch.active = False
         try:
             yield
         finally:
-            if active:
-                self._watch.active = True
+            self._watch.active = watching
             for tap, probe, layout, keep in before:
                 tap.probe, tap.layout, tap.keep = probe, layout, keep
 
@@ -421,8 +421,7 @@ class Tracker:
             )
         for handle in self._handles:
             handle.remove()
-        if self.optimizers:
-            self._watch.close()
+        self._watch.close()
         self.model.__dict__.pop("named_parameters", None)
         for module in [] if self.ranks.fully_sharded() else self.model.modules():
             if isinstance(module, rules.Holder):
@@ -517,7 +516,7 @@ class Tracker:
             raise InRunError("step: expected one optimizer.step() in the block, got a second one")
         step.updated.append(optimizer)
         if step.factor is not None:  # another optimizer's step, whose gradients and state were taken before the first
-            self._watch.require_in_time(isinstance(self._method, Inline))
+            self._watch.require_in_time()
             assert step.uneven is not None
             step.uneven = step.uneven | self._watch.uneven(optimizer)
             step.factor = skipped(optimizer, step.factor)
@@ -525,13 +524,12 @@ class Tracker:
             return
         self.ranks.settle()
         factor, step.uneven = self._watch.factor(optimizer)
-        self._watch.active = False  # what the method runs from here on is no batch
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
         unscale = 1.0 if scale is None else 1.0 / scale
         put_off = self.check_due and not bool(factor)  # an update that will be skipped tells nothing
         if put_off:
             self.check_due = self.first_check = False
-        with self.paused():
+        with self.paused():  # what the method runs here is no batch
             self._folds.verify()
             step.factor = self._method.before_update(factor, unscale)
         if self.first_check and self._frozen and self.validations.norms:
@@ -563,7 +561,7 @@ class Tracker:
 
     def finish(self, step: Step) -> None:
         """Record and count a step that has ended; its values may wait for their last validation gradient."""
-        self._watch.require_in_time(isinstance(self._method, Inline))
+        self._watch.require_in_time()
         if step.factor is not None and (missing := len(self.optimizers) - len(step.updated)):
             warnings.warn(f"optimizer.step() did not run in the step block for {missing} of {len(self.optimizers)} "
                           "optimizers; its values are zero", stacklevel=4)  # fmt: skip

@@ -29,10 +29,10 @@ EVEN = 1e-4  # of a gradient's square
 
 class Watch:
     """Remembers some gradients of `slots` (`name`, `param`, `grad`, `optimizer`, `group`) while `active` is True, and
-    of all of them that there was one."""
+    of all of them that there was one; `scored`: whether gradients are scored as they come."""
 
-    def __init__(self, slots: Sequence[Any], ranks: Ranks, pending: Pending) -> None:
-        self.active, self._ranks, self._pending = False, ranks, pending
+    def __init__(self, slots: Sequence[Any], ranks: Ranks, pending: Pending, scored: bool) -> None:
+        self.active, self._ranks, self._pending, self._scored = False, ranks, pending, scored
         self._raw: dict[str, Tensor] = {}
         self._reached: dict[str, Any] = {}  # slots, since the step or its last update began
         self._due: dict[str, Any] = {}  # slots whose gradients an update to come is to take
@@ -94,20 +94,16 @@ class Watch:
         self._begun.append(optimizer)
         self._due = {name: s for name, s in self._due.items() if s.grad is not None and not self._has_begun(s)}
         self._reached.clear()
-        self.active = True
 
     def _has_begun(self, slot: Any) -> bool:
         return any(slot.optimizer is other for other in self._begun)
 
-    def require_in_time(self, scored: bool) -> None:
-        """Raise `InRunError` where gradients came that an update which has begun takes no part of.
-
-        Args:
-            scored: whether gradients are scored as they come, so that those of other optimizers count.
-        """
+    def require_in_time(self) -> None:
+        """Raise `InRunError` where gradients came that an update which has begun takes no part of; where they are
+        scored as they come, those of other optimizers count."""
         if not self._begun:
             return
-        late = [name for name, slot in self._reached.items() if not scored or self._has_begun(slot)]
+        late = [name for name, slot in self._reached.items() if not self._scored or self._has_begun(slot)]
         self._reached.clear()
         if late:
             first = ", of several optimizers before the first" if len(self._begun) > 1 else ""
@@ -117,9 +113,10 @@ class Watch:
                 "that backward before, or outside of the step block"
             )
 
-    def lost(self) -> list[str]:
-        """Parameters whose gradient of this step's backward is gone, so that the update passes them by."""
-        return [name for name, slot in self._reached.items() if slot.grad is None]
+    def lost(self, optimizer: Optimizer | None = None) -> list[str]:
+        """Parameters (of one optimizer) whose gradient of this step's backward is gone, so that the update to come
+        passes them by."""
+        return [n for n, s in self._due.items() if s.grad is None and (optimizer is None or s.optimizer is optimizer)]
 
     def require_even(self, number: int, uneven: Tensor) -> None:
         """Raise `InRunError` where step `number` had no common factor; of a GPU the answer comes some steps later."""
@@ -161,7 +158,7 @@ class Watch:
         Raises:
             InRunError: they are gone.
         """
-        if gone := [name for name, s in self._due.items() if s.optimizer is optimizer and s.grad is None]:
+        if gone := self.lost(optimizer):
             raise InRunError(
                 f"optimizer.step(): expected the gradients of the step's backward, those of {len(gone)} parameters are "
                 f"gone since the first optimizer's step: {few(sorted(gone))}"
