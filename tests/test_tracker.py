@@ -1274,14 +1274,23 @@ class Normed(nn.Module):
         return self.head(y / (size + passed.exp()))
 
 
+def classifying(*layers):
+    """A model of these layers, its optimizer, samples to train and to validate on, and a step's values as it is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer() for layer in layers))
+    x, y = torch.randn(2, B, WIDTH), torch.randint(VOCAB, (2, B))
+
+    def expected():
+        return oracle_values(model, lambda name, g: 0.1 * g, (x[0], y[0]), (x[1], y[1]))
+
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), x, y, expected
+
+
 @pytest.mark.parametrize("targets", [("one",), ("one", "two")])
 @pytest.mark.parametrize("method", ["first", "path"])
 def test_what_a_module_computes_without_gradients_carries_no_tangents(method, targets):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Normed())
-    x, y = torch.randn(2, B, WIDTH), torch.randint(VOCAB, (2, B))
-    expected = oracle_values(model, lambda name, g: 0.1 * g, (x[0], y[0]), (x[1], y[1]))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer, x, y, expected_now = classifying(lambda: nn.Linear(WIDTH, WIDTH), Normed)
+    expected = expected_now()
     tracker = inrun.track(model, optimizer, method, targets=targets, check=False)
     for target in targets:
         with tracker.validation(target):
@@ -1307,13 +1316,10 @@ class Gain(nn.Module):
 @pytest.mark.parametrize("method", ["first", "path"])
 def test_one_number_that_scales_all_features_and_forwards_without_gradients_in_between(method):
     """A metric under `no_grad`, within a step, leaves the steps to come as they are."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Gain(), Normed())
-    x, y = torch.randn(2, B, WIDTH), torch.randint(VOCAB, (2, B))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer, x, y, expected_now = classifying(lambda: nn.Linear(WIDTH, WIDTH), Gain, Normed)
     tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x[1], y[1]))
     for _ in range(2):
-        expected = oracle_values(model, lambda name, g: 0.1 * g, (x[0], y[0]), (x[1], y[1]))
+        expected = expected_now()
         with tracker.step(range(B)) as step:
             loss_of(model, x[0], y[0]).backward()
             with torch.no_grad():
@@ -1451,11 +1457,8 @@ class Differentiates(nn.Module):
 
 @pytest.mark.parametrize("method", ["first", "path"])
 def test_a_module_that_differentiates_within(method):
-    torch.manual_seed(0)
-    model = nn.Sequential(Differentiates(), nn.Linear(WIDTH, VOCAB))
-    x, y = torch.randn(2, B, WIDTH), torch.randint(VOCAB, (2, B))
-    expected = oracle_values(model, lambda name, g: 0.1 * g, (x[0], y[0]), (x[1], y[1]))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer, x, y, expected_now = classifying(Differentiates, lambda: nn.Linear(WIDTH, VOCAB))
+    expected = expected_now()
     tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x[1], y[1]))
     with tracker.step(range(B)) as step:
         loss_of(model, x[0], y[0]).backward()
