@@ -26,7 +26,7 @@ class AttentionRule(Holder):
 
     def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
         tap = self._inrun
-        if tap.keep is None and tap.probe is None:
+        if not tap.scores():
             plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
             return plain(query, key, value, *args, **kwargs)
         if query.dim() != 3:

@@ -41,7 +41,7 @@ from .keep import Budget, Keeper, Waiting
 from .layers import ForwardModeRule
 from .pairwise import Pairs
 from .path import Path
-from .tap import Layout, in_modes, modes_of, random_kept, random_state, set_random_state, size_of, together
+from .tap import Layout, in_modes, modes_of, random_kept, random_state, requiring, set_random_state, size_of, together
 from .updates import ELEMENTWISE, counts_read, require_known, require_no_closure, weights_moved
 from .validation import Gradients
 
@@ -95,7 +95,7 @@ class Deferred:
         self._path = Path(tracker, update, clip)
         self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
         self._early: list[Tensor | None] | None = None
-        self._random: list[Any] = []  # of each batch, the random state and the modules' modes before its forward
+        self._before: list[Any] = []  # of each batch: the random state, the modules' modes, and what trains
         self._weights: list[tuple[Tensor, Tensor]] = []  # each, and what they were, if its loss will be computed again
         self.drop: dict[str, Tensor] = {}  # target -> loss at w + u(0) less the loss at w + u(g_B)
         self.updated = False
@@ -141,7 +141,7 @@ class Deferred:
 
     def begin(self) -> None:
         self.keeper.reset()
-        self.recompute, self._random, self._weights = [], [], []
+        self.recompute, self._before, self._weights = [], [], []
         self._parts, self._rest, self._early = [], {}, None
         self.drop, self.updated = {}, False
         self._path.release()  # of a step that an exception ended
@@ -156,7 +156,8 @@ class Deferred:
         if recompute is not None and self.pairs is not None:
             raise InRunError("recompute: expected None with pairwise, whose scores need what the step keeps")
         self.recompute.append(recompute)
-        self._random.append(None if recompute is None else (random_state(), modes_of(self.tracker.model)))
+        trained = [(slot.param, slot.param.requires_grad) for slot in self.tracker.slots]
+        self._before.append(None if recompute is None else (random_state(), modes_of(self.tracker.model), trained))
         if recompute is None:
             held = self.pairs.hold(self.scale) if self.pairs is not None and self.tracker.in_batch else None
             self.keeper.begin_batch(layout, held)
@@ -200,8 +201,8 @@ class Deferred:
                 self._run_along(moves)
             else:
                 self._parts = [(0.5 if self.name == "path_secant" else 1.0, self._start)]
-        for slot in self.tracker.slots:  # one may have been frozen since it was tracked, or is passed by in this step
-            if not slot.param.requires_grad or slot.grad is None:
+        for slot in self.tracker.slots:  # one may be passed by in this step
+            if slot.grad is None:
                 slot.direction.zero_()
                 if self.pairs is not None:
                     self.pairs.scalars.pop(id(slot), None)
@@ -288,10 +289,11 @@ class Deferred:
         after = [(t, t.detach().clone()) for t in (*(p for p, _ in self._weights), *tracker.model.buffers())]
         for shard, weight in self._weights:
             shard.data.copy_(weight)
-        params = [p for p in tracker.model.parameters() if p.requires_grad]
-        random, modes = self._random[i]
+        random, modes, trained = self._before[i]
+        others = [p for p in tracker.model.parameters() if p.requires_grad]
+        params = dict.fromkeys([*others, *(p for p, _ in trained)])
         try:
-            with tracker.ranks.aside(params), torch.enable_grad(), random_kept(), in_modes(modes):
+            with tracker.ranks.aside(params), torch.enable_grad(), random_kept(), in_modes(modes), requiring(trained):
                 set_random_state(random)
                 yield
         finally:

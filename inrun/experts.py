@@ -24,12 +24,12 @@ from .tap import Layout, along, eagerly
 
 class ExpertsRule(Holder):
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if not self._inrun.scores():
+            plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
+            return plain(hidden_states, top_k_index, top_k_weights)
         if self._inrun.keep is not None:
             return eagerly(self._by_products, hidden_states, top_k_index, top_k_weights)
-        if self._inrun.probe is not None:
-            return self._by_products(hidden_states, top_k_index, top_k_weights)
-        plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
-        return plain(hidden_states, top_k_index, top_k_weights)
+        return self._by_products(hidden_states, top_k_index, top_k_weights)
 
     def _by_products(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         many = top_k_index.shape[-1]

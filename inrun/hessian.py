@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import InRunError
+from .tap import requiring
 from .updates import weights_moved
 
 if TYPE_CHECKING:
@@ -33,21 +34,17 @@ def product(tracker: Tracker, name: str, vector: list[Tensor]) -> list[Tensor | 
     if tracker.ranks.sharded:
         return _by_differences(tracker, name, vector)
     params = [s.param for s in tracker.slots]
-    free = {i: p for i, p in enumerate(params) if p.requires_grad}
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), requiring((p, True) for p in params):
             loss = tracker.validations.loss(name)
-            first = torch.autograd.grad(loss, list(free.values()), create_graph=True, allow_unused=True)
-            pairs = [(g, vector[i]) for i, g in zip(free, first, strict=True) if g is not None and g.requires_grad]
-            bent = torch.autograd.grad(
-                [g for g, _ in pairs], list(free.values()), [v for _, v in pairs], allow_unused=True
-            )
+            first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            pairs = [(g, v) for g, v in zip(first, vector, strict=True) if g is not None and g.requires_grad]
+            bent = torch.autograd.grad([g for g, _ in pairs], params, [v for _, v in pairs], allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
         if "not implemented" not in str(error) and "not differentiable" not in str(error):
             raise
         return _by_differences(tracker, name, vector)
-    own = dict(zip(free, bent, strict=True))
-    found = tracker.ranks.mean_gradients([own.get(i) for i in range(len(params))], params)
+    found = tracker.ranks.mean_gradients(list(bent), params)
     if tracker.first_check:
         _check(tracker, name, vector, found)
     return found

@@ -51,9 +51,8 @@ class Inline:
         launched, rates = [], {}
         for each in tracker.optimizers if len(tracker.targets) == 1 else ():
             rates |= {(each, k): directions.adam_rates(each, group) for k, group in enumerate(each.param_groups)}
-        for i, slot in enumerate(tracker.slots):  # one may have been frozen since the gradient was taken
-            frozen = not slot.param.requires_grad
-            found = [None if frozen else gradients[name][i] for name in tracker.targets]
+        for i, slot in enumerate(tracker.slots):
+            found = [gradients[name][i] for name in tracker.targets]
             part, of_group = None, rates.get((slot.optimizer, slot.group))
             if of_group is not None and found[0] is not None:
                 part = directions.adam_part(slot, found[0], of_group)

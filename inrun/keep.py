@@ -33,6 +33,7 @@ from .tap import (
     random_kept,
     random_state,
     replaced,
+    requiring,
     set_random_state,
     size_of,
 )
@@ -47,14 +48,23 @@ class Kept:
     random: Any = None
     autocast: tuple[str, torch.dtype, bool] | None = None
     modes: list[tuple[Any, bool]] = field(init=False)  # modules, and whether they were in training mode
+    trained: list[tuple[Any, str, bool]] = field(init=False)  # owner and name of its parameters, and whether they were
     accumulators: list[Any] = field(init=False)  # nodes of the graph that add to the gradients of its parameters
     versions: list[int] = field(init=False)  # of the input
 
     def __post_init__(self) -> None:
         self.modes = modes_of(self.module)
-        params = [owner._parameters[local] for owner, local in self.module._inrun.owned]
-        self.accumulators = [get_gradient_edge(p).node for p in params if p is not None and p.requires_grad]
+        held = [(owner, local, owner._parameters[local]) for owner, local in self.module._inrun.owned]
+        self.trained = [(owner, local, p.requires_grad) for owner, local, p in held if p is not None]
+        self.accumulators = [get_gradient_edge(p).node for *_, p in held if p is not None and p.requires_grad]
         self.versions = versions_of(self.x)
+
+    @contextlib.contextmanager
+    def as_it_ran(self) -> Iterator[None]:
+        """The modules' modes, and which parameters train, are what they were in its forward."""
+        trained = ((owner._parameters[local], trains) for owner, local, trains in self.trained)
+        with in_modes(self.modes), requiring(trained):
+            yield
 
     def require_unchanged(self) -> None:
         """Raise `InRunError` where something has written into the input since."""
@@ -255,7 +265,7 @@ class Keeper:
         module, device = kept.module, next(kept.module.parameters()).device
         if not module._inrun.forward_mode:
             segments = self.layouts[kept.batch].on(device).segments
-            with in_modes(kept.modes):
+            with kept.as_it_ran():
                 return module.dots(moved(kept.x, device), moved(kept.grads[0], device), segments)
         args, kwargs = moved(kept.x, device)
         columns = []
@@ -273,13 +283,13 @@ class Keeper:
             return None
         kept.require_unchanged()
         device = next(module.parameters()).device
-        with in_modes(kept.modes):
+        with kept.as_it_ran():
             found = module.gradient_factors(moved(kept.x, device), moved(kept.grads[0], device))
-        if found is None:
-            return None
-        return {id(direction): factors for name, factors in found.items()
-                if (direction := module._parameters.get(name + SUFFIX)) is not None
-                and module._parameters[name].requires_grad}  # fmt: skip
+            if found is None:
+                return None
+            return {id(direction): factors for name, factors in found.items()
+                    if (direction := module._parameters.get(name + SUFFIX)) is not None
+                    and module._parameters[name].requires_grad}  # fmt: skip
 
     def sample_gradients(self, kept: Kept, samples: Iterable[int]) -> Iterator[dict[int, Tensor]]:
         """Of each sample, by `id` of a parameter's direction: the gradient that one run of a layer gave it.
@@ -295,8 +305,9 @@ class Keeper:
             return x[v : v + 1] if ends is None else x[ends[v] : ends[v + 1]].unsqueeze(0)
 
         if not module._inrun.forward_mode:
-            params = {n: p for n, p in module._parameters.items() if p is not None and p.requires_grad
-                      and module._parameters.get(n + SUFFIX) is not None}  # fmt: skip
+            with kept.as_it_ran():
+                params = {n: p for n, p in module._parameters.items() if p is not None and p.requires_grad
+                          and module._parameters.get(n + SUFFIX) is not None}  # fmt: skip
             names = [id(module._parameters[n + SUFFIX]) for n in params]
             x = moved(kept.x, device)
             x = x if ends is None else x.flatten(0, 1)
@@ -304,8 +315,8 @@ class Keeper:
             whole = [kept.module] if isinstance(kept.module, torch.nn.Module) else []  # else a part of one
             for v in samples:
                 with (
-                    _standing_in(module, params) as inputs,
                     in_modes(kept.modes),
+                    _standing_in(module, params) as inputs,
                     buffers_kept(*whole),
                     torch.enable_grad(),
                 ):
@@ -315,9 +326,9 @@ class Keeper:
                 yield dict(zip(names, one, strict=True))
             return
         args, kwargs = moved(kept.x, device)
-        places = [(owner, n) for owner, n in module._inrun.owned if owner._parameters[n].requires_grad]
+        places = [(owner, local) for owner, local, trained in kept.trained if trained]
         with self._as_it_was(kept, device), buffers_kept(module), torch.enable_grad():
-            params = [owner._parameters[local].requires_grad_() for owner, local in places]
+            params = [get_gradient_edge(owner._parameters[local]) for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
         names = [id(owner._parameters[local + SUFFIX]) for owner, local in places]
         for v in samples:
@@ -345,7 +356,7 @@ class Keeper:
             random_kept(),
             torch.autocast(kind, dtype, enabled),
             self._weights_of(kept.module),
-            in_modes(kept.modes),
+            kept.as_it_ran(),
         ):
             set_random_state(kept.random)
             yield

@@ -79,9 +79,9 @@ class Rule(Holder):
     def scored(self, x: Tensor) -> Tensor:
         """The layer's output, in whatever way the tracker asks for."""
         tap = self._inrun
-        if not torch.compiler.is_compiling() and tap.watched and (tap.keep or tap.probe is not None):
-            return self._watched(x)
-        return self._scored(x)
+        if not tap.scores():
+            return self.plain(x)
+        return self._watched(x) if tap.watched and not torch.compiler.is_compiling() else self._scored(x)
 
     def _watched(self, x: Tensor) -> Tensor:
         """The layer's output, and where all samples share it, what becomes of it."""
@@ -95,12 +95,12 @@ class Rule(Holder):
 
     def _scored(self, x: Tensor) -> Tensor:
         tap = self._inrun
-        scores = tap.keep is not None or tap.probe is not None
-        if scores and tap.folds is not None and self.may_fold and not torch.compiler.is_compiling() and x.dim() > 1:
+        if tap.folds is not None and self.may_fold and not torch.compiler.is_compiling() and x.dim() > 1:
             tap.flat = tap.routed or tap.folds.are_in(self, x)
         if tap.keep is not None:
             y = eagerly(tap.keep, self, self.plain, x)
-        elif tap.probe is not None:
+        else:
+            assert tap.probe is not None
             layout, segments = tap.layout, None
             if layout is not None:
                 x, segments = self.placed(x, layout), layout.segments
@@ -110,8 +110,6 @@ class Rule(Holder):
                 y = self.probed(x, tap.probe, segments)
             except ValueError as error:
                 raise ValueError(f"{tap}: {error}") from None
-        else:
-            return self.plain(x)
         return y.flatten(0, 1) if tap.flat else y
 
     def placed(self, x: Tensor, layout: Layout) -> Tensor:
@@ -307,10 +305,11 @@ class RelativeBiasRule(Rule):
     def compute_bias(self: Any, *args, **kwargs):
         tap = self._inrun
         bias = self._inrun_class.compute_bias(self, *args, **kwargs)
+        if not tap.scores():
+            return bias
         if tap.keep is not None:
             return eagerly(tap.keep, self, lambda x: x, bias)
-        if tap.probe is None:
-            return bias
+        assert tap.probe is not None
         if tap.layout is not None:
             require_whole_rows(self, tap.layout)
         size = tap.probe.shape[0]
@@ -346,13 +345,13 @@ class ForwardModeRule(Holder):
 
     def forward(self, *args, **kwargs):
         tap = self._inrun
-        if not torch.compiler.is_compiling() and tap.watched and (tap.keep or tap.probe is not None):
+        if not tap.scores():
+            return self.plain(*args, **kwargs)
+        if tap.watched and not torch.compiler.is_compiling():
             self._require_samples(args, kwargs)
         if tap.keep is not None:
             return eagerly(tap.keep, self, self.plain, (args, kwargs))
-        if tap.probe is not None:
-            return forward_mode(self, tap, self.plain, args, kwargs)
-        return self.plain(*args, **kwargs)
+        return forward_mode(self, tap, self.plain, args, kwargs)
 
     def plain(self, *args, **kwargs) -> Any:
         return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]

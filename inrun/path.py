@@ -92,9 +92,9 @@ class Path:
         tracker, moves = self.tracker, {}
         moving = [(i, s) for i, s in enumerate(tracker.slots) if s.grad is not None]
         clipped = self._clipping.of([s for _, s in moving], factor, unscale, scale)
-        coupled = {i for i, _ in self._among_coupled([(i, s) for i, s in moving if s.param.requires_grad], unscale)}
+        coupled = {i for i, _ in self._among_coupled(moving, unscale)}
         if tracker.first_check and callable(self.update) and not tracker.ranks.sharded:
-            compare([slot for _, slot in moving if slot.param.requires_grad], unscale, self.update)
+            compare([slot for _, slot in moving], unscale, self.update)
         linear = self.update is None and all(type(slot.optimizer) is SGD for _, slot in moving)
         held = [slot for _, slot in moving]
         size = _size_of_gradients(held, unscale)
@@ -122,7 +122,7 @@ class Path:
         for slot in tracker.slots:
             if slot.grad is None:
                 slot.direction.zero_()
-        alone = [(i, slot) for i, slot in moving if i not in coupled and slot.param.requires_grad]
+        alone = [(i, slot) for i, slot in moving if i not in coupled]
         turning = turns([] if linear else [slot for _, slot in alone], unscale, self.update, tracker.ranks)
         if moving and (turning or clipped is not None):
             self._write_beside(moving, {i for i, _ in alone}, factor, unscale, clipped, turning, batches)

@@ -55,7 +55,7 @@ class Projection:
 class ProjectionRule(LinearRule):
     def forward(self: Any, *args, **kwargs):
         tap = self._inrun
-        if tap.keep is None and tap.probe is None:
+        if not tap.scores():
             return self._inrun_class.forward(self, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         return tap.form.rest(self, self.scored(x), x.dtype)

@@ -55,6 +55,15 @@ class Tap:
     def __str__(self) -> str:
         return self.name or "model"
 
+    def scores(self) -> bool:
+        """Whether a forward that begins now is to be scored: its parameters may be frozen for one of a step's."""
+        if self.keep is None and self.probe is None:
+            return False
+        for owner, local in self.owned:  # asked of every layer: a loop is cheaper than `any`
+            if (param := owner._parameters.get(local)) is None or param.requires_grad:
+                return True
+        return False
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -97,9 +106,12 @@ class Layout:
 
 
 def along(module: Any, name: str) -> Any:
-    """The direction of a module's parameter, its shape or of M targets `[M, *shape]`; None where it has none."""
+    """The direction of a module's parameter, its shape or of M targets `[M, *shape]`; None where it has none, or is
+    frozen now."""
     direction = module._parameters.get(name + SUFFIX)
-    return None if direction is None else targets_first(direction, module._parameters[name])
+    if direction is None or not (param := module._parameters[name]).requires_grad:
+        return None
+    return targets_first(direction, param)
 
 
 def targets_first(direction: Tensor, param: Tensor) -> Tensor:
@@ -159,6 +171,20 @@ def in_modes(modes: Iterable[tuple[Any, bool]]) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def requiring(params: Iterable[tuple[Tensor, bool]]) -> Iterator[None]:
+    """Each parameter takes a gradient in the block, or none, as it is said."""
+    before = []
+    try:
+        for param, trains in params:
+            before.append((param, param.requires_grad))
+            param.requires_grad_(trains)
+        yield
+    finally:
+        for param, trained in before:
+            param.requires_grad_(trained)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .distributed import Ranks
 from .errors import InRunError, Pending, few
-from .tap import random_kept
+from .tap import random_kept, requiring
 
 Gradients = list[Tensor | None]
 
@@ -129,17 +129,12 @@ class Validation:
         ours = {id(p) for p in tracked}
         others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
         wanted = [*tracked, *(others if self.excluded and self.excluded_share is None else [])]
-        frozen = [p for p in tracked if not p.requires_grad]  # for now: the step may come when they train again
         found: Gradients = []
-        try:
-            for p in frozen:
-                p.requires_grad_(True)
-            with self.ranks.aside([*tracked, *others]):
+        try:  # a parameter that is frozen for now may train again before the gradient has served
+            with requiring((p, True) for p in tracked), self.ranks.aside([*tracked, *others]):
                 yield found
                 found.extend(self.ranks.mean_gradients([p.grad for p in wanted], wanted))
         finally:
-            for p in frozen:
-                p.requires_grad_(False)
             self.seconds += time.perf_counter() - start
 
     def _checked(self, name: str, found: Gradients, scale: float | Tensor) -> Gradients:
