@@ -71,15 +71,21 @@ def sum_values(
 
     Raises:
         ValueError: there is no such target, or `sources` lacks a column or names an id twice.
-        TypeError: `sources` or `among` has ids of another kind.
+        TypeError: `sources` or `among` is of another kind than it should be, or has ids of another.
     """
     import pyarrow as pa
 
     id_type = rows.table.schema.field("sample_id").type
+    if not rows.files and not rows.table.num_rows:  # where ids of either kind may be asked for
+        sources, among = None if sources is None else {}, None if among is None else []
     if sources is not None:
         sources = _source_table(sources, id_type)
     if among is not None:
-        among = pa.table({"sample_id": _ids(pa.array(among), id_type, "among").unique()})
+        try:
+            among = among if isinstance(among, pa.Array | pa.ChunkedArray) else shards.as_ids(among)
+        except TypeError as error:
+            raise TypeError(f"among: {error}") from None
+        among = pa.table({"sample_id": _ids(among, id_type, "among").unique()})
     if best is not None:
         order = [("value", best[1]), ("sample_id", "ascending")]
     else:
@@ -207,7 +213,13 @@ def _source_table(sources: Any, id_type: pa.DataType) -> pa.Table:
 
     if isinstance(sources, Mapping):
         sources = {"sample_id": list(sources.keys()), "source": list(sources.values())}
-    table = pa.table(sources)
+    try:
+        table = pa.table(sources)
+    except (TypeError, ValueError) as error:  # pyarrow's own are of these
+        raise TypeError(
+            "expected sources to be a function of a sample id, a mapping from ids to sources, both of one type, or a "
+            f"table of sample_id and source, received {type(sources).__name__}: {error}"
+        ) from None
     if not {"sample_id", "source"} <= set(table.column_names):
         raise ValueError(f"expected sources with columns sample_id and source, received {table.column_names}")
     ids, source = table["sample_id"], table["source"]

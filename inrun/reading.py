@@ -31,7 +31,8 @@ class Reader:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self.path = None if path is None else Path(path).absolute()  # also where the process changes its folder
+        # Absolute, for a process that changes its folder.
+        self.path = None if path is None else Path(path).expanduser().absolute()
         self._id_type: pa.DataType | None = None
 
     def dataset(self) -> Dataset:
@@ -89,10 +90,11 @@ class Reader:
         Args:
             k: how many.
             target: by this target.
-            among: only these ids.
+            among: only these ids: integers (tensor, array or sequence) or a sequence of str.
 
         Raises:
             ValueError: the ledger has several targets and none is named.
+            TypeError: `among` is no sequence of ids, or has ids of the other kind.
         """
         return self._ranked(k, target, among, "descending")
 
@@ -112,7 +114,8 @@ class Reader:
         Samples that `sources` does not name are summed under the source null, so that nothing goes missing.
 
         Raises:
-            ValueError, TypeError: `sources` lacks a column, has ids of the other kind or names an id twice.
+            ValueError, TypeError: `sources` is none of these, lacks a column, has ids of the other kind or names an id
+                twice.
         """
         sources = self._named(sources)
         table = self._ask(lambda rows: sum_values(rows, ["source", "target"], target, sources=sources))
@@ -127,7 +130,7 @@ class Reader:
             bins: at most so many stretches, all of one length.
             target: only this target; None keeps them apart.
         """
-        if bins < 1:
+        if shards.as_int(bins, "bins") < 1:
             raise ValueError(f"expected bins >= 1, received {bins}")
         sources = self._named(sources)
         keys = ["step", "target"] if sources is None else ["step", "source", "target"]
@@ -171,11 +174,11 @@ class Reader:
         good, keep = pc.field("value") >= at_least, unscored == "keep"
         # The one set that is needed: those to leave out where all others stay, else those to keep.
         named = set(totals.filter(~good if keep else good)["sample_id"].to_pylist())
-        id_type = totals.schema.field("sample_id").type
+        id_type, known = totals.schema.field("sample_id").type, self._id_type is not None
 
         def wanted(ids: Any) -> list[bool]:
             found = shards.as_ids(ids)
-            if len(found) and found.type != id_type:
+            if len(found) and known and found.type != id_type:
                 raise TypeError(
                     f"column: expected {id_type} ids in {column!r}, as in the ledger, received {found.type}"
                 )

@@ -178,13 +178,16 @@ def export(
         How much was written, in words.
 
     Raises:
-        InRunError: the folder of `out` does not exist, or its suffix says nothing; no such target; Parquet was asked
-            for on a terminal.
+        InRunError: the folder of `out` does not exist, or `out` would be taken for the run's own; its suffix says
+            nothing; no such target; Parquet was asked for on a terminal.
     """
     import pyarrow.compute as pc
 
     if out is not None and not out.parent.is_dir():
         raise InRunError(f"out: expected a file in a folder, got {out}; {out.parent} {shards.not_a_folder(out.parent)}")
+    own = [path.resolve() for path in (run.ledger.path, run.samples) if path is not None]
+    if out is not None and (out.resolve() in own or (out.suffix == ".parquet" and out.parent.resolve() in own)):
+        raise InRunError(f"out: expected a file that is no part of the run, got {out}; its values are kept there")
     suffix = out.suffix.lower() if out is not None else ""
     kind = form or FORMS.get(suffix)
     if kind is None:

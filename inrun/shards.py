@@ -15,7 +15,7 @@ import json
 import operator
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -69,7 +69,7 @@ def as_ids(ids: Any) -> pa.Array:
         if ids.dtype.kind in "iu" and (not ids.size or ids.max() < 2**63):
             return pa.array(ids.copy()).cast(pa.int64())
         ids = ids.tolist()
-    if isinstance(ids, str | bytes):
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
         raise TypeError(f"expected a sequence of ids, received the single {ids!r}")
     ids = list(ids)
     if ids and all(isinstance(each, str) for each in ids):

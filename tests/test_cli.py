@@ -234,6 +234,13 @@ def test_export_takes_the_format_of_the_suffix_where_none_is_given(run, tmp_path
         assert [row["value"] for row in rows] == list(TOTALS.values())
 
 
+@pytest.mark.parametrize("place", ["ledger/more.parquet", "samples.parquet"])
+def test_export_into_the_run_itself_is_refused(run, place, capsys):
+    before = len(Ledger(run / "ledger"))
+    assert "no part of the run" in failed(capsys, "export", run, "-o", str(run / place))
+    assert len(Ledger(run / "ledger")) == before
+
+
 def test_export_into_a_suffix_that_says_nothing_is_refused(run, tmp_path, capsys):
     said = failed(capsys, "export", run, "-o", str(tmp_path / "o.xlsx"))
     assert "a name that ends in one of .jsonl, .ndjson, .json, .txt, .csv, .parquet, or --format; got" in said

@@ -629,6 +629,39 @@ def test_bad_questions(tmp_path):
         ledger.by_source({"1": "a"})
     with pytest.raises(TypeError, match="among to name samples by int64, as the ledger, received string"):
         ledger.top(1, "code", among=["1"])
+    with pytest.raises(TypeError, match="among: expected a sequence of ids, received the single 3"):
+        ledger.top(1, "code", among=3)
+    with pytest.raises(ValueError, match="an integer of 64 bits"):
+        ledger.top(1, "code", among=[2**70])
+    with pytest.raises(TypeError, match="both of one type, or a table of sample_id and source, received dict"):
+        ledger.by_source({1: "a", 2: 3})
+    with pytest.raises(TypeError, match="or a table of sample_id and source, received list"):
+        ledger.by_source([1, 2])
+    with pytest.raises(TypeError, match="expected bins to be an integer, received '3'"):
+        ledger.over_time(bins="3")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([3, 1]), np.array([3, 1]), pa.chunked_array([[3], [1]]), (3, 1)])
+def test_samples_are_named_among_others_in_any_kind_of_sequence(ids):
+    ledger = Ledger()
+    ledger.append(0, [1, 2, 3], [0.1, 0.3, 0.2])
+    assert ledger.top(5, among=ids)["sample_id"].to_pylist() == [3, 1]
+
+
+def test_an_empty_ledger_is_asked_by_ids_of_either_kind():
+    datasets = pytest.importorskip("datasets")
+    ledger, rows = Ledger(), datasets.Dataset.from_dict({"id": ["a", "b"]})
+    assert len(ledger.filter(rows, column="id", unscored="keep")) == 2
+    assert len(ledger.filter(rows, column="id", unscored="drop")) == 0
+    for ids in (["a"], [1]):
+        assert len(ledger.top(1, among=ids)) == len(ledger.by_source(dict.fromkeys(ids, "web"))) == 0
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with Ledger("~/values") as ledger:
+        ledger.append(0, [1], [1.0])
+    assert len(Ledger(tmp_path / "values")) == 1
 
 
 def test_what_was_appended_is_a_copy():
