@@ -35,10 +35,9 @@ from torch.optim import SGD, Optimizer
 from . import directions, hessian
 from .coupled import KNOWN
 from .distributed import local
-from .errors import InRunError, few
+from .errors import InRunError
 from .inline import Inline
 from .keep import Budget, Keeper, Waiting
-from .layers import ForwardModeRule
 from .pairwise import Pairs
 from .path import Path
 from .tap import Layout, in_modes, modes_of, random_kept, random_state, requiring, set_random_state, size_of, together
@@ -128,16 +127,6 @@ class Deferred:
         """Raise `InRunError` where what is kept cannot be scored under `fully_shard`."""
         if self.pairs is not None:
             raise InRunError("pairwise: expected parameters that every process holds whole, as under DDP; got shards")
-        sharded = set(self.tracker.ranks.fully_sharded())
-        for module in self.tracker.model.modules():
-            if not isinstance(module, ForwardModeRule):
-                continue
-            if inside := [name for name, m in module.named_modules() if name and m in sharded]:
-                raise InRunError(
-                    f"method {self.name!r}: expected no fully_shard inside of {module._inrun.name or 'the model'}, "
-                    f"which is scored by forward-mode AD and then runs once more, got {few(inside)}; call "
-                    "fully_shard on that module as a whole, or track with method 'first'"
-                )
 
     def begin(self) -> None:
         self.keeper.reset()

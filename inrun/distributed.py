@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import InRunError
+from .errors import InRunError, few
 from .tap import replaced
 
 
@@ -72,7 +72,8 @@ class Ranks:
         """See how the tracked parameters (`name`, `param`, `sibling`) are spread over the processes.
 
         Raises:
-            InRunError: in any other way than by DDP or `fully_shard`, or not all in the same way.
+            InRunError: in any other way than by DDP or `fully_shard`, or not all in the same way, or inside of a module
+                that forward-mode AD scores.
         """
         sharded = [s for s in slots if hasattr(s.param, "placements")]
         if not sharded:
@@ -85,11 +86,24 @@ class Ranks:
         mesh = sharded[0].param.device_mesh
         for slot in slots:
             _require_fully_sharded(slot, mesh)
+        self._require_none_inside({tap for slot in slots for tap in slot.taps if tap.forward_mode})
         self.sharded, self._groups = True, [mesh.get_group(i) for i in range(mesh.ndim)]
 
     def fully_sharded(self) -> list[Any]:
         """The modules that `fully_shard` was called with."""
         return [module for module in self._model.modules() if hasattr(module, "set_requires_gradient_sync")]
+
+    def _require_none_inside(self, taps: Iterable[Any]) -> None:
+        """Raise `InRunError` where `fully_shard` would gather weights within a forward that carries tangents."""
+        sharded = set(self.fully_sharded())
+        for tap in taps:
+            module = self._model.get_submodule(tap.name)
+            if inside := [name for name, m in module.named_modules() if name and m in sharded]:
+                raise InRunError(
+                    f"{tap}: expected no fully_shard inside of a module that is scored by forward-mode AD, got "
+                    f"{few(inside)}. Call fully_shard on that module as a whole, exclude what has no rule of its own "
+                    f"({few(tap.parameters, 20)}), or hold it in a module whose output is [B, ...]"
+                )
 
     def settle(self) -> None:
         """Put the shards in place, where a forward or the user's settings left gathered parameters."""

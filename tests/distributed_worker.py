@@ -701,7 +701,8 @@ def check_what_is_refused_of_shards():
         return block
 
     inside = {"through": {"blocks.0.up.weight": "blocks.0"}, "change": within}
-    raises("no fully_shard inside of blocks.0", lambda: sharded(method="secant", **inside))
+    for method in ("first", "secant"):
+        raises("blocks.0: expected no fully_shard inside", lambda method=method: sharded(method=method, **inside))
     model, optimizer, tracker = sharded(method="path")
     validate(tracker, model)
     x, y = data("gpt_tied", 2)
