@@ -276,8 +276,10 @@ def _gradients(validation: Keeper, runs: list[Kept], members: Sequence[Any], sam
 
 
 def _as_pairs(train: Keeper, members: Sequence[Any], ours: list[Kept], theirs: list[Kept], scalars: Mapping) -> bool:
-    """Whether this is one linear layer that runs once in each batch, of which K is a number."""
+    """Whether this is one linear layer that runs once in each batch, none of it frozen there, of which K is a number."""
     modules = {id(kept.module): kept.module for kept in (*ours, *theirs)}
+    if not all(trains for kept in (*ours, *theirs) for *_, trains in kept.trained):
+        return False
     once = len({kept.batch for kept in ours}) == len(ours) and len(theirs) == 1
     if len(modules) != 1 or not once or any(id(slot) not in scalars for slot in members):
         return False

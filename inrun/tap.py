@@ -183,7 +183,7 @@ def requiring(params: Iterable[tuple[Tensor, bool]]) -> Iterator[None]:
             param.requires_grad_(trains)
         yield
     finally:
-        for param, trained in before:
+        for param, trained in reversed(before):  # one may be there under two names
             param.requires_grad_(trained)
 
 
