@@ -145,12 +145,14 @@ class Deferred:
         if recompute is not None and self.pairs is not None:
             raise InRunError("recompute: expected None with pairwise, whose scores need what the step keeps")
         self.recompute.append(recompute)
-        trained = [(slot.param, slot.param.requires_grad) for slot in self.tracker.slots]
-        self._before.append(None if recompute is None else (random_state(), modes_of(self.tracker.model), trained))
         if recompute is None:
+            self._before.append(None)
             held = self.pairs.hold(self.scale) if self.pairs is not None and self.tracker.in_batch else None
             self.keeper.begin_batch(layout, held)
         else:
+            model = self.tracker.model
+            trained = [(p, p.requires_grad) for p in model.parameters()]
+            self._before.append((random_state(), modes_of(model), trained))
             self.keeper.skip_batch(layout)
 
     def end(self) -> None:
@@ -279,10 +281,9 @@ class Deferred:
         for shard, weight in self._weights:
             shard.data.copy_(weight)
         random, modes, trained = self._before[i]
-        others = [p for p in tracker.model.parameters() if p.requires_grad]
-        params = dict.fromkeys([*others, *(p for p, _ in trained)])
+        aside = tracker.ranks.aside(p for p, _ in trained)
         try:
-            with tracker.ranks.aside(params), torch.enable_grad(), random_kept(), in_modes(modes), requiring(trained):
+            with aside, torch.enable_grad(), random_kept(), in_modes(modes), requiring(trained):
                 set_random_state(random)
                 yield
         finally:

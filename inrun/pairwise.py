@@ -276,7 +276,7 @@ def _gradients(validation: Keeper, runs: list[Kept], members: Sequence[Any], sam
 
 
 def _as_pairs(train: Keeper, members: Sequence[Any], ours: list[Kept], theirs: list[Kept], scalars: Mapping) -> bool:
-    """Whether this is one linear layer that runs once in each batch, none of it frozen there, of which K is a number."""
+    """Whether this is one linear layer that runs once in each batch, with none of it frozen, of which K is a number."""
     modules = {id(kept.module): kept.module for kept in (*ours, *theirs)}
     if not all(trains for kept in (*ours, *theirs) for *_, trains in kept.trained):
         return False

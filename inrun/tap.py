@@ -45,6 +45,7 @@ class Tap:
         self.layout: Layout | None = None  # of the probe, where it counts documents or tokens
         self.keep: Callable | None = None
         self.flat = False  # whether its rows are the tokens of [B, T], flattened, here
+        self.passed_by = False  # whether, in one of the step's forwards, all of it was frozen
         # The tracker's.
         self.pending: Any = None
         self.folds: Any = None  # tells whether a layer's rows are flattened tokens
@@ -62,6 +63,7 @@ class Tap:
         for owner, local in self.owned:  # asked of every layer: a loop is cheaper than `any`
             if (param := owner._parameters.get(local)) is None or param.requires_grad:
                 return True
+        self.passed_by = True
         return False
 
 

@@ -453,7 +453,7 @@ class Tracker:
         if self._step is not None:
             raise InRunError("step: expected outside of a step block, got inside one")
         self._pending.answer()
-        self._require_no_others()
+        self._require_no_others(trainable(self.model))
         self.ranks.require_all()
         if self.in_batch and self.ranks.size > 1:
             raise InRunError(f"validation='batch': expected one process, got {self.ranks.size}; use validation blocks")
@@ -472,11 +472,12 @@ class Tracker:
         eager = watched and not any(_is_compiled(m) for m in self.model.modules())  # which takes plain tensors
         for tap in self.taps:
             tap.watched, tap.compared = eager and self._shared_due, eager and self.check_due
+            tap.passed_by = False
         self._step = step
 
-    def _require_no_others(self) -> None:
+    def _require_no_others(self, training: set[nn.Parameter]) -> None:
         """Raise `InRunError` where a parameter trains that did not when they were tracked: it would have no score."""
-        unknown = trainable(self.model).difference(*((slot.param, slot.sibling) for slot in self.slots))
+        unknown = training.difference(*((slot.param, slot.sibling) for slot in self.slots))
         if unknown <= self._unscored:
             return
         excluded = set(self.coverage["excluded"])
@@ -529,6 +530,9 @@ class Tracker:
         put_off = self.check_due and not bool(factor)  # an update that will be skipped tells nothing
         if put_off:
             self.check_due = self.first_check = False
+        if self.check_due:
+            groups = (group for each in self.optimizers for group in each.param_groups)
+            self._require_no_others({p for group in groups for p in group["params"] if p.grad is not None})
         with self.paused():  # what the method runs here is no batch
             self._folds.verify()
             step.factor = self._method.before_update(factor, unscale)

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from .distributed import Ranks, local
 from .errors import InRunError, Pending, few
+from .tap import requiring
 
 WATCHED_PER_GROUP, WATCHED = 8, 64  # parameters, the latter of all groups, but one of each
 # Of a parameter. A prime: elements so far apart lie in all columns of a weight, whose sums may cancel along a row
@@ -39,7 +40,6 @@ class Watch:
         self._begun: list[Optimizer] = []  # of the step, whose updates have
         self._factor = torch.ones(())  # of the first
         self._slots = []
-        slots = [slot for slot in slots if slot.param.requires_grad]  # others take no hooks
         groups: dict[Any, list[Any]] = {}
         for slot in slots:
             groups.setdefault((id(slot.optimizer), slot.group), []).append(slot)
@@ -48,8 +48,9 @@ class Watch:
             members.sort(key=lambda s: s.param.numel(), reverse=True)
             every = max(1, (len(members) - 1) / max(1, most - 1))
             self._slots += [members[round(k * every)] for k in range(min(len(members), most))]
-        self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s)) for s in slots]
-        self._handles += [s.param.register_hook(functools.partial(self._require_kept, s)) for s in self._slots]
+        with requiring((slot.param, True) for slot in slots):  # one may be frozen for now
+            self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s)) for s in slots]
+            self._handles += [s.param.register_hook(functools.partial(self._require_kept, s)) for s in self._slots]
 
     def _hook(self, slot: Any) -> Callable[[Tensor], None]:
         watched = any(slot is one for one in self._slots)

@@ -158,3 +158,111 @@ def test_what_is_frozen_when_the_update_comes_is_scored_by_the_gradient_it_has(m
         values.append(torch.stack([one.values, two.values]))
     for other in values[1:]:
         torch.testing.assert_close(other, values[0], rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("which", ["0.weight", "2.bias"])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_pairs_of_what_is_frozen_for_one_batch(method, which):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    params, frozen, optimizer = (
+        list(model.parameters()),
+        model.get_parameter(which),
+        torch.optim.SGD(model.parameters(), LR),
+    )
+    held, batches = torch.randn(3, 4).double(), [torch.randn(n, 4).double() for n in (3, 2)]
+
+    def gradients(x, loss, without=None):
+        rows = [torch.autograd.grad(loss(model(one)), params) for one in x.split(1)]
+        return torch.stack([torch.cat([g.flatten() * (p is not without) for g, p in zip(row, params, strict=True)])
+                            for row in rows])  # fmt: skip
+
+    def loss(y):
+        return (y - 1).square().sum()
+
+    tracker = inrun.track(model, optimizer, method, pairwise=list("abc"), validation=lambda: model(held).square().sum())
+    for _ in range(2):
+        rows = torch.cat([gradients(batches[0], loss), gradients(batches[1], loss, frozen)])
+        values = LR * rows @ gradients(held, lambda y: y.square().sum()).T
+        optimizer.zero_grad()
+        with tracker.step() as found:
+            for k, x in enumerate(batches):
+                freeze([frozen], k == 1)
+                found.batch(range(10 * k, 10 * k + len(x)))
+                loss(model(x)).backward()
+            freeze([frozen], False)
+            optimizer.step()
+        torch.testing.assert_close(found.values.double(), values, rtol=1e-5, atol=1e-6 * float(values.abs().max()))
+
+
+class Twice(nn.Module):
+    """One parameter under two names, by forward-mode AD."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x):
+        return torch.sin(x * self.a) * self.b
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("method", ["first", "second", "path", "monte_carlo"])
+def test_what_requires_a_gradient_does_so_after_the_step(method, frozen):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), Twice()), torch.randn(4, WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(x).square().sum(), check=False)
+    with tracker.step(range(4)):
+        freeze([model[1].a], not frozen)
+        loss = model(x).sum()
+        freeze([model[1].a], frozen)
+        loss.backward()
+        optimizer.step()
+    assert model[1].a.requires_grad is not frozen
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_layer_that_is_frozen_for_one_batch_and_when_it_was_bound(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    held, batches = torch.randn(3, 4).double(), [torch.randn(n, 4).double() for n in (3, 2)]
+    tracker = inrun.track(model, method=method, validation=lambda: model(held).square().sum())
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    freeze(model[0].parameters(), True)
+    tracker.bind(optimizer)
+    for _ in range(2):
+        freeze(model[0].parameters(), False)
+        params, values = list(model.parameters()), []
+        params = [p for p in params if p.requires_grad]
+        direction = torch.autograd.grad(model(held).square().sum(), params)
+        for k, x in enumerate(batches):
+            for one in x.split(1):
+                grads = torch.autograd.grad((model(one) - 1).square().sum(), params)
+                values.append(LR * sum((g * d).sum() for g, d in list(zip(grads, direction, strict=True))[2 * k :]))
+        optimizer.zero_grad()
+        with tracker.step() as found:
+            for k, x in enumerate(batches):
+                freeze(model[0].parameters(), k == 1)
+                found.batch(range(10 * k, 10 * k + len(x)))
+                (model(x) - 1).square().sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(found.values.double(), torch.stack(values), rtol=1e-5, atol=1e-8)
+    freeze(model[0].parameters(), False)
+    with pytest.raises(inrun.InRunError, match="before it"), tracker.step(range(3)):
+        (model(batches[0]) - 1).square().sum().backward()
+        optimizer.step()
+        model(batches[0]).sum().backward()
+
+
+def test_what_was_frozen_when_it_was_tracked_and_trains_within_the_step_is_an_error():
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 1)), torch.randn(3, 4)
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    freeze(model[0].parameters(), True)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x).square().sum())
+    said = r"got 2 more, which would have no score: 0\.weight, 0\.bias"
+    with pytest.raises(inrun.InRunError, match=said), tracker.step(range(3)):
+        freeze(model[0].parameters(), False)
+        model(x).sum().backward()
+        freeze(model[0].parameters(), True)
+        optimizer.step()
