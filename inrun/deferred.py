@@ -124,7 +124,7 @@ class Deferred:
             require_no_closure(optimizer)
 
     def require_shards_do(self) -> None:
-        """Raise `InRunError` where what is kept cannot be scored under `fully_shard`."""
+        """Raise `InRunError` where samples cannot be paired under `fully_shard`."""
         if self.pairs is not None:
             raise InRunError("pairwise: expected parameters that every process holds whole, as under DDP; got shards")
 

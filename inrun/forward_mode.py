@@ -240,9 +240,9 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
     """The parameters carry their directions as tangents; yields what those were divided by, if anything."""
     # Fused attention, recurrent layers and grouped products have no forward derivative; written out they have one.
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap), _as_backward(tap):
-        found = [(owner, local, along(owner, local)) for owner, local in tap.owned]
-        plain: list[Any] = [(owner, local, owner._parameters[local]) for owner, local, d in found if d is not None]
-        tangents: list[Any] = [direction for *_, direction in found if direction is not None]
+        held: list[Any] = [(owner, local, owner._parameters[local]) for owner, local in tap.owned]
+        plain = [(owner, local, param) for owner, local, param in held if param.requires_grad]
+        tangents: list[Any] = [along(owner, local) for owner, local, _ in plain]
         tangents = tangents if target is None else [t[target] for t in tangents]
         scale = None
         if _in_float16(tangents[0].device.type, plain[0][2].dtype):  # which has no range for a direction

@@ -315,8 +315,8 @@ class Keeper:
             whole = [kept.module] if isinstance(kept.module, torch.nn.Module) else []  # else a part of one
             for v in samples:
                 with (
-                    in_modes(kept.modes),
                     _standing_in(module, params) as inputs,
+                    in_modes(kept.modes),
                     buffers_kept(*whole),
                     torch.enable_grad(),
                 ):

@@ -91,12 +91,12 @@ class Path:
         """
         tracker, moves = self.tracker, {}
         moving = [(i, s) for i, s in enumerate(tracker.slots) if s.grad is not None]
-        clipped = self._clipping.of([s for _, s in moving], factor, unscale, scale)
+        held = [slot for _, slot in moving]
+        clipped = self._clipping.of(held, factor, unscale, scale)
         coupled = {i for i, _ in self._among_coupled(moving, unscale)}
         if tracker.first_check and callable(self.update) and not tracker.ranks.sharded:
-            compare([slot for _, slot in moving], unscale, self.update)
-        linear = self.update is None and all(type(slot.optimizer) is SGD for _, slot in moving)
-        held = [slot for _, slot in moving]
+            compare(held, unscale, self.update)
+        linear = self.update is None and all(type(slot.optimizer) is SGD for slot in held)
         size = _size_of_gradients(held, unscale)
         near = [] if linear else _have_nothing(held, unscale, size)
         cancelled = {i for (i, _), some in zip(moving, near, strict=False) if some}

@@ -57,7 +57,7 @@ class Tap:
         return self.name or "model"
 
     def scores(self) -> bool:
-        """Whether a forward that begins now is to be scored: its parameters may be frozen for one of a step's."""
+        """Whether a forward that begins now is to be scored; notes where all its parameters are frozen for it."""
         if self.keep is None and self.probe is None:
             return False
         for owner, local in self.owned:  # asked of every layer: a loop is cheaper than `any`
@@ -162,31 +162,31 @@ def modes_of(module: Any) -> list[tuple[Any, bool]]:
     return [(m, m.training) for m in module.modules()] if isinstance(module, nn.Module) else []
 
 
-@contextmanager
-def in_modes(modes: Iterable[tuple[Any, bool]]) -> Iterator[None]:
+def in_modes(modes: Iterable[tuple[Any, bool]]) -> AbstractContextManager[None]:
     """Each module in the given mode for the block."""
-    before = [(module, module.training) for module, _ in modes]
-    try:
-        for module, training in modes:
-            module.training = training
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
+    return _set("training", modes)
+
+
+def requiring(params: Iterable[tuple[Tensor, bool]]) -> AbstractContextManager[None]:
+    """Each parameter takes a gradient in the block, or none, as it is said."""
+    return _set("requires_grad", params)
 
 
 @contextmanager
-def requiring(params: Iterable[tuple[Tensor, bool]]) -> Iterator[None]:
-    """Each parameter takes a gradient in the block, or none, as it is said."""
-    before = []
+def _set(attribute: str, values: Iterable[tuple[Any, bool]]) -> Iterator[None]:
+    values = list(values)
+    before = [(one, getattr(one, attribute)) for one, _ in values]
+
+    def assign(wanted: list[tuple[Any, bool]]) -> None:
+        for one, value in wanted:
+            if getattr(one, attribute) is not value:
+                setattr(one, attribute, value)
+
     try:
-        for param, trains in params:
-            before.append((param, param.requires_grad))
-            param.requires_grad_(trains)
+        assign(values)
         yield
     finally:
-        for param, trained in reversed(before):  # one may be there under two names
-            param.requires_grad_(trained)
+        assign(before)
 
 
 @contextmanager

@@ -165,11 +165,8 @@ def test_what_is_frozen_when_the_update_comes_is_scored_by_the_gradient_it_has(m
 def test_pairs_of_what_is_frozen_for_one_batch(method, which):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
-    params, frozen, optimizer = (
-        list(model.parameters()),
-        model.get_parameter(which),
-        torch.optim.SGD(model.parameters(), LR),
-    )
+    params, frozen = list(model.parameters()), model.get_parameter(which)
+    optimizer = torch.optim.SGD(params, LR)
     held, batches = torch.randn(3, 4).double(), [torch.randn(n, 4).double() for n in (3, 2)]
 
     def gradients(x, loss, without=None):
@@ -222,6 +219,25 @@ def test_what_requires_a_gradient_does_so_after_the_step(method, frozen):
     assert model[1].a.requires_grad is not frozen
 
 
+@pytest.mark.parametrize("method", ["second", "path"])
+def test_a_loss_that_is_computed_again_leaves_nothing_on_what_it_thaws(method):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 1)), torch.randn(3, 4)
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    freeze([model[1].bias], True)
+    tracker = inrun.track(model, optimizer, method, exclude=["1.bias"], validation=lambda: model(x).square().sum())
+
+    def loss():
+        freeze([model[1].bias], False)
+        return model(x).sum()
+
+    with tracker.step(range(3), recompute=loss):
+        freeze([model[1].bias], True)
+        model(x).sum().backward()
+        optimizer.step()
+    assert model[1].bias.grad is None and not model[1].bias.requires_grad
+
+
 @pytest.mark.parametrize("method", ["first", "path"])
 def test_a_layer_that_is_frozen_for_one_batch_and_when_it_was_bound(method):
     torch.manual_seed(0)
@@ -234,7 +250,6 @@ def test_a_layer_that_is_frozen_for_one_batch_and_when_it_was_bound(method):
     for _ in range(2):
         freeze(model[0].parameters(), False)
         params, values = list(model.parameters()), []
-        params = [p for p in params if p.requires_grad]
         direction = torch.autograd.grad(model(held).square().sum(), params)
         for k, x in enumerate(batches):
             for one in x.split(1):
