@@ -1,7 +1,7 @@
-"""The README's table of models by stack, measured: every cell is a comparison with the float64 oracle.
+"""The table of models by stack, measured: every cell is a comparison with the float64 oracle.
 
 python tests/coverage_table.py            # print it (some minutes)
-python tests/coverage_table.py --write    # and put it into the README, between its markers
+python tests/coverage_table.py --write    # and put it into inrun/README.md, between its markers
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from real_models import CASES, STACKS, NotOffered, compare
 
 from inrun import InRunError
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[1] / "inrun" / "README.md"
 START, END = "<!-- coverage: python tests/coverage_table.py --write -->", "<!-- coverage end -->"
 NOTES = """
 `ok`: every trainable parameter is scored, and the values are those of the one-sample-at-a-time float64 oracle, in half

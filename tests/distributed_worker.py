@@ -758,7 +758,7 @@ def check_the_trainer():
 
 
 def check_the_readme():
-    section = (Path(__file__).parents[1] / "README.md").read_text().partition("## More than one process")[2]
+    section = (Path(__file__).parents[1] / "inrun" / "README.md").read_text().partition("## More than one process")[2]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:2]
     for block in blocks:
         model = make("gpt_tied")

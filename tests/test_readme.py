@@ -162,7 +162,7 @@ def test_the_trainer_and_trls(kind, tmp_path, monkeypatch):
     assert len(inrun.Ledger("runs/ledger")) == 22
 
 
-@pytest.mark.parametrize("folder", [".", "bench"])
+@pytest.mark.parametrize("folder", [".", "bench", "inrun"])
 def test_every_picture_and_link_exists(folder):
     found = re.findall(r"\]\(([^)#]+)(#[^)]*)?\)", (ROOT / folder / "README.md").read_text())
     assert found
