@@ -13,7 +13,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
 from .errors import InRunError
 from .layers import Holder, LinearRule
 from .tap import Tap, along, eagerly
@@ -52,24 +51,18 @@ class _Projection(LinearRule):
         self.names, self.third = names, third
 
     def scored(self, x):
-        return self.plain(x) if all(d is None for d in self._directions()) else super().scored(x)
+        return self.plain(x) if all(d is None for d in self.directions(x.dtype)) else super().scored(x)
 
     def plain(self, x):
-        return F.linear(x, *self._pair())
-
-    def probed(self, x, probe, segments):
-        return functional.linear(x, *self._pair(), self._directions(), probe, segments)
-
-    def dots(self, x, grad, segments):
-        return self.dots_along(self._directions(), x, grad, segments)
+        return F.linear(*self.operands(x))
 
     def gradient_factors(self, x, grad):
         return self.factors_named(*self.names, x, grad) if self.third is None else None
 
-    def _pair(self) -> tuple[Any, Any]:
-        return self._cut(self._parameters[name] for name in self.names)
+    def operands(self, x):
+        return x, *self._cut(self._parameters[name] for name in self.names)
 
-    def _directions(self) -> tuple[Any, Any]:
+    def directions(self, dtype):
         return self._cut(along(self, name) for name in self.names)
 
     def _cut(self, pair: Iterable[Any]) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .directions import parts
 from .distributed import Ranks
 from .errors import InRunError, few
+from .slots import components
 
 # How far a sum of scores may be from what the gradient gives: a part of the scores' absolute sum, and a part of |g * D|
 # (eight times what rounding each product once to bfloat16 would make).
@@ -139,27 +140,6 @@ def _along(grad: Tensor, direction: Tensor, unscale: Any, leading: int) -> tuple
         found.append((product.sum(-1), product.square_().sum(-1), g.square_().sum().expand(lead)))
     first, second, third = zip(*found, strict=True)
     return sum(first), sum(second), sum(third)  # pyright: ignore[reportReturnType]
-
-
-def components(slots: Sequence[Any]) -> list[list[Any]]:
-    """Parameters that share a module, or modules that share a parameter, can only be compared together."""
-    by_tap: dict[Any, list[Any]] = {}
-    for slot in slots:
-        for tap in slot.taps:
-            by_tap.setdefault(tap, []).append(slot)
-    found, seen = [], set()
-    for slot in slots:
-        if id(slot) in seen:
-            continue
-        component, queue = [], [slot]
-        while queue:
-            one = queue.pop()
-            if id(one) not in seen:
-                seen.add(id(one))
-                component.append(one)
-                queue.extend(other for tap in one.taps for other in by_tap[tap])
-        found.append(component)
-    return found
 
 
 def _shown(x: Tensor) -> str:

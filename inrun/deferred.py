@@ -34,7 +34,7 @@ from torch.optim import SGD, Optimizer
 
 from . import directions, hessian
 from .coupled import KNOWN
-from .distributed import local
+from .distributed import added, local
 from .errors import InRunError
 from .inline import Inline
 from .keep import Budget, Keeper, Waiting
@@ -336,10 +336,10 @@ class Deferred:
         validations = self.tracker.validations
         simpson = self.name == "path_simpson"
         device = self.tracker.slots[0].param.device
-        moved = self.tracker.ranks.total(hessian.added(u0.any() for u0, _ in moves.values()), device)
+        moved = self.tracker.ranks.total(added(u0.any() for u0, _ in moves.values()), device)
         for at, weight in ((0.0, 1 / 6 if simpson else 0.5), *(((0.5, 4 / 6),) if simpson else ())):
             still = at == 0.0 and not moved
-            if still and all(age == 0 for age in validations.age.values()):
+            if still and all(validations.is_of_these_weights(name) for name in validations.losses):
                 gradients = dict(validations.gradients)  # the last step's end is where this one starts
                 losses = dict(validations.last_losses)
             else:

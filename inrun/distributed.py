@@ -144,6 +144,12 @@ class Ranks:
         norm = nn.utils.get_total_norm(grads)
         return self.over_shards(norm.square()).sqrt() if self.sharded and grads else norm
 
+    def size_of(self, tensors: Iterable[Tensor]) -> float:
+        """The float64 norm of tensors, all their shards together; a GPU is waited for once."""
+        found = list(tensors)
+        squared = added(x.square().sum() for x in found)
+        return math.sqrt(self.total(squared, found[0].device if found else torch.device("cpu")))
+
     @torch.no_grad()
     def mean_gradients(self, grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
         """The mean over the processes of each parameter's gradient; None where no process has one.
@@ -244,6 +250,12 @@ def _require_fully_sharded(slot: Any, mesh: Any) -> None:
             f"{' and along dimension 0, as of several targets' if several else ''}; got "
             f"{getattr(sibling, 'placements', 'a whole one')}. A shard_placement_fn must see to it"
         )
+
+
+def added(numbers: Iterable[Tensor]) -> float:
+    """The sum of scalar tensors, for which a GPU is waited for once."""
+    found = [x.double() for x in numbers]
+    return float(torch.stack([x.to(found[0].device) for x in found]).sum()) if found else 0.0
 
 
 def _reduce(tensor: Tensor, groups: Sequence[Any]) -> Tensor:

@@ -65,7 +65,7 @@ def _with_tangents(
     if not tap.checkpoints:
         mode = (module.training, torch.is_grad_enabled())
         known = mode in tap.without
-        begun = None if known else (random_state(), buffers_of(module), _versions(args, kwargs))
+        begun = None if known else (random_state(), buffers_of(module), versions_of(args, kwargs))
         autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
         # An outer checkpoint counts what is saved: a run that stops is none of it.
         apart = begun is not None and autograd._top_saved_tensors_default_hooks(True) is not None
@@ -196,7 +196,7 @@ def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
 def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | None) -> list[Any]:
     """The outputs' tangents along direction m (None: the only one), or None of those without, leaving random state and
     buffers as they were."""
-    versions = _versions(args, kwargs)
+    versions = versions_of(args, kwargs)
 
     def run() -> list[Any]:
         plain = _checkpoints(lambda: None)
@@ -212,13 +212,13 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
     return tangents
 
 
-def _versions(*inputs: Any) -> list[int]:
+def versions_of(*inputs: Any) -> list[int]:
     """How often each input has been changed in place."""
     return [x._version for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and not x.is_inference()]
 
 
 def _require_unchanged(module: Any, tap: Tap, args: tuple, kwargs: dict, versions: list[int]) -> None:
-    if _versions(args, kwargs) != versions:
+    if versions_of(args, kwargs) != versions:
         raise InRunError(
             f"{tap} ({module._inrun_class.__name__}): expected a module that leaves its input as it "
             "is, since it is run on it more than once to score "

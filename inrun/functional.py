@@ -225,7 +225,7 @@ class _Embedding(torch.autograd.Function):
     def written_out(ids, weight, direction, probe, segments, padding_idx):
         moved = shifted(probe, lambda d: F.embedding(ids, d), direction, 2, segments)
         if padding_idx is not None:
-            moved = moved * (ids != padding_idx).unsqueeze(-1)
+            moved = moved * (ids != padding_idx % weight.shape[0]).unsqueeze(-1)
         return F.embedding(ids, weight, padding_idx) + moved
 
     @staticmethod

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,7 +68,7 @@ def _check(tracker: Tracker, name: str, vector: list[Tensor], found: list[Tensor
 
 def _by_differences(tracker: Tracker, name: str, vector: list[Tensor], times: float = 0.02) -> list[Tensor | None]:
     slots = tracker.slots
-    size, weight = norm(tracker, vector), norm(tracker, (s.shard for s in slots))
+    size, weight = tracker.ranks.size_of(vector), tracker.ranks.size_of(s.shard for s in slots)
     if size == 0:
         return [None] * len(slots)
     eps = times * torch.finfo(slots[0].param.dtype).eps ** (1 / 3) * (1 + weight) / size
@@ -81,15 +79,3 @@ def _by_differences(tracker: Tracker, name: str, vector: list[Tensor], times: fl
             ends.append(tracker.validations.here(name))
     pairs = zip(ends[0], ends[1], strict=True)
     return [None if a is None or b is None else (a - b) / (2 * eps) for a, b in pairs]
-
-
-def norm(tracker: Tracker, tensors: Iterable[Tensor]) -> float:
-    """Of all of them, and all their shards, together."""
-    squared = added(x.square().sum() for x in tensors)
-    return math.sqrt(tracker.ranks.total(squared, tracker.slots[0].param.device))
-
-
-def added(numbers: Iterable[Tensor]) -> float:
-    """The sum of scalar tensors, for which a GPU is waited for once."""
-    found = [x.double() for x in numbers]
-    return float(torch.stack([x.to(found[0].device) for x in found]).sum()) if found else 0.0

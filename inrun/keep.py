@@ -57,7 +57,7 @@ class Kept:
         held = [(owner, local, owner._parameters[local]) for owner, local in self.module._inrun.owned]
         self.trained = [(owner, local, p.requires_grad) for owner, local, p in held if p is not None]
         self.accumulators = [get_gradient_edge(p).node for *_, p in held if p is not None and p.requires_grad]
-        self.versions = versions_of(self.x)
+        self.versions = forward_mode.versions_of(self.x)
 
     @contextlib.contextmanager
     def as_it_ran(self) -> Iterator[None]:
@@ -68,7 +68,7 @@ class Kept:
 
     def require_unchanged(self) -> None:
         """Raise `InRunError` where something has written into the input since."""
-        if versions_of(self.x) != self.versions:
+        if forward_mode.versions_of(self.x) != self.versions:
             raise InRunError(
                 f"{self.module._inrun}: expected its input to stay as it was until the step is scored, "
                 "got one that was changed in place. Let it be changed in a copy, or take method 'first'"
@@ -221,7 +221,7 @@ class Keeper:
             if kept.module._inrun.forward_mode:  # of any other, autograd has looked at what it needs
                 kept.require_unchanged()
             kept.x = pytree.tree_map(self._store, kept.x)
-            kept.versions = versions_of(kept.x)
+            kept.versions = forward_mode.versions_of(kept.x)
             self.kept.append(kept)
         if (before := kept.grads.get(leaf)) is not None:  # of an earlier backward through the same graph
             grad = grad + before.to(grad.device)
@@ -403,12 +403,6 @@ def _unaliased(x: Tensor) -> Tensor:
 def _is_parameter(x: Tensor) -> bool:
     """Whether it is a parameter, or a view of one."""
     return isinstance(x if x._base is None else x._base, torch.nn.Parameter)
-
-
-def versions_of(inputs: Any) -> list[int]:
-    """How often each tensor has been written to."""
-    tensors = (x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
-    return [x._version for x in tensors if not x.is_inference()]
 
 
 def moved(x: Any, device: torch.device) -> Any:

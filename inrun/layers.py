@@ -146,12 +146,17 @@ class LinearRule(Rule):
     weight: Tensor
     bias: Tensor | None
 
-    def probed(self, x, probe, segments):
-        both = (along(self, "weight"), along(self, "bias"))
-        return functional.linear(x, self.weight, self.bias, both, probe, segments)
+    def operands(self, x):
+        """What is multiplied: the input, the weight and the bias."""
+        return x, self.weight, self.bias
 
-    def dots(self, x, grad, segments):
-        return self.dots_along((along(self, "weight"), along(self, "bias")), x, grad, segments)
+    def directions(self, dtype):
+        """The two's, of this dtype or a wider one where that is asked for."""
+        return along(self, "weight"), along(self, "bias")
+
+    def probed(self, x, probe, segments):
+        x, weight, bias = self.operands(x)
+        return functional.linear(x, weight, bias, self.directions(x.dtype), probe, segments)
 
     def gradient_factors(self, x, grad):
         return self.factors_named("weight", "bias", x, grad)
@@ -163,10 +168,10 @@ class LinearRule(Rule):
     def weight_factors(self, acts: Tensor, grads: Tensor) -> Factors:
         return Factors(grads, acts)
 
-    def dots_along(self, directions: functional.Directions, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
+    def dots(self, x, grad, segments):
         acts, grads = probing.rows(x.to(grad.dtype), 1), probing.rows(grad, 1)
         segments = probing.by_row(segments, x, acts)
-        weight, bias = directions
+        weight, bias = self.directions(grad.dtype)
         return _sum(
             None if weight is None else self.weight_dots(acts, grads, weight, segments),
             None if bias is None else bias_dot(grads, bias, segments=segments),
@@ -178,8 +183,7 @@ class LinearRule(Rule):
 
 class Conv1dRule(LinearRule):
     def probed(self, x, probe, segments):
-        both = (along(self, "weight"), along(self, "bias"))
-        return functional.conv1d(x, self.weight, self.bias, both, probe, segments)
+        return functional.conv1d(*self.operands(x), self.directions(x.dtype), probe, segments)
 
     def weight_dots(self, acts, grads, direction, segments):
         return ghost_dot(grads, acts, direction, segments=segments)  # the weight is [I, O]

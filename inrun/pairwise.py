@@ -27,10 +27,12 @@ from torch import Tensor
 from inrun_kernels import bias_dot, ghost_dot_pairwise
 from inrun_kernels.torch_path import rows_at_a_time
 
-from . import check, probing, rules
+from . import probing
 from .errors import InRunError
 from .factors import Factors, gradients
 from .keep import Budget, Keeper, Kept, moved
+from .layers import LinearRule
+from .slots import components
 from .tap import Layout, targets_second, together, without_autocast
 
 if TYPE_CHECKING:
@@ -134,7 +136,7 @@ def dots(
     def add(batch: int, part: slice, dots: Tensor) -> None:
         found[batch][:, part] += dots.to(device)
 
-    for members in check.components(slots):
+    for members in components(slots):
         taps = {tap for slot in members for tap in slot.taps}
         ours = [kept for kept in train.kept if kept.module._inrun in taps]
         theirs = [kept for kept in validation.kept if kept.module._inrun in taps]
@@ -284,7 +286,7 @@ def _as_pairs(train: Keeper, members: Sequence[Any], ours: list[Kept], theirs: l
     if len(modules) != 1 or not once or any(id(slot) not in scalars for slot in members):
         return False
     (module,) = modules.values()
-    layer = isinstance(module, rules.LinearRule) and isinstance(module, torch.nn.Module)  # no part of a module
+    layer = isinstance(module, LinearRule) and isinstance(module, torch.nn.Module)  # no part of a module
     return layer and all(layout.segments is None for layout in train.layouts)
 
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import functional
 from .affine import run_with
 from .layers import LinearRule
 from .tap import along, replaced, tried
@@ -61,16 +60,12 @@ class ProjectionRule(LinearRule):
         return tap.form.rest(self, self.scored(x), x.dtype)
 
     def plain(self, x):
-        return F.linear(*self._inrun.form.factors(self, x))
+        return F.linear(*self.operands(x))
 
-    def probed(self, x, probe, segments):
-        x, weight, bias = self._inrun.form.factors(self, x)
-        return functional.linear(x, weight, bias, self._directions(x.dtype), probe, segments)
+    def operands(self: Any, x):
+        return self._inrun.form.factors(self, x)
 
-    def dots(self, x, grad, segments):
-        return self.dots_along(self._directions(grad.dtype), x, grad, segments)
-
-    def _directions(self: Any, dtype: torch.dtype) -> functional.Directions:
+    def directions(self: Any, dtype):
         pair = along(self, "weight"), along(self, "bias")
         weight, bias = (None if d is None else d.to(torch.promote_types(d.dtype, dtype)) for d in pair)
         return weight, bias

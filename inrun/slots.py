@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,27 @@ class Slot:
         """What the optimizer holds for it; empty before its first step."""
         state = self.optimizer.state.get(self.param, {})
         return state if self.count is None else {**state, "step": self.count}
+
+
+def components(slots: Sequence[Any]) -> list[list[Any]]:
+    """Parameters that share a module, or modules that share a parameter, can only be compared together."""
+    by_tap: dict[Any, list[Any]] = {}
+    for slot in slots:
+        for tap in slot.taps:
+            by_tap.setdefault(tap, []).append(slot)
+    found, seen = [], set()
+    for slot in slots:
+        if id(slot) in seen:
+            continue
+        component, queue = [], [slot]
+        while queue:
+            one = queue.pop()
+            if id(one) not in seen:
+                seen.add(id(one))
+                component.append(one)
+                queue.extend(other for tap in one.taps for other in by_tap[tap])
+        found.append(component)
+    return found
 
 
 def trainable(model: nn.Module) -> set[nn.Parameter]:

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from inrun_kernels import ghost_square
 
-from . import check
 from .distributed import Ranks, gathered, shard_of
 from .factors import Factors, ends_of, joined, owners_of, split, summed, sums
+from .slots import components
 from .tap import without_autocast
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
     """
     found = Squares({}, {}, 0)
     number, device = {id(slot): i for i, slot in enumerate(slots)}, slots[0].param.device
-    components = [(members, list(dict.fromkeys(tap for slot in members for tap in slot.taps)))
-                  for members in check.components(slots)]  # fmt: skip
-    components = [(members, taps) for members, taps in components if all(tap.by_row for tap in taps)]
+    groups = [(members, list(dict.fromkeys(tap for slot in members for tap in slot.taps)))
+                  for members in components(slots)]  # fmt: skip
+    groups = [(members, taps) for members, taps in groups if all(tap.by_row for tap in taps)]
     for keeper, numbers in batches:
         counts = {b: layout.rows if layout.per_token else layout.count
                   for b, layout in enumerate(keeper.layouts) if b in numbers}  # fmt: skip
@@ -72,7 +72,7 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
         runs: dict[Any, list[Kept]] = {}
         for kept in keeper.kept:
             runs.setdefault(kept.module._inrun, []).append(kept)
-        for members, taps in components:
+        for members, taps in groups:
             with gathered(place for tap in taps for place in tap.owned):
                 dtypes = [torch.promote_types(s.param.dtype, torch.float32) for s in members]
                 totals = {id(s.sibling): torch.zeros_like(s.param, dtype=d, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""One training step: the probes of its batches, and the values that come out of them."""
+"""One training step: its batches, the factor that its update gives the dots, and the values that come out."""
 
 from __future__ import annotations
 

@@ -182,6 +182,8 @@ class Tracker:
             raise ValueError(f"update: expected 'elementwise', a function or None, got {waiting.update!r}")
         if waiting.keep not in ("device", "host"):
             raise ValueError(f"keep: expected 'device' or 'host', got {waiting.keep!r}")
+        if waiting.clip is not None and not (isinstance(waiting.clip, int | float) and waiting.clip > 0):
+            raise ValueError(f"clip: expected a number above 0 or None, got {waiting.clip!r}")
         if not isinstance(validate_every, int) or validate_every < 1:
             raise ValueError(f"validate_every: expected an integer of at least 1, got {validate_every!r}")
         self.in_batch = isinstance(validation, str) and validation == "batch"
@@ -248,13 +250,13 @@ class Tracker:
         self._closed = False
         self.optimizers: tuple[Optimizer, ...] = ()
         self._handles: list[Any] = []
-        if optimizers:
-            self.bind(optimizers)
-        before, now = [self.ledger.metadata.get(name) for name in ("method", "targets")], [method, list(self.columns)]
-        if self.ledger.last_step is not None and before[0] is not None and before != now:
-            before, now = (f"{of} ({few(names or [], 20)})" for of, names in (before, now))
-            warnings.warn(f"ledger: its steps so far have values of method and targets {before}, those to come of "
-                          f"{now}; sums will add them up", stacklevel=4)  # fmt: skip
+        try:
+            if optimizers:
+                self.bind(optimizers)
+            self._say_of_other_values(method)
+        except BaseException:  # bad input, or a warning that is made one: the model is as before
+            self._let_go()
+            raise
         self.ledger.metadata.update(
             sign="value > 0: the sample lowered the validation loss (the paper's phi is -value)",
             unit="nats of validation loss",
@@ -263,6 +265,14 @@ class Tracker:
             tracked_parameters=len(planned.tracked),
             excluded_parameters=planned.excluded,
         )
+
+    def _say_of_other_values(self, method: str) -> None:
+        """Warn where the ledger has values of another kind."""
+        before, now = [self.ledger.metadata.get(name) for name in ("method", "targets")], [method, list(self.columns)]
+        if self.ledger.last_step is not None and before[0] is not None and before != now:
+            before, now = (f"{of} ({few(names or [], 20)})" for of, names in (before, now))
+            warnings.warn(f"ledger: its steps so far have values of method and targets {before}, those to come of "
+                          f"{now}; sums will add them up", stacklevel=5)  # fmt: skip
 
     def _install(self, plan: rules.Plan, folds: Folds | None) -> None:
         params = dict(self.model.named_parameters())
@@ -419,13 +429,7 @@ class Tracker:
                 "validation block before close()",
                 stacklevel=2,
             )
-        for handle in self._handles:
-            handle.remove()
-        self._watch.close()
-        self.model.__dict__.pop("named_parameters", None)
-        for module in [] if self.ranks.fully_sharded() else self.model.modules():
-            if isinstance(module, rules.Holder):
-                rules.remove(module)
+        self._let_go()
         self._method.release()
         self.validations.gradients.clear()
         self.slots.clear()
@@ -436,6 +440,16 @@ class Tracker:
                 self.ledger.flush()
             raise
         self.ledger.flush()
+
+    def _let_go(self) -> None:
+        """Give the model its own classes back, without directions and hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._watch.close()
+        self.model.__dict__.pop("named_parameters", None)
+        for module in [] if self.ranks.fully_sharded() else self.model.modules():
+            if isinstance(module, rules.Holder):
+                rules.remove(module)
 
     def __enter__(self) -> Tracker:
         return self

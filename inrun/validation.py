@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import Ranks
+from .distributed import Ranks, local
 from .errors import InRunError, Pending, few
 from .tap import random_kept, requiring
 
@@ -46,6 +46,7 @@ class Validation:
         self.losses, self.targets, self.every = losses, targets, every
         self.gradients: dict[str, Gradients] = {}
         self.age: dict[str, int | None] = dict.fromkeys(targets)
+        self._weights: dict[str, list[int]] = {}  # of each callable's gradient: how often they had been written to
         self.norms: dict[str, Tensor] = {}  # of the last gradients, over the tracked parameters
         self.last_losses: dict[str, Tensor] = {}
         self.excluded_share: float | None = None
@@ -78,16 +79,25 @@ class Validation:
         return loss.detach(), found[: len(self.slots)]
 
     def run_due(self) -> None:
-        """Run every callable whose gradient has served its steps."""
+        """Run every callable whose gradient has served its steps, or was to begin this one and the weights moved."""
         for name in self.losses:
             age = self.age[name]
-            if age is None or age >= self.every:
+            if age is None or age >= self.every or (age == 0 and not self.is_of_these_weights(name)):
                 self.run(name)
 
     def run(self, name: str) -> None:
         """Run a target's callable, as its block."""
         with self.block(name):
             self._backward(name)
+        self._weights[name] = self._versions()
+
+    def is_of_these_weights(self, name: str) -> bool:
+        """Whether a target's callable need not run again: no step has used its gradient, and no weight has moved since
+        (by a step outside of the blocks, say, or a clamp; what writes through `.data` is not seen)."""
+        return self.age[name] == 0 and self._weights.get(name) == self._versions()
+
+    def _versions(self) -> list[int]:
+        return [local(p)._version for p in self.model.parameters()]
 
     def require_fresh(self) -> None:
         """Raise `InRunError` where a gradient is missing or has served its steps."""
@@ -201,6 +211,9 @@ def as_samples(pairwise: Any, targets: Sequence[str]) -> dict[str, list[str]]:
     for name, ids in found.items():
         if len(set(ids)) < len(ids):
             raise ValueError(f"pairwise: expected distinct ids for {name!r}, got {len(ids) - len(set(ids))} repeated")
+    columns = columns_of(found, tuple(targets))
+    if repeated := sorted({c for c in columns if columns.count(c) > 1}):
+        raise ValueError(f"pairwise: expected distinct names of target and id together, got {few(repeated)} twice")
     return found
 
 
@@ -215,7 +228,7 @@ def as_ids(ids: Any, name: str = "ids") -> list[int | str]:
     """Sample ids as a list of integers or of strings, whatever kind of integers they are."""
     if hasattr(ids, "tolist"):
         ids = ids.tolist()
-    if isinstance(ids, str) or not isinstance(ids, Sequence):
+    if isinstance(ids, str | bytes) or not isinstance(ids, Sequence):
         raise TypeError(f"{name}: expected a sequence, array or tensor of integers or strings, got {ids!r}")
     if not ids:
         raise ValueError(f"{name}: expected one id per sample, got none")

@@ -194,6 +194,44 @@ def test_path_secant_adds_up_to_the_measured_drop(lr):
     assert gaps["path_secant"] < 1e-5 < gaps["path_simpson"] < gaps["secant"] / 3 < gaps["path"] / 9
 
 
+@pytest.mark.parametrize("move", ["a step of its own", "a clamp", "a checkpoint"])
+@pytest.mark.parametrize("method", ["secant", "path_secant", "path_simpson"])
+def test_weights_that_move_between_the_steps_begin_the_next_where_they_are(method, move):
+    """The last step's end is where the next one begins only if nothing has moved the weights since."""
+    model, other = make("mlp").double(), make("mlp").double()
+    train, held = ([x.double(), y] for x, y in (data("mlp"), data("mlp", 4, 2)))
+
+    def tracked(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *held))
+
+        def scored():
+            with tracker.step(range(B)) as step:
+                loss_of(model, *train).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return step
+
+        return optimizer, scored
+
+    optimizer, scored = tracked(model)
+    scored()
+    if move == "a clamp":
+        with torch.no_grad():
+            for p in model.parameters():
+                p.clamp_(-0.1, 0.1)
+    elif move == "a checkpoint":
+        model.load_state_dict({name: value / 2 for name, value in model.state_dict().items()})
+    else:
+        loss_of(model, *train).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    other.load_state_dict(model.state_dict())
+    found, expected = scored(), tracked(other)[1]()
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.drop, expected.drop, rtol=1e-9, atol=0)
+
+
 def test_a_drop_that_two_ends_cannot_explain_leaves_path_secant_half_way():
     """Noise in the losses themselves, as dropout's, is not taken for a bend; excluded weights move the loss as well."""
 
@@ -548,6 +586,9 @@ def test_bad_input_and_what_is_not_supported_is_clear():
         inrun.track(model, sgd, "secant", validate_every=2)
     with pytest.raises(ValueError, match="keep: expected 'device' or 'host', got 'disk'"):
         inrun.track(model, sgd, "secant", keep="disk")
+    for clip in (0.0, -1.0, math.nan, "1"):
+        with pytest.raises(ValueError, match=r"clip: expected a number above 0 or None, got"):
+            inrun.track(model, sgd, "path", clip=clip)
 
     tracker = inrun.track(model, sgd, "secant")
     with tracker.validation():

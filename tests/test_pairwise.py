@@ -345,6 +345,8 @@ def test_bad_input_is_one_clear_error():
             inrun.track(model, sgd, method, validation=loss, pairwise=IDS, **options)
     with pytest.raises(ValueError, match="expected distinct ids for 'validation', got 1 repeated"):
         inrun.track(model, sgd, pairwise=["a", "a"])
+    with pytest.raises(ValueError, match="expected distinct names of target and id together, got a/b/c twice"):
+        inrun.track(model, sgd, targets=("a", "a/b"), pairwise={"a": ["b/c"], "a/b": ["c"]})
     with pytest.raises(ValueError, match="pairwise: expected ids for each of a, b, got a"):
         inrun.track(model, sgd, targets=("a", "b"), pairwise=IDS)
     with pytest.raises(TypeError, match="pairwise: expected a sequence"):

@@ -1141,6 +1141,16 @@ def test_bad_input_that_came_late_is_clear_at_once(tmp_path):
     tracker.close()
     with pytest.warns(UserWarning, match="ledger: its steps so far have values of method and targets .*first"):
         inrun.track(model, optimizer, "path", ledger=tmp_path).close()
+    classes, held = [type(m) for m in model.modules()], list(optimizer.param_groups[0]["params"])
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="ledger: its steps so far"):
+        warnings.simplefilter("error")
+        inrun.track(model, optimizer, "path", ledger=tmp_path)
+    assert [type(m) for m in model.modules()] == classes
+    assert [id(p) for p in model.parameters()] == [id(p) for p in held]
+    tracker = inrun.track(model, optimizer)
+    with pytest.raises(TypeError, match="ids: expected a sequence, array or tensor of integers or strings, got b'ab'"):
+        tracker.step(b"ab")
+    tracker.close()
 
 
 def test_an_excluded_sparse_embedding_trains_beside():
