@@ -269,8 +269,7 @@ class InRun(Training):
 
     def written_directions(self) -> dict[str, Tensor]:
         """The directions of the last step."""
-        tracked = self.tracker.coverage["tracked"]
-        return {n: self.model.get_parameter(f"{n}_direction").detach().clone() for n in tracked}
+        return {slot.name: slot.direction.detach().clone() for slot in self.tracker.slots}
 
 
 class InRunValidated(InRun):

@@ -23,7 +23,8 @@ from . import functional
 from .errors import InRunError
 from .factors import Factors
 from .layers import Rule, affine_dots, affine_factors, require_whole_rows
-from .tap import Layout, along, buffers_kept, tried
+from .restoring import buffers_kept, tried
+from .tap import Layout, along
 
 OFF = 1e-2  # of an output, by which that of a module which is found by running it may be off in half precision
 _CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)

@@ -48,6 +48,7 @@ class _Projection(LinearRule):
 
     def __init__(self, tap: Tap, module: Any, names: tuple[str, str], third: int | None = None) -> None:
         self._inrun, self._parameters, self.parameters = tap, module._parameters, module.parameters
+        self._siblings = vars(module).get("_siblings", {})  # of a projection that is frozen, there are none
         self.names, self.third = names, third
 
     def scored(self, x):

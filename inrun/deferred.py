@@ -40,7 +40,8 @@ from .inline import Inline
 from .keep import Budget, Keeper, Waiting
 from .pairwise import Pairs
 from .path import Path
-from .tap import Layout, in_modes, modes_of, random_kept, random_state, requiring, set_random_state, size_of, together
+from .restoring import in_modes, modes_of, random_kept, random_state, requiring, set_random_state
+from .tap import Layout, size_of, together
 from .updates import ELEMENTWISE, counts_read, require_known, require_no_closure, weights_moved
 from .validation import Gradients
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InRunError, few
-from .tap import replaced
+from .restoring import replaced
 
 
 def local(tensor: Any) -> Any:
@@ -207,7 +207,7 @@ class Ranks:
 @contextmanager
 def gathered(places: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
     """Sharded parameters, by owner and name, are whole ones for the block; every process comes to it."""
-    found: list[Any] = [(owner, name, owner._parameters[name]) for owner, name in places]
+    found: list[Any] = [(owner, name, owner._parameters.get(name)) for owner, name in places]
     shards = [(owner, name, p) for owner, name, p in found if hasattr(p, "full_tensor")]
     with replaced((o, n, p.full_tensor().detach().requires_grad_(p.requires_grad)) for o, n, p in shards):
         yield

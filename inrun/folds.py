@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import InRunError
-from .tap import as_it_was, random_kept
+from .restoring import as_it_was, random_kept
 
 _PLAIN = (Tensor, int, float, str, torch.dtype, torch.device)
 SAME, OTHER = 1e-3, 1e-2  # of the largest mark: up to the former two are equal, from the latter on they differ

@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 
 from . import functional, probing
 from .errors import InRunError, few
-from .tap import Layout, Tap, along, buffers_kept, buffers_of, random_kept, random_state, set_random_state
+from .restoring import buffers_kept, buffers_of, random_kept, random_state, set_random_state
+from .tap import Layout, Tap, along
 
 
 def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, uncaptured: bool = False) -> Any:
@@ -30,7 +31,7 @@ def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: 
     # nor where there are several passes.
     probe = tap.probe
     assert probe is not None
-    if not uncaptured and (probe.dim() > 1 or not torch.compiler.is_compiling()):
+    if not uncaptured and (probe.dim() > 1 or tap.apart or not torch.compiler.is_compiling()):
         outside: Any = torch.compiler.disable(forward_mode)
         return outside(module, tap, forward, args, kwargs, True)
     layout = tap.layout or Layout(probe.shape[0])
@@ -62,7 +63,7 @@ def _with_tangents(
     module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | None
 ) -> tuple[list[tuple[Any, Tensor | None]], Any]:
     """The outputs, each with its tangent along direction m (None: the only one), and how they were nested."""
-    if not tap.checkpoints:
+    if not tap.apart:
         mode = (module.training, torch.is_grad_enabled())
         known = mode in tap.without
         begun = None if known else (random_state(), buffers_of(module), versions_of(args, kwargs))
@@ -81,13 +82,13 @@ def _with_tangents(
                     f"{tap}: expected checkpoints inside of it from the first step on, or none; track the model after "
                     "they are switched on"
                 ) from None
-            tap.checkpoints = True
+            tap.apart = True
         assert begun is not None
         random, put_back, versions = begun
         _require_unchanged(module, tap, args, kwargs, versions)
         set_random_state(random)
         put_back()
-        if not tap.checkpoints:
+        if not tap.apart:
             return _stopping(tap, forward, args, kwargs, m)
     # What a checkpoint computes again in the backward would carry no tangents, and save other tensors than it had.
     tangents = tangents_only(module, tap, forward, args, kwargs, m)
@@ -201,8 +202,12 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
     def run() -> list[Any]:
         plain = _checkpoints(lambda: None)
         # With a graph, which takes memory, only where what is under `no_grad` inside must be told from the rest.
-        with torch.set_grad_enabled(tap.sets_grad_mode), random_kept(), buffers_kept(module), plain, dual(tap, m) as s:
-            return [_unpacked(x, s)[1] for x in pytree.tree_leaves(_run(tap, forward, args, kwargs))]
+        kept = random_kept(), buffers_kept(module), _others_muted(module, tap)
+        with contextlib.ExitStack() as stack:
+            for context in (torch.set_grad_enabled(tap.sets_grad_mode), *kept, plain):
+                stack.enter_context(context)
+            scale = stack.enter_context(dual(tap, m))
+            return [_unpacked(x, scale)[1] for x in pytree.tree_leaves(_run(tap, forward, args, kwargs))]
 
     told = tap.sets_grad_mode
     tangents = run()
@@ -210,6 +215,22 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
         tangents = run()
     _require_unchanged(module, tap, args, kwargs, versions)
     return tangents
+
+
+@contextlib.contextmanager
+def _others_muted(module: Any, tap: Tap) -> Iterator[None]:
+    """Modules inside that forward-mode AD scores too run plainly: theirs is a pass of their own."""
+    inside = (
+        {each._inrun for each in module.modules() if getattr(each, "_inrun", tap) is not tap} if tap.apart else set()
+    )
+    before = [(other, other.probe) for other in inside if other.forward_mode]
+    for other, _ in before:
+        other.probe = None
+    try:
+        yield
+    finally:
+        for other, probe in before:
+            other.probe = probe
 
 
 def versions_of(*inputs: Any) -> list[int]:

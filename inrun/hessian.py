@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import InRunError
-from .tap import requiring
+from .restoring import requiring
 from .updates import weights_moved
 
 if TYPE_CHECKING:

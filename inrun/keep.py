@@ -23,10 +23,7 @@ from . import forward_mode, probing
 from .distributed import gathered
 from .errors import InRunError
 from .factors import Factors
-from .tap import (
-    SUFFIX,
-    Layout,
-    Tap,
+from .restoring import (
     buffers_kept,
     in_modes,
     modes_of,
@@ -35,8 +32,8 @@ from .tap import (
     replaced,
     requiring,
     set_random_state,
-    size_of,
 )
+from .tap import SUFFIX, Layout, Tap, size_of
 
 
 @dataclass
@@ -288,7 +285,7 @@ class Keeper:
             if found is None:
                 return None
             return {id(direction): factors for name, factors in found.items()
-                    if (direction := module._parameters.get(name + SUFFIX)) is not None
+                    if (direction := module._siblings.get(name + SUFFIX)) is not None
                     and module._parameters[name].requires_grad}  # fmt: skip
 
     def sample_gradients(self, kept: Kept, samples: Iterable[int]) -> Iterator[dict[int, Tensor]]:
@@ -307,8 +304,8 @@ class Keeper:
         if not module._inrun.forward_mode:
             with kept.as_it_ran():
                 params = {n: p for n, p in module._parameters.items() if p is not None and p.requires_grad
-                          and module._parameters.get(n + SUFFIX) is not None}  # fmt: skip
-            names = [id(module._parameters[n + SUFFIX]) for n in params]
+                          and module._siblings.get(n + SUFFIX) is not None}  # fmt: skip
+            names = [id(module._siblings[n + SUFFIX]) for n in params]
             x = moved(kept.x, device)
             x = x if ends is None else x.flatten(0, 1)
             dtype = next(iter(params.values())).dtype
@@ -330,7 +327,7 @@ class Keeper:
         with self._as_it_was(kept, device), buffers_kept(module), torch.enable_grad():
             params = [get_gradient_edge(owner._parameters[local]) for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
-        names = [id(owner._parameters[local + SUFFIX]) for owner, local in places]
+        names = [id(owner._siblings[local + SUFFIX]) for owner, local in places]
         for v in samples:
             only = [torch.zeros_like(grad, memory_format=torch.contiguous_format) for grad in grads.values()]
             for zeros, grad in zip(only, rows.values(), strict=True):

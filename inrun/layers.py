@@ -1,9 +1,9 @@
 """The tracked classes: how each kind of layer scores its samples.
 
 A tracked module changes class in place: `TrackedLinear` is a `Linear` in every other respect, with the same
-parameters, `state_dict()` and `isinstance`. Beside each covered parameter stands a frozen sibling, its direction
-(`weight_direction`), which `state_dict()` leaves out and loading does not ask for. Without a probe a tracked module
-runs its original forward.
+parameters, `state_dict()` and `isinstance`. Beside each covered parameter it holds a frozen sibling, its direction
+(`weight_direction`), which is no parameter unless `fully_shard` is to split it. Without a probe a tracked module runs
+its original forward.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Holder:
 
     _inrun: Tap
     _inrun_class: type[nn.Module]  # the module's own
+    # Directions, by their parameters' names and SUFFIX; the module's `_parameters` themselves while they may be sharded
+    _siblings: dict[str, Any]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """What a copy or a pickle is made of."""
@@ -45,11 +47,18 @@ class Holder:
         """The module as it is without its tracker."""
         plain: Any = object.__new__(self._inrun_class)
         plain.__dict__.update(self.__dict__)
-        del plain.__dict__["_inrun"]
-        plain.__dict__.pop("named_parameters", None)
+        del plain.__dict__["_inrun"], plain.__dict__["_siblings"]
         without = direction_names(self)
         plain.__dict__["_parameters"] = {n: p for n, p in plain._parameters.items() if n not in without}
         return plain
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        """As the module's own, of `to()` and its like; directions that are no parameters go along."""
+        super()._apply(fn, recurse)  # pyright: ignore[reportAttributeAccessIssue]
+        if self._siblings is not self._parameters:
+            for direction in self._siblings.values():
+                direction.data = fn(direction.data)
+        return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)  # pyright: ignore[reportAttributeAccessIssue]
@@ -332,7 +341,7 @@ class RelativeBiasRule(Rule):
 
     def _tangents(self, bias) -> Tensor:
         table: Any = self.relative_attention_bias
-        weight, direction = table.weight, targets_first(table.weight_direction, table.weight)
+        weight, direction = table.weight, targets_first(table._siblings["weight" + SUFFIX], table.weight)
         many = direction.dim() > weight.dim()
         found = []
         try:
@@ -380,6 +389,7 @@ def require_whole_rows(module: Any, layout: Layout) -> None:
 
 
 def direction_names(module: Any) -> list[str]:
+    """Directions among a module's parameters."""
     return [n for n in module._parameters if n.endswith(SUFFIX) and n.removesuffix(SUFFIX) in module._parameters]
 
 

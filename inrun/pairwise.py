@@ -32,8 +32,9 @@ from .errors import InRunError
 from .factors import Factors, gradients
 from .keep import Budget, Keeper, Kept, moved
 from .layers import LinearRule
+from .restoring import without_autocast
 from .slots import components
-from .tap import Layout, targets_second, together, without_autocast
+from .tap import Layout, targets_second, together
 
 if TYPE_CHECKING:
     from .tracker import Tracker
@@ -298,7 +299,7 @@ def _pairs(kept: Kept, other: Kept, members: Sequence[Any], scalars: Mapping[int
     val_grads = val_grads.to(grads.dtype)
     total = torch.zeros((), device=device)
     for slot in members:
-        if slot.direction is kept.module.weight_direction:
+        if slot.param is kept.module.weight:
             dots = ghost_dot_pairwise(acts, grads, val_acts, val_grads)
         else:
             wide = torch.promote_types(grads.dtype, torch.float32)

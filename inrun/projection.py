@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from .affine import run_with
 from .layers import LinearRule
-from .tap import along, replaced, tried
+from .restoring import replaced, tried
+from .tap import along
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tap import tried
+from .restoring import tried
 
 
 def known(block: nn.Module) -> dict[nn.Module, bool]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,7 @@ class Site:
         under: the class of layer beneath the module's own that the rule stands for; None for the module's own.
         form: of a module known by running it, what it computes.
         flat: whether its rows are the tokens of all samples, flattened.
+        apart: whether others that forward-mode AD scores are inside, so that it has a pass of its own.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Site:
     under: type[nn.Module] | None = None
     form: Any = None
     flat: bool = False
+    apart: bool = False
 
     @property
     def takes_one_sample(self) -> bool:
@@ -139,11 +141,19 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
             del owned[path], sites[path]
         else:
             via[path] = path
-    # One forward-mode pass, the outermost's, carries the tangents of all that lies inside it.
-    outermost = [p for p in set(via.values()) if not any(_inside(p, other) for other in via.values())]
+    # One forward-mode pass, the outermost's, carries the tangents of all that lies inside it; but not of what has a
+    # rule, and not that of single numbers, which may multiply products of different samples' rows (CLIP's logit_scale).
+    numbers = {p for p in via.values() if all(_is_number(one) for q in owned if via.get(q) == p for one in owned[q])}
+    kinds = {p: _whole_rule(modules[p], flat) for p in via.values()}
+    taking = [p for p, kind in kinds.items() if kind is ForwardModeRule and p not in numbers]
+    outermost = [
+        p for p, kind in kinds.items() if kind is not ForwardModeRule or not any(_inside(p, other) for other in taking)
+    ]
     for path in via:
         sites.pop(path, None)
-    sites |= {path: Site(path, modules[path], _whole_rule(modules[path], flat)) for path in outermost}
+    sites |= {path: Site(path, modules[path], kinds[path]) for path in outermost}
+    for path in numbers.intersection(outermost):
+        sites[path].apart = any(_inside(p, path) and kinds[p] is ForwardModeRule for p in outermost)
     sites |= {path: Site(path, modules[path], RelativeBiasRule) for path in tables.values()}
     for path, site in sites.items():
         site.flat = modules[path] in flat
@@ -156,7 +166,7 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
     for path, found in owned.items():
         target = tables.get(path, path)
         if path in via:
-            target = next(p for p in outermost if p == via[path] or _inside(via[path], p))
+            target = next(p for p in outermost if p == via[path] or (p in taking and _inside(via[path], p)))
         sites[target].owned.extend(found)
     tracked = list(dict.fromkeys(full for found in owned.values() for _, _, full in found))
     if not tracked:
@@ -169,11 +179,12 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     """Change a site's module into its tracked class and put the directions beside their parameters."""
     tap = Tap(site.name)
     tap.form, tap.flat, tap.routed, tap.by_row = site.form, site.flat, site.flat, site.takes_one_sample
+    tap.apart = site.apart
     tap.owned, tap.parameters = [one[:2] for one in site.owned], [full for _, _, full in site.owned]
     for owner, local, full in site.owned:
         if not isinstance(owner, Holder):
             _adopt(owner, Holder if owner is not site.module else site.rule, tap, site.under)
-        owner._parameters[local + SUFFIX] = directions[full]
+        owner._siblings[local + SUFFIX] = directions[full]  # pyright: ignore
     if not isinstance(site.module, site.rule):
         _adopt(site.module, site.rule, tap, None)
     if issubclass(site.rule, ForwardModeRule):
@@ -183,30 +194,28 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
             id(config): config for m in site.module.modules() if (config := getattr(m, "config", None)) is not None
         }
         tap.configs = [config for config in configs.values() if hasattr(config, "_experts_implementation")]
-    tap.names = tuple(site.module.__dict__)
+    tap.names = tuple(name for name in site.module.__dict__ if name != "_siblings")
     return tap
 
 
-def named_parameters(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """A model's parameters without their directions: what an average of the weights, or a count, goes by."""
-    hidden = {id(m._parameters[n]) for m in model.modules() if isinstance(m, Holder) for n in direction_names(m)}
-    every = type(model).named_parameters(model, *args, **kwargs)
-    return ((name, p) for name, p in every if id(p) not in hidden)
+def set_apart(model: nn.Module) -> None:
+    """Take the directions out of the parameters, where `fully_shard` has not come to split them alike: what averages,
+    counts or copies parameters is to see none."""
+    for module in model.modules():
+        if isinstance(module, Holder):
+            module._siblings = {name: module._parameters.pop(name) for name in direction_names(module)}
 
 
 def remove(module: Any) -> None:
     """Give a tracked module its own class back and take its directions away."""
     for name in direction_names(module):
         del module._parameters[name]
-    del module.__dict__["_inrun"]
+    del module.__dict__["_inrun"], module.__dict__["_siblings"]
     module.__class__ = type(module)._inrun_class
 
 
 def _adopt(module: nn.Module, mixin: type[Holder], tap: Tap, under: type[nn.Module] | None) -> None:
-    module.__dict__["_inrun"] = tap
-    # A parameter that is frozen or excluded has a None for its direction.
-    for local in list(module._parameters):
-        module._parameters[local + SUFFIX] = None
+    module.__dict__.update(_inrun=tap, _siblings=module._parameters)
     module.__class__ = _tracked_class(mixin, type(module), under)
 
 
@@ -270,6 +279,11 @@ def _whole_rule(module: nn.Module, flat: set[nn.Module]) -> type[Holder]:
     if attention.is_attention(module):
         return attention.AttentionRule
     return experts.ExpertsRule if module in flat and experts.is_experts(module) else ForwardModeRule
+
+
+def _is_number(one: tuple[nn.Module, str, str]) -> bool:
+    owner, local, _ = one
+    return getattr(owner, local).numel() == 1
 
 
 def _is_container(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import InRunError
-from .tap import random_kept, random_state
+from .restoring import random_kept, random_state
 
 
 class Shared(Tensor):

@@ -33,7 +33,7 @@ class Slot:
 
     @property
     def sibling(self) -> nn.Parameter:
-        return self.owner._parameters[self.local + SUFFIX]  # pyright: ignore[reportReturnType]
+        return self.owner._siblings[self.local + SUFFIX]  # pyright: ignore
 
     @property
     def shard(self) -> Tensor:

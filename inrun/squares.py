@@ -27,8 +27,8 @@ from inrun_kernels import ghost_square
 
 from .distributed import Ranks, gathered, shard_of
 from .factors import Factors, ends_of, joined, owners_of, split, summed, sums
+from .restoring import without_autocast
 from .slots import components
-from .tap import without_autocast
 
 if TYPE_CHECKING:
     from .keep import Keeper, Kept

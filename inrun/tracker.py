@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -337,7 +336,7 @@ class Tracker:
         self.optimizers = optimizers
         self._handles = [each.register_step_pre_hook(self._before_update) for each in optimizers]
         if not self.ranks.sharded:
-            self.model.__dict__["named_parameters"] = MethodType(rules.named_parameters, self.model)
+            rules.set_apart(self.model)
         self._watch = Watch(self.slots, self.ranks, self._pending, self._method.scores_in_backward)
 
     def _require_supported(self, optimizers: Sequence[Optimizer]) -> None:
@@ -446,7 +445,6 @@ class Tracker:
         for handle in self._handles:
             handle.remove()
         self._watch.close()
-        self.model.__dict__.pop("named_parameters", None)
         for module in [] if self.ranks.fully_sharded() else self.model.modules():
             if isinstance(module, rules.Holder):
                 rules.remove(module)

@@ -25,7 +25,7 @@ from inrun.clock import Clock, now
 from inrun.config import TrainConfig
 from inrun.gpt import GPT
 from inrun.ledger import Ledger
-from inrun.tap import random_kept
+from inrun.restoring import random_kept
 from inrun.tracker import track
 from inrun.updates import counts_read, updates
 

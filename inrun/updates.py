@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from .distributed import Ranks, local
 from .errors import InRunError
-from .tap import random_kept
+from .restoring import random_kept
 
 # Exactly these classes: a subclass may override what its base does coordinate by coordinate.
 ELEMENTWISE = (

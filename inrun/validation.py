@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .distributed import Ranks, local
 from .errors import InRunError, Pending, few
-from .tap import random_kept, requiring
+from .restoring import random_kept, requiring
 
 Gradients = list[Tensor | None]
 

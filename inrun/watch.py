@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from .distributed import Ranks, local
 from .errors import InRunError, Pending, few
-from .tap import requiring
+from .restoring import requiring
 
 WATCHED_PER_GROUP, WATCHED = 8, 64  # parameters, the latter of all groups, but one of each
 # Of a parameter. A prime: elements so far apart lie in all columns of a weight, whose sums may cancel along a row

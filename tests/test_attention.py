@@ -203,6 +203,62 @@ def test_pairs_within_the_batch_with_half_of_it_frozen(frozen):
     close(step.values, LR * torch.stack(gradients[:B]) @ torch.stack(gradients[B:]).T)
 
 
+class Tower(nn.Module):
+    """Parameters of its own, and attention inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.out = (nn.Parameter(torch.randn(shape)) for shape in ((1, 1, E), (E, 3)))
+        self.block = nn.TransformerEncoderLayer(E, HEADS, 2 * E, 0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.block(torch.cat([self.token.expand(len(x), -1, -1), x], 1))[:, 0] @ self.out
+
+
+class Contrastive(nn.Module):
+    """Returns `[B, B]`, each sample's rows times every other's, as CLIP does."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = Tower(), Tower()
+        self.scale, self.shift = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor([0.1]))
+
+    def forward(self, x):
+        return self.matched(self.one(x), self.other(2 * x))
+
+    def matched(self, one, other):
+        return self.scale.exp() * one @ other.T + self.shift
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_number_of_the_models_own_leaves_what_is_inside_its_own_rows(method, compiled):
+    """A sample's are its rows of each tower; of the numbers, for which there are no others, the rows of the logits."""
+    torch.manual_seed(0)
+    model, x, held = Contrastive().double(), torch.randn(B, S, E).double(), torch.randn(B + 1, S, E).double()
+    params = list(model.parameters())
+    loss = lambda logits: F.cross_entropy(logits, torch.arange(len(logits)))  # noqa: E731
+    direction = torch.autograd.grad(loss(model(held)), params)
+    rows = [tower(y).detach().requires_grad_() for tower, y in ((model.one, x), (model.other, 2 * x))]
+    grads = torch.autograd.grad(loss(model.matched(*rows)), rows)
+    expected = []
+    for z in range(B):
+        own = (model.one(x[z : z + 1]) * grads[0][z]).sum() + (model.other(2 * x[z : z + 1]) * grads[1][z]).sum()
+        of_logits = F.cross_entropy(model.matched(*(r.detach() for r in rows))[z : z + 1], torch.tensor([z])) / B
+        found = torch.autograd.grad(own + of_logits, params)
+        expected.append(sum((LR * g * d).sum() for g, d in zip(found, direction, strict=True)))
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, method)
+    with tracker.validation():
+        loss(run(held)).backward()
+    with tracker.step(range(B)) as step:
+        loss(run(x)).backward()
+        optimizer.step()
+    close(step.values, torch.stack(expected))
+    assert {tap.name for tap in tracker.taps if tap.forward_mode} == {"", "one", "other"}
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_what_follows_sees_the_memory_that_it_sees_untracked(batch_first):
     """A dropout draws its numbers as they lie there, and a view may need them so."""

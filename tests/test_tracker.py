@@ -1153,6 +1153,55 @@ def test_bad_input_that_came_late_is_clear_at_once(tmp_path):
     tracker.close()
 
 
+@pytest.mark.parametrize("wrap", ["submodule", "compile", "ddp-like"])
+def test_a_teacher_that_follows_a_module_or_wrapper_sees_weights_and_no_directions(wrap):
+    """As a mean teacher's loop, or an AveragedModel, pairs parameters: by their order."""
+    model = nn.ModuleDict({"student": make("mlp"), "other": nn.Linear(2, 2)})
+    followed = model["student"]
+    if wrap == "compile":
+        followed = torch.compile(followed, backend="eager")
+    elif wrap == "ddp-like":
+        followed = nn.Sequential(followed)
+    teacher = copy.deepcopy(followed)
+    averaged = torch.optim.swa_utils.AveragedModel(followed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, exclude=["other.*"])
+    assert len(list(followed.parameters())) == len(list(teacher.parameters()))
+    x, y = data("mlp")
+    for _ in range(2):
+        with tracker.validation():
+            loss_of(followed, x, y).backward()
+        with tracker.step(range(B)):
+            loss_of(followed, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            for theirs, ours in zip(teacher.parameters(), followed.parameters(), strict=True):
+                theirs.copy_(ours)
+        averaged.update_parameters(followed)
+    tracker.close()
+    for theirs, ours in zip(teacher.parameters(), followed.parameters(), strict=True):
+        assert torch.equal(theirs, ours)
+    assert averaged.module(x).shape == followed(x).shape
+    assert not any("direction" in name for name, _ in averaged.named_parameters())
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_directions_go_where_their_module_goes(bound):
+    model = make("mlp")
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1) if bound else None)
+    model.double()
+    assert all(slot.sibling.dtype == torch.float64 == slot.param.dtype for slot in tracker.slots)
+    assert bool(sum("direction" in name for name, _ in model.named_parameters())) != bound
+    if not bound:
+        tracker.bind(torch.optim.SGD(model.parameters(), lr=0.1))
+    model.requires_grad_(True)
+    assert not any(slot.sibling.requires_grad for slot in tracker.slots)
+    assert not any("direction" in name for name, _ in model.named_parameters())
+    tracker.close()
+    assert not any("_siblings" in vars(m) for m in model.modules())
+
+
 def test_an_excluded_sparse_embedding_trains_beside():
     model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

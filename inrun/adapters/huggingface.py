@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import InRunError
 from ..ledger import Ledger
-from ..tap import random_kept
+from ..restoring import random_kept
 from ..tracker import as_ledger
 from .loop import Loop, with_clip
 

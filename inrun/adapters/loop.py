@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..errors import InRunError
 from ..ledger import Ledger
+from ..restoring import in_modes, modes_of
 from ..step import Step
-from ..tap import in_modes, modes_of
 from ..tracker import as_ledger, track
 from ..validation import as_losses
 from .loggers import Figures, Logger

@@ -1,0 +1,142 @@
+"""What is put back after a block: random numbers, modes, what takes gradients, parameters, buffers, autocast."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def random_state() -> tuple[Tensor, list[Tensor]]:
+    """What a later forward needs to draw the same random numbers."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+def random_kept() -> AbstractContextManager:
+    """The block's random numbers are drawn once more after it. Torch warns where several GPUs are not named, and to ask
+    one that nothing uses would start it."""
+    if not torch.cuda.is_available():
+        return torch.random.fork_rng()
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
+
+
+def modes_of(module: Any) -> list[tuple[Any, bool]]:
+    """A module and those inside it, and whether each is in training mode."""
+    return [(m, m.training) for m in module.modules()] if isinstance(module, nn.Module) else []
+
+
+def in_modes(modes: Iterable[tuple[Any, bool]]) -> AbstractContextManager[None]:
+    """Each module in the given mode for the block."""
+    return _set("training", modes)
+
+
+def requiring(params: Iterable[tuple[Tensor, bool]]) -> AbstractContextManager[None]:
+    """Each parameter takes a gradient in the block, or none, as it is said."""
+    return _set("requires_grad", params)
+
+
+@contextmanager
+def _set(attribute: str, values: Iterable[tuple[Any, bool]]) -> Iterator[None]:
+    values = list(values)
+    before = [(one, getattr(one, attribute)) for one, _ in values]
+
+    def assign(wanted: list[tuple[Any, bool]]) -> None:
+        for one, value in wanted:
+            if getattr(one, attribute) is not value:
+                setattr(one, attribute, value)
+
+    try:
+        assign(values)
+        yield
+    finally:
+        assign(before)
+
+
+@contextmanager
+def replaced(places: Iterable[tuple[Any, str, Tensor | None]]) -> Iterator[None]:
+    """Other tensors in the place of parameters, by owner and name, for the block."""
+    before = []
+    try:
+        for owner, name, tensor in places:
+            before.append((owner, name, owner._parameters[name]))
+            owner._parameters[name] = tensor
+        yield
+    finally:
+        for owner, name, param in reversed(before):
+            owner._parameters[name] = param
+
+
+@contextmanager
+def buffers_kept(*modules: nn.Module) -> Iterator[None]:
+    """Buffers that the block writes, or puts others in the place of, stand again after it."""
+    put_back = buffers_of(*modules)
+    try:
+        yield
+    finally:
+        put_back()
+
+
+def buffers_of(*modules: nn.Module) -> Callable[[], None]:
+    """What puts the modules' buffers back, as they are now."""
+    holders = [(m._buffers, dict(m._buffers)) for module in modules for m in module.modules() if m._buffers]
+    copies = [(b, b.clone()) for module in modules for b in module.buffers()]
+
+    def put_back() -> None:
+        if not torch.compiler.is_compiling():
+            for buffers, held in holders:
+                buffers.update(held)
+        with torch.no_grad():
+            for buffer, saved in copies:  # past the count of changes: a graph may hold the buffer
+                (buffer if torch.compiler.is_compiling() else buffer.data).copy_(saved)
+
+    return put_back
+
+
+@contextmanager
+def as_it_was(module: nn.Module) -> Iterator[None]:
+    """What the block does to a module's attributes, modes and buffers is undone, and random numbers are drawn again."""
+    before = [(m, dict(vars(m))) for m in module.modules()]
+    try:
+        with random_kept(), buffers_kept(module):
+            yield
+    finally:
+        for m, attributes in before:
+            vars(m).clear()
+            vars(m).update(attributes)
+
+
+@contextmanager
+def tried(module: nn.Module) -> Iterator[None]:
+    """For the block a module may be run on numbers of ours, to find out what it does; then it is as it was."""
+    with as_it_was(module), torch.no_grad(), _no_autocast():
+        yield
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Autocast is off inside: that of a loop around the step block would round its products to half precision."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _no_autocast():
+            return function(*args, **kwargs)
+
+    return run
