@@ -253,7 +253,8 @@ class Ledger(Reader):
 
         On disk and in memory; of rank 0 also those of writers that are no more (`writers`). It may be killed at any
         moment and called again: shards go from the last to the first, and a shard that straddles `step` is replaced
-        by its first part in one rename.
+        by its first part in one rename. Warns where a folder has nothing of the step before: what was not flushed when
+        a checkpoint was made is lost.
         """
         import pyarrow.compute as pc
 
@@ -276,6 +277,16 @@ class Ledger(Reader):
             self.last_step = part["step"][-1].as_py()
         if self.last_step is None:
             self._id_type = None
+        if self.path is not None and step and self.last_step != step - 1:
+            held = shards.steps_of(shards.listing(self.path))  # another process may have had all of the last samples
+            last = max((each for each in (self.last_step, held and held[1]) if each is not None), default=-1)
+            if last < step - 1:
+                end = f"ends at step {last}" if last >= 0 else "has no step"
+                warnings.warn(
+                    f"ledger {self.path}: it {end} and the run goes on at {step}; what was not flushed when the "
+                    "checkpoint was made is lost (ledger.flush() comes before it)",
+                    stacklevel=2,
+                )
 
     # ------------------------------------------------------------------ shards and memory
 

@@ -154,7 +154,11 @@ def _of_rows(rows: int, batch: int) -> str:
     if batch == 1:
         return "; of documents packed into several rows, tokens= tells how long a row is"
     if rows % batch:
-        return ""
+        return (
+            ". Where a step has several forwards, step.batch(ids) comes before each; an evaluation within the step "
+            "goes into tracker.paused(); a layer that sees some of the samples is scored by a module around it that "
+            "returns [B, ...], track(..., through={parameter: module})"
+        )
     return (
         f". {rows // batch} rows to a sample: where they are samples, as of pairs, give each an id and add their "
         "values up; where they are its tokens, flattened, name a module around the layer that returns [B, ...], "

@@ -79,7 +79,10 @@ def top(run: Run, k: int, *, worst: bool, source: str | None, target: str | None
     if source is not None:
         groups = run.sources()
         if groups is None:
-            raise InRunError("source: expected a run folder with samples.parquet, which says the source of each sample")
+            raise InRunError(
+                "source: expected a run folder with samples.parquet, which says the source of each sample, as `inrun "
+                "train` makes; of another ledger, Ledger.by_source(...) and top(among=ids) take what you know of them"
+            )
         among = groups.filter(pc.field("source") == source)["sample_id"]
         if not len(among):
             raise InRunError(f"source: expected one of {sorted(set(groups['source'].to_pylist()))}, got {source!r}")

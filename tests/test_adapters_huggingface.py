@@ -412,6 +412,76 @@ def test_sft_training_and_its_metrics_are_untouched(tmp_path):
         torch.testing.assert_close(a, b)
 
 
+def preferences(count, seed):
+    draw = random.Random(seed)
+    text = lambda n: " ".join(f"t{draw.randrange(3, VOCAB)}" for _ in range(n))  # noqa: E731
+    return [{"sample_id": f"p{i}", "prompt": text(3), "chosen": text(3 + i % 3), "rejected": text(4)}
+            for i in range(count)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_pair_of_preferences_has_the_value_of_its_two_rows(kind, tmp_path):
+    """The rows' values add up to the gradient of the pair's loss, the head's part included."""
+    datasets, trl, tokenizers = (pytest.importorskip(name) for name in ("datasets", "trl", "tokenizers"))
+    adapter = pytest.importorskip("inrun.adapters.trl")
+    vocab = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
+    vocab.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=vocab, eos_token="t2", pad_token="t0")
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=VOCAB, pad_token_id=0, num_labels=1, initializer_range=0.3, **size)
+    dpo = kind == "dpo"
+    model_class = transformers.LlamaForCausalLM if dpo else transformers.LlamaForSequenceClassification
+    model, reference = model_class(config), model_class(config)
+    args = (trl.DPOConfig if dpo else trl.RewardConfig)(
+        output_dir=tmp_path, optim="sgd", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=0.0, seed=3,
+        report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no", bf16=False,
+        per_device_train_batch_size=3, num_train_epochs=1, gradient_checkpointing=False,
+    )  # fmt: skip
+    weights = Weights()
+    trainer = (trl.DPOTrainer if dpo else trl.RewardTrainer)(
+        model, args=args, train_dataset=datasets.Dataset.from_list(preferences(6, 0)), processing_class=tokenizer,
+        callbacks=[weights], **({"ref_model": reference} if dpo else {}),
+    )  # fmt: skip
+    values = adapter.attach(trainer, datasets.Dataset.from_list(preferences(3, 1)))
+    held = values.options["validation"]["validation"]
+    trainer.train()
+
+    def loss_of(model, pair):
+        """Of one pair, written out."""
+        if not dpo:
+            better, worse = (
+                model(input_ids=torch.tensor([pair[n]])).logits[0, 0] for n in ("chosen_ids", "rejected_ids")
+            )
+            return -torch.nn.functional.logsigmoid(better - worse)
+        margins = []
+        for each in (model, reference):
+            of_each = []
+            for name in ("chosen_ids", "rejected_ids"):
+                ids = torch.tensor(pair["prompt_ids"] + pair[name])
+                logp = each(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+                of_each.append(logp[torch.arange(len(ids) - 1), ids[1:]][len(pair["prompt_ids"]) - 1 :].sum())
+            margins.append(of_each[0] - of_each[1])
+        return -torch.nn.functional.logsigmoid(args.beta * (margins[0] - margins[1].detach()))
+
+    pairs = {row["sample_id"]: row for row in trainer.train_dataset}
+    table = values.ledger.rows().to_pandas()
+    assert len(table) == 12 and held is not None
+    found = table.groupby(["step", "sample_id"])["value"].sum()
+    prepared = adapter._prepared(trainer, datasets.Dataset.from_list(preferences(3, 1)), "again")
+    for (step, sample), value in found.items():
+        plain = model_class(config)
+        plain.load_state_dict(weights.before[step], strict=False)
+        params = list(plain.parameters())
+        direction = torch.autograd.grad(sum(loss_of(plain, pair) for pair in prepared) / 3, params)
+        gradient = torch.autograd.grad(loss_of(plain, pairs[sample]) / 3, params)
+        expected = LR * sum((g * d).sum() for g, d in zip(gradient, direction, strict=True))
+        assert value == pytest.approx(expected.item(), rel=2e-3, abs=1e-6 * float(found.abs().max()))
+    with pytest.raises(TypeError, match="expected an SFTTrainer, DPOTrainer or RewardTrainer, got Trainer"):
+        adapter.attach(build(tmp_path / "other", options=None)[0], [])
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_sft_refuses_ids_lost_in_packing(tmp_path):
     datasets = pytest.importorskip("datasets")

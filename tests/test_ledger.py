@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -167,6 +168,24 @@ def test_resume_leaves_exactly_the_steps_before(tmp_path_factory, flushed, at, d
     if path is not None:
         assert steps_of(Ledger(path)) == steps_of(ledger)
         assert pq.read_table(sorted(path.iterdir()))["step"].to_pylist() == steps_of(ledger)
+
+
+def test_resume_says_which_steps_were_never_written(tmp_path):
+    """As of a run that was killed with rows that no flush had written before its checkpoint."""
+    with pytest.warns(UserWarning, match=r"it has no step and the run goes on at 4; .*flush\(\)"):
+        Ledger(tmp_path).resume(4)
+    with Ledger(tmp_path) as ledger:
+        for step in range(3):
+            ledger.append(step, [1, 2], torch.zeros(2))
+    with pytest.warns(UserWarning, match="it ends at step 2 and the run goes on at 5"):
+        Ledger(tmp_path).resume(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Ledger(tmp_path).resume(3)
+        Ledger(tmp_path, rank=1).resume(3)  # of whose samples none were in the last step
+        Ledger(tmp_path).resume(2)
+        Ledger(tmp_path).resume(0)
+        Ledger().resume(7)
 
 
 def test_resume_replaces_only_the_straddling_shard(tmp_path):

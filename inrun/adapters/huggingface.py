@@ -10,7 +10,8 @@ trainer drops or reorders. A step is the trainer's own: accumulation, clipping, 
 the loss are in the gradients that are scored. Evaluation is not scored.
 
 Where the collator flattens its examples into one row (`padding_free`), each document has its value. Rows that were
-packed before hold a list in the id column, one id per token.
+packed before hold a list in the id column, one id per token. TRL's SFT, DPO and reward trainers have an
+`attach` of their own (`inrun.adapters.trl`).
 """
 
 from __future__ import annotations
@@ -157,8 +158,9 @@ class CarryIds:
         found = [i.tolist() if hasattr(i, "tolist") else i for i in found]
         rows = next(v for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0).shape[:2]
         packed = isinstance(found[0], list)
-        if not packed and rows[0] == len(examples):
-            batch[self.column] = {"ids": found, "segments": None}
+        pairs = type(self.collator).__name__ == "DataCollatorForPreference"  # of TRL's: all chosen, then all rejected
+        if not packed and rows[0] == len(examples) * (1 + pairs):
+            batch[self.column] = {"ids": found * (1 + pairs), "segments": None}
             return batch
         if rows[0] != 1:
             raise InRunError(

@@ -14,7 +14,6 @@ A loop that has all batches of a step in one place, as torchtitan's, needs only 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,9 +80,6 @@ class Loop:
         self.tracker = track(model, optimizer, validation=losses, ledger=self.ledger, **options)
         self.tracker.steps = start
         self.ledger.resume(start)
-        if held is not None and held < start - 1:
-            warnings.warn(f"ledger: it ends at step {held} and the run goes on at {start}; what was between is lost",
-                          stacklevel=2)  # fmt: skip
         self.step: Step | None = None
         self.last: Step | None = None
         self._logger, self._figures = logger, Figures(self.tracker.columns, log_every, source_of)

@@ -1,9 +1,10 @@
-"""TRL's SFTTrainer:
+"""TRL's SFTTrainer, DPOTrainer and RewardTrainer:
 
     values = attach(trainer, validation=held_out, ledger="run/ledger")
     trainer.train()
     values.ledger.bottom(10)
 
+Of preferences each of a pair's two rows, chosen and rejected, has a value under the pair's id; the ledger adds them up.
 With `padding_free=True` each document of the row has its value. Packing loses every column but the tokens, so a
 dataset that is to be packed goes through `pack` first, and the trainer leaves it as it is:
 
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from trl.data_utils import pack_dataset
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -28,8 +31,10 @@ from ..errors import InRunError
 from . import huggingface
 
 
-def attach(trainer: SFTTrainer, validation: Any, *, id_column: str = "sample_id", **options: Any) -> Any:
-    """As `huggingface.attach`, for an SFTTrainer; call it before `train()` and `evaluate()`.
+def attach(
+    trainer: SFTTrainer | DPOTrainer | RewardTrainer, validation: Any, *, id_column: str = "sample_id", **options: Any
+) -> Any:
+    """As `huggingface.attach`, for one of these trainers; call it before `train()` and `evaluate()`.
 
     A validation dataset is prepared (formatted, tokenized, cut) as the trainer's own are, and not packed.
 
@@ -38,7 +43,11 @@ def attach(trainer: SFTTrainer, validation: Any, *, id_column: str = "sample_id"
 
     Raises:
         InRunError: the trainer packed its dataset by itself; it has been run already; as `huggingface.attach`.
+        TypeError: another trainer.
     """
+    if not isinstance(trainer, (SFTTrainer, DPOTrainer, RewardTrainer)):
+        raise TypeError(f"trainer: expected an SFTTrainer, DPOTrainer or RewardTrainer, got {type(trainer).__name__}; "
+                        "take inrun.adapters.huggingface.attach")  # fmt: skip
     columns = getattr(trainer.train_dataset, "column_names", None) or ()
     if id_column not in columns and "seq_lengths" in columns:
         raise InRunError(
@@ -53,7 +62,7 @@ def attach(trainer: SFTTrainer, validation: Any, *, id_column: str = "sample_id"
     losses = huggingface.losses_of(trainer, prepared, id_column)
     losses = {name: _apart(trainer, loss) for name, loss in losses.items()}
     callback = huggingface.attach(trainer, losses, id_column=id_column, **options)
-    if model.get_output_embeddings().weight.requires_grad:
+    if not isinstance(trainer, RewardTrainer) and model.get_output_embeddings().weight.requires_grad:
         _call_the_head(model)
     return callback
 
@@ -82,10 +91,12 @@ def pack(dataset: Any, max_length: int, *, id_column: str = "sample_id", strateg
 
 
 def _prepared(trainer: Any, validation: Any, name: str) -> Any:
-    if trainer._skip_prepare_dataset or not hasattr(validation, "column_names"):
+    if not hasattr(validation, "column_names") or getattr(trainer, "_skip_prepare_dataset", False):
         return validation
-    how = trainer.processing_class, trainer.args, False, trainer._formatting_func
-    return trainer._prepare_dataset(validation, *how, name)
+    prepare, how = trainer._prepare_dataset, (trainer.processing_class, trainer.args)
+    if isinstance(trainer, SFTTrainer):
+        how = (*how, False, trainer._formatting_func)
+    return prepare(validation, *how, name)
 
 
 def _apart(trainer: Any, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -118,10 +129,12 @@ def _call_the_head(model: Any) -> None:
         log_probs = every.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(~mask, 0.0)
         with torch.no_grad():
             entropy = -(every.exp() * every).sum(-1).masked_fill(~mask, 0.0)
+            squares = (2 * every).logsumexp(-1).masked_fill(~mask, 0.0)
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / count, log_probs=log_probs, entropy=entropy, label_mask=mask,
-            is_top1=(logits.argmax(-1) == labels) & mask, aux_loss=outputs.get("aux_loss"),
+            is_top1=(logits.argmax(-1) == labels) & mask, mean_logits=logits.detach().mean(-1).masked_fill(~mask, 0.0),
+            log_sum_sq_probs=squares, aux_loss=outputs.get("aux_loss"),
         )  # fmt: skip
 
     model.forward = types.MethodType(forward, model)

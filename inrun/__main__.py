@@ -1,0 +1,5 @@
+"""`python -m inrun`: the command line."""
+
+from .cli import main
+
+main()
