@@ -103,6 +103,29 @@ def test_a_loop_like_torchtitans():
     assert names["tracker"].ledger.rows()["step"].to_pylist() == [0] * 6 + [1] * 6
 
 
+def test_stopping_and_going_on(tmp_path):
+    def begun():
+        names = setting() | {"path": tmp_path / "checkpoint.pt"}
+        names["optimizer"] = torch.optim.AdamW(names["model"].parameters())
+        batches = [([r["sample_id"]], r["x"][None], torch.tensor([r["y"]])) for r in rows()]
+        names["steps"] = [batches[:6], batches[6:]]
+        return names
+
+    loop = block("microbatches").replace(
+        "optimizer, validation", f"optimizer, ledger={str(tmp_path / 'l')!r}, validation"
+    )
+    names = begun()
+    exec(loop, names)
+    exec(block("torch.save"), names)
+    names = begun()
+    head, _, body = loop.partition("\n")
+    exec(head, names)
+    exec(block("torch.load"), names)
+    exec(body, names)
+    names["tracker"].close()
+    assert inrun.Ledger(tmp_path / "l").rows()["step"].to_pylist() == [t for t in range(4) for _ in range(6)]
+
+
 def test_accelerate():
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(True)
