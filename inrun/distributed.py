@@ -146,9 +146,8 @@ class Ranks:
 
     def size_of(self, tensors: Iterable[Tensor]) -> float:
         """The float64 norm of tensors, all their shards together; a GPU is waited for once."""
-        found = list(tensors)
-        squared = added(x.square().sum() for x in found)
-        return math.sqrt(self.total(squared, found[0].device if found else torch.device("cpu")))
+        squares = [x.square().sum() for x in tensors]  # one tensor at a time: they may be made on the way
+        return math.sqrt(self.total(added(squares), squares[0].device if squares else torch.device("cpu")))
 
     @torch.no_grad()
     def mean_gradients(self, grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:

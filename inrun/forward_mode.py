@@ -202,11 +202,9 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
     def run() -> list[Any]:
         plain = _checkpoints(lambda: None)
         # With a graph, which takes memory, only where what is under `no_grad` inside must be told from the rest.
-        kept = random_kept(), buffers_kept(module), _others_muted(module, tap)
-        with contextlib.ExitStack() as stack:
-            for context in (torch.set_grad_enabled(tap.sets_grad_mode), *kept, plain):
-                stack.enter_context(context)
-            scale = stack.enter_context(dual(tap, m))
+        grad_mode = torch.set_grad_enabled(tap.sets_grad_mode)
+        muted = _others_muted(module, tap) if tap.apart else contextlib.nullcontext()
+        with grad_mode, random_kept(), buffers_kept(module), muted, plain, dual(tap, m) as scale:
             return [_unpacked(x, scale)[1] for x in pytree.tree_leaves(_run(tap, forward, args, kwargs))]
 
     told = tap.sets_grad_mode
@@ -220,9 +218,7 @@ def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs:
 @contextlib.contextmanager
 def _others_muted(module: Any, tap: Tap) -> Iterator[None]:
     """Modules inside that forward-mode AD scores too run plainly: theirs is a pass of their own."""
-    inside = (
-        {each._inrun for each in module.modules() if getattr(each, "_inrun", tap) is not tap} if tap.apart else set()
-    )
+    inside = {getattr(each, "_inrun", tap) for each in module.modules()} - {tap}
     before = [(other, other.probe) for other in inside if other.forward_mode]
     for other, _ in before:
         other.probe = None

@@ -234,11 +234,11 @@ def _via(
 ) -> dict[str, str]:
     """Owner -> the module that scores all of its parameters by forward-mode AD, where that is not the owner."""
     wholes = [p for p, m in modules.items() if isinstance(m, _WHOLE) or is_parametrized(m) or _is_dora(m)]
-    via = borrowers(modules, owned)
+    via, whole_of = borrowers(modules, owned), {}
     for path in owned:
         whole = next((p for p in wholes if p == path or _inside(path, p)), None)
         if whole is not None:
-            via[path] = whole
+            via[path] = whole_of[path] = whole
         elif _is_container(modules[path]):  # whose parameters the module around it uses
             around = path
             while around and _is_container(modules[around]):
@@ -252,7 +252,9 @@ def _via(
             if any(full in hits for _, _, full in found):
                 if path != target and not _inside(path, target):
                     raise ValueError(f"through[{pattern!r}]: expected a module that encloses {path!r}, got {target!r}")
-                via[path] = target
+                whole = whole_of.get(path, path)
+                together = whole_of if _inside(whole, target) else ()  # all that a whole holds, or this alone
+                via |= dict.fromkeys([path, *(q for q in together if whole_of[q] == whole)], target)
     return via
 
 

@@ -230,6 +230,25 @@ class Contrastive(nn.Module):
         return self.scale.exp() * one @ other.T + self.shift
 
 
+@pytest.mark.parametrize("named", ["0.block.self_attn.in_proj*", "0.block.self_attn.out*"])
+def test_an_attention_of_which_a_part_is_named_goes_there_whole(named):
+    torch.manual_seed(0)
+    start, x = nn.Sequential(Tower(), nn.Linear(3, 2)), torch.randn(B, S, E)
+    found = []
+    for through in (None, {named: "0"}):
+        model = copy.deepcopy(start)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        tracker = inrun.track(model, optimizer, through=through)
+        with tracker.validation():
+            model(x + 1).square().mean().backward()
+        with tracker.step(range(B)) as step:
+            model(x).square().mean().backward()
+            optimizer.step()
+        found.append(step.values.double())
+        assert all(tap.parameters for tap in tracker.taps)
+    close(found[1], found[0])
+
+
 @pytest.mark.parametrize("method", ["first", "path"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_number_of_the_models_own_leaves_what_is_inside_its_own_rows(method, compiled):

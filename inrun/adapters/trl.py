@@ -63,7 +63,7 @@ def attach(
     losses = {name: _apart(trainer, loss) for name, loss in losses.items()}
     callback = huggingface.attach(trainer, losses, id_column=id_column, **options)
     if not isinstance(trainer, RewardTrainer) and model.get_output_embeddings().weight.requires_grad:
-        _call_the_head(model)
+        _call_the_head(model, preferences=isinstance(trainer, DPOTrainer))
     return callback
 
 
@@ -113,7 +113,7 @@ def _apart(trainer: Any, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-def _call_the_head(model: Any) -> None:
+def _call_the_head(model: Any, preferences: bool) -> None:
     """Give `model(fused_lm_head=True)`, which TRL has added, an output layer that is called as a module."""
     own = type(model).forward
 
@@ -129,12 +129,14 @@ def _call_the_head(model: Any) -> None:
         log_probs = every.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(~mask, 0.0)
         with torch.no_grad():
             entropy = -(every.exp() * every).sum(-1).masked_fill(~mask, 0.0)
-            squares = (2 * every).logsumexp(-1).masked_fill(~mask, 0.0)
+            more = (
+                {"mean_logits": logits.mean(-1), "log_sum_sq_probs": (2 * every).logsumexp(-1)} if preferences else {}
+            )
+            more = {name: x.masked_fill(~mask, 0.0) for name, x in more.items()}
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / count, log_probs=log_probs, entropy=entropy, label_mask=mask,
-            is_top1=(logits.argmax(-1) == labels) & mask, mean_logits=logits.detach().mean(-1).masked_fill(~mask, 0.0),
-            log_sum_sq_probs=squares, aux_loss=outputs.get("aux_loss"),
+            is_top1=(logits.argmax(-1) == labels) & mask, aux_loss=outputs.get("aux_loss"), **more,
         )  # fmt: skip
 
     model.forward = types.MethodType(forward, model)
