@@ -271,7 +271,7 @@ class Tracker:
         if self.ledger.last_step is not None and before[0] is not None and before != now:
             before, now = (f"{of} ({few(names or [], 20)})" for of, names in (before, now))
             warnings.warn(f"ledger: its steps so far have values of method and targets {before}, those to come of "
-                          f"{now}; sums will add them up", stacklevel=5)  # fmt: skip
+                          f"{now}; sums will add them up", stacklevel=4)  # fmt: skip
 
     def _install(self, plan: rules.Plan, folds: Folds | None) -> None:
         params = dict(self.model.named_parameters())
