@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ class AttentionRule(Holder):
             return plain(query, key, value, *args, **kwargs)
         if query.dim() != 3:
             raise InRunError(f"{tap}: expected a query with a batch axis, got {tuple(query.shape)}")
+        if tap.watched and tap.rows is not None and not torch.compiler.is_compiling():
+            tap.rows.take(self, query)
         if tap.keep is None:
             return _attend(self, query, key, value, *args, **kwargs)
         return eagerly(_attend, self, query, key, value, *args, **kwargs)

@@ -72,6 +72,7 @@ def efficiency(
     sums = ranks.over_shards(torch.stack([torch.stack(found) for found in expected.values()])).cpu()
     of_slot, none = dict(zip(expected, sums, strict=True)), none.cpu()
     wrong, tells = [], []
+    names: set[str] = set()
     for members, (total, size, count) in zip(groups, scores, strict=True):
         gradient = sum((of_slot[id(s)][0] for s in members), none)
         rounding = sum((of_slot[id(s)][1].sqrt() for s in members), none)
@@ -79,12 +80,14 @@ def efficiency(
         tolerance = SUM_TOLERANCE * size + ROUNDING * rounding + NOTHING
         if not bool(((total - gradient).abs() <= tolerance).all()):
             wrong.append(f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}")
+            names |= {s.name for s in members}
         elif not count.any() and any(bool(of_slot[id(s)][2].any()) for s in members):
             wrong.append(f"{shapes}: not scored, though it has a gradient")
+            names |= {s.name for s in members}
         tells.append(float((gradient.abs() > 2 * tolerance).any()))
     if wrong:
         more = [] if len(wrong) <= _SHOWN else [f"and {len(wrong) - _SHOWN} more"]
-        raise InRunError(
+        error = InRunError(
             "the scores do not add up to the gradients. Either something uses these parameters past their modules "
             "(call the module, track with through={parameter: the module that does}, or exclude the parameter), or "
             "gradients were left over from before the step, or were changed since element by element (clipping by "
@@ -93,6 +96,9 @@ def efficiency(
             "check=False), or is no number, or dimension 0 of a layer's input is not the sample:\n  "
             + "\n  ".join([*wrong[:_SHOWN], *more])
         )
+        if 2 * len(wrong) <= len(groups):  # of all together it is another reason
+            error.suspected = names
+        raise error
     everywhere = ranks.sum(torch.tensor(tells, device=factor.device)).tolist()
     return {s.name for members, n in zip(groups, everywhere, strict=True) if n == ranks.size for s in members}
 

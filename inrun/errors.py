@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ class InRunError(RuntimeError):
     A wrong argument is a ``ValueError`` or a ``TypeError``; this is for what depends on what came before: a
     parameter that no rule covers, a validation pass that is missing, a step that was recorded already.
     """
+
+    suspected: Collection[str] = ()  # names of layers or parameters that are to be scored otherwise
 
 
 def few(names: Sequence[object], most: int = 5) -> str:

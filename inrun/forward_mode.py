@@ -45,10 +45,12 @@ def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: 
         with dual(tap, None) as scale:
             leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
             pairs = [_unpacked(x, scale) for x in leaves]
+    # Of several outputs one whose rows are not the samples' may be there unused.
+    errors = _errors(module, tap, pairs, layout) if uncaptured else {}
     outputs = []
     for i, (primal, tangent) in enumerate(pairs):
-        if tangent is None:
-            outputs.append(primal)
+        if tangent is None or i in errors:
+            outputs.append(primal if tangent is None else _without_gradient(primal, errors[i]))
             continue
         tangents = [by_sample(module, tap, i, t, layout) for t in (tangent, *(t[i] for t in more))]
         scored = functional.attach(
@@ -57,6 +59,31 @@ def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: 
         )  # fmt: skip
         outputs.append(scored.flatten(0, 1) if tap.flat else scored.movedim(0, sample_axis(module, i)))
     return pytree.tree_unflatten(outputs, spec)
+
+
+def _errors(module: Any, tap: Tap, pairs: list[tuple[Any, Any]], layout: Layout) -> dict[int, InRunError]:
+    """Why outputs cannot be scored, by their number; raised where none can, or a recurrent layer's."""
+    errors, scored = {}, [i for i, (_, tangent) in enumerate(pairs) if tangent is not None]
+    for i in scored:
+        try:
+            by_sample(module, tap, i, pairs[i][0], layout)
+        except InRunError as error:
+            errors[i] = error
+    if errors and (len(errors) == len(scored) or isinstance(module, nn.RNNBase)):
+        raise next(iter(errors.values()))
+    return errors
+
+
+def _without_gradient(out: Tensor, error: InRunError) -> Tensor:
+    """An output to which no gradient may come."""
+
+    def refuse(_: Tensor) -> None:
+        raise error
+
+    if out.requires_grad:
+        out = probing.Alias.apply(out)  # it may be used inside of the module as well
+        out.register_hook(refuse)
+    return out
 
 
 def _with_tangents(
@@ -334,6 +361,8 @@ class _AsBackward(TorchFunctionMode):
                 args[i] = None
             else:
                 pair.append(kwargs.pop(name, None))
+        if func is F.group_norm and args:  # whose forward derivative takes no transposed input
+            args[0] = args[0].contiguous()
         normed = func(*args, **kwargs)
         scale, shift = (p.view(-1, *[1] * (normed.dim() - 2)) if by_channel and p is not None else p for p in pair)
         y = normed if scale is None else normed * scale

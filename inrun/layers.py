@@ -97,6 +97,8 @@ class Rule(Holder):
         lead, shared = True, isinstance(x, Shared)
         if isinstance(x, Shared):
             lead, x = x._lead, x.as_subclass(Tensor)
+        if self._inrun.rows is not None:
+            self._inrun.rows.take(self, x)
         y = self._scored(x)
         if not shared and not self._inrun.flat and len(y) > 1 and y.shape[:1] != x.shape[:1]:
             lead, shared = x.shape[:1] == (1,), True
@@ -104,8 +106,8 @@ class Rule(Holder):
 
     def _scored(self, x: Tensor) -> Tensor:
         tap = self._inrun
-        if tap.folds is not None and self.may_fold and not torch.compiler.is_compiling() and x.dim() > 1:
-            tap.flat = tap.routed or tap.folds.are_in(self, x)
+        if tap.rows is not None and self.may_fold and not torch.compiler.is_compiling() and x.dim() > 1:
+            tap.flat = tap.routed or tap.rows.are_tokens(self, x)
         if tap.keep is not None:
             y = eagerly(tap.keep, self, self.plain, x)
         else:
@@ -315,39 +317,60 @@ class RelativeBiasRule(Rule):
     def forward(self, *args, **kwargs):
         return self._inrun_class.forward(self, *args, **kwargs)
 
-    def compute_bias(self: Any, *args, **kwargs):
+    def compute_bias(self, *args, **kwargs):
         tap = self._inrun
-        bias = self._inrun_class.compute_bias(self, *args, **kwargs)
+        one = _RelativeBias(self, args, kwargs)
+        bias = one.computed()
         if not tap.scores():
             return bias
         if tap.keep is not None:
-            return eagerly(tap.keep, self, lambda x: x, bias)
+            return eagerly(tap.keep, one, one.plain, bias)
         assert tap.probe is not None
         if tap.layout is not None:
             require_whole_rows(self, tap.layout)
         size = tap.probe.shape[0]
-        tangents = self._tangents(
-            lambda: self._inrun_class.compute_bias(self, *args, **kwargs).expand(size, -1, -1, -1)
-        )
-        return functional.attach(bias.expand(size, -1, -1, -1), tangents, tap.probe)
+        tangents = one.tangents()
+        shape = tangents.shape[: tangents.dim() - bias.dim()]
+        tangents = tangents.expand(*shape, size, *bias.shape[1:])
+        return functional.attach(bias.expand(size, *bias.shape[1:]), tangents, tap.probe)
+
+
+class _RelativeBias(Rule):
+    """One bias that an attention computes, `[1, ..., heads, Q, K]`, scored and kept as a layer is.
+
+    Args:
+        module: the attention; args, kwargs: what its bias is computed for.
+    """
+
+    def __init__(self, module: Any, args: tuple, kwargs: dict) -> None:
+        self._inrun, self.parameters = module._inrun, module.parameters
+        self.module, self.call = module, (args, kwargs)
+
+    def plain(self, x):
+        return x
 
     def placed(self, x, layout):
-        require_whole_rows(self, layout)
+        require_whole_rows(self.module, layout)
         return self.by_sample(x, layout.rows)
 
-    def dots(self: Any, x, grad, segments):
-        tangents = self._tangents(lambda: self._inrun_class.compute_bias(self, *x.shape[-2:], device=x.device))
-        return grad.flatten(1).to(tangents.dtype) @ tangents.flatten(-4).t()  # [1, h, Q, K], or [M, 1, h, Q, K]
+    def dots(self, x, grad, segments):
+        tangents = self.tangents()
+        first = tangents.dim() - x.dim()  # 1 where there are several targets
+        return grad.flatten(1).to(tangents.dtype) @ tangents.flatten(first + 1).squeeze(first).t()
 
-    def _tangents(self, bias) -> Tensor:
-        table: Any = self.relative_attention_bias
+    def computed(self) -> Tensor:
+        return self.module._inrun_class.compute_bias(self.module, *self.call[0], **self.call[1])
+
+    def tangents(self) -> Tensor:
+        """The bias along the table's direction, or the directions of several targets."""
+        table: Any = self.module.relative_attention_bias
         weight, direction = table.weight, targets_first(table._siblings["weight" + SUFFIX], table.weight)
         many = direction.dim() > weight.dim()
         found = []
         try:
             for one in direction.unbind(0) if many else [direction]:
                 table._parameters["weight"] = one
-                found.append(bias())
+                found.append(self.computed())
         finally:
             table._parameters["weight"] = weight
         return torch.stack(found) if many else found[0]
@@ -361,10 +384,25 @@ class ForwardModeRule(Holder):
         if not tap.scores():
             return self.plain(*args, **kwargs)
         if tap.watched and not torch.compiler.is_compiling():
-            self._require_samples(args, kwargs)
+            return self._watched(args, kwargs)
+        return self._scored(args, kwargs)
+
+    def _scored(self, args: tuple, kwargs: dict) -> Any:
+        tap = self._inrun
         if tap.keep is not None:
             return eagerly(tap.keep, self, self.plain, (args, kwargs))
         return forward_mode(self, tap, self.plain, args, kwargs)
+
+    def _watched(self, args: tuple, kwargs: dict) -> Any:
+        rows = self._inrun.rows
+        if rows is not None:
+            rows.note_call()
+        self._require_samples(args, kwargs)
+        out = self._scored(args, kwargs)
+        for leaf, y in enumerate(pytree.tree_leaves(out)):
+            if rows is not None and isinstance(y, Tensor) and y.requires_grad:
+                rows.take(self, y, leaf)
+        return out
 
     def plain(self, *args, **kwargs) -> Any:
         return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]

@@ -123,8 +123,8 @@ class Step:
             )
         return self._values
 
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        self._tracker.end(self)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._tracker.end(self, error)
         if kind is None:
             self._tracker.finish(self)
 

@@ -44,7 +44,7 @@ class Tap:
         self.passed_by = False  # whether, in one of the step's forwards, all of it was frozen
         # The tracker's.
         self.pending: Any = None
-        self.folds: Any = None  # tells whether a layer's rows are flattened tokens
+        self.rows: Any = None  # tells whether a layer's rows are the samples, or their tokens, flattened
         self.watched = False  # whether to see what becomes of outputs that all samples share
         self.compared = False  # whether a module known by running it is to be compared with itself
         self.positions: Tensor | None = None  # whether all ids so far, one for each sample, could be positions

@@ -32,12 +32,12 @@ from .deferred import METHODS as DEFERRED
 from .deferred import Deferred
 from .distributed import Ranks
 from .errors import InRunError, Pending, few
-from .folds import Folds
 from .inline import Inline
 from .keep import Waiting
 from .ledger import Ledger
 from .method import Method
 from .montecarlo import MonteCarlo
+from .rows import Rows
 from .slots import Slot, places, require_all, sibling, trainable
 from .step import Step
 from .tap import Layout, Tap, size_of
@@ -235,14 +235,13 @@ class Tracker:
         self.first_check = False  # whether this step's is the first
         self.agenda = check.Agenda()
         self._shared_due = checked  # whether outputs that samples share are still watched: until a batch has several
-        self._rows = 0  # of this step's largest batch
+        self._largest = 0  # rows of this step's largest batch
         self._unscored: set[nn.Parameter] = set()  # excluded ones that train
-        self._folds = Folds(model)
         self._watch = Watch(
             (), self.ranks, self._pending, self._method.scores_in_backward
         )  # until there are optimizers
-        may_fold = self.ranks.size == 1 and not (self.samples or sampled or self.in_batch)
-        self._install(planned, self._folds if may_fold else None)
+        self._rows = Rows(model, folding=not (self.samples or sampled), paused=self.paused)
+        self._install(planned)
         self._step: Step | None = None
         self._waiting: Step | None = None  # a step that ended and whose values still wait for a validation gradient
         self._seconds = {"direction": 0.0, "harvest": 0.0}
@@ -273,13 +272,15 @@ class Tracker:
             warnings.warn(f"ledger: its steps so far have values of method and targets {before}, those to come of "
                           f"{now}; sums will add them up", stacklevel=4)  # fmt: skip
 
-    def _install(self, plan: rules.Plan, folds: Folds | None) -> None:
+    def _install(self, plan: rules.Plan) -> None:
         params = dict(self.model.named_parameters())
         siblings = {name: sibling(params[name], self.many) for name in plan.tracked}
         slots: dict[str, Slot] = {}
         for site in plan.sites:
             tap = rules.install(site, siblings)
-            tap.pending, tap.folds = self._pending, folds
+            tap.pending = self._pending
+            # Not of several processes, which might not all run the model again; nor where others' rows follow.
+            tap.rows = None if self.ranks.size > 1 or self.in_batch else self._rows
             self.taps.append(tap)
             for owner, local, full in site.owned:
                 slots.setdefault(full, Slot(full, owner, local, [])).taps.append(tap)
@@ -474,7 +475,7 @@ class Tracker:
             self.validations.run_due()
             self.validations.require_fresh()
         self._method.scale = step.scale
-        self._rows = 0
+        self._largest = 0
         self.check_due = self.check_due or self.steps >= self.agenda.due
         self.first_check = self.check_due and not self.agenda.made
         with self._timed("direction"):
@@ -504,8 +505,8 @@ class Tracker:
     def batch(self, step: Step, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if self._step is not step:
             raise InRunError("batch: expected inside the step block, got outside of it")
-        self._rows = max(self._rows, layout.rows)
-        self._folds.begin(layout.rows if layout.segments is None else 0)
+        self._largest = max(self._largest, layout.rows)
+        self._rows.begin(layout.rows if layout.segments is None else 0)
         self._method.batch(layout.on(self.slots[0].param.device), recompute)  # once for all layers
 
     def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -545,15 +546,15 @@ class Tracker:
         if self.check_due:
             groups = (group for each in self.optimizers for group in each.param_groups)
             self._require_no_others({p for group in groups for p in group["params"] if p.grad is not None})
-        with self.paused():  # what the method runs here is no batch
-            self._folds.verify()
+        with self.paused():  # what runs here is no batch
+            self._rows.verify()
             step.factor = self._method.before_update(factor, unscale)
         if self.first_check and self._frozen and self.validations.norms:
             grads = [slot.grad for slot in self.slots if slot.grad is not None]
             directions.warn_of_sizes(self.optimizers, self.validations.norms, self.ranks.norm(grads) * unscale)
         self._watch.updated(optimizer)
         self.check_due, self.first_check = put_off, False
-        self._shared_due = self._shared_due and self._rows < 2
+        self._shared_due = self._shared_due and self._largest < 2
 
     def lost(self) -> list[str]:
         """Parameters whose gradient of this step's backward is gone before the update."""
@@ -566,12 +567,14 @@ class Tracker:
         certain = check.efficiency(self.slots, dots, along, factor, unscale, self.ranks, self.first_check)
         self.agenda.made_at(self.steps, certain, [s.name for s in self.slots if s.param.requires_grad])
 
-    def end(self, step: Step) -> None:
+    def end(self, step: Step, error: BaseException | None = None) -> None:
         """The block is over, whatever ended it; a validation gradient has served it even if an exception did."""
+        if isinstance(error, Exception):
+            self._rows.explain(error)
         self._step = None
         self._watch.active = False
-        self._folds.begin(0)
-        self._folds.forget()
+        self._rows.begin(0)
+        self._rows.forget()
         self._method.end()
         self.validations.count_step()
 

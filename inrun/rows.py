@@ -1,0 +1,290 @@
+"""Whether dimension 0 of what a layer is given, or returns, holds the samples: what its size alone cannot tell.
+
+Sizes that happen to be B: `[T, ...]` of a layer that goes token by token, or outputs that are stacked layer by layer,
+look like `[B, ...]` where T is B. So before the update of the first step of several samples the model is run once more,
+with one sample fewer: what has B rows still has none of the samples'.
+
+Rows that are samples' tokens, flattened: `head(h.view(-1, W))`, OPT's blocks. Such a `[B * T, W]` can be scored where
+the samples' rows lie one after the other, which is found out of layers that have as many rows for a sample as an input
+has: the model is run on the batch and on the batch with its samples moved on by one, when the layer's rows must have
+moved on by as many as belong to a sample.
+
+These runs are without gradients, in eval mode, and not within the forward: the user's own contexts around it cannot be
+entered twice.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .errors import InRunError, few
+from .forward_mode import sample_axis
+from .remedies import Shapes, as_code, remedies
+from .restoring import as_it_was, random_kept
+
+_PLAIN = (Tensor, int, float, str, torch.dtype, torch.device)
+_INSTEAD = (
+    "Name a module around it that returns [B, ...], track(..., through={parameter: module}), or exclude its parameters"
+)
+SAME, OTHER = 1e-3, 1e-2  # of the largest mark: up to the former two are equal, from the latter on they differ
+
+
+class _UnclearError(Exception):
+    pass
+
+
+class _Call(NamedTuple):
+    """What the model was called with, of how many samples, and its autocast."""
+
+    args: tuple
+    kwargs: dict
+    rows: int
+    autocast: tuple
+
+    def of(self, order: Sequence[int], flattened: bool = False) -> _Call | None:
+        """The call of these of its samples; some inputs may hold their tokens, flattened. None where it holds none, or
+        a list of B has tensors of B rows, either of which could be the samples."""
+        count = 0
+
+        def changed(x: Any, top: bool = False) -> Any:
+            nonlocal count
+            if self.is_of_samples(x) or (flattened and self.is_of_samples(x, parts=True)):
+                count += 1
+                return x.unflatten(0, (self.rows, -1))[list(order)].flatten(0, 1)
+            if isinstance(x, dict):
+                return {name: changed(value) for name, value in x.items()}
+            if type(x) not in (list, tuple):
+                return x
+            if top or len(x) != self.rows:
+                return type(x)(map(changed, x))
+            if any(map(self.is_of_samples, pytree.tree_leaves(x))):
+                raise _UnclearError
+            count += 1
+            return type(x)(x[i] for i in order)
+
+        try:
+            args, kwargs = changed(self.args, top=True), changed(self.kwargs)
+        except _UnclearError:
+            return None
+        return self._replace(args=args, kwargs=kwargs) if count else None
+
+    def is_of_samples(self, x: Any, parts: bool = False) -> bool:
+        return isinstance(x, Tensor) and x.dim() > 0 and (len(x) == self.rows or (parts and len(x) % self.rows == 0))
+
+    def leaves(self) -> list[Any]:
+        return pytree.tree_leaves((self.args, self.kwargs))
+
+    def is_plain(self) -> bool:
+        """Whether it can be made again: a cache, say, would take each run in."""
+        return all(x is None or isinstance(x, _PLAIN) for x in self.leaves())
+
+    def sizes(self) -> set[int]:
+        """Products of sizes that the inputs have beside B."""
+        shapes = [x.shape[1:] for x in self.leaves() if self.is_of_samples(x)]
+        picks = (pick for shape in shapes for n in range(1, len(shape) + 1) for pick in combinations(shape, n))
+        return {math.prod(pick) for pick in picks}
+
+
+class Rows:
+    """Which layers of a model hold a batch's samples at dimension 0, or several rows for each, sample after sample.
+
+    Args:
+        model: what it is called with has the samples in front.
+        folding: whether rows may be flattened tokens.
+        paused: in this context tracked layers run plainly.
+    """
+
+    def __init__(self, model: nn.Module, folding: bool, paused: Callable[[], AbstractContextManager]) -> None:
+        self._model, self._folding, self._paused = model, folding, paused
+        self._known: set[nn.Module] = set()
+        self._asked: dict[Any, tuple[int, ...]] = {}  # layers of flattened tokens, and their inputs' shapes
+        self._taken: set[tuple[Any, int | None]] = set()  # modules with B rows in their input (None) or an output
+        self._call: _Call | None = None
+        self.rows = 0  # B of the next forward; 0 where values belong to documents or tokens
+        self._sizes: set[int] | None = None  # what a sample may have of rows there
+
+    def begin(self, rows: int) -> None:
+        """A forward of so many samples will come; 0 where values belong to documents or tokens."""
+        self.rows, self._sizes = rows, None
+
+    def note_call(self) -> None:
+        """The call of the model that is going on may have to be made again."""
+        if self._call is None and self.rows > 1 and (call := self._looked_up()) is not None and call.is_plain():
+            self._call = call
+
+    def take(self, module: Any, x: Tensor, leaf: int | None = None) -> None:
+        """A module's input x, or its output `leaf` once a gradient comes to it, is taken for one of B rows; `verify`
+        raises where it is not."""
+        self.note_call()
+        axis = sample_axis(module, leaf or 0)
+        if self.rows < 2 or x.dim() <= axis or x.shape[axis] != self.rows or not isinstance(module, nn.Module):
+            return
+        if leaf is None:
+            self._taken.add((module, None))
+        else:
+            x.register_hook(lambda _: self._taken.add((module, leaf)))
+
+    def are_tokens(self, layer: Any, x: Tensor) -> bool:
+        """Whether the layer's input is taken for flattened tokens, for now; `verify` raises where it is not."""
+        if not self._folding or not self.rows or x.shape[0] in (1, self.rows) or x.shape[0] % self.rows:
+            return False
+        if self.rows == 1:
+            return True
+        if self._sizes is None:
+            call = self._looked_up()
+            self._sizes = call.sizes() if call is not None else set()
+        # As many as an input has: tokens that were picked out have as many only where each sample has all of its own.
+        if x.shape[0] // self.rows not in self._sizes:
+            return False
+        if layer in self._known or layer in self._asked:
+            return True
+        self.note_call()
+        if self._call is not None:
+            self._asked[layer] = tuple(x.shape)
+        return self._call is not None
+
+    def verify(self) -> None:
+        """Raise `InRunError` where an input or output was taken for what it is not."""
+        call = self._call
+        if call is None:
+            return
+        wrong, fewer = set(), self._of_one_fewer({module for module, _ in self._taken}, call) if self._taken else {}
+        for module, leaf in self._taken:
+            axis = sample_axis(module, leaf or 0)
+            if any(shapes.get(leaf, ())[axis : axis + 1] == (call.rows,) for shapes in fewer.get(module, ())):
+                wrong.add(f"{module._inrun} ({module._inrun_class.__name__})")
+        if wrong:
+            raise InRunError(
+                f"{few(sorted(wrong))}: expected the samples at dimension 0; got {call.rows} rows, as many as there "
+                f"are samples, and as many still when the model's input had one sample fewer. {_INSTEAD}"
+            )
+        if not self._asked:
+            return
+        moved = call.of([call.rows - 1, *range(call.rows - 1)])
+        if moved is not None and _are_equal(call, moved):
+            return  # samples that are all alike tell nothing: the next step is asked
+        runs, why = [], None
+        try:
+            runs = [self._marks(each) for each in (call, moved)] if moved is not None else []
+        except Exception as error:  # of a model that does not run like this
+            runs, why = [], error
+        for layer, shape in self._asked.items():
+            before, after = (run.get(layer, []) for run in runs) if runs else ([], [])
+            alike = len(before) == len(after) and all(
+                _moved_on(x, y, call.rows) for x, y in zip(before, after, strict=True)
+            )
+            if not alike or not before:
+                raise InRunError(
+                    f"{layer._inrun}: expected an input [B, ...], or [B * T, ...] of tokens, sample "
+                    f"after sample, with B = {call.rows}; got {shape}, whose rows did not move on when the samples of "
+                    f"the model's input did. {_INSTEAD}"
+                ) from why
+        self._known.update(self._asked)
+
+    def forget(self) -> None:
+        """What was asked in a step that is over."""
+        self._asked, self._taken, self._call = {}, set(), None
+
+    def explain(self, error: Exception) -> None:
+        """Add to an error what would score the layers whose rows are not the samples, if there are any, and the model
+        runs by itself."""
+        call = self._call
+        if call is None:
+            return
+        sizes = call.sizes() if self._folding else ()
+        with suppress(Exception):  # of a model that does not run like this
+            every = list(self._model.modules())
+            whole = self._shapes(every, call, torch.enable_grad)
+            fewer = self._of_one_fewer(every, call, torch.enable_grad)
+            # What is given [1, ...] runs on B rows, which is told from what comes after, or makes torch fail there.
+            ours = isinstance(error, InRunError | ValueError)
+            suspected = getattr(error, "suspected", ()) if ours else {name for name, _ in self._model.named_modules()}
+            found = remedies(self._model, whole, fewer, call.rows, sizes, suspected) if fewer else None
+            if found:
+                error.add_note(f"Modules around such layers would score their parameters, each by one more forward: "
+                               f"track(..., through={as_code(found)})")  # fmt: skip
+
+    def _looked_up(self) -> _Call | None:
+        """The model's call that is going on: looked up on the stack, as a hook would be copied and pickled with the
+        model, and a graph be captured anew for it."""
+        frame: Any = sys._getframe()
+        device = next(self._model.parameters()).device.type
+        while frame is not None:
+            if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is self._model:
+                autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False
+                return _Call(frame.f_locals["args"], frame.f_locals["kwargs"], self.rows, autocast)
+            frame = frame.f_back
+        return None
+
+    def _run(self, call: _Call, grad_mode: Callable[[], Any]) -> None:
+        with self._paused(), as_it_was(self._model), grad_mode(), torch.autocast(*call.autocast), random_kept():
+            self._model.eval()
+            self._model(*call.args, **call.kwargs)
+
+    def _shapes(self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad) -> Shapes:
+        """What modules are given and return in a run; with gradients, those outputs that take one."""
+        found: Shapes = {}
+
+        def note(module: Any, args: tuple, kwargs: dict, out: Any) -> None:
+            inputs = [(None, x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)][:1]
+            outputs = [(i, y) for i, y in enumerate(pytree.tree_leaves(out)) if isinstance(y, Tensor)]
+            known = [(i, y) for i, y in outputs if y.requires_grad or not torch.is_grad_enabled()]
+            found.setdefault(module, []).append({i: tuple(x.shape) for i, x in (*inputs, *known)})
+
+        handles = [m.register_forward_hook(note, with_kwargs=True) for m in modules]
+        try:
+            self._run(call, grad_mode)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def _of_one_fewer(
+        self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad
+    ) -> Shapes:
+        """Nothing of a model that takes no other number of samples."""
+        for flattened in (False, True):
+            with suppress(Exception):
+                fewer = call.of(range(call.rows - 1), flattened)
+                return {} if fewer is None else self._shapes(modules, fewer, grad_mode)
+        return {}
+
+    def _marks(self, call: _Call) -> dict[Any, list[Tensor]]:
+        """Two numbers for each row of each input that each layer of flattened tokens is called with."""
+        found: dict[Any, list[Tensor]] = {}
+
+        def note(layer: Any, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            rows = x.detach().reshape(len(x), -1).float()
+            weights = torch.arange(rows.shape[1], device=x.device, dtype=torch.float32).cos()
+            found.setdefault(layer, []).append(torch.stack([rows @ weights, rows.norm(dim=1)]))
+
+        handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in self._asked]
+        try:
+            self._run(call, torch.no_grad)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+def _are_equal(call: _Call, other: _Call) -> bool:
+    pairs = zip(call.leaves(), other.leaves(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor))
+
+
+def _moved_on(before: Tensor, after: Tensor, rows: int) -> bool:
+    if before.shape != after.shape or before.shape[1] % rows:
+        return False
+    expected, size = before.roll(before.shape[1] // rows, 1), before.abs().max()
+    differs = (expected - before).abs().max() > OTHER * size
+    return bool(differs & ((after - expected).abs().max() <= SAME * size))

@@ -1,0 +1,266 @@
+"""Rows that only look like a batch's samples, and what is proposed for layers whose rows are none."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import inrun
+from inrun.remedies import as_code
+
+B, T, WIDTH, LR = 4, 4, 6, 0.1  # as many tokens as samples
+
+
+class TokensFirst(nn.Module):
+    """Layers that are given `[T, B, W]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 2)
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x).transpose(0, 1)
+        for block in self.blocks:
+            h = block(h).tanh()
+        return self.head(h.transpose(0, 1).cumsum(1))
+
+
+class RelativePositions(nn.Module):
+    """An embedding that is given distances, `[T, T]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.distance, self.head = nn.Embedding(11, WIDTH), nn.Embedding(2 * T, 1), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], device=x.device)
+        bias = self.distance(places[:, None] - places + T).squeeze(-1)
+        return self.head(bias.softmax(-1) @ self.token(x))
+
+
+class Remembering(nn.Module):
+    """Torch's attention over as many memories as there are samples, which all of them see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 2)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.register_buffer("memories", torch.randn(B, 3, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.attention(self.memories, self.memories, self.memories)[0]
+        return self.head(self.token(x) * seen.mean((0, 1)))
+
+
+class Depths(nn.Module):
+    """What each of B layers returns, stacked, beside the last one's; held by a parameter of the module's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales, self.token = nn.Parameter(torch.rand(B, WIDTH)), nn.Embedding(11, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = [self.token(x)]
+        for scale in self.scales:
+            found.append((found[-1] * scale).tanh())
+        return found[-1], torch.stack(found[1:])
+
+
+class Around(nn.Module):
+    def __init__(self, which: int) -> None:
+        super().__init__()
+        self.depths, self.head, self.which = Depths(), nn.Linear(WIDTH, 2), which
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.depths(x)[self.which]
+        return self.head(out if self.which == 0 else out.mean(0))
+
+
+class Learned(nn.Module):
+    """As many learned queries as samples, which a layer projects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.queries, self.head = (nn.Embedding(11, WIDTH), nn.Embedding(B, WIDTH), nn.Linear(WIDTH, 2))
+        self.query = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, q = self.token(x), self.query(self.queries.weight.detach())
+        return self.head((q @ h.mT).softmax(-1) @ h)
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def ids(size: int, seed: int, tokens: int = T) -> Tensor:
+    return torch.randint(11, (size, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def made(kind: Any, *args: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return kind(*args).double()
+
+
+def expected(model: nn.Module, x: Tensor) -> Tensor:
+    """A sample's gradient times the validation gradient, one sample at a time."""
+    params = list(model.parameters())
+    target = torch.autograd.grad(loss_of(model, ids(3, 2)), params, allow_unused=True)
+    rows = [torch.autograd.grad(loss_of(model, row[None]), params, allow_unused=True) for row in x]
+    pairs = [[(g, t) for g, t in zip(row, target, strict=True) if g is not None and t is not None] for row in rows]
+    return torch.stack([sum((g * t).sum() for g, t in pair) for pair in pairs]) * LR / len(x)  # pyright: ignore
+
+
+def step(model: nn.Module, x: Tensor, method: str = "first", **options: Any) -> Tensor:
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    held = ids(3, 2)
+    if method == "pairwise":
+        method, options, held = "first", {"pairwise": range(B), **options}, ids(B, 2)
+    with inrun.track(model, optimizer, method, validation=lambda: loss_of(model, held), **options) as tracker:
+        with tracker.step(range(len(x))) as taken:
+            loss_of(model, x).backward()
+            optimizer.step()
+        return taken.values.double()
+
+
+def proposed(error: Any) -> dict[str, str]:
+    """What the error's note would have tracked."""
+    (note,) = error.value.__notes__
+    return eval(re.search(r"through=(.*)\)$", note)[1])  # pyright: ignore - what a user pastes
+
+
+PROPOSED = {
+    TokensFirst: {"blocks.*": ""},
+    RelativePositions: {"distance.*": ""},
+    Remembering: {"attention.*": ""},
+    Learned: {"query.*": ""},
+}
+
+
+@pytest.mark.parametrize("method", ["first", "path", "pairwise", "monte_carlo"])
+@pytest.mark.parametrize("kind", PROPOSED)
+def test_as_many_rows_as_samples_that_are_something_else_are_refused(kind, method):
+    """And what the error proposes scores them."""
+    model, x = made(kind), ids(B, 1)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(
+        inrun.InRunError, match=r"expected the samples at dimension 0; got 4 rows, .* still when"
+    ) as error:
+        step(model, x, method)
+    assert proposed(error) == PROPOSED[kind]
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items() if name in before)
+    if method in ("first", "path"):
+        model = made(kind)
+        want = expected(model, x)
+        torch.testing.assert_close(step(model, x, method, through=proposed(error)), want, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("kind", [TokensFirst, RelativePositions])
+def test_other_sizes_are_errors_that_propose_the_same(kind, method):
+    with pytest.raises(ValueError, match="input: expected shape") as error:
+        step(made(kind), ids(B + 1, 1), method)
+    assert proposed(error) == PROPOSED[kind]
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("size", [B, B + 1])
+def test_outputs_that_are_not_the_samples_may_be_there_unused(method, size):
+    model, x = made(Around, 0), ids(size, 1)
+    want = expected(model, x)
+    torch.testing.assert_close(step(model, x, method), want, rtol=1e-5, atol=1e-9)
+    with pytest.raises(inrun.InRunError, match=r"depths.*(expected every output|expected the samples)") as error:
+        step(made(Around, 1), x, method)
+    assert proposed(error) == {"depths.*": ""}
+    model = made(Around, 1)
+    want = expected(model, x)
+    torch.testing.assert_close(step(model, x, method, through=proposed(error)), want, rtol=1e-5, atol=1e-9)
+
+
+class Patches(nn.Module):
+    """Images' patches are given flattened, with how many each has; a model of text beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = nn.Sequential(nn.Linear(3, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+        self.token, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor, pixels: Tensor, counts: Tensor) -> Tensor:
+        seen = [one.mean(0) for one in self.vision(pixels).split(counts.tolist())]
+        return self.head(self.token(x) + torch.stack(seen)[:, None])
+
+
+def test_flattened_inputs_are_cut_too():
+    model, optimizer = (m := made(Patches)), torch.optim.SGD(m.parameters(), lr=LR)
+    x, counts = ids(B, 1), torch.tensor([5, 2, 7, 6])
+    pixels = torch.randn(20, 3, dtype=torch.float64)
+    with inrun.track(model, optimizer) as tracker:
+        with tracker.validation():
+            model(x, pixels, counts).square().mean().backward()
+        with pytest.raises(ValueError, match="input: expected shape") as error, tracker.step(range(B)):
+            model(x, pixels, counts)
+    assert not hasattr(error.value, "__notes__")  # of uneven samples nothing can be said
+    counts = torch.tensor([5, 5, 5, 5])
+    with inrun.track(model, optimizer) as tracker:
+        with tracker.validation():
+            model(x, pixels, counts).square().mean().backward()
+        with pytest.raises(ValueError, match="input: expected shape") as error, tracker.step(range(B)):
+            model(x, pixels, counts)
+    assert proposed(error) == {"vision.*.*": ""}
+
+
+class Once(TokensFirst):
+    """As TokensFirst with its samples in front; its other numbers tell whether anything stays of a run."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.sizes, self.calls, self.dropout = sizes, 0, nn.Dropout(0.5)
+
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        x = x if isinstance(x, Tensor) else torch.stack(x)
+        if len(x) not in self.sizes:
+            raise NotImplementedError("another size of batch")
+        self.calls += 1
+        self.seen += len(x)
+        h = self.token(x)
+        for block in self.blocks:
+            h = self.dropout(block(h).tanh())
+        return self.head(h)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("sizes", [(3, B), (3, B - 1, B)])
+def test_nothing_stays_of_the_run_with_one_sample_fewer(sizes, listed):
+    """Nor is it an error where a model takes no such batch, or has its samples in a list."""
+    model, plain, x = made(Once, sizes), made(Once, sizes), ids(B, 1)
+    x = list(x) if listed else x
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with inrun.track(model, optimizer) as tracker:
+        with tracker.validation():
+            loss_of(model, ids(3, 2)).backward()
+        torch.manual_seed(7)
+        with tracker.step(range(B)):
+            loss_of(model, x).backward()
+            optimizer.step()
+        drawn = torch.rand(2)
+    assert model.calls == 2 and int(model.seen) == 3 + B and model.training and model.dropout.training
+    torch.manual_seed(7)
+    loss_of(plain, x).backward()
+    assert torch.equal(drawn, torch.rand(2))
+    for p, trained in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(trained, p - LR * p.grad)
+
+
+def test_code_of_many_names():
+    pairs = [(f"a.layers.{i}.b.{k}.*", f"a.layers.{i}.b") for i in range(3) for k in ("q", "k")]
+    pairs += [(f"c.{i}.{j}.*", f"c.{i}.{j}") for i, j in ((0, 1), (2, 0))] + [("d.*", ""), ("e.weight", "e")]
+    pairs += [(f"f.{i}.bias", f"f.{i}") for i in (1, 3)]
+    assert eval(as_code(pairs)) == dict(pairs)
+    assert as_code(pairs[:2]) == '{"a.layers.0.b.q.*": "a.layers.0.b", "a.layers.0.b.k.*": "a.layers.0.b"}'
+    assert as_code([(f"f.{i}.w.*", "f") for i in range(3)]) == '{"f.*.w.*": "f"}'
