@@ -282,6 +282,11 @@ BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 
 NEO = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 VISION = {"image_size": 8, "patch_size": 4, "intermediate_size": 24} | SHAPE
 CLIP = {"vision_config": VISION, "num_labels": VOCAB}
+SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [2, 2], "window_size": 4}
+SWIN |= {"num_labels": VOCAB, "drop_path_rate": 0.0}
+# What the error in the first step proposes.
+WINDOWS = {f"swin.encoder.layers.{i}.blocks.{j}.attention.*": f"swin.encoder.layers.{i}.blocks.{j}"
+           for i, j in [(0, 0), (1, 0), (1, 1)]}  # fmt: skip
 ALL = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 # Compared with the oracle in float32 only, by methods "first" and "path".
@@ -318,6 +323,8 @@ MORE = {
     "CLIP": Case(hf("CLIPForImageClassification", "CLIPConfig", **CLIP), images(8)),
     "SigLIP": Case(hf("SiglipForImageClassification", "SiglipConfig", **CLIP), images(8)),
     "Wav2Vec2": Case(hf("Wav2Vec2ForCTC", "Wav2Vec2Config", **W2V), sound),
+    "LongT5": Case(hf("LongT5ForConditionalGeneration", "LongT5Config", local_radius=3, **T5), pairs),
+    "Swin": Case(hf("SwinForImageClassification", "SwinConfig", **SWIN), images(16), through=WINDOWS),
     "DoRA": adapted("LoraConfig", r=4, use_dora=True, **ALL),
     "LoRA of embeddings": adapted("LoraConfig", r=4, target_modules=["embed_tokens", "q_proj"]),
     "IA3": adapted("IA3Config", feedforward_modules=["down_proj"], **ALL),

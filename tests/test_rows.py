@@ -257,6 +257,88 @@ def test_nothing_stays_of_the_run_with_one_sample_fewer(sizes, listed):
         torch.testing.assert_close(trained, p - LR * p.grad)
 
 
+class Crossed(nn.Module):
+    """A scale of the block's own; its layer of positions is given `[1, T, W]`, and its output is split by heads."""
+
+    def __init__(self, heads: bool) -> None:
+        super().__init__()
+        self.scale, self.positions = nn.Parameter(torch.rand(WIDTH)), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("places", torch.randn(1, T, WIDTH))
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.positions(self.places)
+        if self.heads:  # B rows have B times as many
+            places = places.view(1, T, -1, 2).permute(0, 2, 3, 1)
+            seen = x.unflatten(-1, (3, 2)).transpose(1, 2) @ places
+            return x * self.scale * seen.mean((1, 3))[..., None]
+        return x * self.scale + x @ (places[0].mT @ places[0])
+
+
+class Crossing(nn.Module):
+    def __init__(self, heads: bool) -> None:
+        super().__init__()
+        self.token, self.block, self.head = nn.Embedding(11, WIDTH), Crossed(heads), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.token(x)))
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_what_a_shared_input_makes_fail_is_scored_by_the_module_around(heads):
+    """Torch's own error, or this library's of the operation that mixes rows, ends with the same proposal."""
+    model, x = made(Crossing, heads), ids(B, 1)
+    with pytest.raises(RuntimeError) as error:
+        step(model, x)
+    assert isinstance(error.value, inrun.InRunError) is not heads
+    assert proposed(error) == {"block.positions.*": "block"}
+    model = made(Crossing, heads)
+    want = expected(model, x)
+    torch.testing.assert_close(step(model, x, through=proposed(error)), want, rtol=1e-5, atol=1e-9)
+
+
+class Bypassing(nn.Module):
+    """Uses a weight past its module, in a module inside."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low, self.up = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            layer = [self.low][0]  # hidden from who reads the source
+            return self.up(x @ layer.weight + self.low(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.inner, self.head = nn.Embedding(11, WIDTH), Bypassing.Inner(), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.token(x)))
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_parameters_used_past_their_modules_come_with_the_module_that_does(method):
+    model, x = made(Bypassing), ids(B, 1)
+    with pytest.raises(inrun.InRunError, match="the scores do not add up") as error:
+        step(model, x, method)
+    assert proposed(error) == {"inner.low.*": "inner"}
+    model = made(Bypassing)
+    want = expected(model, x)
+    torch.testing.assert_close(step(model, x, method, through=proposed(error)), want, rtol=1e-5, atol=1e-9)
+
+
+def test_an_error_of_ones_own_is_left_as_it_is():
+    model, x = made(Once, (3, B - 1, B)), ids(B, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, ids(3, 2)))
+    for own in (ZeroDivisionError(), KeyboardInterrupt()):
+        with pytest.raises(type(own)) as caught, tracker.step(range(B)):
+            loss_of(model, x)
+            raise own
+        assert caught.value is own and not hasattr(own, "__notes__")
+
+
 def test_code_of_many_names():
     pairs = [(f"a.layers.{i}.b.{k}.*", f"a.layers.{i}.b") for i in range(3) for k in ("q", "k")]
     pairs += [(f"c.{i}.{j}.*", f"c.{i}.{j}") for i, j in ((0, 1), (2, 0))] + [("d.*", ""), ("e.weight", "e")]
