@@ -141,19 +141,8 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
             del owned[path], sites[path]
         else:
             via[path] = path
-    # One forward-mode pass, the outermost's, carries the tangents of all that lies inside it; but not of what has a
-    # rule, and not that of single numbers, which may multiply products of different samples' rows (CLIP's logit_scale).
-    numbers = {p for p in via.values() if all(_is_number(one) for q in owned if via.get(q) == p for one in owned[q])}
-    kinds = {p: _whole_rule(modules[p], flat) for p in via.values()}
-    taking = [p for p, kind in kinds.items() if kind is ForwardModeRule and p not in numbers]
-    outermost = [
-        p for p, kind in kinds.items() if kind is not ForwardModeRule or not any(_inside(p, other) for other in taking)
-    ]
-    for path in via:
-        sites.pop(path, None)
-    sites |= {path: Site(path, modules[path], kinds[path]) for path in outermost}
-    for path in numbers.intersection(outermost):
-        sites[path].apart = any(_inside(p, path) and kinds[p] is ForwardModeRule for p in outermost)
+    wholes, whole_of = _wholes(via, owned, modules, flat)
+    sites = {path: site for path, site in sites.items() if path not in via} | wholes
     sites |= {path: Site(path, modules[path], RelativeBiasRule) for path in tables.values()}
     for path, site in sites.items():
         site.flat = modules[path] in flat
@@ -164,15 +153,36 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
                 "before that, or name a module around it, track(..., through={parameter: module})"
             )
     for path, found in owned.items():
-        target = tables.get(path, path)
-        if path in via:
-            target = next(p for p in outermost if p == via[path] or (p in taking and _inside(via[path], p)))
-        sites[target].owned.extend(found)
+        sites[whole_of.get(path, tables.get(path, path))].owned.extend(found)
     tracked = list(dict.fromkeys(full for found in owned.values() for _, _, full in found))
     if not tracked:
         raise InRunError("model: expected at least one trainable parameter that is not excluded, found none")
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     return Plan([sites[path] for path in modules if path in sites], tracked, sorted(excluded), frozen)
+
+
+def _wholes(
+    via: dict[str, str], owned: dict[str, Any], modules: dict[str, nn.Module], flat: set[nn.Module]
+) -> tuple[dict[str, Site], dict[str, str]]:
+    """The modules that score parameters inside them, and by the owners of those which of them does.
+
+    One forward-mode pass, the outermost's, carries the tangents of all that lies inside it; but not of what has a
+    rule, and not that of single numbers, which may multiply products of different samples' rows (CLIP's logit_scale).
+    """
+    numbers = {p for p in via.values() if all(_is_number(one) for q in owned if via.get(q) == p for one in owned[q])}
+    kinds = {p: _whole_rule(modules[p], flat) for p in via.values()}
+    taking = [p for p, kind in kinds.items() if kind is ForwardModeRule and p not in numbers]
+    outermost = [
+        p for p, kind in kinds.items() if kind is not ForwardModeRule or not any(_inside(p, other) for other in taking)
+    ]
+    sites = {path: Site(path, modules[path], kinds[path]) for path in outermost}
+    for path in numbers.intersection(outermost):
+        sites[path].apart = any(_inside(p, path) and kinds[p] is ForwardModeRule for p in outermost)
+    return sites, {
+        path: next(p for p in outermost if p == via[path] or (p in taking and _inside(via[path], p)))
+        for path in owned
+        if path in via
+    }
 
 
 def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
