@@ -6,6 +6,7 @@ linear layers instead, and the attention between them is torch's own.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,11 +32,11 @@ class AttentionRule(Holder):
             return plain(query, key, value, *args, **kwargs)
         if query.dim() != 3:
             raise InRunError(f"{tap}: expected a query with a batch axis, got {tuple(query.shape)}")
+        attend = _attend if tap.keep is None else functools.partial(eagerly, _attend)
+        out = attend(self, query, key, value, *args, **kwargs)
         if tap.watched and tap.rows is not None and not torch.compiler.is_compiling():
-            tap.rows.take(self, query)
-        if tap.keep is None:
-            return _attend(self, query, key, value, *args, **kwargs)
-        return eagerly(_attend, self, query, key, value, *args, **kwargs)
+            tap.rows.take(self, out)
+        return out
 
 
 class _Projection(LinearRule):

@@ -97,9 +97,12 @@ class Rule(Holder):
         lead, shared = True, isinstance(x, Shared)
         if isinstance(x, Shared):
             lead, x = x._lead, x.as_subclass(Tensor)
-        if self._inrun.rows is not None:
-            self._inrun.rows.take(self, x)
+        rows = self._inrun.rows
+        if rows is not None:
+            rows.note_call()
         y = self._scored(x)
+        if rows is not None:
+            rows.take(self, y)
         if not shared and not self._inrun.flat and len(y) > 1 and y.shape[:1] != x.shape[:1]:
             lead, shared = x.shape[:1] == (1,), True
         return Shared.of(y, self._inrun.name, lead) if shared else y
@@ -399,9 +402,8 @@ class ForwardModeRule(Holder):
             rows.note_call()
         self._require_samples(args, kwargs)
         out = self._scored(args, kwargs)
-        for leaf, y in enumerate(pytree.tree_leaves(out)):
-            if rows is not None and isinstance(y, Tensor) and y.requires_grad:
-                rows.take(self, y, leaf)
+        if rows is not None:
+            rows.take(self, out)
         return out
 
     def plain(self, *args, **kwargs) -> Any:

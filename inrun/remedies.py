@@ -19,7 +19,7 @@ Shapes = dict[Any, list[dict[int | None, Shape]]]
 def remedies(
     model: nn.Module,
     whole: Shapes,
-    fewer: Shapes,
+    more: Shapes,
     rows: int,
     tokens: Collection[int],
     suspected: Collection[str] = (),
@@ -28,7 +28,7 @@ def remedies(
 
     Args:
         model: with tracked modules.
-        whole, fewer: of a run on B samples, and on one fewer; outputs that take a gradient.
+        whole, more: of a run on B samples, and on one more; outputs that take a gradient.
         rows: B.
         tokens: as many rows for a sample are scored as its tokens, flattened, in layers that know these.
         suspected: layers that are to be scored otherwise if their input is shared by all samples, `[1, ...]`; and
@@ -40,29 +40,35 @@ def remedies(
     modules = dict(model.named_modules())
 
     def outputs_follow(path: str, enough: Callable[[Iterable[bool]], bool] = all) -> bool:
-        for one, other in _pairs(whole, fewer, module := modules[path]):
+        for one, other in _pairs(whole, more, module := modules[path]):
             leaves = {i: (shape, other.get(i, ())) for i, shape in one.items() if i is not None}
             if not enough(_follow(pair, sample_axis(module, i), rows) for i, pair in leaves.items()) or not leaves:
                 return False
-        return module in whole and len(whole[module]) == len(fewer.get(module, ()))
+        return module in whole and len(whole[module]) == len(more.get(module, ()))
 
     def is_scored(path: str, layer: Rule) -> bool:
-        for one, other in _pairs(whole, fewer, layer):
+        for one, other in _pairs(whole, more, layer):
             before, after = shapes = one[None], other[None]
             shared = all(shape[:1] == (1,) or len(shape) < 1 + isinstance(layer, EmbeddingRule) for shape in shapes)
             shared = shared and path not in suspected
             each, rest = divmod(before[0] if before else 0, rows)
-            folded = layer.may_fold and not rest and each in tokens and after[:1] == (each * (rows - 1),)
+            folded = layer.may_fold and not rest and each in tokens and after[:1] == (each * (rows + 1),)
             if not (shared or folded or _follow(shapes, 0, rows)):
                 return False
-        return len(whole[layer]) == len(fewer.get(layer, ()))
+        return len(whole[layer]) == len(more.get(layer, ()))
 
     owners: dict[str, list[str]] = {}  # of each parameter, what scores it: several where it is tied
     for path, module in modules.items():
         if (tap := getattr(module, "_inrun", None)) is not None and tap.name == path:
             for name in tap.parameters:
                 owners.setdefault(name, []).append(path)
-    found: dict[str, dict[str, str]] = {}  # module -> patterns, and what is scored so far by what they name
+
+    def may_take(path: str, around: str) -> bool:
+        """Whether all uses of all parameters in it are inside of the module around."""
+        tied = (paths for name, paths in owners.items() if any(_is_inside(p, path) for p in [name, *paths]))
+        return all(_is_inside(p, around) for paths in tied for p in paths)
+
+    found: dict[str, dict[str, list[str]]] = {}  # module -> modules inside that it would score, and their parameters
     for path, module in modules.items():
         tap = getattr(module, "_inrun", None)
         if not path or tap is None or tap.name != path or tap.routed:
@@ -82,16 +88,16 @@ def remedies(
                 break
         if not around and not outputs_follow("", any):  # the others might not be used
             return None
-        names = tap.parameters
-        own = all(_is_inside(name, path) for name in names)
-        found.setdefault(around, {}).update(dict.fromkeys([f"{path}.*"] if own else names, path))
+        found.setdefault(around, {})[path] = tap.parameters
     pairs = []
-    for around, patterns in found.items():
-        common = _common([*patterns.values()]) if len(patterns) > 2 else ""
-        inside = {n for n, paths in owners.items() if any(_is_inside(p, common) for p in paths)}
-        if common and all(_is_inside(p, around) for n in inside for p in owners[n]):
-            patterns = [f"{common}.*"]
-        pairs += [(pattern, around) for pattern in patterns]
+    for around, paths in found.items():
+        common = _common(list(paths))
+        if len(paths) > 2 and common and may_take(common, around):
+            pairs.append((f"{common}.*", around))
+            continue
+        for path, names in paths.items():
+            whole_path = may_take(path, around) and all(_is_inside(name, path) for name in names)
+            pairs += [(name, around) for name in ([f"{path}.*"] if whole_path else names)]
     return pairs
 
 
@@ -101,12 +107,12 @@ def _common(paths: Sequence[str]) -> str:
     return ".".join(level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
 
 
-def _pairs(whole: Shapes, fewer: Shapes, module: Any) -> Any:
-    return zip(whole.get(module, ()), fewer.get(module, ()), strict=False)
+def _pairs(whole: Shapes, more: Shapes, module: Any) -> Any:
+    return zip(whole.get(module, ()), more.get(module, ()), strict=False)
 
 
 def _follow(shapes: tuple[Shape, Shape], axis: int, rows: int) -> bool:
-    return [shape[axis : axis + 1] for shape in shapes] == [(rows,), (rows - 1,)]
+    return [shape[axis : axis + 1] for shape in shapes] == [(rows,), (rows + 1,)]
 
 
 def _is_inside(name: str, path: str) -> bool:
@@ -119,26 +125,30 @@ def as_code(pairs: Sequence[tuple[str, str]]) -> str:
     >>> as_code([("a.0.b.*", "a.0"), ("a.1.b.*", "a.1"), ("c.*", "")])
     '{"c.*": ""} | {f"a.{i}.b.*": f"a.{i}" for i in range(2)}'
     """
-    groups: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    groups: dict[tuple[str, str], dict[tuple[int, ...], tuple[str, str]]] = {}
     for name, target in pairs:
-        numbers = [int(part) for part in target.split(".") if part.isdigit()]
-        lead = target if name.startswith(target) else ""
-        parts = name.removeprefix(lead).split(".")
-        rest = ".".join("*" if part.isdigit() else part for part in parts)
-        groups.setdefault((_template(lead) + rest, _template(target)), []).append(tuple(numbers))
+        numbers = tuple(int(part) for part in name.split(".") if part.isdigit())
+        alike = _is_inside(name, target) and len(numbers) <= len(_LETTERS) and "{" not in name
+        key = (_template(name), _template(target)) if alike else (name, target)
+        groups.setdefault(key, {})[numbers] = name, target
     single, many = [], []
     for (name, target), found in groups.items():
-        numbers = sorted(set(found))
-        if len(numbers) == 1:
-            single.append(f'"{name.format(*numbers[0])}": "{target.format(*numbers[0])}"')
+        if len(found) == 1:
+            single += ['"{}": "{}"'.format(*one) for one in found.values()]
             continue
-        letters = "ijklmn"[: len(numbers[0])]
-        name, target = (text.format(*(f"{{{letter}}}" for letter in letters)) for text in (name, target))
+        numbers = sorted(found)
+        letters = _LETTERS[: len(numbers[0])]
         flat = [one for (one,) in numbers] if len(letters) == 1 else numbers
         over = f"range({len(flat)})" if flat == list(range(len(flat))) else str(flat)
-        many.append(f'{{f"{name}": f"{target}" for {", ".join(letters)} in {over}}}')
+        value = f'f"{target}"' if "{" in target else f'"{target}"'
+        many.append(f'{{f"{name}": {value} for {", ".join(letters)} in {over}}}')
     return " | ".join(([f"{{{', '.join(single)}}}"] if single else []) + many)
 
 
+_LETTERS = "ijklmn"
+
+
 def _template(path: str) -> str:
-    return ".".join("{}" if part.isdigit() else part for part in path.split("."))
+    """Letters in braces for its numbers."""
+    letters = iter(_LETTERS)
+    return ".".join(f"{{{next(letters)}}}" if part.isdigit() else part for part in path.split("."))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -109,13 +111,25 @@ def buffers_of(*modules: nn.Module) -> Callable[[], None]:
 def as_it_was(module: nn.Module) -> Iterator[None]:
     """What the block does to a module's attributes, modes and buffers is undone, and random numbers are drawn again."""
     before = [(m, dict(vars(m))) for m in module.modules()]
+    values = [value for _, attributes in before for value in attributes.values()]
+    held = [(x, x.copy()) for x in values if type(x) in (list, dict, set)]
+    tensors = [(x, x._version, x.detach().clone()) for x in values if isinstance(x, Tensor) and not x.is_inference()]
+    drawn = random.getstate(), np.random.get_state()
     try:
         with random_kept(), buffers_kept(module):
             yield
     finally:
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
         for m, attributes in before:
             vars(m).clear()
             vars(m).update(attributes)
+        for x, kept in held:
+            x.clear()
+            (x.extend if isinstance(x, list) else x.update)(kept)
+        for x, version, kept in tensors:
+            if x._version != version:
+                x.data.copy_(kept)
 
 
 @contextmanager

@@ -2,15 +2,14 @@
 
 Sizes that happen to be B: `[T, ...]` of a layer that goes token by token, or outputs that are stacked layer by layer,
 look like `[B, ...]` where T is B. So before the update of the first step of several samples the model is run once more,
-with one sample fewer: what has B rows still has none of the samples'.
+with its last sample twice: what has B rows still has none of the samples'.
 
 Rows that are samples' tokens, flattened: `head(h.view(-1, W))`, OPT's blocks. Such a `[B * T, W]` can be scored where
 the samples' rows lie one after the other, which is found out of layers that have as many rows for a sample as an input
-has: the model is run on the batch and on the batch with its samples moved on by one, when the layer's rows must have
-moved on by as many as belong to a sample.
+has: the model is run in eval mode on the batch and on the batch with its samples moved on by one, when the layer's rows
+must have moved on by as many as belong to a sample.
 
-These runs are without gradients, in eval mode, and not within the forward: the user's own contexts around it cannot be
-entered twice.
+These runs are without gradients, and not within the forward: the user's own contexts around it cannot be entered twice.
 """
 
 from __future__ import annotations
@@ -29,17 +28,13 @@ from torch.utils import _pytree as pytree
 from .errors import InRunError, few
 from .forward_mode import sample_axis
 from .remedies import Shapes, as_code, remedies
-from .restoring import as_it_was, random_kept
+from .restoring import as_it_was, in_modes, modes_of
 
 _PLAIN = (Tensor, int, float, str, torch.dtype, torch.device)
 _INSTEAD = (
     "Name a module around it that returns [B, ...], track(..., through={parameter: module}), or exclude its parameters"
 )
 SAME, OTHER = 1e-3, 1e-2  # of the largest mark: up to the former two are equal, from the latter on they differ
-
-
-class _UnclearError(Exception):
-    pass
 
 
 class _Call(NamedTuple):
@@ -50,35 +45,50 @@ class _Call(NamedTuple):
     rows: int
     autocast: tuple
 
-    def of(self, order: Sequence[int], flattened: bool = False) -> _Call | None:
-        """The call of these of its samples; some inputs may hold their tokens, flattened. None where it holds none, or
-        a list of B has tensors of B rows, either of which could be the samples."""
+    def of(self, order: Sequence[int], which: str = "all") -> _Call:
+        """The call of these of its samples.
+
+        Args:
+            order: their numbers.
+            which: inputs that have them. "all": tensors of B rows, and lists of B. "first": the first tensor of B rows
+                alone, should another one have B of something else. "flattened": tokens as well, as many of each.
+
+        Raises:
+            ValueError: nothing has them, or a list of B has tensors of B rows: either could be the samples.
+        """
         count = 0
 
         def changed(x: Any, top: bool = False) -> Any:
             nonlocal count
-            if self.is_of_samples(x) or (flattened and self.is_of_samples(x, parts=True)):
+            if self.is_of_samples(x, parts=which == "flattened") and not (which == "first" and count):
                 count += 1
                 return x.unflatten(0, (self.rows, -1))[list(order)].flatten(0, 1)
             if isinstance(x, dict):
                 return {name: changed(value) for name, value in x.items()}
             if type(x) not in (list, tuple):
                 return x
-            if top or len(x) != self.rows:
+            leaves = [] if top or len(x) != self.rows else pytree.tree_leaves(x)
+            if not any(isinstance(leaf, Tensor) for leaf in leaves):
                 return type(x)(map(changed, x))
-            if any(map(self.is_of_samples, pytree.tree_leaves(x))):
-                raise _UnclearError
+            if any(map(self.is_of_samples, leaves)):
+                raise ValueError("a list of as many tensors as each has rows")
             count += 1
             return type(x)(x[i] for i in order)
 
-        try:
-            args, kwargs = changed(self.args, top=True), changed(self.kwargs)
-        except _UnclearError:
-            return None
-        return self._replace(args=args, kwargs=kwargs) if count else None
+        args, kwargs = changed(self.args, top=True), changed(self.kwargs)
+        if not count:
+            raise ValueError("no input has samples")
+        return self._replace(args=args, kwargs=kwargs)
 
     def is_of_samples(self, x: Any, parts: bool = False) -> bool:
-        return isinstance(x, Tensor) and x.dim() > 0 and (len(x) == self.rows or (parts and len(x) % self.rows == 0))
+        if not isinstance(x, Tensor) or x.dim() == 0 or len(x) == 0:
+            return False
+        return len(x) == self.rows or (parts and len(x) % self.rows == 0)
+
+    def moved_on(self) -> _Call:
+        """The call of its samples moved on by one."""
+        args, kwargs = pytree.tree_map(lambda x: x.roll(1, 0) if self.is_of_samples(x) else x, (self.args, self.kwargs))
+        return self._replace(args=args, kwargs=kwargs)
 
     def leaves(self) -> list[Any]:
         return pytree.tree_leaves((self.args, self.kwargs))
@@ -107,7 +117,8 @@ class Rows:
         self._model, self._folding, self._paused = model, folding, paused
         self._known: set[nn.Module] = set()
         self._asked: dict[Any, tuple[int, ...]] = {}  # layers of flattened tokens, and their inputs' shapes
-        self._taken: set[tuple[Any, int | None]] = set()  # modules with B rows in their input (None) or an output
+        self._calls: dict[Any, int] = {}  # of the modules within the model's call
+        self._taken: set[tuple[Any, int, int]] = set()  # module, its call, and an output that has B rows
         self._call: _Call | None = None
         self.rows = 0  # B of the next forward; 0 where values belong to documents or tokens
         self._sizes: set[int] | None = None  # what a sample may have of rows there
@@ -116,22 +127,23 @@ class Rows:
         """A forward of so many samples will come; 0 where values belong to documents or tokens."""
         self.rows, self._sizes = rows, None
 
-    def note_call(self) -> None:
-        """The call of the model that is going on may have to be made again."""
-        if self._call is None and self.rows > 1 and (call := self._looked_up()) is not None and call.is_plain():
+    def note_call(self) -> bool:
+        """The call of the model that is going on may have to be made again; whether it is the one."""
+        call = self._looked_up()
+        if self._call is None and self.rows > 1 and call is not None and call.is_plain():
             self._call = call
+        return self._call is not None and call is not None and call.args is self._call.args
 
-    def take(self, module: Any, x: Tensor, leaf: int | None = None) -> None:
-        """A module's input x, or its output `leaf` once a gradient comes to it, is taken for one of B rows; `verify`
-        raises where it is not."""
-        self.note_call()
-        axis = sample_axis(module, leaf or 0)
-        if self.rows < 2 or x.dim() <= axis or x.shape[axis] != self.rows or not isinstance(module, nn.Module):
+    def take(self, module: Any, outputs: Any) -> None:
+        """Outputs of a module's call with B rows, to which a gradient comes, are taken for `[B, ...]`; `verify` raises
+        where they are not."""
+        if not isinstance(module, nn.Module) or not self.note_call():
             return
-        if leaf is None:
-            self._taken.add((module, None))
-        else:
-            x.register_hook(lambda _: self._taken.add((module, leaf)))
+        self._calls[module] = number = self._calls.get(module, -1) + 1
+        for leaf, y in enumerate(pytree.tree_leaves(outputs)):
+            axis = sample_axis(module, leaf)
+            if isinstance(y, Tensor) and y.requires_grad and y.shape[axis : axis + 1] == (self.rows,):
+                y.register_hook(lambda _, one=(module, number, leaf): self._taken.add(one))
 
     def are_tokens(self, layer: Any, x: Tensor) -> bool:
         """Whether the layer's input is taken for flattened tokens, for now; `verify` raises where it is not."""
@@ -157,24 +169,24 @@ class Rows:
         call = self._call
         if call is None:
             return
-        wrong, fewer = set(), self._of_one_fewer({module for module, _ in self._taken}, call) if self._taken else {}
-        for module, leaf in self._taken:
-            axis = sample_axis(module, leaf or 0)
-            if any(shapes.get(leaf, ())[axis : axis + 1] == (call.rows,) for shapes in fewer.get(module, ())):
+        more = self._of_one_more({module for module, *_ in self._taken}, call) if self._taken else {}
+        wrong = set()
+        for module, number, leaf in self._taken:
+            calls, axis = more.get(module, ()), sample_axis(module, leaf)
+            if number < len(calls) and calls[number].get(leaf, ())[axis : axis + 1] == (call.rows,):
                 wrong.add(f"{module._inrun} ({module._inrun_class.__name__})")
         if wrong:
             raise InRunError(
                 f"{few(sorted(wrong))}: expected the samples at dimension 0; got {call.rows} rows, as many as there "
-                f"are samples, and as many still when the model's input had one sample fewer. {_INSTEAD}"
+                f"are samples, and as many still when the model's input had one sample more. {_INSTEAD}"
             )
-        if not self._asked:
-            return
-        moved = call.of([call.rows - 1, *range(call.rows - 1)])
-        if moved is not None and _are_equal(call, moved):
+        moved = call.moved_on()
+        pairs = zip(call.leaves(), moved.leaves(), strict=True)
+        if not self._asked or all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor)):
             return  # samples that are all alike tell nothing: the next step is asked
         runs, why = [], None
         try:
-            runs = [self._marks(each) for each in (call, moved)] if moved is not None else []
+            runs = [self._marks(each) for each in (call, moved)]
         except Exception as error:  # of a model that does not run like this
             runs, why = [], error
         for layer, shape in self._asked.items():
@@ -192,43 +204,55 @@ class Rows:
 
     def forget(self) -> None:
         """What was asked in a step that is over."""
-        self._asked, self._taken, self._call = {}, set(), None
+        self._asked, self._taken, self._calls, self._call = {}, set(), {}, None
 
     def explain(self, error: Exception) -> None:
-        """Add to an error what would score the layers whose rows are not the samples, if there are any, and the model
-        runs by itself."""
-        call = self._call
-        if call is None:
+        """Add to an error of this library, or one within the model, what would score the layers whose rows are not the
+        samples, if there are any, and the model runs by itself."""
+        call, ours = self._call, isinstance(error, InRunError)
+        inside = isinstance(error, RuntimeError | ValueError) and self._is_from_within(error)
+        if call is None or not (ours or inside) or isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
             return
-        sizes = call.sizes() if self._folding else ()
+        # What is given [1, ...] runs on B rows, which is told from what comes after, or makes torch fail there.
+        every = dict(self._model.named_modules())
+        suspected = error.suspected if isinstance(error, InRunError) else () if isinstance(error, ValueError) else every
         with suppress(Exception):  # of a model that does not run like this
-            every = list(self._model.modules())
-            whole = self._shapes(every, call, torch.enable_grad)
-            fewer = self._of_one_fewer(every, call, torch.enable_grad)
-            # What is given [1, ...] runs on B rows, which is told from what comes after, or makes torch fail there.
-            ours = isinstance(error, InRunError | ValueError)
-            suspected = getattr(error, "suspected", ()) if ours else {name for name, _ in self._model.named_modules()}
-            found = remedies(self._model, whole, fewer, call.rows, sizes, suspected) if fewer else None
+            whole = self._shapes(every.values(), call, torch.enable_grad)
+            more = self._of_one_more(every.values(), call, torch.enable_grad)
+            sizes = call.sizes() if self._folding else ()
+            found = remedies(self._model, whole, more, call.rows, sizes, suspected) if more else None
             if found:
                 error.add_note(f"Modules around such layers would score their parameters, each by one more forward: "
                                f"track(..., through={as_code(found)})")  # fmt: skip
+
+    def _is_from_within(self, error: Exception) -> bool:
+        """Whether it was raised in the model's call."""
+        trace = error.__traceback__
+        while trace is not None:
+            if self._is_call(trace.tb_frame):
+                return True
+            trace = trace.tb_next
+        return False
+
+    def _is_call(self, frame: Any) -> bool:
+        return frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is self._model
 
     def _looked_up(self) -> _Call | None:
         """The model's call that is going on: looked up on the stack, as a hook would be copied and pickled with the
         model, and a graph be captured anew for it."""
         frame: Any = sys._getframe()
-        device = next(self._model.parameters()).device.type
-        while frame is not None:
-            if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is self._model:
-                autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False
-                return _Call(frame.f_locals["args"], frame.f_locals["kwargs"], self.rows, autocast)
+        while frame is not None and not self._is_call(frame):
             frame = frame.f_back
-        return None
+        if frame is None:
+            return None
+        device = next(self._model.parameters()).device.type
+        autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False
+        return _Call(frame.f_locals["args"], frame.f_locals["kwargs"], self.rows, autocast)
 
-    def _run(self, call: _Call, grad_mode: Callable[[], Any]) -> None:
-        with self._paused(), as_it_was(self._model), grad_mode(), torch.autocast(*call.autocast), random_kept():
-            self._model.eval()
-            self._model(*call.args, **call.kwargs)
+    def _run(self, call: _Call, grad_mode: Callable[[], Any]) -> Any:
+        args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
+        with self._paused(), as_it_was(self._model), grad_mode(), torch.autocast(*call.autocast):
+            return self._model.forward(*args, **kwargs)  # past hooks that have changed its arguments already
 
     def _shapes(self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad) -> Shapes:
         """What modules are given and return in a run; with gradients, those outputs that take one."""
@@ -237,29 +261,28 @@ class Rows:
         def note(module: Any, args: tuple, kwargs: dict, out: Any) -> None:
             inputs = [(None, x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)][:1]
             outputs = [(i, y) for i, y in enumerate(pytree.tree_leaves(out)) if isinstance(y, Tensor)]
-            known = [(i, y) for i, y in outputs if y.requires_grad or not torch.is_grad_enabled()]
+            known = [(i, y) for i, y in outputs if y.requires_grad or grad_mode is torch.no_grad]
             found.setdefault(module, []).append({i: tuple(x.shape) for i, x in (*inputs, *known)})
 
-        handles = [m.register_forward_hook(note, with_kwargs=True) for m in modules]
+        handles = [m.register_forward_hook(note, with_kwargs=True) for m in modules if m is not self._model]
         try:
-            self._run(call, grad_mode)
+            out = self._run(call, grad_mode)
         finally:
             for handle in handles:
                 handle.remove()
+        if self._model in modules:
+            note(self._model, call.args, call.kwargs, out)
         return found
 
-    def _of_one_fewer(
-        self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad
-    ) -> Shapes:
+    def _of_one_more(self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad) -> Shapes:
         """Nothing of a model that takes no other number of samples."""
-        for flattened in (False, True):
+        for which in ("all", "first", "flattened"):
             with suppress(Exception):
-                fewer = call.of(range(call.rows - 1), flattened)
-                return {} if fewer is None else self._shapes(modules, fewer, grad_mode)
+                return self._shapes(modules, call.of([*range(call.rows), call.rows - 1], which), grad_mode)
         return {}
 
     def _marks(self, call: _Call) -> dict[Any, list[Tensor]]:
-        """Two numbers for each row of each input that each layer of flattened tokens is called with."""
+        """Two numbers for each row of each input that each layer of flattened tokens is called with, in eval mode."""
         found: dict[Any, list[Tensor]] = {}
 
         def note(layer: Any, args: tuple, kwargs: dict) -> None:
@@ -269,17 +292,14 @@ class Rows:
             found.setdefault(layer, []).append(torch.stack([rows @ weights, rows.norm(dim=1)]))
 
         handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in self._asked]
+        modes = [(module, False) for module, _ in modes_of(self._model)]
         try:
-            self._run(call, torch.no_grad)
+            with in_modes(modes):
+                self._run(call, torch.no_grad)
         finally:
             for handle in handles:
                 handle.remove()
         return found
-
-
-def _are_equal(call: _Call, other: _Call) -> bool:
-    pairs = zip(call.leaves(), other.leaves(), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor))
 
 
 def _moved_on(before: Tensor, after: Tensor, rows: int) -> bool:

@@ -569,7 +569,7 @@ class Tracker:
 
     def end(self, step: Step, error: BaseException | None = None) -> None:
         """The block is over, whatever ended it; a validation gradient has served it even if an exception did."""
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and step.factor is None:  # the update has not begun
             self._rows.explain(error)
         self._step = None
         self._watch.active = False
