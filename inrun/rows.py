@@ -170,16 +170,18 @@ class Rows:
         if call is None:
             return
         more = self._of_one_more({module for module, *_ in self._taken}, call) if self._taken else {}
-        wrong = set()
+        wrong: dict[str, str] = {}  # name -> what it is
         for module, number, leaf in self._taken:
             calls, axis = more.get(module, ()), sample_axis(module, leaf)
             if number < len(calls) and calls[number].get(leaf, ())[axis : axis + 1] == (call.rows,):
-                wrong.add(f"{module._inrun} ({module._inrun_class.__name__})")
+                wrong[module._inrun.name] = f"{module._inrun} ({module._inrun_class.__name__})"
         if wrong:
-            raise InRunError(
-                f"{few(sorted(wrong))}: expected the samples at dimension 0; got {call.rows} rows, as many as there "
-                f"are samples, and as many still when the model's input had one sample more. {_INSTEAD}"
+            error = InRunError(
+                f"{few(sorted(wrong.values()))}: expected the samples at dimension 0; got {call.rows} rows, as many as "
+                f"there are samples, and as many still when the model's input had one sample more. {_INSTEAD}"
             )
+            error.suspected = wrong
+            raise error
         moved = call.moved_on()
         pairs = zip(call.leaves(), moved.leaves(), strict=True)
         if not self._asked or all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor)):
