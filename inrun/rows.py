@@ -132,7 +132,7 @@ class Rows:
         call = self._looked_up()
         if self._call is None and self.rows > 1 and call is not None and call.is_plain():
             self._call = call
-        return self._call is not None and call is not None and call.args is self._call.args
+        return self._call is not None and call is not None and call.kwargs is self._call.kwargs
 
     def take(self, module: Any, outputs: Any) -> None:
         """Outputs of a module's call with B rows, to which a gradient comes, are taken for `[B, ...]`; `verify` raises
