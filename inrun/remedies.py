@@ -48,7 +48,7 @@ def remedies(
 
     def is_scored(path: str, layer: Rule) -> bool:
         for one, other in _pairs(whole, more, layer):
-            before, after = shapes = one[None], other[None]
+            before, after = shapes = one.get(None, ()), other.get(None, ())  # subclasses may take other things
             shared = all(shape[:1] == (1,) or len(shape) < 1 + isinstance(layer, EmbeddingRule) for shape in shapes)
             shared = shared and path not in suspected
             each, rest = divmod(before[0] if before else 0, rows)
