@@ -163,14 +163,14 @@ class Keeper:
     def _run_layer(self, module: Any, plain: Callable, x: Tensor) -> Tensor:
         layout, held = self.layouts[-1], self.held
         if held is None:
-            x = module.placed(x, layout)
+            x = _placed(module, x, layout)
             y = plain(x)
             if y.requires_grad and y._is_view():
                 y = probing.Alias.apply(y)
             self._await(y, module, x, slice(None))
             return y
         ours, theirs = slice(layout.rows), slice(layout.rows, None)
-        x = module.placed(x, replace(layout, rows=layout.rows + held.layouts[0].rows))
+        x = _placed(module, x, replace(layout, rows=layout.rows + held.layouts[0].rows))
         y = torch.cat([plain(x[ours]), _without_gradients(module, plain, x[theirs])])
         self._await(y, module, x, ours)
         held._await(y, module, x, theirs)
@@ -375,6 +375,13 @@ class Keeper:
         """Run the module with the weights its step began with."""
         places = [(owner, name) for owner in module.modules() for name in owner._parameters]
         return replaced([(*place, self._weights[place]) for place in places if place in self._weights])
+
+
+def _placed(module: Any, x: Tensor, layout: Layout) -> Tensor:
+    try:
+        return module.placed(x, layout)
+    except ValueError as error:
+        raise ValueError(f"{module._inrun}: {error}") from None
 
 
 def _when_it_comes(y: Tensor, arrived: Callable[[Tensor], None]) -> None:

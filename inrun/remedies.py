@@ -31,8 +31,8 @@ def remedies(
         whole, more: of a run on B samples, and on one more; outputs that take a gradient.
         rows: B.
         tokens: as many rows for a sample are scored as its tokens, flattened, in layers that know these.
-        suspected: layers that are to be scored otherwise if their input is shared by all samples, `[1, ...]`; and
-            parameters that are to be.
+        suspected: layers that are to be scored otherwise if their input is shared by all samples, `[1, ...]`, or
+            seems to be their tokens; and parameters that are to be.
 
     Returns:
         None where the model does not return any `[B, ...]`.
@@ -52,7 +52,13 @@ def remedies(
             shared = all(shape[:1] == (1,) or len(shape) < 1 + isinstance(layer, EmbeddingRule) for shape in shapes)
             shared = shared and path not in suspected
             each, rest = divmod(before[0] if before else 0, rows)
-            folded = layer.may_fold and not rest and each in tokens and after[:1] == (each * (rows + 1),)
+            folded = (
+                path not in suspected
+                and layer.may_fold
+                and not rest
+                and each in tokens
+                and after[:1] == (each * (rows + 1),)
+            )
             if not (shared or folded or _follow(shapes, 0, rows)):
                 return False
         return len(whole[layer]) == len(more.get(layer, ()))

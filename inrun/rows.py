@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -109,12 +109,19 @@ class Rows:
 
     Args:
         model: what it is called with has the samples in front.
+        through: what `track` was given.
         folding: whether rows may be flattened tokens.
         paused: in this context tracked layers run plainly.
     """
 
-    def __init__(self, model: nn.Module, folding: bool, paused: Callable[[], AbstractContextManager]) -> None:
-        self._model, self._folding, self._paused = model, folding, paused
+    def __init__(
+        self,
+        model: nn.Module,
+        through: Mapping[str, str],
+        folding: bool,
+        paused: Callable[[], AbstractContextManager],
+    ) -> None:
+        self._model, self._through, self._folding, self._paused = model, through, folding, paused
         self._known: set[nn.Module] = set()
         self._asked: dict[Any, tuple[int, ...]] = {}  # layers of flattened tokens, and their inputs' shapes
         self._calls: dict[Any, int] = {}  # of the modules within the model's call
@@ -191,17 +198,23 @@ class Rows:
             runs = [self._marks(each) for each in (call, moved)]
         except Exception as error:  # of a model that does not run like this
             runs, why = [], error
+        failed = {}
         for layer, shape in self._asked.items():
             before, after = (run.get(layer, []) for run in runs) if runs else ([], [])
             alike = len(before) == len(after) and all(
                 _moved_on(x, y, call.rows) for x, y in zip(before, after, strict=True)
             )
             if not alike or not before:
-                raise InRunError(
-                    f"{layer._inrun}: expected an input [B, ...], or [B * T, ...] of tokens, sample "
-                    f"after sample, with B = {call.rows}; got {shape}, whose rows did not move on when the samples of "
-                    f"the model's input did. {_INSTEAD}"
-                ) from why
+                failed[layer._inrun] = shape
+        if failed:
+            tap, shape = next(iter(failed.items()))
+            error = InRunError(
+                f"{tap}: expected an input [B, ...], or [B * T, ...] of tokens, sample after sample, with "
+                f"B = {call.rows}; got {shape}, whose rows did not move on when the samples of the model's input did. "
+                f"{_INSTEAD}"
+            )
+            error.suspected = {other.name for other in failed}
+            raise error from why
         self._known.update(self._asked)
 
     def forget(self) -> None:
@@ -224,8 +237,9 @@ class Rows:
             sizes = call.sizes() if self._folding else ()
             found = remedies(self._model, whole, more, call.rows, sizes, suspected) if more else None
             if found:
-                error.add_note(f"Modules around such layers would score their parameters, each by one more forward: "
-                               f"track(..., through={as_code(found)})")  # fmt: skip
+                wanted = as_code(list({**self._through, **dict(found)}.items()))
+                error.add_note('To score such layers by modules around them ("": the model), each of which then runs '
+                               f"once more in a step: track(..., through={wanted})")  # fmt: skip
 
     def _is_from_within(self, error: Exception) -> bool:
         """Whether it was raised in the model's call."""

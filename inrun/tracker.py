@@ -240,7 +240,7 @@ class Tracker:
         self._watch = Watch(
             (), self.ranks, self._pending, self._method.scores_in_backward
         )  # until there are optimizers
-        self._rows = Rows(model, folding=not (self.samples or sampled), paused=self.paused)
+        self._rows = Rows(model, plan[1] or {}, folding=not (self.samples or sampled), paused=self.paused)
         self._install(planned)
         self._step: Step | None = None
         self._waiting: Step | None = None  # a step that ended and whose values still wait for a validation gradient

@@ -165,9 +165,33 @@ def test_as_many_rows_as_samples_that_are_something_else_are_refused(kind, metho
 @pytest.mark.parametrize("method", ["first", "path"])
 @pytest.mark.parametrize("kind", [TokensFirst, RelativePositions])
 def test_other_sizes_are_errors_that_propose_the_same(kind, method):
-    with pytest.raises(ValueError, match="input: expected shape") as error:
+    with pytest.raises(ValueError, match=r"(blocks.0|distance): input: expected shape") as error:
         step(made(kind), ids(B + 1, 1), method)
     assert proposed(error) == PROPOSED[kind]
+    with pytest.raises(ValueError, match="input: expected shape") as error:
+        step(made(kind), ids(B + 1, 1), method, through={"head.*": ""})
+    assert proposed(error) == {"head.*": "", **PROPOSED[kind]}
+
+
+class TokenMajor(TokensFirst):
+    """Its tokens are flattened in another order than sample after sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x).transpose(0, 1).flatten(0, 1)
+        for block in self.blocks:
+            h = block(h).tanh()
+        return self.head(h.view(x.shape[1], len(x), WIDTH).transpose(0, 1).cumsum(1))
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_tokens_in_another_order_are_scored_by_what_is_proposed(method):
+    x = ids(B + 1, 1)
+    with pytest.raises(inrun.InRunError, match=r"blocks.0: .* rows did not move on") as error:
+        step(made(TokenMajor), x, method)
+    assert proposed(error) == PROPOSED[TokensFirst]
+    model = made(TokenMajor)
+    want = expected(model, x)
+    torch.testing.assert_close(step(model, x, method, through=proposed(error)), want, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["first", "path"])
