@@ -6,7 +6,6 @@ linear layers instead, and the attention between them is torch's own.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -32,8 +31,8 @@ class AttentionRule(Holder):
             return plain(query, key, value, *args, **kwargs)
         if query.dim() != 3:
             raise InRunError(f"{tap}: expected a query with a batch axis, got {tuple(query.shape)}")
-        attend = _attend if tap.keep is None else functools.partial(eagerly, _attend)
-        out = attend(self, query, key, value, *args, **kwargs)
+        inputs = (self, query, key, value, *args)
+        out = _attend(*inputs, **kwargs) if tap.keep is None else eagerly(_attend, *inputs, **kwargs)
         if tap.watched and tap.rows is not None and not torch.compiler.is_compiling():
             tap.rows.take(self, out)
         return out

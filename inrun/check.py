@@ -71,19 +71,17 @@ def efficiency(
     scores = ranks.sum(torch.stack(scored)).cpu()
     sums = ranks.over_shards(torch.stack([torch.stack(found) for found in expected.values()])).cpu()
     of_slot, none = dict(zip(expected, sums, strict=True)), none.cpu()
-    wrong, tells = [], []
-    names: set[str] = set()
+    wrong: dict[str, list[Any]] = {}  # what is, of which slots
+    tells = []
     for members, (total, size, count) in zip(groups, scores, strict=True):
         gradient = sum((of_slot[id(s)][0] for s in members), none)
         rounding = sum((of_slot[id(s)][1].sqrt() for s in members), none)
         shapes = few([f"{s.name} {tuple(s.param.shape)}" for s in members], 20)
         tolerance = SUM_TOLERANCE * size + ROUNDING * rounding + NOTHING
         if not bool(((total - gradient).abs() <= tolerance).all()):
-            wrong.append(f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}")
-            names |= {s.name for s in members}
+            wrong[f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}"] = members
         elif not count.any() and any(bool(of_slot[id(s)][2].any()) for s in members):
-            wrong.append(f"{shapes}: not scored, though it has a gradient")
-            names |= {s.name for s in members}
+            wrong[f"{shapes}: not scored, though it has a gradient"] = members
         tells.append(float((gradient.abs() > 2 * tolerance).any()))
     if wrong:
         more = [] if len(wrong) <= _SHOWN else [f"and {len(wrong) - _SHOWN} more"]
@@ -94,10 +92,10 @@ def efficiency(
             "value) or of one optimizer and not yet of another (scaler.unscale_ each before the first step), or the "
             "loss has a term of the parameters alone (a penalty, which belongs to no sample: take weight_decay, or "
             "check=False), or is no number, or dimension 0 of a layer's input is not the sample:\n  "
-            + "\n  ".join([*wrong[:_SHOWN], *more])
+            + "\n  ".join([*list(wrong)[:_SHOWN], *more])
         )
         if 2 * len(wrong) <= len(groups):  # of all together it is another reason
-            error.suspected = names
+            error.suspected = {s.name for members in wrong.values() for s in members}
         raise error
     everywhere = ranks.sum(torch.tensor(tells, device=factor.device)).tolist()
     return {s.name for members, n in zip(groups, everywhere, strict=True) if n == ranks.size for s in members}

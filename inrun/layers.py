@@ -116,11 +116,11 @@ class Rule(Holder):
         else:
             assert tap.probe is not None
             layout, segments = tap.layout, None
-            if layout is not None:
-                x, segments = self.placed(x, layout), layout.segments
-            elif tap.flat:
-                x = split_samples(tap, x, tap.probe.shape[0])
             try:
+                if layout is not None:
+                    x, segments = self.placed(x, layout), layout.segments
+                elif tap.flat:
+                    x = split_samples(tap, x, tap.probe.shape[0])
                 y = self.probed(x, tap.probe, segments)
             except ValueError as error:
                 raise ValueError(f"{tap}: {error}") from None

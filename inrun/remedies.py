@@ -10,6 +10,7 @@ from torch import nn
 
 from .forward_mode import sample_axis
 from .layers import EmbeddingRule, Rule
+from .rules import is_inside
 
 Shape = tuple[int, ...]
 # Of each call of each module: the shape of its first input (None), if any, and of each of its outputs, by number.
@@ -23,7 +24,7 @@ def remedies(
     rows: int,
     tokens: Collection[int],
     suspected: Collection[str] = (),
-) -> list[tuple[str, str]] | None:
+) -> list[tuple[str, str]]:
     """Names of parameters, or patterns -> the module around them whose outputs have the samples in front.
 
     Args:
@@ -35,7 +36,7 @@ def remedies(
             seems to be their tokens; and parameters that are to be.
 
     Returns:
-        None where the model does not return any `[B, ...]`.
+        Nothing where the model does not return any `[B, ...]`.
     """
     modules = dict(model.named_modules())
 
@@ -71,8 +72,8 @@ def remedies(
 
     def may_take(path: str, around: str) -> bool:
         """Whether all uses of all parameters in it are inside of the module around."""
-        tied = (paths for name, paths in owners.items() if any(_is_inside(p, path) for p in [name, *paths]))
-        return all(_is_inside(p, around) for paths in tied for p in paths)
+        tied = (paths for name, paths in owners.items() if any(_is_within(p, path) for p in [name, *paths]))
+        return all(_is_within(p, around) for paths in tied for p in paths)
 
     found: dict[str, dict[str, list[str]]] = {}  # module -> modules inside that it would score, and their parameters
     for path, module in modules.items():
@@ -90,10 +91,10 @@ def remedies(
         around = path
         while around:
             around = around.rpartition(".")[0]
-            if outputs_follow(around) and all(_is_inside(p, around) for name in tap.parameters for p in owners[name]):
+            if outputs_follow(around) and all(_is_within(p, around) for name in tap.parameters for p in owners[name]):
                 break
         if not around and not outputs_follow("", any):  # the others might not be used
-            return None
+            return []
         found.setdefault(around, {})[path] = tap.parameters
     pairs = []
     for around, paths in found.items():
@@ -102,7 +103,7 @@ def remedies(
             pairs.append((f"{common}.*", around))
             continue
         for path, names in paths.items():
-            whole_path = may_take(path, around) and all(_is_inside(name, path) for name in names)
+            whole_path = may_take(path, around) and all(_is_within(name, path) for name in names)
             pairs += [(name, around) for name in ([f"{path}.*"] if whole_path else names)]
     return pairs
 
@@ -121,8 +122,9 @@ def _follow(shapes: tuple[Shape, Shape], axis: int, rows: int) -> bool:
     return [shape[axis : axis + 1] for shape in shapes] == [(rows,), (rows + 1,)]
 
 
-def _is_inside(name: str, path: str) -> bool:
-    return not path or f"{name}.".startswith(f"{path}.")
+def _is_within(name: str, path: str) -> bool:
+    """Or the same."""
+    return name == path or is_inside(name, path)
 
 
 def as_code(pairs: Sequence[tuple[str, str]]) -> str:
@@ -134,7 +136,7 @@ def as_code(pairs: Sequence[tuple[str, str]]) -> str:
     groups: dict[tuple[str, str], dict[tuple[int, ...], tuple[str, str]]] = {}
     for name, target in pairs:
         numbers = tuple(int(part) for part in name.split(".") if part.isdigit())
-        alike = _is_inside(name, target) and len(numbers) <= len(_LETTERS) and "{" not in name
+        alike = _is_within(name, target) and len(numbers) <= len(_LETTERS) and "{" not in name
         key = (_template(name), _template(target)) if alike else (name, target)
         groups.setdefault(key, {})[numbers] = name, target
     single, many = [], []

@@ -235,7 +235,7 @@ class Rows:
             whole = self._shapes(every.values(), call, torch.enable_grad)
             more = self._of_one_more(every.values(), call, torch.enable_grad)
             sizes = call.sizes() if self._folding else ()
-            found = remedies(self._model, whole, more, call.rows, sizes, suspected) if more else None
+            found = remedies(self._model, whole, more, call.rows, sizes, suspected) if more else []
             if found:
                 wanted = as_code(list({**self._through, **dict(found)}.items()))
                 error.add_note('To score such layers by modules around them ("": the model), each of which then runs '

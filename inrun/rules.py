@@ -128,7 +128,7 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
         if isinstance(getattr(block, "experts", None), nn.Module) and path not in via:
             known = routing.known(block)
             flat |= {m for m, flattened in known.items() if flattened}
-            others = [p for p in owned if _inside(p, path) and modules[p] not in known]
+            others = [p for p in owned if is_inside(p, path) and modules[p] not in known]
             via |= {p: path for p in others if p not in via}
     tables = {p: p.rpartition(".")[0] for p in owned if p not in via and _is_relative_bias(p, modules)}
     sites = {
@@ -173,13 +173,15 @@ def _wholes(
     kinds = {p: _whole_rule(modules[p], flat) for p in via.values()}
     taking = [p for p, kind in kinds.items() if kind is ForwardModeRule and p not in numbers]
     outermost = [
-        p for p, kind in kinds.items() if kind is not ForwardModeRule or not any(_inside(p, other) for other in taking)
+        p
+        for p, kind in kinds.items()
+        if kind is not ForwardModeRule or not any(is_inside(p, other) for other in taking)
     ]
     sites = {path: Site(path, modules[path], kinds[path]) for path in outermost}
     for path in numbers.intersection(outermost):
-        sites[path].apart = any(_inside(p, path) and kinds[p] is ForwardModeRule for p in outermost)
+        sites[path].apart = any(is_inside(p, path) and kinds[p] is ForwardModeRule for p in outermost)
     return sites, {
-        path: next(p for p in outermost if p == via[path] or (p in taking and _inside(via[path], p)))
+        path: next(p for p in outermost if p == via[path] or (p in taking and is_inside(via[path], p)))
         for path in owned
         if path in via
     }
@@ -246,7 +248,7 @@ def _via(
     wholes = [p for p, m in modules.items() if isinstance(m, _WHOLE) or is_parametrized(m) or _is_dora(m)]
     via, whole_of = borrowers(modules, owned), {}
     for path in owned:
-        whole = next((p for p in wholes if p == path or _inside(path, p)), None)
+        whole = next((p for p in wholes if p == path or is_inside(path, p)), None)
         if whole is not None:
             via[path] = whole_of[path] = whole
         elif _is_container(modules[path]):  # whose parameters the module around it uses
@@ -260,10 +262,10 @@ def _via(
         hits = _matching("through", names, [pattern])
         for path, found in owned.items():
             if any(full in hits for _, _, full in found):
-                if path != target and not _inside(path, target):
+                if path != target and not is_inside(path, target):
                     raise ValueError(f"through[{pattern!r}]: expected a module that encloses {path!r}, got {target!r}")
                 whole = whole_of.get(path, path)
-                together = whole_of if _inside(whole, target) else ()  # all that a whole holds, or this alone
+                together = whole_of if is_inside(whole, target) else ()  # all that a whole holds, or this alone
                 via |= dict.fromkeys([path, *(q for q in together if whole_of[q] == whole)], target)
     return via
 
@@ -325,12 +327,13 @@ def _is_held_by_a_child(path: str, owned: dict[str, Any], sites: dict[str, Site]
 
     Should the module use them itself as well, the efficiency check says so.
     """
-    inside = [sites[p] for p in sites if _inside(p, path) and issubclass(sites[p].rule, Rule)]
+    inside = [sites[p] for p in sites if is_inside(p, path) and issubclass(sites[p].rule, Rule)]
     theirs = {full for site in inside for _, _, full in owned[site.name]}
     return all(full in theirs and owner._parameters[local].dim() == 1 for owner, local, full in owned[path])
 
 
-def _inside(path: str, ancestor: str) -> bool:
+def is_inside(path: str, ancestor: str) -> bool:
+    """Whether a name is below that of a module."""
     return path != ancestor and path.startswith(f"{ancestor}." if ancestor else "")
 
 

@@ -96,7 +96,8 @@ def track(
         ledger: where the values go: a `Ledger`, the folder of one, or None for one in memory. Of several processes
             each writes those of its own samples.
         check: on the first step, compare the sum of the scores with the parameters' gradients, and raise where
-            they disagree; on some later ones for parameters of which the first could not tell.
+            they disagree; on some later ones for parameters of which the first could not tell. On the first of several
+            samples also run the model once more, to tell the samples from as many rows of something else.
         keep: where a deferred method's activations wait: "device", or "host" for pinned host memory.
         keep_bytes: bytes that may wait; None for no limit.
         update: for path methods and an optimizer of another class: "elementwise" says that its step is (which is
