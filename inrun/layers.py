@@ -213,13 +213,20 @@ class EmbeddingRule(Rule):
 
     def by_sample(self, x, batch):
         captured = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-        if x.shape != (batch,) or batch == 1 or captured:
+        if x.dim() != 1 or batch == 1 or captured:
             return probing.ids_by_sample(x, batch)
-        # Ids that were no run of numbers once are the samples' own. A GPU tells later, and goes on.
         tap = self._inrun
+        if len(x) != batch:
+            tap.takes_positions = True
+            return probing.ids_by_sample(x, batch)
+        # Positions once are positions still, and ids that were no run of numbers once are the samples' own. A GPU tells
+        # later, and goes on.
         found = probing.may_be_positions(x)
-        tap.positions = found if tap.positions is None else tap.positions & found
         said = f"{tap}: ids: {probing.positions(batch)}"
+        if tap.takes_positions:
+            tap.pending.ask(~found, lambda: InRunError(said))
+            return probing.by_sample(x[None], batch)
+        tap.positions = found if tap.positions is None else tap.positions & found
         tap.pending.ask(tap.positions, lambda: InRunError(said))
         return x
 
@@ -228,9 +235,11 @@ class EmbeddingRule(Rule):
 
     def probed(self, x, probe, segments):
         direction = along(self, "weight")
-        if x.shape != probe.shape[:1] or segments is not None:
+        if x.dim() == 1 and segments is None:
+            x = self.by_sample(x, len(probe))
+        if x.dim() != 1 or segments is not None:
             return functional.embedding(x, self.weight, direction, probe, self.padding_idx, segments)
-        x = self.by_sample(x, len(x)).unsqueeze(1)
+        x = x.unsqueeze(1)
         return functional.embedding(x, self.weight, direction, probe, self.padding_idx).squeeze(1)
 
     def dots(self, x, grad, segments):

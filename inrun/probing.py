@@ -161,8 +161,8 @@ def _of_rows(rows: int, batch: int) -> str:
         )
     return (
         f". {rows // batch} rows to a sample: where they are samples, as of pairs, give each an id and add their "
-        "values up; where they are its tokens, flattened, name a module around the layer that returns [B, ...], "
-        "track(..., through={parameter: module})"
+        "values up; where they are parts of it, as tokens or windows, name a module around the layer that returns "
+        "[B, ...], track(..., through={parameter: module})"
     )
 
 

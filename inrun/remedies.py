@@ -35,8 +35,8 @@ def remedies(
         suspected: layers that are to be scored otherwise if their input is shared by all samples, `[1, ...]`, or
             seems to be their tokens; and parameters that are to be.
 
-    Returns:
-        Nothing where the model does not return any `[B, ...]`.
+    Raises:
+        LookupError: a layer is to be scored by the model itself, which returns nothing of `[B, ...]`.
     """
     modules = dict(model.named_modules())
 
@@ -94,7 +94,7 @@ def remedies(
             if outputs_follow(around) and all(_is_within(p, around) for name in tap.parameters for p in owners[name]):
                 break
         if not around and not outputs_follow("", any):  # the others might not be used
-            return []
+            raise LookupError(path)
         found.setdefault(around, {})[path] = tap.parameters
     pairs = []
     for around, paths in found.items():

@@ -10,12 +10,14 @@ has: the model is run in eval mode on the batch and on the batch with its sample
 must have moved on by as many as belong to a sample.
 
 These runs are without gradients, and not within the forward: the user's own contexts around it cannot be entered twice.
+Of several processes all make the first or none, as the model may exchange something in its forward.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from itertools import combinations
@@ -25,8 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .distributed import Ranks
 from .errors import InRunError, few
 from .forward_mode import sample_axis
+from .layers import EmbeddingRule
 from .remedies import Shapes, as_code, remedies
 from .restoring import as_it_was, in_modes, modes_of
 
@@ -104,6 +108,20 @@ class _Call(NamedTuple):
         return {math.prod(pick) for pick in picks}
 
 
+class _Taken(NamedTuple):
+    """An output that has B rows."""
+
+    module: Any
+    number: int  # of the module's call within the model's; -1 where that was not called itself
+    leaf: int  # of the call's outputs
+    shape: tuple[int, ...]
+
+    def is_square(self) -> bool:
+        """Whether a dimension of positions has B rows as well."""
+        positional = isinstance(self.module, EmbeddingRule) or getattr(self.module, "may_fold", False)
+        return positional and len(self.shape) > 2 and self.shape[0] == self.shape[1]
+
+
 class Rows:
     """Which layers of a model hold a batch's samples at dimension 0, or several rows for each, sample after sample.
 
@@ -112,6 +130,7 @@ class Rows:
         through: what `track` was given.
         folding: whether rows may be flattened tokens.
         paused: in this context tracked layers run plainly.
+        ranks: the processes, of which each calls the model itself.
     """
 
     def __init__(
@@ -120,12 +139,14 @@ class Rows:
         through: Mapping[str, str],
         folding: bool,
         paused: Callable[[], AbstractContextManager],
+        ranks: Ranks,
     ) -> None:
-        self._model, self._through, self._folding, self._paused = model, through, folding, paused
+        self._model, self._through, self._folding, self._paused, self._ranks = model, through, folding, paused, ranks
+        self._agreed = False  # whether several processes have been asked for the run with one sample more
         self._known: set[nn.Module] = set()
         self._asked: dict[Any, tuple[int, ...]] = {}  # layers of flattened tokens, and their inputs' shapes
         self._calls: dict[Any, int] = {}  # of the modules within the model's call
-        self._taken: set[tuple[Any, int, int]] = set()  # module, its call, and an output that has B rows
+        self._taken: set[_Taken] = set()
         self._call: _Call | None = None
         self.rows = 0  # B of the next forward; 0 where values belong to documents or tokens
         self._sizes: set[int] | None = None  # what a sample may have of rows there
@@ -144,13 +165,17 @@ class Rows:
     def take(self, module: Any, outputs: Any) -> None:
         """Outputs of a module's call with B rows, to which a gradient comes, are taken for `[B, ...]`; `verify` raises
         where they are not."""
-        if not isinstance(module, nn.Module) or not self.note_call():
+        ours = self.note_call()
+        if not isinstance(module, nn.Module) or not (ours or self._call is None):
             return
-        self._calls[module] = number = self._calls.get(module, -1) + 1
+        number = -1
+        if ours:
+            self._calls[module] = number = self._calls.get(module, -1) + 1
         for leaf, y in enumerate(pytree.tree_leaves(outputs)):
             axis = sample_axis(module, leaf)
             if isinstance(y, Tensor) and y.requires_grad and y.shape[axis : axis + 1] == (self.rows,):
-                y.register_hook(lambda _, one=(module, number, leaf): self._taken.add(one))
+                taken = _Taken(module, number, leaf, tuple(y.shape))
+                y.register_hook(lambda _, taken=taken: self._taken.add(taken))
 
     def are_tokens(self, layer: Any, x: Tensor) -> bool:
         """Whether the layer's input is taken for flattened tokens, for now; `verify` raises where it is not."""
@@ -172,23 +197,37 @@ class Rows:
         return self._call is not None
 
     def verify(self) -> None:
-        """Raise `InRunError` where an input or output was taken for what it is not."""
-        call = self._call
-        if call is None:
-            return
-        more = self._of_one_more({module for module, *_ in self._taken}, call) if self._taken else {}
+        """Raise `InRunError` where an input or output was taken for what it is not; warn where nothing tells."""
+        self._verify_samples()
+        if self._call is not None:
+            self._verify_tokens(self._call)
+
+    def _verify_samples(self) -> None:
+        call, ours = self._call, [one for one in self._taken if one.number >= 0]
+        more: Shapes = {}
+        if self._all_can(call is not None and bool(ours)) and call is not None:
+            more = self._of_one_more({one.module for one in ours}, call)
         wrong: dict[str, str] = {}  # name -> what it is
-        for module, number, leaf in self._taken:
+        for module, number, leaf, shape in ours:
             calls, axis = more.get(module, ()), sample_axis(module, leaf)
-            if number < len(calls) and calls[number].get(leaf, ())[axis : axis + 1] == (call.rows,):
+            if number < len(calls) and calls[number].get(leaf, ())[axis : axis + 1] == shape[axis : axis + 1]:
                 wrong[module._inrun.name] = f"{module._inrun} ({module._inrun_class.__name__})"
-        if wrong:
+        if wrong and call is not None:
             error = InRunError(
                 f"{few(sorted(wrong.values()))}: expected the samples at dimension 0; got {call.rows} rows, as many as "
                 f"there are samples, and as many still when the model's input had one sample more. {_INSTEAD}"
             )
             error.suspected = wrong
             raise error
+        squares = sorted({f"{one.module._inrun} {one.shape}" for one in self._taken if one.is_square()})
+        if squares and not more:
+            warnings.warn(
+                f"{few(squares)}: dimension 0 is taken for the samples, and dimension 1 has as many rows. Were those "
+                "the samples, values would be wrong, and nothing could tell: the model was not run with one sample "
+                "more (for which it is called in the step block, as model(x), and takes such a batch). To be sure, "
+                "make the first step with another number of samples or tokens", stacklevel=6)  # fmt: skip
+
+    def _verify_tokens(self, call: _Call) -> None:
         moved = call.moved_on()
         pairs = zip(call.leaves(), moved.leaves(), strict=True)
         if not self._asked or all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor)):
@@ -217,6 +256,14 @@ class Rows:
             raise error from why
         self._known.update(self._asked)
 
+    def _all_can(self, ready: bool) -> bool:
+        """Whether the model is to be run with one sample more. Several processes are asked at their first update."""
+        if self._ranks.size == 1:
+            return ready
+        asked, self._agreed = self._agreed, True
+        device = next(self._model.parameters()).device
+        return not asked and int(self._ranks.sum(torch.tensor(int(ready), device=device))) == self._ranks.size
+
     def forget(self) -> None:
         """What was asked in a step that is over."""
         self._asked, self._taken, self._calls, self._call = {}, set(), {}, None
@@ -235,7 +282,13 @@ class Rows:
             whole = self._shapes(every.values(), call, torch.enable_grad)
             more = self._of_one_more(every.values(), call, torch.enable_grad)
             sizes = call.sizes() if self._folding else ()
-            found = remedies(self._model, whole, more, call.rows, sizes, suspected) if more else []
+            try:
+                found = remedies(self._model, whole, more, call.rows, sizes, suspected) if more else []
+            except LookupError as layer:
+                error.add_note(f"No module around {layer} returns [B, ...], nor does the model: let it return what has "
+                               "the samples in front, as logits, and take the loss outside of it; through= can then "
+                               "name it")  # fmt: skip
+                return
             if found:
                 wanted = as_code(list({**self._through, **dict(found)}.items()))
                 error.add_note('To score such layers by modules around them ("": the model), each of which then runs '

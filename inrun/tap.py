@@ -48,6 +48,7 @@ class Tap:
         self.watched = False  # whether to see what becomes of outputs that all samples share
         self.compared = False  # whether a module known by running it is to be compared with itself
         self.positions: Tensor | None = None  # whether all ids so far, one for each sample, could be positions
+        self.takes_positions = False  # whether ids were positions: a run of numbers as long as there are samples is too
 
     def __str__(self) -> str:
         return self.name or "model"

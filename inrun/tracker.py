@@ -241,7 +241,7 @@ class Tracker:
         self._watch = Watch(
             (), self.ranks, self._pending, self._method.scores_in_backward
         )  # until there are optimizers
-        self._rows = Rows(model, plan[1] or {}, folding=not (self.samples or sampled), paused=self.paused)
+        self._rows = Rows(model, plan[1] or {}, not (self.samples or sampled), self.paused, self.ranks)
         self._install(planned)
         self._step: Step | None = None
         self._waiting: Step | None = None  # a step that ended and whose values still wait for a validation gradient
@@ -280,8 +280,7 @@ class Tracker:
         for site in plan.sites:
             tap = rules.install(site, siblings)
             tap.pending = self._pending
-            # Not of several processes, which might not all run the model again; nor where others' rows follow.
-            tap.rows = None if self.ranks.size > 1 or self.in_batch else self._rows
+            tap.rows = None if self.in_batch else self._rows  # where others' rows follow
             self.taps.append(tap)
             for owner, local, full in site.owned:
                 slots.setdefault(full, Slot(full, owner, local, [])).taps.append(tap)
@@ -507,7 +506,7 @@ class Tracker:
         if self._step is not step:
             raise InRunError("batch: expected inside the step block, got outside of it")
         self._largest = max(self._largest, layout.rows)
-        self._rows.begin(layout.rows if layout.segments is None else 0)
+        self._rows.begin(layout.rows if layout.segments is None and not self.ranks.sharded else 0)
         self._method.batch(layout.on(self.slots[0].param.device), recompute)  # once for all layers
 
     def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -570,7 +569,7 @@ class Tracker:
 
     def end(self, step: Step, error: BaseException | None = None) -> None:
         """The block is over, whatever ended it; a validation gradient has served it even if an exception did."""
-        if isinstance(error, Exception) and step.factor is None:  # the update has not begun
+        if isinstance(error, Exception) and step.factor is None and self.ranks.size == 1:  # the update has not begun
             self._rows.explain(error)
         self._step = None
         self._watch.active = False

@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,24 @@ class Logits(nn.Module):
         return self.model(input_ids=x).logits
 
 
+class Turned(nn.Module):
+    """Its layer is given `[B * T, W]`, sample after sample; or tokens first, `[T, B, W]`."""
+
+    def __init__(self, tokens_first: bool = False) -> None:
+        super().__init__()
+        self.token, self.inner, self.head = nn.Embedding(13, 8), nn.Linear(8, 8), nn.Linear(8, 13)
+        self.tokens_first = tokens_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x)
+        if self.tokens_first:
+            h = self.inner(h.transpose(0, 1)).tanh().cumsum(0).transpose(0, 1)
+        else:
+            h = self.inner(h.reshape(-1, 8)).tanh().view_as(h).cumsum(1)
+        return self.head(h)
+
+
+MODELS |= {"gpt_flat": Turned, "gpt_turned": lambda: Turned(tokens_first=True)}
 MODELS |= {"hf_llama": lambda: Logits("Llama"), "hf_mixtral": lambda: Logits("Mixtral")}
 
 
@@ -315,6 +334,40 @@ def check_checks_of_later_steps():
     assert due == [True, True, False, True, False]
     agenda = gathered(torch.tensor([float(tracker.agenda.made), float(len(tracker.agenda.certain))]))
     assert torch.equal(agenda[:2], agenda[2:]) and agenda[1] > 0
+
+
+def check_rows_of_flattened_tokens():
+    train_ddp("gpt_flat", "adamw", wrap_first=True, bare_validation=False)
+    options = {"through": {"inner.*": ""}}
+    close(*(gathered(torch.cat(turned("gpt_flat", 6, **each))) for each in ({}, options)))
+
+
+def turned(name: str, *sizes: int, **options: Any) -> list[Tensor]:
+    """The values of a step with as many samples as given in each process."""
+    model, optimizer, tracker, wrapped = prepared(name, **options)
+    found = []
+    for t, size in enumerate(sizes):
+        x, y = data(name, size, seed=RANK + 2 * t)
+        validate(tracker, model, name)
+        with tracker.step(range(size)) as step:
+            (loss_of(wrapped, x, y) if size else 0 * loss_of(wrapped, *data(name, 1))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(step.values)
+    tracker.close()
+    return found
+
+
+def check_rows_that_are_tokens():
+    """Where all of them have as many samples as tokens, every process finds out; where one has none, they are told."""
+    for method in ("first", "path"):
+        raises("as many still when the model's input had one", lambda m=method: turned("gpt_turned", 6, method=m))
+        close(*turned("gpt_turned", 6, method=method, through={"inner.*": ""})[:1], turned("gpt_flat", 6)[0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        turned("gpt_turned", 6 * RANK)
+    told = [w for w in caught if "inner (6, 6, 8), token (6, 6, 8): dimension 0 is taken" in str(w.message)]
+    assert len(told) == RANK and all(w.filename == __file__ for w in told)
 
 
 def check_excluded_share():
@@ -829,7 +882,7 @@ REFERENCES = [("gpt_tied", "sgd"), ("gpt_tied", "adamw"), ("loose", "adamw"), ("
     ("gpt_tied", "adamw", SPLITS, "secant", False, TWO), ("loose", "adamw", SPLITS, "secant"),
     ("gpt_tied", "adamw", SPLITS, "path"), ("gpt_tied", "adamw", IDLE, "path"),
     ("gpt_tied", "adamw", SPLITS, "path_secant", True), ("gpt_tied", "sgd", SPLITS, "path_secant", True),
-    ("loose", "sgd", SPLITS, "secant"),
+    ("loose", "sgd", SPLITS, "secant"), ("gpt_flat", "adamw"),
     ("attention", "adamw", SPLITS, "path_secant", True), ("attention", "sgd", SPLITS, "secant"),
     ("gpt_tied", "sgd", SPLITS, "path_simpson", True, TWO)]  # fmt: skip
 

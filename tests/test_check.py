@@ -301,7 +301,7 @@ def test_as_many_positions_as_samples(method):
     tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *held))
     with pytest.raises(RuntimeError, match=r"ids: .* another run of numbers"), tracker.step(range(B)):
         loss_of(model, *tokens(B)).backward()
-    for count in (T, T - 1):
+    for count in (T, T - 1, B):  # as many as samples are positions by now
         before, (x, y) = copy.deepcopy(model), tokens(count)
         with tracker.step(range(B)) as step:
             loss_of(model, x, y).backward()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -171,6 +173,55 @@ def test_other_sizes_are_errors_that_propose_the_same(kind, method):
     with pytest.raises(ValueError, match="input: expected shape") as error:
         step(made(kind), ids(B + 1, 1), method, through={"head.*": ""})
     assert proposed(error) == {"head.*": "", **PROPOSED[kind]}
+
+
+class LossAlone(TokensFirst):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square().mean()
+
+
+@pytest.mark.parametrize("size", [B, B + 1])
+def test_a_model_that_returns_no_samples_is_asked_to(size):
+    with pytest.raises((inrun.InRunError, ValueError), match=r"blocks.0.*expected") as error:
+        step(made(LossAlone), ids(size, 1))
+    (note,) = error.value.__notes__
+    assert "No module around blocks.0 returns [B, ...], nor does the model: let it return" in note
+
+
+class Encoder(TokensFirst):
+    """Is not called itself; or with what cannot be cut."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
+        assert len(sizes) == len(x)
+        return self.encode(x)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("called", [False, True])
+def test_one_is_told_where_nothing_tells(method, called):
+    """At other sizes nothing need be said."""
+    for tokens, turned in ((T, True), (T, False), (T + 1, False)):
+        model = made(Encoder)
+        if not turned:
+            model.encode = lambda x, model=model: model.head(model.token(x))
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+
+        def loss(x: Tensor, model: Any = model) -> Tensor:
+            return (model(x, [1] * len(x)) if called else model.encode(x)).square().mean()
+
+        told = pytest.warns(UserWarning, match=r"head \(4, 4, 2\), token \(4, 4, 6\): dimension 0 is taken for")
+        tracker = inrun.track(model, optimizer, method, validation=lambda loss=loss, n=tokens: loss(ids(3, 2, n)))
+        for t in range(2):
+            expected = told if t == 0 and tokens == B else contextlib.nullcontext()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                with expected, tracker.step(range(B)):
+                    loss(ids(B, 1, tokens)).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
 
 
 class TokenMajor(TokensFirst):
