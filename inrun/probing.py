@@ -152,7 +152,7 @@ def by_sample(x: Tensor, batch: int) -> Tensor:
 
 def _of_rows(rows: int, batch: int) -> str:
     if batch == 1:
-        return "; of documents packed into several rows, tokens= tells how long a row is"
+        return ". Give each row an id; of documents packed into several rows, tokens= tells how long a row is"
     if rows % batch:
         return (
             ". Where a step has several forwards, step.batch(ids) comes before each; an evaluation within the step "

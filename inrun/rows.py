@@ -150,6 +150,7 @@ class Rows:
         self._call: _Call | None = None
         self.rows = 0  # B of the next forward; 0 where values belong to documents or tokens
         self._sizes: set[int] | None = None  # what a sample may have of rows there
+        self._lone = False  # whether an input has one row, or none is known
 
     def begin(self, rows: int) -> None:
         """A forward of so many samples will come; 0 where values belong to documents or tokens."""
@@ -181,11 +182,12 @@ class Rows:
         """Whether the layer's input is taken for flattened tokens, for now; `verify` raises where it is not."""
         if not self._folding or not self.rows or x.shape[0] in (1, self.rows) or x.shape[0] % self.rows:
             return False
-        if self.rows == 1:
-            return True
         if self._sizes is None:
             call = self._looked_up()
             self._sizes = call.sizes() if call is not None else set()
+            self._lone = call is None or any(map(call.is_of_samples, call.leaves()))
+        if self.rows == 1:
+            return self._lone
         # As many as an input has: tokens that were picked out have as many only where each sample has all of its own.
         if x.shape[0] // self.rows not in self._sizes:
             return False

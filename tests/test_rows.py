@@ -496,6 +496,23 @@ def test_parameters_used_past_their_modules_come_with_the_module_that_does(metho
     torch.testing.assert_close(step(model, x, method, through=proposed(error)), want, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_one_id_for_several_rows_is_refused(method):
+    """Where the model's input has one row, several are its tokens."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(3, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 2)).double()
+    x, held = torch.randn(1, T, 3, dtype=torch.float64), torch.randn(2, T, 3, dtype=torch.float64)
+    for batch, refused in ((x, False), (x[0], True), (held[:, 0], True)):
+        layers = model[1:] if refused else model
+        optimizer = torch.optim.SGD(layers.parameters(), lr=LR)
+        tracker = inrun.track(layers, optimizer, method, validation=lambda m=layers, h=held: m(h).square().mean())
+        expected = pytest.raises(ValueError, match=r"with B = 1, .* Give each row an id") if refused else None
+        with tracker, expected or contextlib.nullcontext(), tracker.step(["a"]):
+            layers(batch).square().mean().backward()
+            optimizer.step()
+        assert len(tracker.ledger) == (0 if refused else 1)
+
+
 def test_an_error_of_ones_own_is_left_as_it_is():
     model, x = made(Once, (3, B, B + 1)), ids(B, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
