@@ -482,7 +482,7 @@ class Tracker:
             self._method.begin()
         self._watch.begin()
         watched = self.check_due or self._shared_due
-        eager = watched and not any(_is_compiled(m) for m in self.model.modules())  # which takes plain tensors
+        eager = watched and (not any(_is_compiled(m) for m in self.model.modules()) or _runs_eagerly())
         for tap in self.taps:
             tap.watched, tap.compared = eager and self._shared_due, eager and self.check_due
             tap.passed_by = False
@@ -616,7 +616,13 @@ class Tracker:
         self._seconds[name] += time.perf_counter() - start
 
 
+def _runs_eagerly() -> bool:
+    """Whether `torch.compiler.set_stance("force_eager")` has compiled modules run as they are."""
+    return torch._dynamo.eval_frame._stance.stance == "force_eager"
+
+
 def _is_compiled(module: nn.Module) -> bool:
+    """Such a module takes plain tensors alone."""
     return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 

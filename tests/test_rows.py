@@ -496,6 +496,19 @@ def test_parameters_used_past_their_modules_come_with_the_module_that_does(metho
     torch.testing.assert_close(step(model, x, method, through=proposed(error)), want, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_model_is_checked_where_it_is_made_to_run_eagerly(in_place):
+    model = made(TokensFirst)
+    if in_place:
+        model.compile(backend="eager")
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend="eager")
+    with torch.compiler.set_stance("force_eager"), pytest.raises(inrun.InRunError, match="as many still") as error:
+        step(compiled, ids(B, 1))
+    assert proposed(error) == ({"blocks.*": ""} if in_place else {"_orig_mod.blocks.*": "_orig_mod"})
+
+
 @pytest.mark.parametrize("method", ["first", "path"])
 def test_one_id_for_several_rows_is_refused(method):
     """Where the model's input has one row, several are its tokens."""
