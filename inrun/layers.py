@@ -90,7 +90,11 @@ class Rule(Holder):
         tap = self._inrun
         if not tap.scores():
             return self.plain(x)
-        return self._watched(x) if tap.watched and not torch.compiler.is_compiling() else self._scored(x)
+        run = self._watched if tap.watched and not torch.compiler.is_compiling() else self._scored
+        if not tap.tokens_first or x.dim() < 3:
+            return run(x)
+        y = run(x.transpose(0, 1))
+        return y.transpose(0, 1).contiguous()  # a dropout after it draws its numbers in the order of memory
 
     def _watched(self, x: Tensor) -> Tensor:
         """The layer's output, and where all samples share it, what becomes of it."""
@@ -101,7 +105,7 @@ class Rule(Holder):
         if rows is not None:
             rows.note_call()
         y = self._scored(x)
-        if rows is not None:
+        if rows is not None and not self._inrun.tokens_first:
             rows.take(self, y)
         if not shared and not self._inrun.flat and len(y) > 1 and y.shape[:1] != x.shape[:1]:
             lead, shared = x.shape[:1] == (1,), True

@@ -52,7 +52,7 @@ RULES: dict[type[nn.Module], type[Holder]] = {
 # Modules that use their children's parameters without calling the children.
 _WHOLE = (nn.MultiheadAttention,)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-_SEQUENCE_FIRST = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # unless batch_first
+_BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Site:
         under: the class of layer beneath the module's own that the rule stands for; None for the module's own.
         form: of a module known by running it, what it computes.
         flat: whether its rows are the tokens of all samples, flattened.
+        tokens_first: whether it is given `[T, B, ...]`.
         apart: whether others that forward-mode AD scores are inside, so that it has a pass of its own.
     """
 
@@ -74,6 +75,7 @@ class Site:
     under: type[nn.Module] | None = None
     form: Any = None
     flat: bool = False
+    tokens_first: bool = False
     apart: bool = False
 
     @property
@@ -119,10 +121,7 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
         if (param := getattr(owner, local)).is_complex():
             raise InRunError(f"{full}: expected a parameter of real numbers, got {param.dtype}; exclude it")
     via = _via(modules, owned, list(names.values()), through or {})
-    for path, module in modules.items():
-        if isinstance(module, _SEQUENCE_FIRST) and not module.self_attn.batch_first:
-            raise InRunError(f"{path or 'model'}: expected {type(module).__name__}(batch_first=True), got False, with "
-                             "which dimension 0 of its layers is not the sample")  # fmt: skip
+    tokens_first = {m for block in modules.values() for m in _given_tokens_first(block)}
     flat: set[nn.Module] = set()
     for path, block in modules.items():
         if isinstance(getattr(block, "experts", None), nn.Module) and path not in via:
@@ -145,7 +144,7 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
     sites = {path: site for path, site in sites.items() if path not in via} | wholes
     sites |= {path: Site(path, modules[path], RelativeBiasRule) for path in tables.values()}
     for path, site in sites.items():
-        site.flat = modules[path] in flat
+        site.flat, site.tokens_first = modules[path] in flat, modules[path] in tokens_first
         if "forward" in vars(site.module):
             raise InRunError(
                 f"{path or 'model'}: expected {type(site.module).__name__}'s own forward, got one that was set on the "
@@ -159,6 +158,17 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
         raise InRunError("model: expected at least one trainable parameter that is not excluded, found none")
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     return Plan([sites[path] for path in modules if path in sites], tracked, sorted(excluded), frozen)
+
+
+def _given_tokens_first(block: nn.Module) -> list[nn.Module]:
+    """What torch's transformers without `batch_first` give `[T, B, W]`; their attention sees to that itself."""
+    if isinstance(block, _BLOCKS) and not block.self_attn.batch_first:
+        inside = [m for m in block.children() if not isinstance(m, nn.MultiheadAttention)]
+        return [m for child in inside for m in child.modules()]
+    if isinstance(block, nn.TransformerEncoder | nn.TransformerDecoder) and block.norm is not None:
+        layer = block.layers[0]
+        return [block.norm] if isinstance(layer, _BLOCKS) and not layer.self_attn.batch_first else []
+    return []
 
 
 def _wholes(
@@ -191,7 +201,7 @@ def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
     """Change a site's module into its tracked class and put the directions beside their parameters."""
     tap = Tap(site.name)
     tap.form, tap.flat, tap.routed, tap.by_row = site.form, site.flat, site.flat, site.takes_one_sample
-    tap.apart = site.apart
+    tap.tokens_first, tap.apart = site.tokens_first, site.apart
     tap.owned, tap.parameters = [one[:2] for one in site.owned], [full for _, _, full in site.owned]
     for owner, local, full in site.owned:
         if not isinstance(owner, Holder):

@@ -36,6 +36,7 @@ class Tap:
         self.configs: list[Any] = []  # of Hugging Face's experts inside
         self.by_row = True  # whether it computes each row of a batch by itself, and holds it at dimension 0
         self.routed = False  # whether its rows are always the tokens of [B, T], flattened
+        self.tokens_first = False  # whether it is given [T, B, ...]
         # This batch.
         self.probe: Tensor | None = None
         self.layout: Layout | None = None  # of the probe, where it counts documents or tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import inrun
 from inrun import attention
@@ -293,3 +295,59 @@ def test_what_follows_sees_the_memory_that_it_sees_untracked(batch_first):
         dropped = F.dropout(expected)
         torch.manual_seed(1)
         torch.testing.assert_close(F.dropout(found), dropped)
+
+
+class Translator(nn.Module):
+    """`[B, S, E]` -> `[B, L, E]`, by torch's transformer, whose halves end with a norm, given tokens first or not."""
+
+    def __init__(self, batch_first, dropout=0.0, norm_first=False):
+        super().__init__()
+        sizes = {"d_model": E, "nhead": HEADS, "num_encoder_layers": 2, "num_decoder_layers": 1, "dim_feedforward": 9}
+        self.inner = nn.Transformer(**sizes, dropout=dropout, batch_first=batch_first, norm_first=norm_first)
+        self.batch_first = batch_first
+
+    def forward(self, x):
+        inputs = [x, x[:, :L].cos()]
+        out = self.inner(*inputs if self.batch_first else [i.transpose(0, 1) for i in inputs])
+        return out if self.batch_first else out.transpose(0, 1)
+
+
+@pytest.mark.parametrize("batch", [B, S])
+@pytest.mark.parametrize("how", ["first", "path", "compiled", "norm first", "checkpointed"])
+def test_transformers_that_are_given_tokens_first(how, batch):
+    """As torch's are by default; where there are as many tokens as samples too."""
+    found = []
+    for batch_first in (True, False):
+        torch.manual_seed(0)
+        model = Translator(batch_first, norm_first=how == "norm first").double()
+        x, held = torch.randn(batch, S, E).double(), torch.randn(B + 1, S, E).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+        if how == "checkpointed":
+            run = lambda x, model=model: checkpoint(model, x, use_reentrant=False)  # noqa: E731
+        tracker = inrun.track(model, optimizer, "path" if how == "path" else "first")
+        with tracker.validation():
+            run(held).square().mean().backward()
+        with tracker.step(range(batch)) as step:
+            run(x).square().mean().backward()
+            optimizer.step()
+        assert not any(tap.forward_mode for tap in tracker.taps)
+        found.append((step.values.double(), *model.parameters()))
+    for one, other in zip(*found, strict=True):
+        close(one, other.detach())
+
+
+def test_dropout_of_transformers_that_are_given_tokens_first_is_as_untracked():
+    torch.manual_seed(0)
+    model, x = Translator(False, dropout=0.4), torch.randn(B, S, E)
+    plain, outs = copy.deepcopy(model), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with inrun.track(model, optimizer, validation=lambda: model(x + 1).square().mean()) as tracker:
+        for one in (model, plain):
+            with tracker.step(range(B)) if one is model else contextlib.nullcontext():
+                torch.manual_seed(1)
+                outs.append(one(x))
+                outs[-1].square().mean().backward()
+                if one is model:
+                    optimizer.step()
+    torch.testing.assert_close(*outs)

@@ -338,12 +338,6 @@ def test_an_outer_module_scores_only_what_it_encloses():
         step(model, optimizer, tracker, STACKS["float32"], (x, y), (part(x, slice(2)), y[:2]))
 
 
-def test_time_first_encoder_layers_are_refused():
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12), 1)
-    with pytest.raises(inrun.InRunError, match=r"layers\.0: expected TransformerEncoderLayer\(batch_first=True\)"):
-        inrun.track(model)
-
-
 def test_a_gated_norm_keeps_its_gate():
     class Gated(nn.Module):
         def __init__(self):
