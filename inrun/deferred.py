@@ -8,7 +8,7 @@ update begins, G multiplied in when its last part is known, and then each kept l
     path          K = -(u(g_B) - u(0)) / g_B: path.py   G = g_v(w_t)
     path_secant   K as path                             G = between g_v at w + u(0) and g_v at w + u(g_B)
     path_simpson  K as path                             G = Simpson's mean of both ends and the middle
-    second        lr * g_v - (lr^2 / 2) H_v g_B, SGD only
+    second        K as secant, SGD only                 G = g_v + H_v (u(0) + u(g_B)) / 2, at w_t
     first         K as secant                           G = g_v(w_t); scored inline unless each validation sample
                                                         has a score of its own (`pairwise.py`)
 
@@ -17,9 +17,13 @@ The Shapley value that all of these approach, exact or sampled, and for any opti
 Path values are Aumann-Shapley values: every sample's gradient grows from 0 to full together, and each is paid what
 its growth changed. With G exact along the path they add up to the loss change net of u(0), which belongs to nobody.
 Where `path_secant` knows the loss at both ends, it takes the G between theirs by which they do: a mean value that
-sees the bend of the loss along the step (Simpson's nearly) for the cost of the two ends.
+sees the bend of the loss along the step (Simpson's nearly) for the cost of the two ends. Where the loss bends more than
+two ends can tell, it takes the gradient in the middle too.
 
-Source: second order, arXiv 2406.11011, theorem 4; the others are this library's.
+`secant` has one end at w_t, as it needs no pass of its own: with momentum or weight decay, where u(0) is a move, it is
+first order in that. Excluded parameters are at both ends what the step makes of them.
+
+Source: second order, arXiv 2406.11011, theorem 4, which is that of plain SGD; the others are this library's.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ from .pairwise import Pairs
 from .path import Path
 from .restoring import in_modes, modes_of, random_kept, random_state, requiring, set_random_state
 from .tap import Layout, size_of, together
-from .updates import ELEMENTWISE, counts_read, require_known, require_no_closure, weights_moved
+from .updates import ELEMENTWISE, counts_read, require_known, require_no_closure, updates, weights_moved
 from .validation import Gradients
 
 if TYPE_CHECKING:
@@ -51,6 +55,8 @@ if TYPE_CHECKING:
 METHODS = ("second", "secant", "path", "path_secant", "path_simpson")
 TWO_ENDS = ("secant", "path_secant", "path_simpson")
 PAIRWISE = ("first", "secant", "path", "path_secant")
+
+Part = tuple[float | dict[str, Tensor], dict[str, Gradients]]  # of each target, a gradient, and its weight in G
 
 
 class Deferred:
@@ -91,9 +97,10 @@ class Deferred:
         self.recompute: list[Callable[[], Tensor] | None] = []
         self.scale: float | Tensor = 1.0
         self._start: dict[str, Gradients] = {}
-        self._parts: list[tuple[float | dict[str, Tensor], dict[str, Gradients]]] = []
+        self._parts: list[Part] = []
         self._path = Path(tracker, update, clip)
         self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
+        self._first_end = False  # whether the gradient at w + u(0) is still to come
         self._early: list[Tensor | None] | None = None
         self._before: list[Any] = []  # of each batch: the random state, the modules' modes, and what trains
         self._weights: list[tuple[Tensor, Tensor]] = []  # each, and what they were, if its loss will be computed again
@@ -132,7 +139,7 @@ class Deferred:
     def begin(self) -> None:
         self.keeper.reset()
         self.recompute, self._before, self._weights = [], [], []
-        self._parts, self._rest, self._early = [], {}, None
+        self._parts, self._rest, self._early, self._first_end = [], {}, None, False
         self.drop, self.updated = {}, False
         self._path.release()  # of a step that an exception ended
         if self.pairs is not None:
@@ -161,7 +168,7 @@ class Deferred:
 
     def memory(self) -> dict[str, int]:
         """Bytes kept now and at most, and those of copied weights and what stands for the update."""
-        copies = size_of([*(before for _, before in self._weights), *self._path.tensors()])
+        copies = size_of([*(before for _, before in self._weights), *self._path.tensors(), *self._rest.values()])
         return {"kept": self.budget.bytes, "kept_peak": self.budget.peak, "weights": copies}
 
     def release(self) -> None:
@@ -190,7 +197,11 @@ class Deferred:
             with counts_read(self.tracker.slots):
                 moves = self._path.write(factor, unscale, self.scale, self._batches(), self.true_ends)
             if self.true_ends:
-                self._run_along(moves)
+                self._rest = {i: rest for i, (_, rest) in moves.items()}
+                # What becomes of excluded parameters is known after the update.
+                self._first_end = self.tracker.validations.excluded
+                if not self._first_end:
+                    self._run_along(moves)
             else:
                 self._parts = [(0.5 if self.name == "path_secant" else 1.0, self._start)]
         for slot in self.tracker.slots:  # one may be passed by in this step
@@ -217,16 +228,20 @@ class Deferred:
             self.keeper.reset()
             self._path.release()
             return dots
+        gradients = self.tracker.validations.gradients
         if self.true_ends:
+            simpson = self.name == "path_simpson"
+            if self._first_end:
+                self._parts = [(1 / 6 if simpson else 0.5, self._run_back(0.0))]
+                self._parts += [(4 / 6, self._run_back(0.5))] if simpson else []
             for name, loss in self.tracker.validations.last_losses.items():
                 self.drop[name] = self.drop[name] - loss
-        if self.ends_with_validation:
-            gradients = self.tracker.validations.gradients
-            weight = 1 / 6 if self.name == "path_simpson" else 0.5
-            if self._rest:
-                weight = {name: self._mean_value(name, self._parts[0][1][name], gradients[name]) for name in gradients}
-                self._parts = [({name: 1 - w for name, w in weight.items()}, self._parts[0][1])]
-            self._parts.append((weight, gradients))
+            if simpson:
+                self._parts.append((1 / 6, gradients))
+            else:
+                self._parts = self._mean_values(self._parts[0][1], gradients)
+        elif self.ends_with_validation:
+            self._parts.append((0.5, gradients))
         self._multiply_in()
         dots = self._path.shared(self._scored())
         self._start, self._parts, self._rest = {}, [], {}
@@ -351,8 +366,21 @@ class Deferred:
             self._parts.append((weight, gradients))
             if at == 0.0:
                 self.drop = losses
-        if not simpson and not validations.excluded:  # else other weights have their part in the drop
-            self._rest = {i: rest for i, (_, rest) in moves.items()}
+
+    @torch.no_grad()
+    def _run_back(self, at: float) -> dict[str, Gradients]:
+        """Validation gradients `at` a part of the way from w + u(0) to where the weights are now, w + u(g_B)."""
+        validations = self.tracker.validations
+        along = ((i, (at - 1) * rest) for i, rest in self._rest.items())
+        with (
+            validations.elsewhere(),
+            weights_moved(self.tracker.slots, self.tracker.ranks, along, {}),
+            torch.enable_grad(),
+        ):
+            gradients = {name: validations.here(name) for name in self.tracker.targets}
+            if at == 0.0:
+                self.drop = dict(validations.last_losses)
+        return gradients
 
     @torch.no_grad()
     def _multiply_in(self) -> None:
@@ -363,33 +391,59 @@ class Deferred:
             mean = [_mean([(w, gradients[i]) for w, gradients in parts]) for i in range(len(slots))]
             self._path.multiply_in([self._slices(slot)[m] for slot in slots], mean)
 
-    def _mean_value(self, name: str, start: Gradients, end: Gradients) -> Tensor:
-        """How far from the first end's gradient to the second's lies the one that gives the measured drop.
+    def _mean_values(self, start: dict[str, Gradients], end: dict[str, Gradients]) -> list[Part]:
+        """The gradients at both ends, and where the loss bends in the middle, with the weights that give the measured
+        drop.
 
-        Half way where the loss is quadratic along the step. A third to two thirds, else the loss bends more than two
-        ends can tell (or has noise, as of dropout), and it stays half way; as where rounding hides the difference.
+        Of the ends half each where the loss is quadratic along the step; else a third to two thirds. Where that is not
+        enough, the middle's is a third to all of the mean, the ends in equal parts; Simpson's two thirds where that is
+        not enough either (or the loss has noise, as of dropout). Where rounding hides the difference, the ends alone.
         """
+        ranks, losses = self.tracker.ranks, self.tracker.validations.last_losses
+        noise = {name: 16 * torch.finfo(loss.dtype).eps * loss.double() for name, loss in losses.items()}
+        drop = {name: self.drop[name].double() for name in start}
 
         def taken_off(gradients: Gradients) -> Tensor:
             pairs = [(g, rest) for i, rest in self._rest.items() if (g := gradients[i]) is not None]
-            parts = torch.stack([(g * rest).sum(dtype=torch.float64) for g, rest in pairs])
-            return -self.tracker.ranks.over_shards(parts.sum())
+            parts = [(g * rest).sum(dtype=torch.float64) for g, rest in pairs]
+            return -ranks.over_shards(torch.stack(parts).sum())
 
-        a, b = taken_off(start), taken_off(end)
-        loss, drop = self.tracker.validations.last_losses[name], self.drop[name].double()
-        noise = 16 * torch.finfo(loss.dtype).eps * loss.double()
-        aside = (drop - (a + b) / 2) * (b - a) / ((b - a).square() + noise.square())
-        return 0.5 + torch.where(aside.abs() <= 1 / 6, aside, 0.0)
+        def share(name: str, of: Tensor, instead: Tensor) -> Tensor:
+            """How much of a difference gives the drop; none where rounding hides it."""
+            return (drop[name] - of) * instead / (instead.square() + noise[name].square())
+
+        means: dict[str, Tensor] = {}  # of both ends, what they take off
+        shares: dict[str, Tensor] = {}  # how far from the middle between both ends' gradients
+        for name in start:
+            a, b = taken_off(start[name]), taken_off(end[name])
+            means[name] = (a + b) / 2
+            shares[name] = share(name, means[name], b - a)
+        bent = torch.stack([s.abs() > 1 / 6 for s in shares.values()])
+        if not ranks.sum(bent.int()).any():
+            return [
+                ({name: 0.5 - s for name, s in shares.items()}, start),
+                ({name: 0.5 + s for name, s in shares.items()}, end),
+            ]
+        middle, weights = self._run_back(0.5), {}
+        for (name, s), over in zip(shares.items(), bent, strict=True):
+            w = share(name, means[name], taken_off(middle[name]) - means[name])
+            w = torch.where(over, torch.where((w >= 1 / 3) & (w <= 1), w, 2 / 3), 0.0)
+            s = torch.where(over, 0.0, s)
+            weights[name] = ((1 - w) / 2 - s, w, (1 - w) / 2 + s)
+        return [({name: w[k] for name, w in weights.items()}, g) for k, g in enumerate((start, middle, end))]
 
     def _write_second_order(self, unscale: Any) -> None:
         tracker = self.tracker
         coefficients = []
-        steps: list[Tensor] = []  # what the update moves each parameter by, because of this batch
+        steps: list[Tensor] = []  # -(u(0) + u(g_B)), what H takes to the middle of the step
         for slot in tracker.slots:
             scalar = directions.sgd_coefficient(slot.options, slot.state)
             grad = slot.grad
             coefficients.append(scalar)
             steps.append(torch.zeros_like(slot.shard) if grad is None else grad * unscale * scalar)
+            if grad is not None and (slot.options["momentum"] or slot.options["weight_decay"]):
+                (at_zero,) = updates([slot], [torch.zeros_like(slot.shard, dtype=torch.float64)])
+                steps[-1].sub_(at_zero, alpha=2)
         for m, name in enumerate(tracker.targets):
             curved = hessian.product(tracker, name, steps)
             for i, slot in enumerate(tracker.slots):

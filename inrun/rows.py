@@ -119,7 +119,7 @@ class _Taken(NamedTuple):
     def is_square(self) -> bool:
         """Whether a dimension of positions has B rows as well."""
         positional = isinstance(self.module, EmbeddingRule) or getattr(self.module, "may_fold", False)
-        return positional and len(self.shape) > 2 and self.shape[0] == self.shape[1]
+        return positional and len(self.shape) > 2 and self.shape[0] == self.shape[1] > 1
 
 
 class Rows:

@@ -45,7 +45,8 @@ class Squares:
         of_slots: by number, the sum of the squared gradients of all processes' samples, of this process's shard. A slot
             has none where a layer of its own does not hold samples as rows.
         of_samples: by number of a batch, each sample's squared norm over those slots, `[count]`.
-        players: how many samples all processes have. Single tokens count as their row.
+        players: how many samples of all processes have a gradient: one that has none joins no coalition. Single tokens
+            count as their row.
     """
 
     of_slots: dict[int, Tensor]
@@ -86,8 +87,8 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
                 found.of_slots[i] = found.of_slots[i] + part if i in found.of_slots else part
     if not ranks.sharded:
         found.of_slots = {i: ranks.sum(total) for i, total in found.of_slots.items()}
-    players = sum(len(norms) for norms in found.of_samples.values())
-    found.players = max(1, players if ranks.size == 1 else int(ranks.sum(torch.tensor(players, device=device))))
+    players = sum((norms.count_nonzero() for norms in found.of_samples.values()), torch.tensor(0, device=device))
+    found.players = max(1, int(ranks.sum(players)))
     return found
 
 

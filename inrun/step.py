@@ -29,7 +29,8 @@ class Step:
             `[S]` or `[S, M]` for S documents, `[B, T]` or `[B, T, M]` for tokens (see `batch`).
         drop: target -> what this step's batch took off the validation loss, measured (path methods with a
             validation callable and true ends, and "monte_carlo"): the loss at `w + u(0)` less that at `w + u(g_B)`, a
-            scalar tensor.
+            scalar tensor. Excluded parameters are at both ends what the step makes of them ("monte_carlo": what they
+            were before it).
         standard_error: of "monte_carlo", the values' own, float32, their shape and unit; 0 where they are exact. From
             the pairs of an order and its reverse as if each were drawn by itself, which is a little too large; NaN of
             one pair. None with the other methods.

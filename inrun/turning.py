@@ -9,8 +9,8 @@ of what a sample adds to it (Owen, 1972). So K is taken as the mean slope of the
 
 1 - 1/n as none of the n samples is beside itself, and one and a half standard deviations by trial on Lion's steps in
 `inrun fidelity`. That takes two updates for each t, and the sum of the samples' squared gradients (`squares.py`). What
-no slope can give, -(u(g_B) - u(0)) - K g_B, all samples share alike, so that values add up to what they do along the
-path.
+no slope can give, -(u(g_B) - u(0)) - K g_B, all samples that have a gradient share alike, so that values add up to what
+they do along the path.
 
 Clipping by norm is part of the update, u(c_S g_S) with a factor c for each coalition, which goes by the squared norm
 
@@ -200,8 +200,8 @@ class Beside:
         yield from (x for pair in self.along.values() for x in pair)
 
     def along_gradients(self, gradients: Sequence[Tensor | None], ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-        """Along a validation gradient, float64 scalars: what all samples share; what one earns by its squared norm; and
-        by its product with g_B of unit length."""
+        """Along a validation gradient, float64 scalars: what samples share; what one earns by its squared norm; and by
+        its product with g_B of unit length."""
         sums = torch.zeros(3, dtype=torch.float64, device=self._factor.device)
         for i, left in self.left.items():
             if (g := gradients[i]) is not None:
@@ -215,23 +215,26 @@ class Beside:
     def shared(
         self, found: list[Tensor | None], surplus: Tensor | float, by_size: Tensor | float, ranks: Ranks
     ) -> list[Tensor | None]:
-        """The dots of each batch, with equal parts of `surplus` and by their squares of `by_size`.
+        """The dots of each batch, with equal parts of `surplus`, where a sample has a gradient, and by their squares of
+        `by_size`.
 
         Args:
             found: `[count]` or `[count, columns]`; surplus, by_size: numbers, or `[columns]`.
         """
         factor = self._factor.double()
-        count = sum(len(dots) for dots in found if dots is not None)
-        count = ranks.sum(torch.full_like(factor, count))
-        surplus, by_size = (torch.as_tensor(x, device=factor.device) for x in (surplus, by_size))
-        share = torch.where(factor * count == 0, 0.0, surplus / (factor * count))
-        result: list[Tensor | None] = []
+        squares: dict[int, Tensor] = {}
         for batch, dots in enumerate(found):
             if dots is not None:
-                squares = self._of_samples[batch].to(factor)
-                tokens = len(dots) // max(1, len(squares))  # that share their row's
-                squares = squares.repeat_interleave(tokens) / max(1, tokens)
-                earned = squares * factor if dots.dim() == 1 else (squares * factor)[:, None]
-                dots = dots + (share + by_size * earned).to(dots)
-            result.append(dots)
+                of_rows = self._of_samples[batch].to(factor)
+                tokens = len(dots) // max(1, len(of_rows))  # that share their row's
+                squares[batch] = of_rows.repeat_interleave(tokens) / max(1, tokens)
+        count = ranks.sum(sum(((of > 0).sum() for of in squares.values()), torch.zeros_like(factor)))
+        surplus, by_size = (torch.as_tensor(x, device=factor.device) for x in (surplus, by_size))
+        share = torch.where(factor * count == 0, 0.0, surplus / (factor * count))
+        result = list(found)
+        for batch, of in squares.items():
+            dots = result[batch]
+            assert dots is not None
+            of = of if dots.dim() == 1 else of[:, None]
+            result[batch] = dots + torch.where(of > 0, share + by_size * of * factor, 0.0).to(dots)
         return result

@@ -232,11 +232,11 @@ def test_weights_that_move_between_the_steps_begin_the_next_where_they_are(metho
     torch.testing.assert_close(found.drop, expected.drop, rtol=1e-9, atol=0)
 
 
-def test_a_drop_that_two_ends_cannot_explain_leaves_path_secant_half_way():
-    """Noise in the losses themselves, as dropout's, is not taken for a bend; excluded weights move the loss as well."""
+def test_a_drop_that_two_ends_cannot_explain_takes_simpsons_mean():
+    """Noise in the losses themselves, as dropout's, is not taken for a bend."""
 
-    def values(method, offset=0.0, **options):
-        model, looks = make("mlp").double(), [0.0, offset]
+    def values(method, offset=0.0, ends=2, **options):
+        model, looks = make("mlp").double(), [0.0] * (ends - 1) + [offset]
         (x, y), (vx, vy) = data("mlp"), data("mlp", 4, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
         losses = {"validation": lambda: loss_of(model, vx.double(), vy) + looks.pop()}
@@ -245,13 +245,88 @@ def test_a_drop_that_two_ends_cannot_explain_leaves_path_secant_half_way():
             loss_of(model, x.double(), y).backward()
             optimizer.step()
             optimizer.zero_grad()
+        assert not looks
         return step.values.double()
 
-    half, bent = values("secant"), values("path_secant")
-    assert (half - bent).norm() > 1e-3 * half.norm()
+    half, bent, simpson = values("secant"), values("path_secant"), values("path_simpson", ends=3)
+    assert (half - bent).norm() > 1e-3 * half.norm() < (simpson - bent).norm() * 1e4
     for offset in (-1.0, 1.0):
-        close(values("path_secant", offset), half, 1e-9)
-    close(values("path_secant", exclude=["net.0.*"]), values("secant", exclude=["net.0.*"]), 1e-9)
+        close(values("path_secant", offset, ends=3), simpson, 1e-9)
+
+
+@pytest.mark.parametrize("targets", [1, 2])
+def test_where_the_loss_bends_more_path_secant_takes_the_gradient_in_the_middle(targets):
+    """One of the targets does."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1, bias=False).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    x, y, held = torch.randn(B, 4).double(), torch.randn(B, 1).double(), torch.randn(4).double()
+    bends = {"steep": lambda: (8 * model(held)).cos().sum(), "flat": lambda: (0.1 * model(held)).square().sum()}
+    losses = dict(itertools.islice(bends.items(), targets))
+    tracker, runs, missed = inrun.track(model, optimizer, "path_secant", validation=losses), 0, 0
+    run, tracker.validations.here = tracker.validations.here, lambda name: counted.append(name) or run(name)
+    for t in range(6):
+        counted: list[str] = []
+        with tracker.step(range(B)) as step:
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs += len(counted) - (t > 0) * targets  # at w + u(0), but for the first step's, which is w
+        off = step.values.double().reshape(B, -1).sum(0) - torch.stack(list(step.drop.values()))
+        missed += bool(off.abs().max() > 1e-6)
+    assert runs > 0 and missed <= 2  # Simpson's mean, where even the middle does not explain it
+
+
+@pytest.mark.parametrize("method", ["path_secant", "path_simpson"])
+def test_the_drop_is_at_the_excluded_weights_that_the_step_makes(method):
+    """Which move by their momentum, too; the run is that of no other weights."""
+    model = make("mlp").double()
+    (x, y), held = data("mlp"), data("mlp", 4, 2)
+    x, held = x.double(), (held[0].double(), held[1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=0.2)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *held), exclude=["net.0.*"])
+    for _ in range(3):
+        before, buffers = copy.deepcopy(model), {p: s["momentum_buffer"].clone() for p, s in optimizer.state.items()}
+        with tracker.step(range(B)) as step:
+            loss_of(model, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        nobody, last = copy.deepcopy(model), loss_of(model, *held)
+        with torch.no_grad():
+            for (name, p), old in zip(nobody.named_parameters(), before.parameters(), strict=True):
+                if not name.startswith("net.0."):
+                    buffer = buffers.get(model.get_parameter(name), torch.zeros_like(old))
+                    p.copy_(old - 0.3 * (0.9 * buffer + 0.2 * old))
+        drop = loss_of(nobody, *held) - last
+        torch.testing.assert_close(step.drop["validation"], drop.detach(), rtol=1e-9, atol=0)
+        assert tracker.last_validation["validation"] == last
+        close(step.values.double().sum(), drop.detach(), 1e-5 if method == "path_secant" else 2e-2)
+
+
+def test_second_order_holds_with_momentum_and_decay():
+    """Against the drop from w + u(0), its error falls with the square of the learning rate."""
+    for options in ({"momentum": 0.9}, {"weight_decay": 0.5}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}):
+        errors = []
+        for lr in (0.04, 0.01):
+            model = make("mlp").double()
+            (x, y), held = data("mlp"), data("mlp", 4, 2)
+            x, held = x.double(), (held[0].double(), held[1])
+            optimizer = torch.optim.SGD(model.parameters(), lr=lr, **options)
+            for p in model.parameters():
+                optimizer.state[p] = {"momentum_buffer": torch.full_like(p, 0.1)} if "momentum" in options else {}
+            still = copy.deepcopy(model)
+            moved = torch.optim.SGD(still.parameters(), lr=lr, **options)
+            for p, q in zip(model.parameters(), still.parameters(), strict=True):
+                moved.state[q] = copy.deepcopy(optimizer.state[p])
+                q.grad = torch.zeros_like(q)
+            moved.step()
+            tracker = inrun.track(model, optimizer, "second", validation=lambda m=model, h=held: loss_of(m, *h))
+            with tracker.step(range(B)) as step:
+                loss_of(model, x, y).backward()
+                optimizer.step()
+            drop = float(loss_of(still, *held).detach() - loss_of(model, *held).detach())
+            errors.append(abs(float(step.values.double().sum()) / drop - 1))
+        assert errors[1] < errors[0] / 10 and errors[1] < 1e-2, (options, errors)
 
 
 @pytest.mark.parametrize("method", METHODS)

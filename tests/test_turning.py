@@ -24,6 +24,32 @@ OPTIMIZERS = {
 }
 
 
+def test_a_sample_without_a_gradient_earns_nothing_and_changes_nothing():
+    """Where the rest is shared alike: an update that turns at once, and clipping; it is no player beside the others."""
+    weights = torch.tensor([1.0, 0.0, 1.0, 0.5, 1.0], dtype=torch.float64) / B
+
+    def found(kind, clip, rows):
+        model, optimizer = start("mlp", kind, 0)
+        x, y = of("mlp")
+        update = "elementwise" if kind == "lion" else None
+        held = of("mlp", size=4, seed=2)
+        tracker = inrun.track(
+            model, optimizer, "path", validation=lambda: loss_of(model, *held), clip=clip, update=update
+        )
+        with tracker.step(rows) as step:
+            losses = nn.functional.cross_entropy(model(x[rows]), y[rows], reduction="none")
+            (weights[rows] * losses).sum().backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+        return step.values.double()
+
+    for kind, clip in (("adam", None), ("lion", None), ("sgd", 0.1), ("adam", 0.1)):
+        every, others = found(kind, clip, [0, 1, 2, 3, 4]), found(kind, clip, [0, 2, 3, 4])
+        assert every[1] == 0
+        torch.testing.assert_close(every[[0, 2, 3, 4]], others, rtol=1e-5, atol=1e-9)
+
+
 def start(name, kind, steps, dtype=torch.float64):
     """A model and its optimizer after some steps."""
     model = make(name).to(dtype)
