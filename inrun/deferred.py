@@ -89,7 +89,6 @@ class Deferred:
         self.keeper = Keeper(tracker.taps, self.budget, weights_move=name != "second")
         self.pairs = Pairs(tracker, self.budget) if pairwise else None
         self.recompute: list[Callable[[], Tensor] | None] = []
-        self.scale: float | Tensor = 1.0
         self._start: dict[str, Gradients] = {}
         self._parts: list[tuple[float | dict[str, Tensor], dict[str, Gradients]]] = []
         self._path = Path(tracker, update, clip)
@@ -129,8 +128,9 @@ class Deferred:
         if self.pairs is not None:
             raise InRunError("pairwise: expected parameters that every process holds whole, as under DDP; got shards")
 
-    def begin(self) -> None:
+    def begin(self, scale: float | Tensor) -> None:
         self.keeper.reset()
+        self._scale = scale
         self.recompute, self._before, self._weights = [], [], []
         self._parts, self._rest, self._early = [], {}, None
         self.drop, self.updated = {}, False
@@ -148,7 +148,7 @@ class Deferred:
         self.recompute.append(recompute)
         if recompute is None:
             self._before.append(None)
-            held = self.pairs.hold(self.scale) if self.pairs is not None and self.tracker.in_batch else None
+            held = self.pairs.hold(self._scale) if self.pairs is not None and self.tracker.in_batch else None
             self.keeper.begin_batch(layout, held)
         else:
             model = self.tracker.model
@@ -188,7 +188,7 @@ class Deferred:
             self._parts = [(0.5 if self.name == "secant" else 1.0, self._start)]
         else:
             with counts_read(self.tracker.slots):
-                moves = self._path.write(factor, unscale, self.scale, self._batches(), self.true_ends)
+                moves = self._path.write(factor, unscale, self._scale, self._batches(), self.true_ends)
             if self.true_ends:
                 self._run_along(moves)
             else:

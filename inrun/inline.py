@@ -28,7 +28,6 @@ class Inline:
     starts_with_validation, ends_with_validation = True, False
     scores_in_backward = True
     standard_error = None
-    scale: Any = 1.0
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
@@ -42,7 +41,7 @@ class Inline:
     def require_shards_do(self) -> None:
         """The directions are gathered with their weights."""
 
-    def begin(self) -> None:
+    def begin(self, scale: float | Tensor) -> None:
         """Write the step's directions, from the validation gradients and the optimizer's state as it is."""
         tracker = self.tracker
         gradients, every = tracker.validations.gradients, tracker.validations.every

@@ -475,12 +475,11 @@ class Tracker:
         if self._method.starts_with_validation:
             self.validations.run_due()
             self.validations.require_fresh()
-        self._method.scale = step.scale
         self._largest = 0
         self.check_due = self.check_due or self.steps >= self.agenda.due
         self.first_check = self.check_due and not self.agenda.made
         with self._timed("direction"):
-            self._method.begin()
+            self._method.begin(step.scale)
         self._watch.begin()
         watched = self.check_due or self._shared_due
         eager = watched and not any(_is_compiled(m) for m in self.model.modules())  # which takes plain tensors
