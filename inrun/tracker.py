@@ -212,8 +212,8 @@ class Tracker:
         if self.in_batch:
             _require_rules(planned)
         self._pending = Pending()
-        options = validate_every, self.ranks, self._pending
-        self.validations = Validation(model, planned.excluded, losses, self.targets, *options)
+        options = losses, self.targets, validate_every, self.ranks, self._pending
+        self.validations = Validation(model, self.slots, planned.excluded, *options)
         self._frozen = method in ("first", "secant")  # whether the optimizer's state is taken as frozen
         inline = method == "first" and not self.samples and not self.in_batch
         self._method: Method = (
@@ -286,7 +286,6 @@ class Tracker:
             for owner, local, full in site.owned:
                 slots.setdefault(full, Slot(full, owner, local, [])).taps.append(tap)
         self.slots.extend(slots.values())
-        self.validations.slots = self.slots
 
     @property
     def last_validation(self) -> dict[str, Tensor]:
