@@ -88,15 +88,21 @@ class Deferred:
         self.budget = Budget(keep, keep_bytes)
         self.keeper = Keeper(tracker.taps, self.budget, weights_move=name != "second")
         self.pairs = Pairs(tracker, self.budget) if pairwise else None
-        self.recompute: list[Callable[[], Tensor] | None] = []
-        self._start: dict[str, Gradients] = {}
-        self._parts: list[tuple[float | dict[str, Tensor], dict[str, Gradients]]] = []
         self._path = Path(tracker, update, clip)
-        self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
-        self._early: list[Tensor | None] | None = None
+        self.drop: dict[str, Tensor] = {}  # target -> loss at w + u(0) less the loss at w + u(g_B)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget the last step, which an exception may have ended."""
+        self.keeper.reset()
+        self._path.release()
+        self.recompute: list[Callable[[], Tensor] | None] = []
         self._before: list[Any] = []  # of each batch: the random state, the modules' modes, and what trains
         self._weights: list[tuple[Tensor, Tensor]] = []  # each, and what they were, if its loss will be computed again
-        self.drop: dict[str, Tensor] = {}  # target -> loss at w + u(0) less the loss at w + u(g_B)
+        self._start: dict[str, Gradients] = {}
+        self._parts: list[tuple[float | dict[str, Tensor], dict[str, Gradients]]] = []
+        self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
+        self._early: list[Tensor | None] | None = None
         self.updated = False
 
     @property
@@ -129,12 +135,8 @@ class Deferred:
             raise InRunError("pairwise: expected parameters that every process holds whole, as under DDP; got shards")
 
     def begin(self, scale: float | Tensor) -> None:
-        self.keeper.reset()
-        self._scale = scale
-        self.recompute, self._before, self._weights = [], [], []
-        self._parts, self._rest, self._early = [], {}, None
-        self.drop, self.updated = {}, False
-        self._path.release()  # of a step that an exception ended
+        self._forget()
+        self._scale, self.drop = scale, {}
         if self.pairs is not None:
             self.pairs.begin()
         if self.starts_with_validation:
@@ -166,9 +168,7 @@ class Deferred:
 
     def release(self) -> None:
         """Forget all that waits."""
-        self.keeper.reset()
-        self._start, self._parts, self._weights, self._rest = {}, [], [], {}
-        self._path.release()
+        self._forget()
         if self.pairs is not None:
             self.pairs.kept, self.pairs.start = {}, {}
 
@@ -200,6 +200,7 @@ class Deferred:
                     self.pairs.scalars.pop(id(slot), None)
         if self.name == "second":
             self._early = self._scored()
+            self.keeper.reset()
         self.updated = True
         return factor
 
@@ -207,42 +208,25 @@ class Deferred:
         """The dots of each batch, once everything the direction needs is there."""
         if not self.updated:
             layouts, device = self.keeper.layouts, self.tracker.slots[0].param.device
-            self.keeper.reset()
-            return [torch.zeros(layout.count, *self.tracker.tail, device=device) for layout in layouts]
-        if self._early is not None:
-            return self._early
-        if self.pairs is not None:
+            dots: list[Tensor | None] = [torch.zeros(x.count, *self.tracker.tail, device=device) for x in layouts]
+        elif self._early is not None:
+            dots = self._early
+        elif self.pairs is not None:
             dots, surplus = self.pairs.dots(self.keeper, self.ends_with_validation, self._path.left)
             dots = self._path.shared(dots, surplus)
-            self.keeper.reset()
-            self._path.release()
-            return dots
-        if self.true_ends:
-            for name, loss in self.tracker.validations.last_losses.items():
-                self.drop[name] = self.drop[name] - loss
-        if self.ends_with_validation:
-            gradients = self.tracker.validations.gradients
-            weight = 1 / 6 if self.name == "path_simpson" else 0.5
-            if self._rest:
-                weight = {name: self._mean_value(name, self._parts[0][1][name], gradients[name]) for name in gradients}
-                self._parts = [({name: 1 - w for name, w in weight.items()}, self._parts[0][1])]
-            self._parts.append((weight, gradients))
-        self._multiply_in()
-        dots = self._path.shared(self._scored())
-        self._start, self._parts, self._rest = {}, [], {}
-        self._path.release()
+        else:
+            self._multiply_in()
+            dots = self._path.shared(self._scored())
+        self._forget()
         return dots
 
     # ------------------------------------------------------------------ scoring
 
     def _scored(self) -> list[Tensor | None]:
-        found = [
+        return [
             together(dots.values()) if run is None else self._recomputed(i, run)
             for i, (dots, run) in enumerate(zip(self.keeper.dots(self.tracker.many), self.recompute, strict=True))
         ]
-        self.keeper.reset()
-        self._weights = []
-        return found
 
     def _recomputed(self, i: int, run: Callable[[], Tensor]) -> Tensor | None:
         """Score a batch by computing its loss and backward once more, with probes."""
@@ -356,7 +340,17 @@ class Deferred:
 
     @torch.no_grad()
     def _multiply_in(self) -> None:
-        """D = K * G, of every target."""
+        """D = K * G, of every target, once the last validation gradient is there."""
+        if self.true_ends:
+            for name, loss in self.tracker.validations.last_losses.items():
+                self.drop[name] = self.drop[name] - loss
+        if self.ends_with_validation:
+            gradients = self.tracker.validations.gradients
+            weight = 1 / 6 if self.name == "path_simpson" else 0.5
+            if self._rest:
+                weight = {name: self._mean_value(name, self._parts[0][1][name], gradients[name]) for name in gradients}
+                self._parts = [({name: 1 - w for name, w in weight.items()}, self._parts[0][1])]
+            self._parts.append((weight, gradients))
         slots = self.tracker.slots
         for m, name in enumerate(self.tracker.targets):
             parts = [(w[name] if isinstance(w, dict) else w, gradients[name]) for w, gradients in self._parts]
