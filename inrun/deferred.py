@@ -301,17 +301,13 @@ class Deferred:
 
     # ------------------------------------------------------------------ directions
 
-    def _slices(self, slot: Any) -> list[Tensor]:
-        """A parameter's direction, one slice for each target."""
-        return [slot.direction] if self.tracker.many is None else list(slot.direction.unbind(0))
-
     def _write_coefficients(self) -> None:
         for i, slot in enumerate(self.tracker.slots):
             grads = [g for name in self.tracker.targets if (g := self._start[name][i]) is not None]
             like = grads or [torch.zeros_like(slot.shard)]
             for part in directions.parts(like[0]):
                 factor = directions.coefficient(slot, like, part)
-                for slice_ in self._slices(slot):
+                for slice_ in slot.slices:
                     slice_[part] = factor
             if self.pairs is not None and (not isinstance(factor, Tensor) or factor.dim() == 0):
                 self.pairs.scalars[id(slot)] = factor
@@ -355,7 +351,7 @@ class Deferred:
         for m, name in enumerate(self.tracker.targets):
             parts = [(w[name] if isinstance(w, dict) else w, gradients[name]) for w, gradients in self._parts]
             mean = [_mean([(w, gradients[i]) for w, gradients in parts]) for i in range(len(slots))]
-            self._path.multiply_in([self._slices(slot)[m] for slot in slots], mean)
+            self._path.multiply_in([slot.slices[m] for slot in slots], mean)
 
     def _mean_value(self, name: str, start: Gradients, end: Gradients) -> Tensor:
         """How far from the first end's gradient to the second's lies the one that gives the measured drop.
@@ -388,11 +384,10 @@ class Deferred:
             curved = hessian.product(tracker, name, steps)
             for i, slot in enumerate(tracker.slots):
                 g = self._start[name][i]
-                slice_ = self._slices(slot)[m]
                 value = torch.zeros_like(slot.shard) if g is None else g.clone()
                 if (bend := curved[i]) is not None:
                     value -= bend / 2
-                slice_.copy_(value * coefficients[i])
+                slot.slices[m].copy_(value * coefficients[i])
 
 
 def _mean(parts: list[tuple[float | Tensor, Tensor | None]]) -> Tensor | None:

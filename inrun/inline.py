@@ -124,9 +124,9 @@ def write_direction(slot: Any, val_grads: list[Tensor | None]) -> None:
     if not known:
         slot.direction.zero_()
         return
-    slices = [slot.direction] if len(val_grads) == 1 else slot.direction.unbind(0)
+    slices = slot.slices
     for part in directions.parts(known[0]):
-        place = slot.direction[part] if len(slices) == 1 else None  # of one direction, its own memory will do
+        place = slices[0][part] if len(slices) == 1 else None  # of one direction, its own memory will do
         factor = directions.coefficient(slot, known, part, out=place)
         for slice_, grad in zip(slices, val_grads, strict=True):
             if grad is None:
