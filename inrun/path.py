@@ -120,9 +120,6 @@ class Path:
                 else:
                     over = size.to(g.device) if i in cancelled else None
                     slot.direction[...] = self._ratio(slot, g, at_zero[k], at_full[k], over)
-        for slot in tracker.slots:
-            if slot.grad is None:
-                slot.direction.zero_()
         alone = [(i, slot) for i, slot in moving if i not in coupled]
         turning = turns([] if linear else [slot for _, slot in alone], unscale, self.update, tracker.ranks)
         if moving and (turning or clipped is not None):
