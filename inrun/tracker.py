@@ -223,11 +223,6 @@ class Tracker:
             if sampled
             else Deferred(self, method, waiting)
         )
-        optimizers = as_optimizers(optimizer)
-        if optimizers:
-            self._require_supported(optimizers)
-            held, params = places(optimizers), dict(model.named_parameters())
-            require_all([n for n in planned.tracked if id(params[n]) not in held])
         self.model = model
         self.coverage = {"tracked": planned.tracked, "excluded": planned.excluded, "frozen": planned.frozen}
         self.ledger = as_ledger(ledger)
@@ -250,7 +245,7 @@ class Tracker:
         self.optimizers: tuple[Optimizer, ...] = ()
         self._handles: list[Any] = []
         try:
-            if optimizers:
+            if optimizers := as_optimizers(optimizer):
                 self.bind(optimizers)
             self._say_of_other_values(method)
         except BaseException:  # bad input, or a warning that is made one: the model is as before
@@ -321,7 +316,8 @@ class Tracker:
         if self.optimizers:
             raise InRunError("optimizer: one is bound already; close the tracker and track again")
         optimizers = as_optimizers(optimizer)
-        self._require_supported(optimizers)
+        for each in optimizers:
+            self._method.require_supported(each)
         self.ranks.bind(self.slots)
         if self.ranks.sharded:
             self._method.require_shards_do()
@@ -339,10 +335,6 @@ class Tracker:
         if not self.ranks.sharded:
             rules.set_apart(self.model)
         self._watch = Watch(self.slots, self.ranks, self._pending, self._method.scores_in_backward)
-
-    def _require_supported(self, optimizers: Sequence[Optimizer]) -> None:
-        for optimizer in optimizers:
-            self._method.require_supported(optimizer)
 
     @contextmanager
     def validation(self, target: str | None = None, *, scale: float | Tensor = 1.0) -> Iterator[None]:
