@@ -44,7 +44,7 @@ class Clipping:
             if self.tracker.first_check and not (self.tracker.samples or self.tracker.coverage["excluded"]):
                 self._warn_of_none(float(factor) * float(scale) * self.tracker.ranks.size, max(1e-4, rounding))
             return None
-        norm = self.tracker.ranks.size_of(s.grad.double() * unscale for s in slots)
+        norm = self.tracker.ranks.total_norm(s.grad.double() * unscale for s in slots)
         shrunk = float(factor) * float(scale) * self.tracker.ranks.size  # of the mean over the processes
         if not 0 < shrunk < 1 - 1e-6:  # 0: a fused optimizer will skip the update
             return None
@@ -56,7 +56,7 @@ class Clipping:
         if norm > self.clip * (1 - 1e-3 - rounding):
             return shrunk, norm
         grads = [local(p.grad) for p in self.tracker.model.parameters() if p.grad is not None]
-        every = self.tracker.ranks.size_of(g.double() * unscale for g in grads)
+        every = self.tracker.ranks.total_norm(g.double() * unscale for g in grads)
         if every > self.clip * (1 - 1e-3 - rounding):
             raise InRunError(
                 f"clip: expected gradients clipped to the norm {self.clip} over the tracked parameters together, "

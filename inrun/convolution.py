@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import probing
-from .functional import Directions
+from .probing import Directions
 
 
 class Geometry(NamedTuple):

@@ -94,17 +94,22 @@ class Deferred:
         self.budget = Budget(keep, keep_bytes)
         self.keeper = Keeper(tracker.taps, self.budget, weights_move=name != "second")
         self.pairs = Pairs(tracker, self.budget) if pairwise else None
+        self._path = Path(tracker, update, clip)
+        self.drop: dict[str, Tensor] = {}  # target -> loss at w + u(0) less the loss at w + u(g_B)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget the last step, which an exception may have ended."""
+        self.keeper.reset()
+        self._path.release()
         self.recompute: list[Callable[[], Tensor] | None] = []
-        self.scale: float | Tensor = 1.0
+        self._before: list[Any] = []  # of each batch: the random state, the modules' modes, and what trains
+        self._weights: list[tuple[Tensor, Tensor]] = []  # each, and what they were, if its loss will be computed again
         self._start: dict[str, Gradients] = {}
         self._parts: list[Part] = []
-        self._path = Path(tracker, update, clip)
         self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
         self._first_end = False  # whether the gradient at w + u(0) is still to come
         self._early: list[Tensor | None] | None = None
-        self._before: list[Any] = []  # of each batch: the random state, the modules' modes, and what trains
-        self._weights: list[tuple[Tensor, Tensor]] = []  # each, and what they were, if its loss will be computed again
-        self.drop: dict[str, Tensor] = {}  # target -> loss at w + u(0) less the loss at w + u(g_B)
         self.updated = False
 
     @property
@@ -136,12 +141,9 @@ class Deferred:
         if self.pairs is not None:
             raise InRunError("pairwise: expected parameters that every process holds whole, as under DDP; got shards")
 
-    def begin(self) -> None:
-        self.keeper.reset()
-        self.recompute, self._before, self._weights = [], [], []
-        self._parts, self._rest, self._early, self._first_end = [], {}, None, False
-        self.drop, self.updated = {}, False
-        self._path.release()  # of a step that an exception ended
+    def begin(self, scale: float | Tensor) -> None:
+        self._forget()
+        self._scale, self.drop = scale, {}
         if self.pairs is not None:
             self.pairs.begin()
         if self.starts_with_validation:
@@ -155,7 +157,7 @@ class Deferred:
         self.recompute.append(recompute)
         if recompute is None:
             self._before.append(None)
-            held = self.pairs.hold(self.scale) if self.pairs is not None and self.tracker.in_batch else None
+            held = self.pairs.hold(self._scale) if self.pairs is not None and self.tracker.in_batch else None
             self.keeper.begin_batch(layout, held)
         else:
             model = self.tracker.model
@@ -173,9 +175,7 @@ class Deferred:
 
     def release(self) -> None:
         """Forget all that waits."""
-        self.keeper.reset()
-        self._start, self._parts, self._weights, self._rest = {}, [], [], {}
-        self._path.release()
+        self._forget()
         if self.pairs is not None:
             self.pairs.kept, self.pairs.start = {}, {}
 
@@ -195,7 +195,7 @@ class Deferred:
             self._parts = [(0.5 if self.name == "secant" else 1.0, self._start)]
         else:
             with counts_read(self.tracker.slots):
-                moves = self._path.write(factor, unscale, self.scale, self._batches(), self.true_ends)
+                moves = self._path.write(factor, unscale, self._scale, self._batches(), self.true_ends)
             if self.true_ends:
                 self._rest = {i: rest for i, (_, rest) in moves.items()}
                 # What becomes of excluded parameters is known after the update.
@@ -211,6 +211,7 @@ class Deferred:
                     self.pairs.scalars.pop(id(slot), None)
         if self.name == "second":
             self._early = self._scored()
+            self.keeper.reset()
         self.updated = True
         return factor
 
@@ -218,46 +219,27 @@ class Deferred:
         """The dots of each batch, once everything the direction needs is there."""
         if not self.updated:
             layouts, device = self.keeper.layouts, self.tracker.slots[0].param.device
-            self.keeper.reset()
-            return [torch.zeros(layout.count, *self.tracker.tail, device=device) for layout in layouts]
-        if self._early is not None:
-            return self._early
-        if self.pairs is not None:
+            dots: list[Tensor | None] = [torch.zeros(x.count, *self.tracker.tail, device=device) for x in layouts]
+        elif self._early is not None:
+            dots = self._early
+        elif self.pairs is not None:
             dots, surplus = self.pairs.dots(self.keeper, self.ends_with_validation, self._path.left)
             dots = self._path.shared(dots, surplus)
-            self.keeper.reset()
-            self._path.release()
-            return dots
-        gradients = self.tracker.validations.gradients
-        if self.true_ends:
-            simpson = self.name == "path_simpson"
-            if self._first_end:
-                self._parts = [(1 / 6 if simpson else 0.5, self._run_back(0.0))]
-                self._parts += [(4 / 6, self._run_back(0.5))] if simpson else []
-            for name, loss in self.tracker.validations.last_losses.items():
-                self.drop[name] = self.drop[name] - loss
-            if simpson:
-                self._parts.append((1 / 6, gradients))
-            else:
-                self._parts = self._mean_values(self._parts[0][1], gradients)
-        elif self.ends_with_validation:
-            self._parts.append((0.5, gradients))
-        self._multiply_in()
-        dots = self._path.shared(self._scored())
-        self._start, self._parts, self._rest = {}, [], {}
-        self._path.release()
+        else:
+            if self.ends_with_validation:
+                self._take_ends()
+            self._multiply_in()
+            dots = self._path.shared(self._scored())
+        self._forget()
         return dots
 
     # ------------------------------------------------------------------ scoring
 
     def _scored(self) -> list[Tensor | None]:
-        found = [
+        return [
             together(dots.values()) if run is None else self._recomputed(i, run)
             for i, (dots, run) in enumerate(zip(self.keeper.dots(self.tracker.many), self.recompute, strict=True))
         ]
-        self.keeper.reset()
-        self._weights = []
-        return found
 
     def _recomputed(self, i: int, run: Callable[[], Tensor]) -> Tensor | None:
         """Score a batch by computing its loss and backward once more, with probes."""
@@ -332,20 +314,33 @@ class Deferred:
 
     # ------------------------------------------------------------------ directions
 
-    def _slices(self, slot: Any) -> list[Tensor]:
-        """A parameter's direction, one slice for each target."""
-        return [slot.direction] if self.tracker.many is None else list(slot.direction.unbind(0))
-
     def _write_coefficients(self) -> None:
         for i, slot in enumerate(self.tracker.slots):
             grads = [g for name in self.tracker.targets if (g := self._start[name][i]) is not None]
             like = grads or [torch.zeros_like(slot.shard)]
             for part in directions.parts(like[0]):
                 factor = directions.coefficient(slot, like, part)
-                for slice_ in self._slices(slot):
+                for slice_ in slot.slices:
                     slice_[part] = factor
             if self.pairs is not None and (not isinstance(factor, Tensor) or factor.dim() == 0):
                 self.pairs.scalars[id(slot)] = factor
+
+    def _take_ends(self) -> None:
+        """The gradients along the step that were not known before its end, and what it took off the losses."""
+        gradients = self.tracker.validations.gradients
+        if not self.true_ends:
+            self._parts.append((0.5, gradients))
+            return
+        simpson = self.name == "path_simpson"
+        if self._first_end:
+            self._parts = [(1 / 6 if simpson else 0.5, self._run_back(0.0))]
+            self._parts += [(4 / 6, self._run_back(0.5))] if simpson else []
+        for name, loss in self.tracker.validations.last_losses.items():
+            self.drop[name] = self.drop[name] - loss
+        if simpson:
+            self._parts.append((1 / 6, gradients))
+        else:
+            self._parts = self._mean_values(self._parts[0][1], gradients)
 
     def _run_along(self, moves: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Validation gradients at w + u(0) and, for Simpson, in the middle; the weights are restored to the bit."""
@@ -389,7 +384,7 @@ class Deferred:
         for m, name in enumerate(self.tracker.targets):
             parts = [(w[name] if isinstance(w, dict) else w, gradients[name]) for w, gradients in self._parts]
             mean = [_mean([(w, gradients[i]) for w, gradients in parts]) for i in range(len(slots))]
-            self._path.multiply_in([self._slices(slot)[m] for slot in slots], mean)
+            self._path.multiply_in([slot.slices[m] for slot in slots], mean)
 
     def _mean_values(self, start: dict[str, Gradients], end: dict[str, Gradients]) -> list[Part]:
         """The gradients at both ends, and where the loss bends in the middle, with the weights that give the measured
@@ -448,11 +443,10 @@ class Deferred:
             curved = hessian.product(tracker, name, steps)
             for i, slot in enumerate(tracker.slots):
                 g = self._start[name][i]
-                slice_ = self._slices(slot)[m]
                 value = torch.zeros_like(slot.shard) if g is None else g.clone()
                 if (bend := curved[i]) is not None:
                     value -= bend / 2
-                slice_.copy_(value * coefficients[i])
+                slot.slices[m].copy_(value * coefficients[i])
 
 
 def _mean(parts: list[tuple[float | Tensor, Tensor | None]]) -> Tensor | None:

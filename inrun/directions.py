@@ -161,14 +161,9 @@ def adam_part(slot: Any, grad: Tensor, rates: AdamRates) -> adam.AdamPart | None
 
 def sgd_coefficient(group: dict[str, Any], state: dict[str, Any]) -> Any:
     """The learning rate times the part of a gradient that SGD applies in the step it arrives in."""
-    return (-1.0 if group["maximize"] else 1.0) * group["lr"] * _sgd_share(group, state)
-
-
-def _sgd_share(group: dict[str, Any], state: dict[str, Any]) -> float:
-    """The part of a gradient that SGD applies in the step it arrives in."""
-    momentum = group["momentum"]
-    if momentum == 0:
-        return 1.0
-    # The first gradient fills the momentum buffer undamped.
-    entering = 1.0 if state.get("momentum_buffer") is None else 1.0 - group["dampening"]
-    return 1.0 + momentum * entering if group["nesterov"] else entering
+    share, momentum = 1.0, group["momentum"]
+    if momentum != 0:
+        # The first gradient fills the momentum buffer undamped.
+        entering = 1.0 if state.get("momentum_buffer") is None else 1.0 - group["dampening"]
+        share = 1.0 + momentum * entering if group["nesterov"] else entering
+    return (-1.0 if group["maximize"] else 1.0) * group["lr"] * share

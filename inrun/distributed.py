@@ -144,7 +144,7 @@ class Ranks:
         norm = nn.utils.get_total_norm(grads)
         return self.over_shards(norm.square()).sqrt() if self.sharded and grads else norm
 
-    def size_of(self, tensors: Iterable[Tensor]) -> float:
+    def total_norm(self, tensors: Iterable[Tensor]) -> float:
         """The float64 norm of tensors, all their shards together; a GPU is waited for once."""
         squares = [x.square().sum() for x in tensors]  # one tensor at a time: they may be made on the way
         return math.sqrt(self.total(added(squares), squares[0].device if squares else torch.device("cpu")))

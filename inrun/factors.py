@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from inrun_kernels.torch_path import sample_gradients
 
-if TYPE_CHECKING:
-    from .tap import Layout
+from .tap import Layout
 
 
 class Factors(NamedTuple):

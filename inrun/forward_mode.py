@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from . import functional, probing
+from . import probing
 from .errors import InRunError, few
 from .restoring import buffers_kept, buffers_of, random_kept, random_state, set_random_state
 from .tap import Layout, Tap, along
@@ -53,7 +53,7 @@ def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: 
             outputs.append(primal if tangent is None else _without_gradient(primal, errors[i]))
             continue
         tangents = [by_sample(module, tap, i, t, layout) for t in (tangent, *(t[i] for t in more))]
-        scored = functional.attach(
+        scored = probing.attach(
             by_sample(module, tap, i, primal, layout),
             tangents[0] if single else torch.stack(tangents), probe, layout.segments,
         )  # fmt: skip

@@ -68,7 +68,7 @@ def _check(tracker: Tracker, name: str, vector: list[Tensor], found: list[Tensor
 
 def _by_differences(tracker: Tracker, name: str, vector: list[Tensor], times: float = 0.02) -> list[Tensor | None]:
     slots = tracker.slots
-    size, weight = tracker.ranks.size_of(vector), tracker.ranks.size_of(s.shard for s in slots)
+    size, weight = tracker.ranks.total_norm(vector), tracker.ranks.total_norm(s.shard for s in slots)
     if size == 0:
         return [None] * len(slots)
     eps = times * torch.finfo(slots[0].param.dtype).eps ** (1 / 3) * (1 + weight) / size

@@ -28,7 +28,6 @@ class Inline:
     starts_with_validation, ends_with_validation = True, False
     scores_in_backward = True
     standard_error = None
-    scale: Any = 1.0
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
@@ -42,7 +41,7 @@ class Inline:
     def require_shards_do(self) -> None:
         """The directions are gathered with their weights."""
 
-    def begin(self) -> None:
+    def begin(self, scale: float | Tensor) -> None:
         """Write the step's directions, from the validation gradients and the optimizer's state as it is."""
         tracker = self.tracker
         gradients, every = tracker.validations.gradients, tracker.validations.every
@@ -125,9 +124,9 @@ def write_direction(slot: Any, val_grads: list[Tensor | None]) -> None:
     if not known:
         slot.direction.zero_()
         return
-    slices = [slot.direction] if len(val_grads) == 1 else slot.direction.unbind(0)
+    slices = slot.slices
     for part in directions.parts(known[0]):
-        place = slot.direction[part] if len(slices) == 1 else None  # of one direction, its own memory will do
+        place = slices[0][part] if len(slices) == 1 else None  # of one direction, its own memory will do
         factor = directions.coefficient(slot, known, part, out=place)
         for slice_, grad in zip(slices, val_grads, strict=True):
             if grad is None:

@@ -42,8 +42,8 @@ class Kept:
     batch: int
     x: Any  # the layer's input, or (args, kwargs)
     grads: dict[int, Tensor] = field(default_factory=dict)  # output leaf -> gradient
-    random: Any = None
-    autocast: tuple[str, torch.dtype, bool] | None = None
+    random: Any = None  # of a module that runs once more to be scored; as is the next
+    autocast: Any = None  # as `torch.autocast` takes it
     modes: list[tuple[Any, bool]] = field(init=False)  # modules, and whether they were in training mode
     trained: list[tuple[Any, str, bool]] = field(init=False)  # owner and name of its parameters, and whether they were
     accumulators: list[Any] = field(init=False)  # nodes of the graph that add to the gradients of its parameters
@@ -267,7 +267,7 @@ class Keeper:
         args, kwargs = moved(kept.x, device)
         columns = []
         for m in [None] if many is None else range(many):
-            with self._as_it_was(kept, device):
+            with self._as_it_was(kept):
                 tangents = forward_mode.tangents_only(module, module._inrun, module.plain, args, kwargs, m)
             columns.append(self._contract(module, kept, tangents, device))
         return columns[0] if many is None else torch.stack(columns, 1)
@@ -324,7 +324,7 @@ class Keeper:
             return
         args, kwargs = moved(kept.x, device)
         places = [(owner, local) for owner, local, trained in kept.trained if trained]
-        with self._as_it_was(kept, device), buffers_kept(module), torch.enable_grad():
+        with self._as_it_was(kept), buffers_kept(module), torch.enable_grad():
             params = [get_gradient_edge(owner._parameters[local]) for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
         names = [id(owner._siblings[local + SUFFIX]) for owner, local in places]
@@ -346,15 +346,9 @@ class Keeper:
         return self._ends[batch]
 
     @contextlib.contextmanager
-    def _as_it_was(self, kept: Kept, device: torch.device) -> Iterator[None]:
+    def _as_it_was(self, kept: Kept) -> Iterator[None]:
         """Run a module with the random numbers, autocast state, weights and training mode of its step."""
-        kind, dtype, enabled = kept.autocast or (device.type, torch.float32, False)
-        with (
-            random_kept(),
-            torch.autocast(kind, dtype, enabled),
-            self._weights_of(kept.module),
-            kept.as_it_ran(),
-        ):
+        with random_kept(), torch.autocast(*kept.autocast), self._weights_of(kept.module), kept.as_it_ran():
             set_random_state(kept.random)
             yield
 

@@ -272,35 +272,23 @@ class LayerNormRule(Rule):
         return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, both, probe, segments)
 
     def dots(self, x, grad, segments):
-        return affine_dots(
-            torch.nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps),
-            grad, len(self.normalized_shape), along(self, "weight"), along(self, "bias"), segments,
-        )  # fmt: skip
+        both = (along(self, "weight"), along(self, "bias"))
+        return affine_dots(self._normed(x), grad, self.feature_dims(), *both, segments)
 
     def gradient_factors(self, x, grad):
-        normed = torch.nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps)
-        return affine_factors(normed, grad, len(self.normalized_shape), "weight", "bias")
+        return affine_factors(self._normed(x), grad, self.feature_dims(), "weight", "bias")
+
+    def _normed(self, x):
+        return torch.nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps)
 
 
-class RMSNormRule(Rule):
-    weight: Tensor
-    normalized_shape: tuple[int, ...]
-    eps: float | None
-
-    def feature_dims(self):
-        return len(self.normalized_shape)
-
+class RMSNormRule(LayerNormRule):
     def probed(self, x, probe, segments):
         shape, direction = self.normalized_shape, along(self, "weight")
         return functional.rms_norm(x, shape, self.weight, self.eps, direction, probe, segments)
 
-    def dots(self, x, grad, segments):
-        normed = torch.nn.functional.rms_norm(x, list(self.normalized_shape), None, self.eps)
-        return affine_dots(normed, grad, len(self.normalized_shape), along(self, "weight"), None, segments)
-
-    def gradient_factors(self, x, grad):
-        normed = torch.nn.functional.rms_norm(x, list(self.normalized_shape), None, self.eps)
-        return affine_factors(normed, grad, len(self.normalized_shape), "weight")
+    def _normed(self, x):
+        return torch.nn.functional.rms_norm(x, list(self.normalized_shape), None, self.eps)
 
 
 class ConvRule(Rule):

@@ -18,12 +18,10 @@ class Method(Protocol):
     is over, and `finish` once the values are due.
 
     Attributes:
-        scale: what the loss of this step is multiplied by, set before `begin`.
         drop: target -> what the step took off the validation loss, where the method measures it.
         standard_error: of the values, where the method draws samples.
     """
 
-    scale: Any
     drop: dict[str, Tensor]
 
     @property
@@ -50,7 +48,8 @@ class Method(Protocol):
     def require_shards_do(self) -> None:
         """Raise `InRunError` where the method cannot do with parameters under `fully_shard`."""
 
-    def begin(self) -> None: ...
+    def begin(self, scale: float | Tensor) -> None:
+        """A step begins, whose loss is multiplied by `scale`."""
 
     def batch(self, layout: Layout, recompute: Callable[[], Tensor] | None) -> None: ...
 

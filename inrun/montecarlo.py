@@ -86,7 +86,6 @@ class MonteCarlo:
         self.tracker, self.update, self.clip, self.permutations = tracker, update, clip, permutations
         self.budget = Budget(keep, keep_bytes)
         self.keeper = Keeper(tracker.taps, self.budget, weights_move=False)  # back in place whenever a layer is scored
-        self.scale: float | Tensor = 1.0
         self.release()
 
     def require_supported(self, optimizer: Optimizer) -> None:
@@ -95,10 +94,11 @@ class MonteCarlo:
     def require_shards_do(self) -> None:
         raise InRunError("method 'monte_carlo': expected one process, got parameters sharded over several")
 
-    def begin(self) -> None:
+    def begin(self, scale: float | Tensor) -> None:
         if (size := self.tracker.ranks.size) > 1:
             raise InRunError(f"method 'monte_carlo': expected one process, got {size}")
         self.release()
+        self._scale = scale
 
     def batch(self, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if recompute is not None or layout.segments is not None:
@@ -146,7 +146,7 @@ class MonteCarlo:
             if abs(expected / c - 1) > 1e-2:
                 raise InRunError(
                     f"clip: expected gradients clipped to the norm {self.clip} over the tracked parameters together, "
-                    f"so multiplied by {expected:.4g} (of a loss scaled by {float(self.scale):g}); got {c:.4g}"
+                    f"so multiplied by {expected:.4g} (of a loss scaled by {float(self._scale):g}); got {c:.4g}"
                 )
         players = sum(self.rows)
         nobody, everybody = 0, (1 << players) - 1
@@ -253,7 +253,7 @@ class MonteCarlo:
     def _clipped(self, gradient: Iterable[Tensor]) -> float:
         """What the loop multiplies a gradient by: it divides by the loss scale, then clips by the norm."""
         assert self.clip is not None
-        scale = float(self.scale)
+        scale = float(self._scale)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradient)) / scale
         return min(1.0, self.clip / (norm + 1e-6)) / scale  # as `clip_grad_norm_` has it
 

@@ -120,9 +120,6 @@ class Path:
                 else:
                     over = size.to(g.device) if i in cancelled else None
                     slot.direction[...] = self._ratio(slot, g, at_zero[k], at_full[k], over)
-        for slot in tracker.slots:
-            if slot.grad is None:
-                slot.direction.zero_()
         alone = [(i, slot) for i, slot in moving if i not in coupled]
         turning = turns([] if linear else [slot for _, slot in alone], unscale, self.update, tracker.ranks)
         if moving and (turning or clipped is not None):
@@ -205,13 +202,13 @@ class Path:
     ) -> None:
         """K from beside the path in the place of the path's, and what it misses of the update."""
         numbers, slots = zip(*moving, strict=True)
-        ranks, many = self.tracker.ranks, self.tracker.many
+        ranks = self.tracker.ranks
         of = squares(batches, slots, ranks)
         only = {k for k, i in enumerate(numbers) if i in alone}
         self._beside = Beside(factor, of.of_samples, 0.0 if clipped is None else clipped[1])
         for k, slope in slopes(of, slots, only, unscale, factor, clipped, turning, self.update, ranks):
             i, slot = numbers[k], slots[k]
-            of_path = slot.direction if many is None else slot.direction[0]
+            of_path = slot.slices[0]
             wide = torch.promote_types(of_path.dtype, torch.float32)
             written = torch.where(slope.k.isfinite(), slope.k, of_path).to(of_path.dtype)
             self._beside.left[i] = (of_path.to(wide) - written) * slot.grad * unscale

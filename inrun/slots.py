@@ -46,6 +46,12 @@ class Slot:
         return targets_first(distributed.local(self.sibling), self.param)
 
     @property
+    def slices(self) -> list[Tensor]:
+        """The direction, one slice for each target."""
+        direction = self.direction
+        return [direction] if direction.dim() == self.param.dim() else list(direction.unbind(0))
+
+    @property
     def grad(self) -> Tensor | None:
         return distributed.local(self.param.grad)
 

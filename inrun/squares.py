@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +27,12 @@ from inrun_kernels import ghost_square
 
 from .distributed import Ranks, gathered, shard_of
 from .factors import Factors, ends_of, joined, owners_of, split, summed, sums
+from .keep import Keeper, Kept
 from .restoring import without_autocast
 from .slots import components
+from .tap import Layout
 
-if TYPE_CHECKING:
-    from .keep import Keeper, Kept
-    from .tap import Layout
-
-Batches = Iterable[tuple["Keeper", Mapping[int, int]]]
+Batches = Iterable[tuple[Keeper, Mapping[int, int]]]
 
 
 @dataclass

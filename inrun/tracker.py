@@ -212,8 +212,8 @@ class Tracker:
         if self.in_batch:
             _require_rules(planned)
         self._pending = Pending()
-        options = validate_every, self.ranks, self._pending
-        self.validations = Validation(model, planned.excluded, losses, self.targets, *options)
+        options = losses, self.targets, validate_every, self.ranks, self._pending
+        self.validations = Validation(model, self.slots, planned.excluded, *options)
         self._frozen = method in ("first", "secant")  # whether the optimizer's state is taken as frozen
         inline = method == "first" and not self.samples and not self.in_batch
         self._method: Method = (
@@ -285,7 +285,6 @@ class Tracker:
             for owner, local, full in site.owned:
                 slots.setdefault(full, Slot(full, owner, local, [])).taps.append(tap)
         self.slots.extend(slots.values())
-        self.validations.slots = self.slots
 
     @property
     def last_validation(self) -> dict[str, Tensor]:
@@ -474,12 +473,11 @@ class Tracker:
         if self._method.starts_with_validation:
             self.validations.run_due()
             self.validations.require_fresh()
-        self._method.scale = step.scale
         self._largest = 0
         self.check_due = self.check_due or self.steps >= self.agenda.due
         self.first_check = self.check_due and not self.agenda.made
         with self._timed("direction"):
-            self._method.begin()
+            self._method.begin(step.scale)
         self._watch.begin()
         watched = self.check_due or self._shared_due
         eager = watched and (not any(_is_compiled(m) for m in self.model.modules()) or _runs_eagerly())

@@ -19,10 +19,10 @@ Gradients = list[Tensor | None]
 
 
 class Validation:
-    """Gradients of the validation losses, one list per target in the order of `slots`, the tracked parameters.
+    """Gradients of the validation losses, one list per target in the order of `slots`.
 
     Args:
-        model: whose gradients a block or callable makes.
+        model: whose gradients a block or callable makes; slots: of its tracked parameters, once these are known.
         excluded: names of the parameters that get no score; their share of the gradient is measured once.
         losses: target -> callable that returns its loss; empty where blocks are used.
         targets: names, in the order of the values' columns.
@@ -34,6 +34,7 @@ class Validation:
     def __init__(
         self,
         model: nn.Module,
+        slots: Sequence[Any],
         excluded: Sequence[str],
         losses: Mapping[str, Callable[[], Tensor]],
         targets: tuple[str, ...],
@@ -41,9 +42,8 @@ class Validation:
         ranks: Ranks,
         pending: Pending,
     ) -> None:
-        self.model, self.excluded, self.ranks, self.pending = model, bool(excluded), ranks, pending
-        self.slots: Sequence[Any] = ()  # objects with `name` and `param`
-        self.losses, self.targets, self.every = losses, targets, every
+        self.model, self.slots, self.excluded, self.ranks = model, slots, bool(excluded), ranks
+        self.losses, self.targets, self.every, self.pending = losses, targets, every, pending
         self.gradients: dict[str, Gradients] = {}
         self.age: dict[str, int | None] = dict.fromkeys(targets)
         self._weights: dict[str, list[int]] = {}  # of each callable's gradient: how often they had been written to
