@@ -56,8 +56,9 @@ def convolution_dots(x: Tensor, grad: Tensor, directions: Directions, geometry: 
         dots = [probing.output_dots(grad, _convolve(x, d.to(x.dtype), geometry), None) for d in slices]
         total = dots[0] if direction.dim() == x.dim() else torch.stack(dots, 1)
     if bias_direction is not None:
-        wide = grad.flatten(2).sum(2, dtype=bias_direction.dtype)  # [B, O]
-        total = total + wide @ bias_direction.mT if bias_direction.dim() > 1 else total + wide @ bias_direction
+        bias_direction = bias_direction.to(torch.promote_types(bias_direction.dtype, torch.float32))
+        sums = grad.flatten(2).sum(2, dtype=bias_direction.dtype)  # [B, O]
+        total = total + (sums @ bias_direction.mT if bias_direction.dim() > 1 else sums @ bias_direction)
     return total
 
 

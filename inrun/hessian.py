@@ -59,7 +59,7 @@ def _check(tracker: Tracker, name: str, vector: list[Tensor], found: list[Tensor
     apart, size = float((flat(found) - near).norm()), float(near.norm())
     if apart > 0.2 * size + 4 * float((near - far).norm()):
         raise InRunError(
-            f"method 'second': the Hessian of {name!r} by double backward is {apart / size:.0%} off differences of "
+            f"method 'second': the Hessian of {name!r} by double backward is {apart / max(size, 1e-30):.0%} off differences of "
             "gradients. An operation of the loss has a backward that hides its own derivative (once_differentiable or "
             "with gradients made in the forward), or a part of it is under no_grad; take method 'secant', which needs "
             "no Hessian"

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from inrun import functional as IF
+from inrun.convolution import Geometry, convolution
 from inrun_kernels import forms
 
 B, T, IN, OUT, VOCAB = 3, 5, 7, 6, 11
@@ -422,3 +423,17 @@ def test_a_backward_inside_autocast_keeps_the_products_of_float32(form, has_bias
     exact = (dots, g.T @ x.double(), g.sum(0))[: 1 + len(leaves)]
     for found, right in zip((probe.grad, *(leaf.grad for leaf in leaves)), exact, strict=True):
         assert (found - right).abs().max() <= 1e-4 * right.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("many", [None, 2])
+def test_a_convolutions_bias_is_summed_in_float32(many):
+    """In bfloat16, where sums over positions would lose what makes samples differ."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(8, 3, 32, generator=g).bfloat16(), torch.randn(64, 3, 1, generator=g).bfloat16()
+    bias, grad = torch.zeros(64).bfloat16(), torch.randn(8, 64, 32, generator=g).bfloat16()
+    direction = torch.randn(*(() if many is None else (many,)), 64, generator=g).bfloat16()
+    probe = torch.zeros(8, *(() if many is None else (many,)), requires_grad=True)
+    geometry = Geometry((1,), (0,), (1,), 1)
+    convolution(x, weight, bias, (None, direction), probe, geometry).backward(grad)
+    expected = grad.double().sum(2) @ direction.double().mT if many else grad.double().sum(2) @ direction.double()
+    torch.testing.assert_close(probe.grad.double(), expected, rtol=1e-4, atol=1e-4)
