@@ -58,8 +58,9 @@ def _check(tracker: Tracker, name: str, vector: list[Tensor], found: list[Tensor
     near, far = (flat(_by_differences(tracker, name, vector, size)) for size in (0.05, 0.2))
     apart, size = float((flat(found) - near).norm()), float(near.norm())
     if apart > 0.2 * size + 4 * float((near - far).norm()):
+        off = f"{apart / size:.0%}" if size else "all"
         raise InRunError(
-            f"method 'second': the Hessian of {name!r} by double backward is {apart / max(size, 1e-30):.0%} off differences of "
+            f"method 'second': the Hessian of {name!r} by double backward is {off} off differences of "
             "gradients. An operation of the loss has a backward that hides its own derivative (once_differentiable or "
             "with gradients made in the forward), or a part of it is under no_grad; take method 'secant', which needs "
             "no Hessian"
