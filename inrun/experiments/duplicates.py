@@ -29,10 +29,11 @@ SETTINGS = (("sgd", 0.0125), ("sgd", 0.05), ("adam", 0.01))  # optimizer, learni
 
 
 def run(seed: int = 0, samples: int = 10, copies: tuple[int, ...] = COPIES) -> Finding:
-    """The value of one copy among n, over that of a lone one; ratio of means over `samples` different samples."""
+    """The value of one copy among n, over that of a lone one; ratio of means over `samples` different samples, with the
+    standard error that drawing them again makes."""
     task = digits_task()
     start = task.start(seed)
-    data: dict[str, Any] = {"copies": list(copies), "value_of_one_copy": {}}
+    data: dict[str, Any] = {"copies": list(copies), "value_of_one_copy": {}, "ratio_standard_error": {}}
     tables = []
     for kind, lr in SETTINGS:
         model, optimizer = continued(task, start, kind, lr, 20, 8, seed)
@@ -45,14 +46,25 @@ def run(seed: int = 0, samples: int = 10, copies: tuple[int, ...] = COPIES) -> F
             for k, n in enumerate(copies):
                 for method, values in _values(narrow, model, optimizer, x, y, n, methods).items():
                     paid[method][i, k] = values[OTHERS:].mean()
-        means = {m: v.mean(0) for m, v in paid.items()}
-        data["value_of_one_copy"][f"{kind}, lr {lr:g}"] = {m: v.tolist() for m, v in means.items()}
-        body = [[m, f"{v[0]:.4f}", *(f"{r:.2f}" for r in v / v[0])] for m, v in means.items()]
-        head = [f"{kind}, lr {lr:g}", "nats, alone", *(f"n={n}" for n in copies)]
+        setting, means = f"{kind}, lr {lr:g}", {m: v.mean(0) for m, v in paid.items()}
+        data["value_of_one_copy"][setting] = {m: v.tolist() for m, v in means.items()}
+        errors = data["ratio_standard_error"][setting] = {m: _errors(v, seed).tolist() for m, v in paid.items()}
+        body = [
+            [m, f"{v[0]:.4f}", *(f"{r:.2f} +-{e:.2f}" for r, e in zip(v / v[0], errors[m], strict=True))]
+            for m, v in means.items()
+        ]
+        head = [setting, "nats, alone", *(f"n={n}" for n in copies)]
         tables.append(results.table(head, body))
     sharing = ", ".join(f"{1 / n:.2f}" for n in copies)
     text = f"duplicates: what one copy among n earns, over what it earns alone (equal shares: {sharing})\n"
     return Finding(text + "\n\n".join(tables), data, _draw(data))
+
+
+def _errors(paid: np.ndarray, seed: int) -> np.ndarray:
+    """By bootstrap over samples `[samples, copies]`, of the means over that of a lone copy."""
+    drawn = np.random.default_rng(seed).integers(len(paid), size=(1000, len(paid)))
+    means = paid[drawn].mean(1)
+    return (means / means[:, :1]).std(0)
 
 
 def _useful(task: Task, model: nn.Module, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
