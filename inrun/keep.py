@@ -149,11 +149,12 @@ class Keeper:
         self.held = held
         for tap in self.taps:
             tap.keep = self._run_module if tap.forward_mode else self._run_layer
+            tap.layout = None if layout.segments is None else layout
 
     def pause(self) -> None:
         """The layers run from now on are plain."""
         for tap in self.taps:
-            tap.keep = None
+            tap.keep = tap.layout = None
 
     def skip_batch(self, layout: Layout) -> None:
         """Count a batch that is not kept, since it will be computed again."""

@@ -91,10 +91,27 @@ class Rule(Holder):
         if not tap.scores():
             return self.plain(x)
         run = self._watched if tap.watched and not torch.compiler.is_compiling() else self._scored
-        if not tap.tokens_first or x.dim() < 3:
-            return run(x)
-        y = run(x.transpose(0, 1))
-        return y.transpose(0, 1).contiguous()  # a dropout after it draws its numbers in the order of memory
+        if tap.tokens_first and x.dim() > 2:  # a dropout after it draws its numbers in the order of memory
+            return run(x.transpose(0, 1)).transpose(0, 1).contiguous()
+        if self._is_given_heads_first(x):
+            return run(x.transpose(1, 2)).transpose(1, 2)
+        return run(x)
+
+    def _is_given_heads_first(self, x: Tensor) -> bool:
+        """Whether tokens that have values, or belong to documents, are dimension 2, `[B, H, T, ...]`, as of norms of
+        queries and keys."""
+        tap, layout = self._inrun, self._inrun.layout
+        if layout is None or x.dim() < 4 or not self.may_fold:
+            return False
+        first, second = (size == layout.tokens for size in x.shape[1:3])
+        if first and second and tap.heads_first is None:
+            raise InRunError(
+                f"{tap}: expected one dimension of {layout.tokens} tokens, got {tuple(x.shape)}: [B, T, H, ...] or "
+                "[B, H, T, ...]. Make the first step with another number of tokens"
+            )
+        if first != second and tap.heads_first is not second:
+            tap.heads_first = second
+        return tap.heads_first is True and second
 
     def _watched(self, x: Tensor) -> Tensor:
         """The layer's output, and where all samples share it, what becomes of it."""

@@ -37,9 +37,10 @@ class Tap:
         self.by_row = True  # whether it computes each row of a batch by itself, and holds it at dimension 0
         self.routed = False  # whether its rows are always the tokens of [B, T], flattened
         self.tokens_first = False  # whether it is given [T, B, ...]
+        self.heads_first: bool | None = None  # whether it was given [B, H, T, ...], where that counts
         # This batch.
         self.probe: Tensor | None = None
-        self.layout: Layout | None = None  # of the probe, where it counts documents or tokens
+        self.layout: Layout | None = None  # where values belong to documents or tokens
         self.keep: Callable | None = None
         self.flat = False  # whether its rows are the tokens of [B, T], flattened, here
         self.passed_by = False  # whether, in one of the step's forwards, all of it was frozen

@@ -136,6 +136,60 @@ def test_a_document_is_worth_what_it_is_alone(method, checkpointing):
     assert [row["value"] for row in rows] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-7)
 
 
+class HeadsFirst(Packed):
+    """Norms and projects what attention has transposed, `[B, heads, T, W]`, as Gemma 3 and DeepSeek-V3 do."""
+
+    def __init__(self, heads=2):
+        super().__init__()
+        self.heads, self.low = heads, nn.Linear(WIDTH // heads, WIDTH // heads)
+        self.head_norm = Scale(WIDTH // heads)
+
+    def attention(self, x, mask):
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, self.heads, -1).transpose(1, 3).unbind(2)
+        q, k, v = self.head_norm(q), self.head_norm(k), self.low(v[:, :1]) + v
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("method", ["first", "path", "compiled", "recompute"])
+def test_tokens_may_follow_the_heads(method):
+    torch.manual_seed(0)
+    model = HeadsFirst()
+    run = torch.compile(model, backend="aot_eager") if method == "compiled" else None
+    options = {"recompute": True} if method == "recompute" else {}
+    name = {"compiled": "first", "recompute": "path"}.get(method, method)
+    step, before, tracker = packed_step(model, name, run=run, **options)
+    close(step.values, document_oracle(before, OFFSETS, *packed_data()))
+    assert {tap.name for tap in tracker.taps if tap.heads_first} == {"head_norm", "low"}
+
+
+def test_as_many_tokens_as_heads_are_refused_until_it_is_known_which_is_which():
+    torch.manual_seed(0)
+    model = HeadsFirst(heads=4).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x, y = packed_data()
+    tracker = inrun.track(model, optimizer, validation=lambda: validation_loss(model))
+
+    def step(tokens):
+        before = copy.deepcopy(model)
+        with tracker.step(range(ROWS), segments=[0, tokens, 2 * tokens, 3 * tokens], tokens=tokens) as step:
+            packed_loss(model, x[:, :tokens], y[:, :tokens], torch.zeros(ROWS, tokens)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return step, before
+
+    with pytest.raises(inrun.InRunError, match=r"head_norm: expected one dimension of 4 tokens, got \(3, 4, 4, 2\)"):
+        step(4)
+    optimizer.zero_grad()
+    step(6)
+    found, before = step(4)
+    params = list(before.parameters())
+    along = torch.autograd.grad(validation_loss(before), params)
+    for row, value in enumerate(found.values.double()):
+        one = packed_loss(before, x[row : row + 1, :4], y[row : row + 1, :4], torch.zeros(1, 4)) / ROWS
+        grads = torch.autograd.grad(one, params)
+        close(value, LR * sum((g * d).sum() for g, d in zip(grads, along, strict=True)))
+
+
 @pytest.mark.parametrize("method", ["first", "path"])
 def test_documents_with_targets_accumulation_and_recomputing(method):
     def other(model):
