@@ -29,7 +29,7 @@ from .distributed import local
 from .errors import InRunError
 
 SUPPORTED = (SGD, Adam, AdamW)
-LARGE = 10.0  # times a batch's gradient, whose square is no part of a second moment any more
+LARGE = 10.0  # times a batch's gradient, or a part of it: another square is no part of a second moment any more
 _BLOCK = 1 << 20  # elements that are worked on at a time on a CPU, so that temporaries stay in its cache
 
 
@@ -64,13 +64,21 @@ def warn_of_sizes(optimizers: Sequence[Optimizer], validation: Mapping[str, Tens
     """
     sizes, size = {name: float(norm) for name, norm in validation.items()}, float(batch)
     target = max(sizes, key=sizes.__getitem__)
-    if size > 0 and sizes[target] > LARGE * size and not all(isinstance(each, SGD) for each in optimizers):
-        warnings.warn(
-            f"validation({target!r}): its gradient has {sizes[target] / size:.3g} times the norm of the batch's, whose "
-            "square it stands in for in Adam's second moment: values of methods 'first' and 'secant' are too small. "
-            "Take a mean loss, of a batch's samples or more, and for several targets losses of one scale; or 'path'",
-            stacklevel=2,
-        )
+    ratio = sizes[target] / size if size > 0 else 1.0
+    if all(isinstance(each, SGD) for each in optimizers):
+        return
+    if ratio > LARGE:
+        off = "too small"
+    elif 0 < ratio < 1 / LARGE and not all(each.state for each in optimizers):  # old squares outweigh small ones
+        off = "too large in the first steps"
+    else:
+        return
+    warnings.warn(
+        f"validation({target!r}): its gradient has {ratio:.3g} times the norm of the batch's, whose square it stands "
+        f"in for in Adam's second moment: values of methods 'first' and 'secant' are {off}. Take a mean loss, of a "
+        "batch's samples or more, and for several targets losses of one scale; or 'path'",
+        stacklevel=2,
+    )
 
 
 def parts(param: Tensor, most: int | None = None) -> Iterator[Any]:

@@ -201,7 +201,8 @@ class Ledger(Reader):
             shards.remove_leftovers(self.path, self._prefix)
             shard = self.path / f"{self._prefix}{table['step'][0].as_py():012d}.parquet"
             if shard.exists():
-                raise InRunError(f"{shard} exists already: another process writes with rank {self.rank}")
+                raise InRunError(f"{shard} exists already: another process writes with rank {self.rank}, or "
+                                 "another tracker of this one; take a folder for each run")  # fmt: skip
             try:
                 shards.write(shards.describe(table, self.rank, self.metadata), shard)
             except BaseException:

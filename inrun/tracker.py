@@ -88,7 +88,7 @@ def track(
             (and `model.train()` after). Without it, validation losses are run in `Tracker.validation()` blocks.
             "batch", with `pairwise`: the validation samples are the last rows of every batch, after those that
             `step(ids)` names; the loop adds their loss to the batch's, and the parameters get no gradient from it.
-        validate_every: a validation gradient serves this many steps.
+        validate_every: a validation gradient serves this many steps; a callable runs at their multiples.
         targets: names of the validation losses, when they come from blocks.
         exclude: names of parameters, or shell patterns, that get no score. Recorded with the scores.
         through: names of parameters, or patterns -> the module ("" for the model) that scores them, slowly, by its
@@ -189,6 +189,8 @@ class Tracker:
         self.in_batch = isinstance(validation, str) and validation == "batch"
         losses = {} if self.in_batch else as_losses(validation)
         self.targets = tuple(losses) if losses else tuple(targets)
+        if losses and tuple(targets) not in (("validation",), self.targets):
+            raise ValueError(f"targets: expected those of validation, {self.targets}, or none; got {targets!r}")
         if not self.targets or len(set(self.targets)) < len(self.targets) or isinstance(targets, str):
             raise ValueError(f"targets: expected a sequence of distinct names, got {targets!r}")
         self.samples = as_samples(pairwise, self.targets)
@@ -471,7 +473,7 @@ class Tracker:
             raise InRunError(f"validation='batch': expected one process, got {self.ranks.size}; use validation blocks")
         self.ranks.settle()
         if self._method.starts_with_validation:
-            self.validations.run_due()
+            self.validations.run_due(self.steps)
             self.validations.require_fresh()
         self._largest = 0
         self.check_due = self.check_due or self.steps >= self.agenda.due

@@ -88,12 +88,16 @@ class Validation:
                 loss.backward()
         return loss.detach(), found[: len(self.slots)]
 
-    def run_due(self) -> None:
-        """Run every callable whose gradient has served its steps, or was to begin this one and the weights moved."""
+    def run_due(self, step: int) -> None:
+        """Run every callable that is due at this step, a multiple of `every`: also after a run has gone on at another;
+        or whose gradient has served its steps, or was to begin this one and the weights moved."""
         for name in self.losses:
             age = self.age[name]
-            if age is None or age >= self.every or (age == 0 and not self.is_of_these_weights(name)):
+            if age is None or (not self.is_of_these_weights(name) if age == 0 else self._is_due(step, age)):
                 self.run(name)
+
+    def _is_due(self, step: int, age: int) -> bool:
+        return step % self.every == 0 or age >= self.every
 
     def run(self, name: str) -> None:
         """Run a target's callable, as its block."""
@@ -134,6 +138,9 @@ class Validation:
 
     def _backward(self, name: str) -> None:
         loss = self.loss(name)
+        if not loss.requires_grad:
+            raise InRunError(f"validation loss {name!r}: expected one with a graph, to be differentiated; got a tensor "
+                             "without (of a block under torch.no_grad(), or detached?)")  # fmt: skip
         loss.backward()
         # A copy: what a captured CUDA graph returned is overwritten by its next run.
         self.last_losses[name] = self.ranks.mean(loss.detach().clone())

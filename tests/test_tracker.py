@@ -679,6 +679,33 @@ def test_a_callable_runs_every_k_steps_and_leaves_random_numbers_alone():
     assert torch.equal(drawn, torch.rand(1))
 
 
+def test_a_run_that_goes_on_validates_at_the_steps_that_it_would_have():
+    model = make("mlp")
+    optimizer, calls = torch.optim.SGD(model.parameters(), lr=0.1), []
+    validation = {name: lambda name=name: calls.append((name, tracker.steps)) or loss_of(model, *data("mlp", 4, 2))
+                  for name in ("a", "b")}  # fmt: skip
+    tracker = inrun.track(model, optimizer, validation=validation, validate_every=3)
+    tracker.steps = 7
+    for _ in range(6):
+        with tracker.step(range(B)):
+            loss_of(model, *data("mlp")).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert calls == [(name, step) for step in (7, 9, 12) for name in ("a", "b")]
+
+
+def test_what_is_said_of_the_validation_side_is_looked_at():
+    model = make("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"targets: expected those of validation, \('code',\), or none; got \['prose'\]"
+    ):
+        inrun.track(model, optimizer, validation={"code": lambda: loss_of(model, *data("mlp"))}, targets=["prose"])
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, *data("mlp")).detach())
+    with pytest.raises(inrun.InRunError, match=r"'validation': expected one with a graph"), tracker.step(range(B)):
+        pass
+
+
 @pytest.mark.parametrize("tensor", [False, True])
 def test_a_learning_rate_set_inside_the_block_counts(tensor):
     model = make("gpt_tied")
@@ -1236,6 +1263,23 @@ def test_a_validation_gradient_that_is_far_larger_than_a_batchs_is_said(method):
         told = [str(each.message) for each in said if "in Adam's second moment" in str(each.message)]
         assert len(told) == (scale > 1 and optimizer_of is torch.optim.AdamW)
         assert not told or told[0].startswith("validation('b'): its gradient has")
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_one_that_is_far_smaller_is_said_while_there_are_no_old_squares(steps):
+    model = make("mlp")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        loss_of(model, *data("mlp")).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, *data("mlp", 4, 2)) / 100)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with tracker.step(range(B)):
+            loss_of(model, *data("mlp")).backward()
+            optimizer.step()
+    assert ["too large in the first steps" in str(each.message) for each in said] == [True] * (steps == 0)
 
 
 class LowRank(nn.Module):
