@@ -145,7 +145,7 @@ class Rows:
         self._agreed = False  # whether several processes have been asked for the run with one sample more
         self._known: set[nn.Module] = set()
         self._asked: dict[Any, tuple[int, ...]] = {}  # layers of flattened tokens, and their inputs' shapes
-        self._calls: dict[Any, int] = {}  # of the modules within the model's call
+        self._calls: dict[int, tuple[_Call, dict[Any, int]]] = {}  # of the model, and of modules' taps within each
         self._taken: set[_Taken] = set()
         self._call: _Call | None = None
         self.rows = 0  # B of the next forward; 0 where values belong to documents or tokens
@@ -169,14 +169,22 @@ class Rows:
         ours = self.note_call()
         if not isinstance(module, nn.Module) or not (ours or self._call is None):
             return
-        number = -1
-        if ours:
-            self._calls[module] = number = self._calls.get(module, -1) + 1
+        number = self._count(module._inrun, self._call) if ours else -1
         for leaf, y in enumerate(pytree.tree_leaves(outputs)):
             axis = sample_axis(module, leaf)
             if isinstance(y, Tensor) and y.requires_grad and y.shape[axis : axis + 1] == (self.rows,):
                 taken = _Taken(module, number, leaf, tuple(y.shape))
                 y.register_hook(lambda _, taken=taken: self._taken.add(taken))
+
+    def pass_by(self, tap: Any) -> None:
+        """A module runs plainly, which `_shapes` will not tell from its other calls."""
+        if (call := self._looked_up()) is not None:
+            self._count(tap, call)
+
+    def _count(self, tap: Any, call: Any) -> int:
+        _, of_call = self._calls.setdefault(id(call.kwargs), (call, {}))
+        of_call[tap] = number = of_call.get(tap, -1) + 1
+        return number
 
     def are_tokens(self, layer: Any, x: Tensor) -> bool:
         """Whether the layer's input is taken for flattened tokens, for now; `verify` raises where it is not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,11 +60,26 @@ class Tap:
         """Whether a forward that begins now is to be scored; notes where all its parameters are frozen for it."""
         if self.keep is None and self.probe is None:
             return False
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _is_in_a_function():
+            if self.watched and self.rows is not None:
+                self.rows.pass_by(self)
+            return False  # an evaluation, of any batch
         for owner, local in self.owned:  # asked of every layer: a loop is cheaper than `any`
             if (param := owner._parameters.get(local)) is None or param.requires_grad:
                 return True
         self.passed_by = True
         return False
+
+
+def _is_in_a_function() -> bool:
+    """Whether the forward of an autograd function that will have a gradient is on the stack, as of reentrant
+    checkpoints: it has no graph, and another forward to come will have."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_code.co_varnames[:1] == ("ctx",):
+            return any(getattr(frame.f_locals["ctx"], "needs_input_grad", (True,)))
+        frame = frame.f_back
+    return False
 
 
 @dataclass(frozen=True)

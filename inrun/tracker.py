@@ -404,7 +404,8 @@ class Tracker:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Run the tracked layers plainly inside the block: evaluation or sampling in the middle of a step."""
+        """Run the tracked layers plainly inside the block: evaluation or sampling in the middle of a step. (Under
+        `torch.no_grad()` they do so by themselves, but for those of a compiled graph.)"""
         before = [(tap, tap.probe, tap.layout, tap.keep) for tap in self.taps]
         watching, self._watch.active = self._watch.active, False
         for tap in self.taps:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import inrun
 from inrun.remedies import as_code
@@ -494,6 +495,43 @@ def test_parameters_used_past_their_modules_come_with_the_module_that_does(metho
     model = made(Bypassing)
     want = expected(model, x)
     torch.testing.assert_close(step(model, x, method, through=proposed(error)), want, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_what_takes_no_gradient_in_a_step_may_be_any_batch(method, checkpointed):
+    """An evaluation of one row, as generating makes it, or of others; a reentrant checkpoint takes none at first."""
+
+    class Tabled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.place = nn.Embedding(11, WIDTH), nn.Embedding(T + 2, WIDTH)
+            self.inner, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+            self.checkpointed = False
+
+        def block(self, h: Tensor) -> Tensor:
+            return h + self.inner(h).tanh() + self.place(torch.arange(h.shape[1])[None])
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                seen = self.inner(self.place.weight[:1]).mean()
+            h = self.token(x) + seen
+            return self.head(checkpoint(self.block, h, use_reentrant=True) if self.checkpointed else self.block(h))
+
+    model, x = made(Tabled), ids(B, 1, T + 1)
+    want = expected(model, x)
+    model.checkpointed = checkpointed
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, ids(3, 2)))
+    with tracker.step(range(B)) as taken:
+        with torch.no_grad():
+            for rows in (1, B, B + 3):
+                assert len(model(ids(rows, 5, T + 1))) == rows
+        loss_of(model, x).backward()
+        with torch.inference_mode():
+            assert model(ids(1, 6, T)).shape == (1, T, 2)
+        optimizer.step()
+    torch.testing.assert_close(taken.values.double(), want, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
