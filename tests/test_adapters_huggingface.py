@@ -272,6 +272,35 @@ def test_a_validation_set_weighs_its_batches_by_the_tokens_they_predict(name, tm
     torch.testing.assert_close(loss(), expected, rtol=1e-5, atol=0)
 
 
+class Policy(transformers.GPT2LMHeadModel):
+    pass
+
+
+class Plain(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+@pytest.mark.parametrize(
+    "kind", [Policy, Plain, None], ids=["a GPT-2", "without **kwargs", "a trainer that counts none"]
+)
+def test_a_validation_set_is_weighed_by_what_is_predicted_whatever_the_class_is_called(kind, tmp_path):
+    """Two short rows in the first batch, a long one in the second, and nothing counted by the trainer."""
+
+    def make():
+        model = CASES["GPT-2" if kind is Policy else "Llama"].make()
+        model.__class__ = kind or type(model)
+        return model
+
+    trainer, _, _ = build(tmp_path, case=Case(make), options=None, per_device_eval_batch_size=2)
+    trainer.model_accepts_loss_kwargs = kind is Policy
+    rows = [[3, 4], [5, 6], [7, 8, 9, 10, 11, 12, 13, 3, 4]]
+    loss = attach(trainer, [{"input_ids": row} for row in rows]).options["validation"]["validation"]
+    tokens = sum(len(row) - 1 for row in rows)
+    expected = sum(share(trainer.model, row, tokens) for row in rows)
+    torch.testing.assert_close(loss(), expected, rtol=1e-5, atol=0)
+
+
 def test_a_validation_set_without_labels_to_count_is_weighed_by_rows(tmp_path):
     """A loss that the trainer does not count for, of batches of two sizes."""
     trainer, _, _ = build(tmp_path, options=None, per_device_eval_batch_size=3)

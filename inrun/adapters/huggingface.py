@@ -93,8 +93,18 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-# Their losses leave out the first label of each row, which the trainer counts: their classes are not named ForCausalLM.
-_SHIFTING = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BertLMHeadModel", "CTRLLMHeadModel")
+# Their losses leave out the first label of each row: of decoders alone, and by any name of a class made from these.
+_SHIFTING = ("ForCausalLM", "ForConditionalGeneration", "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BertLMHeadModel",
+             "CTRLLMHeadModel")  # fmt: skip
+
+
+def _shifts_labels(trainer: Any) -> bool:
+    """Whether the first label of a row is of no token that is predicted. Not all trainers count so."""
+    model = base_of(trainer.accelerator.unwrap_model(trainer.model))
+    if getattr(trainer, "_loss_shifts_labels", False):  # transformers asks the loss
+        return True
+    named = any(cls.__name__.endswith(_SHIFTING) for cls in type(model).__mro__)
+    return named and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 class SetLoss:
@@ -111,8 +121,7 @@ class SetLoss:
             return collator([{k: v for k, v in example.items() if k != id_column} for example in examples])
 
         self.trainer: Any = trainer
-        model = base_of(trainer.accelerator.unwrap_model(trainer.model))
-        self._shifts_labels = type(model).__name__ in _SHIFTING
+        self._shifts_labels = _shifts_labels(trainer)
         loader: Any = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=collate)
         with random_kept():  # of which a loader, and perhaps the collator, draws
             self.batches = list(loader)
@@ -135,6 +144,7 @@ class SetLoss:
         if self._shifts_labels and isinstance(labels, Tensor) and "shift_labels" not in inputs:
             return (labels[..., 1:] != -100).sum()
         _, count = self.trainer.get_batch_samples(iter([inputs]), 1, self.trainer.args.device)
+        labels = inputs.get("shift_labels", labels)
         if count is None and isinstance(labels, Tensor):
             count = (labels != -100).sum()
         return count if count is not None else len(next(v for v in inputs.values() if isinstance(v, Tensor)))
