@@ -301,6 +301,21 @@ def test_a_validation_set_is_weighed_by_what_is_predicted_whatever_the_class_is_
     torch.testing.assert_close(loss(), expected, rtol=1e-5, atol=0)
 
 
+def test_a_validation_batch_without_a_label_is_left_out(tmp_path):
+    """As prompts that fill max_length have none, nor rows of one token; the mean of no terms is NaN."""
+    good, empty = [{"input_ids": [3, 4, 5, 6]}, {"input_ids": [9, 4]}], [{"input_ids": [3]}, {"input_ids": [7]}]
+    settings = {"per_device_eval_batch_size": 2, "num_train_epochs": 1}
+    kept = []
+    for held in (good, empty + good + empty):
+        trainer, values, _ = build(tmp_path, options={"validation": held, "method": "path_secant"}, **settings)
+        trainer.train()
+        kept.append(torch.tensor(values.ledger.rows()["value"].to_pylist()))
+    assert torch.equal(*kept)
+    expected = r"validation\['validation'\]: expected labels to predict .*, got none"
+    with pytest.raises(ValueError, match=expected):
+        build(tmp_path, options={"validation": empty})
+
+
 def test_a_validation_set_without_labels_to_count_is_weighed_by_rows(tmp_path):
     """A loss that the trainer does not count for, of batches of two sizes."""
     trainer, _, _ = build(tmp_path, options=None, per_device_eval_batch_size=3)

@@ -59,7 +59,8 @@ def attach(
 
     Raises:
         InRunError: the training set has no such column; several GPUs in one process; attached already.
-        TypeError, ValueError: a validation that is neither a dataset nor a callable; a dataset without samples.
+        TypeError, ValueError: a validation that is neither a dataset nor a callable; a dataset without samples, or
+            without a label to predict.
     """
     if isinstance(trainer, _Tracked):
         raise InRunError("attach: expected a trainer without inrun, got one that has it")
@@ -108,7 +109,10 @@ def _shifts_labels(trainer: Any) -> bool:
 
 
 class SetLoss:
-    """The loss of a whole dataset: its batches' mean losses, each weighted by the terms that it is the mean of."""
+    """The loss of a whole dataset: its batches' mean losses, each weighted by the terms that it is the mean of.
+
+    A batch of none, whose mean is NaN, is left out.
+    """
 
     def __init__(self, trainer: Trainer, dataset: Any, name: str, id_column: str) -> None:
         if isinstance(dataset, str) or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
@@ -127,27 +131,33 @@ class SetLoss:
             self.batches = list(loader)
         if not self.batches:
             raise ValueError(f"validation[{name!r}]: expected a dataset of at least one sample, got none")
+        terms = [self._terms(batch) for batch in self.batches]
+        if not any(terms):
+            raise ValueError(
+                f"validation[{name!r}]: expected labels to predict (other than -100, and than a row's first where the "
+                "model shifts them), got none"
+            )
+        weighed = [(batch, count / sum(terms)) for batch, count in zip(self.batches, terms, strict=True) if count]
+        self.batches, self.weights = zip(*weighed, strict=True)
 
     def __call__(self) -> Tensor:
-        trainer, total, terms = self.trainer, 0.0, 0.0
-        for batch in self.batches:
+        trainer, total = self.trainer, 0.0
+        for batch, weight in zip(self.batches, self.weights, strict=True):
             inputs = trainer._prepare_inputs(batch)
-            count = self._terms(inputs)
             with trainer.compute_loss_context_manager():
-                total += count * trainer.compute_loss(trainer.model, inputs)
-            terms += count
-        return total / terms  # pyright: ignore[reportReturnType]
+                total += weight * trainer.compute_loss(trainer.model, inputs)
+        return total  # pyright: ignore[reportReturnType]
 
-    def _terms(self, inputs: Any) -> Any:
+    def _terms(self, batch: Any) -> float:
         """Labels that count, as the trainer counts them where it does; or rows."""
-        labels = inputs.get("labels")
-        if self._shifts_labels and isinstance(labels, Tensor) and "shift_labels" not in inputs:
-            return (labels[..., 1:] != -100).sum()
-        _, count = self.trainer.get_batch_samples(iter([inputs]), 1, self.trainer.args.device)
-        labels = inputs.get("shift_labels", labels)
+        labels = batch.get("labels")
+        if self._shifts_labels and isinstance(labels, Tensor) and "shift_labels" not in batch:
+            return float((labels[..., 1:] != -100).sum())
+        _, count = self.trainer.get_batch_samples(iter([batch]), 1, self.trainer.args.device)
+        labels = batch.get("shift_labels", labels)
         if count is None and isinstance(labels, Tensor):
             count = (labels != -100).sum()
-        return count if count is not None else len(next(v for v in inputs.values() if isinstance(v, Tensor)))
+        return float(count) if count is not None else len(next(v for v in batch.values() if isinstance(v, Tensor)))
 
 
 @dataclass
