@@ -316,6 +316,37 @@ def test_a_validation_batch_without_a_label_is_left_out(tmp_path):
         build(tmp_path, options={"validation": empty})
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_a_validation_set_is_checkpointed_batch_by_batch_where_training_is(tmp_path):
+    """In eval mode, where transformers' layers keep everything, without dropout when it is computed again."""
+
+    def make():
+        model = CASES["Llama"].make()
+        model.model.embed_tokens.register_forward_hook(lambda module, args, out: torch.nn.functional.dropout(
+            out, 0.5, module.training))  # fmt: skip
+        return model
+
+    found, saved = [], []
+    for checkpointing in (False, True):
+        trainer, values, _ = build(
+            tmp_path, case=Case(make), per_device_eval_batch_size=2, options={"validation": samples(5)},
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        model, loss = trainer.model, values.options["validation"]["validation"]
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        count = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: count.append(x.numel()) or x, lambda x: x):  # noqa: B023
+            total = loss()
+        assert model.training
+        found.append([total, *gradients(total, model)])
+        assert model.training
+        saved.append(sum(count))
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain)
+    assert saved[1] < 100 < saved[0]
+
+
 def test_a_validation_set_without_labels_to_count_is_weighed_by_rows(tmp_path):
     """A loss that the trainer does not count for, of batches of two sizes."""
     trainer, _, _ = build(tmp_path, options=None, per_device_eval_batch_size=3)

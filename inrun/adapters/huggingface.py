@@ -16,6 +16,7 @@ packed before hold a list in the id column, one id per token. TRL's SFT, DPO and
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from ..errors import InRunError
 from ..ledger import Ledger
-from ..restoring import random_kept
+from ..restoring import in_modes, modes_of, random_kept
 from ..tracker import as_ledger
 from .loop import Loop, with_clip
 
@@ -48,7 +50,9 @@ def attach(
         validation: a dataset like the training set. Every validation gradient is that of the whole of it, in every
             process, so it holds as many samples as a step may cost: a batch or two. Its loss is `trainer.compute_loss`
             over the trainer's own batches of `per_device_eval_batch_size`. Or a callable that returns the validation
-            loss, a scalar; or a dict of names and either. Run in eval mode.
+            loss, a scalar; or a dict of names and either. Run in eval mode, in which transformers' layers checkpoint
+            nothing: where they do in training, each batch of a dataset is computed again in the backward, which holds
+            one batch's activations at a time (so take `per_device_eval_batch_size` small); a callable's are all held.
         id_column: column of the training set that holds each sample's id, integers or strings.
         ledger: where the values go, as in `inrun.track`. A resumed run (`resume_from_checkpoint`) needs the folder of
             the first one: what was written of the step to be resumed and later is dropped, and nothing else.
@@ -111,7 +115,8 @@ def _shifts_labels(trainer: Any) -> bool:
 class SetLoss:
     """The loss of a whole dataset: its batches' mean losses, each weighted by the terms that it is the mean of.
 
-    A batch of none, whose mean is NaN, is left out.
+    A batch of none, whose mean is NaN, is left out. In eval mode transformers' layers keep all activations; where they
+    checkpoint in training, each batch is a checkpoint here.
     """
 
     def __init__(self, trainer: Trainer, dataset: Any, name: str, id_column: str) -> None:
@@ -141,12 +146,20 @@ class SetLoss:
         self.batches, self.weights = zip(*weighed, strict=True)
 
     def __call__(self) -> Tensor:
-        trainer, total = self.trainer, 0.0
+        loss_of = self.of_batch
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.trainer.model.modules()):
+            loss_of = functools.partial(checkpoint, loss_of, use_reentrant=False)
+        total = 0.0
         for batch, weight in zip(self.batches, self.weights, strict=True):
-            inputs = trainer._prepare_inputs(batch)
-            with trainer.compute_loss_context_manager():
-                total += weight * trainer.compute_loss(trainer.model, inputs)
+            total += weight * loss_of(batch)
         return total  # pyright: ignore[reportReturnType]
+
+    def of_batch(self, batch: Any) -> Tensor:
+        """A batch's mean loss, in eval mode in a backward too that computes it again."""
+        trainer = self.trainer
+        with in_modes(modes_of(trainer.model)), trainer.compute_loss_context_manager():
+            trainer.model.eval()
+            return trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
 
     def _terms(self, batch: Any) -> float:
         """Labels that count, as the trainer counts them where it does; or rows."""

@@ -16,11 +16,11 @@ from __future__ import annotations
 import functools
 import types
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from trl.data_utils import pack_dataset
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
@@ -60,7 +60,11 @@ def attach(
     named = validation if isinstance(validation, Mapping) else {"validation": validation}
     prepared = {name: _prepared(trainer, given, name) for name, given in named.items()}
     losses = huggingface.losses_of(trainer, prepared, id_column)
-    losses = {name: _apart(trainer, loss) for name, loss in losses.items()}
+    for name, loss in losses.items():
+        if isinstance(loss, huggingface.SetLoss):
+            loss.of_batch = _apart(trainer)(loss.of_batch)  # which a checkpoint runs in the backward
+        else:
+            losses[name] = _apart(trainer)(loss)
     callback = huggingface.attach(trainer, losses, id_column=id_column, **options)
     if not isinstance(trainer, RewardTrainer) and model.get_output_embeddings().weight.requires_grad:
         _call_the_head(model, preferences=isinstance(trainer, DPOTrainer))
@@ -99,18 +103,15 @@ def _prepared(trainer: Any, validation: Any, name: str) -> Any:
     return prepare(validation, *how, name)
 
 
-def _apart(trainer: Any, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The loss, kept out of the metrics that the trainer gathers for its own evaluations."""
-
-    def run() -> Tensor:
-        before = trainer._metrics["eval"]
-        trainer._metrics["eval"] = defaultdict(list)
-        try:
-            return loss()
-        finally:
-            trainer._metrics["eval"] = before
-
-    return run
+@contextmanager
+def _apart(trainer: Any) -> Iterator[None]:
+    """The block's losses are kept out of the metrics that the trainer gathers for its own evaluations."""
+    before = trainer._metrics["eval"]
+    trainer._metrics["eval"] = defaultdict(list)
+    try:
+        yield
+    finally:
+        trainer._metrics["eval"] = before
 
 
 def _call_the_head(model: Any, preferences: bool) -> None:
