@@ -154,6 +154,54 @@ def test_a_resumed_fit_neither_loses_nor_doubles_a_step(tmp_path):
     assert [r["value"] for r in found] == pytest.approx([r["value"] for r in expected], rel=1e-5, abs=1e-7)
 
 
+class Skipping(Net):
+    """Has no loss for some batches, after their forward, and ends each epoch at another."""
+
+    def __init__(self, skipped, last=None):
+        super().__init__()
+        self.skipped, self.last = skipped, last
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if batch_idx in self.skipped else loss
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == self.last else None
+
+
+@pytest.mark.parametrize(
+    "skipped, last, accumulated, expected",
+    [
+        ([1], None, 1, {0: "012", 2: "678", 3: "9x", 4: "012", 6: "678", 7: "9x"}),
+        ([3], None, 1, {0: "012", 1: "345", 2: "678", 4: "012", 5: "345", 6: "678"}),
+        ([0], None, 2, {0: "345", 1: "6789x", 2: "345", 3: "6789x"}),
+        ([1], None, 2, {1: "6789x", 3: "6789x"}),
+        ([1], None, 3, {1: "9x", 3: "9x"}),
+        ([], 2, 1, {0: "012", 1: "345", 2: "012", 3: "345"}),
+        ([], 3, 2, {0: "012345", 1: "012345"}),
+        ([], 0, 1, {}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
+def test_a_skipped_batch_has_no_values_and_the_others_have_theirs(skipped, last, accumulated, expected, tmp_path):
+    net = Skipping(skipped, last)
+    values = InRun(held_out_loss(net))
+    settings = {"accumulate_grad_batches": accumulated, "gradient_clip_val": 0.005}
+    with pytest.warns(UserWarning) as caught:
+        fit(tmp_path, net, loader(shuffle=False), callbacks=[values], **settings)
+    lost = accumulated > 1 and skipped == [1]
+    assert lost == any("expected a backward for each batch of an accumulated step" in str(w.message) for w in caught)
+    found = {}
+    for row in values.ledger.rows().to_pylist():
+        found.setdefault(row["step"], {})[row["sample_id"]] = row["value"]
+    assert {s: list(v) for s, v in found.items()} == {
+        s: [f"s{'0123456789x'.index(c)}" for c in ids] for s, ids in expected.items()
+    }
+    for step, of_ids in found.items():
+        exact = oracle(net.before[step], list(of_ids), accumulated, 0.005)
+        assert (torch.tensor(list(of_ids.values())) - exact).abs().max() <= 2e-4 * exact.abs().max()
+
+
 def test_a_batch_without_ids_is_refused(tmp_path):
     net = Net()
     values = InRun(held_out_loss(net))
