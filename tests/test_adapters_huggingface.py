@@ -494,12 +494,9 @@ def preferences(count, seed):
             for i in range(count)]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["dpo", "reward"])
-@pytest.mark.filterwarnings("ignore")
-def test_a_pair_of_preferences_has_the_value_of_its_two_rows(kind, tmp_path):
-    """The rows' values add up to the gradient of the pair's loss, the head's part included."""
+def of_preferences(kind, folder, callbacks=(), collator=None, **settings):
+    """A trainer of six pairs on a small Llama, with a reference model of other weights where it takes one."""
     datasets, trl, tokenizers = (pytest.importorskip(name) for name in ("datasets", "trl", "tokenizers"))
-    adapter = pytest.importorskip("inrun.adapters.trl")
     vocab = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
     vocab.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=vocab, eos_token="t2", pad_token="t0")
@@ -510,15 +507,25 @@ def test_a_pair_of_preferences_has_the_value_of_its_two_rows(kind, tmp_path):
     model_class = transformers.LlamaForCausalLM if dpo else transformers.LlamaForSequenceClassification
     model, reference = model_class(config), model_class(config)
     args = (trl.DPOConfig if dpo else trl.RewardConfig)(
-        output_dir=tmp_path, optim="sgd", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=0.0, seed=3,
+        output_dir=folder, optim="sgd", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=0.0, seed=3,
         report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no", bf16=False,
-        per_device_train_batch_size=3, num_train_epochs=1, gradient_checkpointing=False,
+        per_device_train_batch_size=3, num_train_epochs=1, gradient_checkpointing=False, **settings,
     )  # fmt: skip
-    weights = Weights()
-    trainer = (trl.DPOTrainer if dpo else trl.RewardTrainer)(
+    return (trl.DPOTrainer if dpo else trl.RewardTrainer)(
         model, args=args, train_dataset=datasets.Dataset.from_list(preferences(6, 0)), processing_class=tokenizer,
-        callbacks=[weights], **({"ref_model": reference} if dpo else {}),
+        callbacks=[*callbacks], data_collator=collator, **({"ref_model": reference} if dpo else {}),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_pair_of_preferences_has_the_value_of_its_two_rows(kind, tmp_path):
+    """The rows' values add up to the gradient of the pair's loss, the head's part included."""
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    dpo, weights = kind == "dpo", Weights()
+    trainer = of_preferences(kind, tmp_path, [weights])
+    model, reference = trainer.model, trainer.ref_model if dpo else None
+    model_class, config, args = type(model), model.config, trainer.args
     values = adapter.attach(trainer, datasets.Dataset.from_list(preferences(3, 1)))
     held = values.options["validation"]["validation"]
     trainer.train()
@@ -555,6 +562,18 @@ def test_a_pair_of_preferences_has_the_value_of_its_two_rows(kind, tmp_path):
         assert value == pytest.approx(expected.item(), rel=2e-3, abs=1e-6 * float(found.abs().max()))
     with pytest.raises(TypeError, match="expected an SFTTrainer, DPOTrainer or RewardTrainer, got Trainer"):
         adapter.attach(build(tmp_path / "other", options=None)[0], [])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_validation_set_of_preferences_goes_through_the_reference_model_where_pairs_do(tmp_path):
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    held, found = datasets.Dataset.from_list(preferences(3, 1)), []
+    for before in (False, True):
+        trainer = of_preferences("dpo", tmp_path, precompute_ref_log_probs=before)
+        values = adapter.attach(trainer, held)
+        trainer.train()
+        found.append(torch.tensor(values.ledger.rows()["value"].to_pylist()))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -36,7 +36,8 @@ def attach(
 ) -> Any:
     """As `huggingface.attach`, for one of these trainers; call it before `train()` and `evaluate()`.
 
-    A validation dataset is prepared (formatted, tokenized, cut) as the trainer's own are, and not packed.
+    A validation dataset is prepared (formatted, tokenized, cut, with `precompute_ref_log_probs` run through the
+    reference model) as the trainer's own are, and not packed.
 
     TRL computes the loss from the output layer's weight without calling the layer. Where that weight is trained, the
     layer is called instead, so that it is scored: the same loss, to rounding, from logits held in full.
@@ -97,10 +98,14 @@ def pack(dataset: Any, max_length: int, *, id_column: str = "sample_id", strateg
 def _prepared(trainer: Any, validation: Any, name: str) -> Any:
     if not hasattr(validation, "column_names") or getattr(trainer, "_skip_prepare_dataset", False):
         return validation
-    prepare, how = trainer._prepare_dataset, (trainer.processing_class, trainer.args)
-    if isinstance(trainer, SFTTrainer):
-        how = (*how, False, trainer._formatting_func)
-    return prepare(validation, *how, name)
+    args: Any = trainer.args
+    prepare, precompute = trainer._prepare_dataset, getattr(trainer, "_precompute_ref_logps", None)
+    formatting = (False, trainer._formatting_func) if isinstance(trainer, SFTTrainer) else ()
+    prepared = prepare(validation, trainer.processing_class, args, *formatting, name)
+    known = prepared.column_names or ()
+    if precompute is not None and args.precompute_ref_log_probs and "ref_chosen_logps" not in known:
+        prepared = precompute(prepared, name, args.precompute_ref_batch_size or args.per_device_eval_batch_size)
+    return prepared
 
 
 @contextmanager
