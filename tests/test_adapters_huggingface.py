@@ -322,9 +322,13 @@ def test_a_validation_set_is_checkpointed_batch_by_batch_where_training_is(tmp_p
 
     def make():
         model = CASES["Llama"].make()
-        model.model.embed_tokens.register_forward_hook(lambda module, args, out: torch.nn.functional.dropout(
-            out, 0.5, module.training))  # fmt: skip
+        drop = torch.nn.functional.dropout
+        model.model.embed_tokens.register_forward_hook(lambda module, args, out: drop(out, 0.5, module.training))
         return model
+
+    def counted(tensor):
+        saved[-1] += tensor.numel()
+        return tensor
 
     found, saved = [], []
     for checkpointing in (False, True):
@@ -335,13 +339,12 @@ def test_a_validation_set_is_checkpointed_batch_by_batch_where_training_is(tmp_p
         model, loss = trainer.model, values.options["validation"]["validation"]
         if checkpointing:
             model.gradient_checkpointing_enable()
-        count = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: count.append(x.numel()) or x, lambda x: x):  # noqa: B023
+        saved.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(counted, lambda tensor: tensor):
             total = loss()
         assert model.training
         found.append([total, *gradients(total, model)])
         assert model.training
-        saved.append(sum(count))
     for plain, other in zip(*found, strict=True):
         torch.testing.assert_close(other, plain)
     assert saved[1] < 100 < saved[0]
@@ -495,7 +498,8 @@ def preferences(count, seed):
 
 
 def of_preferences(kind, folder, callbacks=(), collator=None, **settings):
-    """A trainer of six pairs on a small Llama, with a reference model of other weights where it takes one."""
+    """A trainer of six pairs ("kto": of what was chosen or rejected of each) on a small Llama, with a reference model
+    of other weights where it takes one."""
     datasets, trl, tokenizers = (pytest.importorskip(name) for name in ("datasets", "trl", "tokenizers"))
     vocab = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
     vocab.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -503,18 +507,25 @@ def of_preferences(kind, folder, callbacks=(), collator=None, **settings):
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.LlamaConfig(vocab_size=VOCAB, pad_token_id=0, num_labels=1, initializer_range=0.3, **size)
-    dpo = kind == "dpo"
-    model_class = transformers.LlamaForCausalLM if dpo else transformers.LlamaForSequenceClassification
+    model_class = transformers.LlamaForSequenceClassification if kind == "reward" else transformers.LlamaForCausalLM
     model, reference = model_class(config), model_class(config)
-    args = (trl.DPOConfig if dpo else trl.RewardConfig)(
+    name = {"dpo": "DPO", "kto": "KTO", "reward": "Reward"}[kind]
+    args = getattr(trl, f"{name}Config")(
         output_dir=folder, optim="sgd", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=0.0, seed=3,
         report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no", bf16=False,
         per_device_train_batch_size=3, num_train_epochs=1, gradient_checkpointing=False, **settings,
     )  # fmt: skip
-    return (trl.DPOTrainer if dpo else trl.RewardTrainer)(
-        model, args=args, train_dataset=datasets.Dataset.from_list(preferences(6, 0)), processing_class=tokenizer,
-        callbacks=[*callbacks], data_collator=collator, **({"ref_model": reference} if dpo else {}),
+    trainset = datasets.Dataset.from_list(unpaired(6, 0) if kind == "kto" else preferences(6, 0))
+    return getattr(trl, f"{name}Trainer")(
+        model, args=args, train_dataset=trainset, processing_class=tokenizer, callbacks=[*callbacks],
+        data_collator=collator, **({} if kind == "reward" else {"ref_model": reference}),
     )  # fmt: skip
+
+
+def unpaired(count, seed):
+    rows = preferences(count, seed)
+    return [{"sample_id": row["sample_id"], "prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 > 0}
+            for i, row in enumerate(rows)]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["dpo", "reward"])
@@ -560,8 +571,58 @@ def test_a_pair_of_preferences_has_the_value_of_its_two_rows(kind, tmp_path):
         gradient = torch.autograd.grad(loss_of(plain, pairs[sample]) / 3, params)
         expected = LR * sum((g * d).sum() for g, d in zip(gradient, direction, strict=True))
         assert value == pytest.approx(expected.item(), rel=2e-3, abs=1e-6 * float(found.abs().max()))
-    with pytest.raises(TypeError, match="expected an SFTTrainer, DPOTrainer or RewardTrainer, got Trainer"):
+    with pytest.raises(TypeError, match="expected TRL's SFTTrainer, DPOTrainer, KTOTrainer or RewardTrainer, got Trai"):
         adapter.attach(build(tmp_path / "other", options=None)[0], [])
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["", "reference beforehand"])
+@pytest.mark.filterwarnings("ignore")
+def test_kto(before, tmp_path):
+    """Of rows alone, the head's part included; the batch's KL term is a constant."""
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    weights = Weights()
+    trainer = of_preferences("kto", tmp_path, [weights], precompute_ref_log_probs=before)
+    reference, beta, config = trainer.ref_model, trainer.args.beta, trainer.model.config
+    held = datasets.Dataset.from_list(unpaired(4, 1))
+    values = adapter.attach(trainer, held)
+    trainer.train()
+
+    def ratio(model, row, name="completion_ids"):
+        ids = torch.tensor(row["prompt_ids"] + row[name])
+        both = [m(input_ids=ids[None]).logits[0, :-1].log_softmax(-1) for m in (model, reference)]
+        of_each = [p[torch.arange(len(ids) - 1), ids[1:]][len(row["prompt_ids"]) - 1 :].sum() for p in both]
+        return of_each[0] - of_each[1].detach()
+
+    def losses_of(model, rows):
+        kl = sum(ratio(model, row, "KL_completion_ids").detach() for row in rows) / len(rows)
+        signs = [1 if row["label"] else -1 for row in rows]
+        ratios = [ratio(model, row) for row in rows]
+        return [
+            (1 - torch.sigmoid(s * beta * (r - kl.clamp(min=0)))) / len(rows)
+            for s, r in zip(signs, ratios, strict=True)
+        ]
+
+    rows, steps = {row["sample_id"]: row for row in trainer.train_dataset}, by_step(values.ledger)
+    assert [len(found) for found in steps.values()] == [3, 3]
+    for step, found in steps.items():
+        plain = type(trainer.model)(config)
+        plain.load_state_dict(weights.before[step], strict=False)
+        target = gradients(sum(losses_of(plain, list(adapter._prepared(trainer, held, "again")))), plain)
+        each = [gradients(loss, plain) for loss in losses_of(plain, [rows[i] for i in found])]
+        dots = [LR * sum((a * b).sum() for a, b in zip(target, g, strict=True)) for g in each]
+        assert error(found, dict(zip(found, dots, strict=True))) <= 2e-4
+
+
+def test_trainers_of_trl_that_are_not_scored_are_refused(tmp_path):
+    orpo = pytest.importorskip("trl.experimental.orpo")
+    adapter = pytest.importorskip("inrun.adapters.trl")
+    kept = r"inrun.adapters.trl.attach, which takes the SFT, DPO, KTO and reward trainers; TRL's others are not scored"
+    for kind in (orpo.ORPOTrainer, adapter.KTOTrainer):
+        trainer = object.__new__(kind)
+        with pytest.raises(TypeError, match=f"expected a Trainer that is not TRL's, got {kind.__name__}; take {kept}"):
+            attach(trainer, [])
+    with pytest.raises(TypeError, match="KTOTrainer or RewardTrainer, got ORPOTrainer; TRL's others are not scored"):
+        adapter.attach(object.__new__(orpo.ORPOTrainer), [])
 
 
 @pytest.mark.filterwarnings("ignore")

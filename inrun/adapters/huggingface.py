@@ -10,8 +10,8 @@ trainer drops or reorders. A step is the trainer's own: accumulation, clipping, 
 the loss are in the gradients that are scored. Evaluation is not scored.
 
 Where the collator flattens its examples into one row (`padding_free`), each document has its value. Rows that were
-packed before hold a list in the id column, one id per token. TRL's SFT, DPO and reward trainers have an
-`attach` of their own (`inrun.adapters.trl`).
+packed before hold a list in the id column, one id per token. TRL's SFT, DPO, KTO and reward trainers have an `attach`
+of their own (`inrun.adapters.trl`).
 """
 
 from __future__ import annotations
@@ -63,9 +63,30 @@ def attach(
 
     Raises:
         InRunError: the training set has no such column; several GPUs in one process; attached already.
-        TypeError, ValueError: a validation that is neither a dataset nor a callable; a dataset without samples, or
-            without a label to predict.
+        TypeError, ValueError: one of TRL's trainers; a validation that is neither a dataset nor a callable; a dataset
+            without samples, or without a label to predict.
     """
+    if is_of_trl(trainer):
+        raise TypeError(
+            f"trainer: expected a Trainer that is not TRL's, got {type(trainer).__name__}; take "
+            "inrun.adapters.trl.attach, which takes the SFT, DPO, KTO and reward trainers; TRL's others are not scored"
+        )
+    return attached(trainer, validation, id_column=id_column, ledger=ledger, **options)
+
+
+def is_of_trl(trainer: Any) -> bool:
+    return any(cls.__module__.split(".")[0] == "trl" for cls in type(trainer).__mro__)
+
+
+def attached(
+    trainer: Trainer,
+    validation: Any,
+    *,
+    id_column: str,
+    ledger: Ledger | str | Path | None = None,
+    **options: Any,
+) -> InRunCallback:
+    """`attach`, whatever the trainer."""
     if isinstance(trainer, _Tracked):
         raise InRunError("attach: expected a trainer without inrun, got one that has it")
     if trainer.args.n_gpu > 1:

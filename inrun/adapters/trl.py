@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, DPOTrainer and RewardTrainer:
+"""TRL's SFTTrainer, DPOTrainer, KTOTrainer and RewardTrainer:
 
     values = attach(trainer, validation=held_out, ledger="run/ledger")
     trainer.train()
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from trl.data_utils import pack_dataset
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -30,9 +31,15 @@ from trl.trainer.utils import FusedCausalLMOutput
 from ..errors import InRunError
 from . import huggingface
 
+TRAINERS = (SFTTrainer, DPOTrainer, KTOTrainer, RewardTrainer)
+
 
 def attach(
-    trainer: SFTTrainer | DPOTrainer | RewardTrainer, validation: Any, *, id_column: str = "sample_id", **options: Any
+    trainer: SFTTrainer | DPOTrainer | KTOTrainer | RewardTrainer,
+    validation: Any,
+    *,
+    id_column: str = "sample_id",
+    **options: Any,
 ) -> Any:
     """As `huggingface.attach`, for one of these trainers; call it before `train()` and `evaluate()`.
 
@@ -46,9 +53,10 @@ def attach(
         InRunError: the trainer packed its dataset by itself; it has been run already; as `huggingface.attach`.
         TypeError: another trainer.
     """
-    if not isinstance(trainer, (SFTTrainer, DPOTrainer, RewardTrainer)):
-        raise TypeError(f"trainer: expected an SFTTrainer, DPOTrainer or RewardTrainer, got {type(trainer).__name__}; "
-                        "take inrun.adapters.huggingface.attach")  # fmt: skip
+    if not isinstance(trainer, TRAINERS):
+        *most, last = (each.__name__ for each in TRAINERS)
+        found = "TRL's others are not scored" if huggingface.is_of_trl(trainer) else "take huggingface.attach"
+        raise TypeError(f"trainer: expected TRL's {', '.join(most)} or {last}, got {type(trainer).__name__}; {found}")
     columns = getattr(trainer.train_dataset, "column_names", None) or ()
     if id_column not in columns and "seq_lengths" in columns:
         raise InRunError(
@@ -66,9 +74,9 @@ def attach(
             loss.of_batch = _apart(trainer)(loss.of_batch)  # which a checkpoint runs in the backward
         else:
             losses[name] = _apart(trainer)(loss)
-    callback = huggingface.attach(trainer, losses, id_column=id_column, **options)
+    callback = huggingface.attached(trainer, losses, id_column=id_column, **options)
     if not isinstance(trainer, RewardTrainer) and model.get_output_embeddings().weight.requires_grad:
-        _call_the_head(model, preferences=isinstance(trainer, DPOTrainer))
+        _call_the_head(model, preferences=not isinstance(trainer, SFTTrainer))
     return callback
 
 
@@ -102,8 +110,8 @@ def _prepared(trainer: Any, validation: Any, name: str) -> Any:
     prepare, precompute = trainer._prepare_dataset, getattr(trainer, "_precompute_ref_logps", None)
     formatting = (False, trainer._formatting_func) if isinstance(trainer, SFTTrainer) else ()
     prepared = prepare(validation, trainer.processing_class, args, *formatting, name)
-    known = prepared.column_names or ()
-    if precompute is not None and args.precompute_ref_log_probs and "ref_chosen_logps" not in known:
+    known = {"ref_chosen_logps", "ref_logps"} & set(prepared.column_names or ())
+    if precompute is not None and args.precompute_ref_log_probs and not known:
         prepared = precompute(prepared, name, args.precompute_ref_batch_size or args.per_device_eval_batch_size)
     return prepared
 
