@@ -638,6 +638,19 @@ def test_a_validation_set_of_preferences_goes_through_the_reference_model_where_
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_pairs_are_those_of_a_collator_made_from_trls_too(tmp_path):
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    base = pytest.importorskip("trl.trainer.dpo_trainer").DataCollatorForPreference
+    collator = type("Mine", (base,), {})(pad_token_id=0)
+    values = adapter.attach(
+        trainer := of_preferences("dpo", tmp_path, collator=collator), datasets.Dataset.from_list(preferences(3, 1))
+    )
+    trainer.train()
+    counts = values.ledger.rows().to_pandas().groupby("sample_id").size()
+    assert dict(counts) == {f"p{i}": 2 for i in range(6)}
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_sft_refuses_ids_lost_in_packing(tmp_path):
     datasets = pytest.importorskip("datasets")
     adapter = pytest.importorskip("inrun.adapters.trl")

@@ -212,7 +212,8 @@ class CarryIds:
         found = [i.tolist() if hasattr(i, "tolist") else i for i in found]
         rows = next(v for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0).shape[:2]
         packed = isinstance(found[0], list)
-        pairs = type(self.collator).__name__ == "DataCollatorForPreference"  # of TRL's: all chosen, then all rejected
+        names = [cls.__name__ for cls in type(self.collator).__mro__]
+        pairs = "DataCollatorForPreference" in names  # of TRL's: all chosen, then all rejected
         if not packed and rows[0] == len(examples) * (1 + pairs):
             batch[self.column] = {"ids": found * (1 + pairs), "segments": None}
             return batch
