@@ -127,6 +127,45 @@ def test_training_is_untouched(manual, tmp_path):
         torch.testing.assert_close(a, b)
 
 
+class Two(Net):
+    """An optimizer for the first layer and one for the rest, which update after every second batch."""
+
+    def __init__(self):
+        super().__init__(manual=True)
+
+    def training_step(self, batch, batch_idx):
+        self.before.setdefault(self.global_step, {n: p.detach().clone() for n, p in self.net.state_dict().items()})
+        self.manual_backward(F.cross_entropy(self.net(batch["x"]), batch["y"]))
+        if batch_idx % 2:
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        params = list(self.parameters())
+        return [torch.optim.SGD(params[:2], lr=LR), torch.optim.SGD(params[2:], lr=LR / 4)]
+
+
+def test_two_optimizers_that_update_together(tmp_path):
+    net = Two()
+    values = InRun(held_out_loss(net))
+    fit(tmp_path, net, loader(shuffle=False), callbacks=[values], max_epochs=1)
+    rows = values.ledger.rows().to_pylist()
+    assert [r["step"] for r in rows] == [0] * 6 + [2] * 5  # as Lightning counts
+    rates = [LR, LR, *[LR / 4] * (len(list(net.parameters())) - 2)]
+    for step in (0, 2):
+        plain = Classifier()
+        plain.load_state_dict(net.before[step])
+        params = list(plain.double().parameters())
+        target = torch.autograd.grad(F.cross_entropy(plain(HELD_OUT[0].double()), HELD_OUT[1]), params)
+        mine = [r for r in rows if r["step"] == step]
+        for k, row in enumerate(mine):
+            i, size = int(row["sample_id"][1:]), len(mine[k // BATCH * BATCH :][:BATCH])
+            each = torch.autograd.grad(F.cross_entropy(plain(X[i : i + 1].double()), Y[i : i + 1]) / size, params)
+            exact = sum(lr * (a * b).sum() for lr, a, b in zip(rates, target, each, strict=True))
+            assert row["value"] == pytest.approx(exact.item(), rel=1e-3, abs=1e-6)
+
+
 def test_a_resumed_fit_neither_loses_nor_doubles_a_step(tmp_path):
     class Killed(lightning.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -4,8 +4,9 @@
     Trainer(callbacks=[values]).fit(model, loader)
     values.ledger.bottom(10)
 
-A step is Lightning's: automatic or manual optimization with one optimizer, accumulation, clipping by norm and mixed
-precision are in the gradients that are scored. Its validation loop is not scored. A batch that is skipped, by a
+A step is Lightning's, its number `trainer.global_step` before it: automatic or manual optimization, accumulation,
+clipping by norm and mixed precision are in the gradients that are scored. Several optimizers update together, after all
+backward passes of the step. Its validation loop is not scored. A batch that is skipped, by a
 `training_step` that returns None (in automatic optimization) or an `on_train_batch_start` that returns -1, has no
 values; where batches of an accumulated step came before it, neither have these, nor the step's others.
 """
@@ -43,7 +44,8 @@ class InRun(Callback):
         loop: the `Loop` with its tracker, while fitting; else None.
 
     Raises:
-        InRunError: at the start of `fit`: several optimizers; the ledger holds another run. At a batch: it has no ids.
+        InRunError: at the start of `fit`: the ledger holds another run; and what `inrun.track` raises. At a batch: it
+            has no ids.
     """
 
     def __init__(
@@ -63,14 +65,12 @@ class InRun(Callback):
         self._evaluating = ExitStack()
 
     def on_train_start(self, trainer, pl_module):
-        if len(trainer.optimizers) != 1:
-            raise InRunError(f"optimizers: expected one, got {len(trainer.optimizers)}")
         self._ran, self._lost = True, False
         start = trainer.global_step
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         by_norm = trainer.gradient_clip_algorithm in (None, "norm") and not scaled
         options = with_clip(self.options, trainer.gradient_clip_val if by_norm else None)
-        self.loop = Loop(pl_module, trainer.optimizers[0], start=start, ledger=self.ledger, **options)
+        self.loop = Loop(pl_module, trainer.optimizers, start=start, ledger=self.ledger, **options)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         assert self.loop is not None
