@@ -655,9 +655,10 @@ def test_sft_refuses_ids_lost_in_packing(tmp_path):
     datasets = pytest.importorskip("datasets")
     adapter = pytest.importorskip("inrun.adapters.trl")
     trainset = datasets.Dataset.from_list(samples()).remove_columns("extra")
-    with pytest.raises(InRunError, match=r"which lost it in packing; pack it with inrun.adapters.trl.pack"):
-        sft(tmp_path, trainset, packing=True, max_length=20)
-    with pytest.raises(ValueError, match="expected the columns input_ids and sample_id"):
+    for strategy in ("bfd", "wrapped"):
+        with pytest.raises(InRunError, match=r"which lost it in packing; pack it with inrun.adapters.trl.pack"):
+            sft(tmp_path, trainset, packing=True, packing_strategy=strategy, max_length=20)
+    with pytest.raises(ValueError, match="expected the columns input_ids, of tokens, and sample_id, got input_ids"):
         adapter.pack(trainset.remove_columns("sample_id"), 20)
 
 

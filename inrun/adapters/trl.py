@@ -58,10 +58,13 @@ def attach(
         found = "TRL's others are not scored" if huggingface.is_of_trl(trainer) else "take huggingface.attach"
         raise TypeError(f"trainer: expected TRL's {', '.join(most)} or {last}, got {type(trainer).__name__}; {found}")
     columns = getattr(trainer.train_dataset, "column_names", None) or ()
-    if id_column not in columns and "seq_lengths" in columns:
+    args: Any = trainer.args
+    packed = isinstance(trainer, SFTTrainer) and args.packing and not trainer._skip_prepare_dataset
+    if id_column not in columns and (packed or "seq_lengths" in columns):
         raise InRunError(
             f"id_column: expected {id_column!r} in the training set, which lost it in packing; pack it with "
-            "inrun.adapters.trl.pack and set SFTConfig(dataset_kwargs={'skip_prepare_dataset': True})"
+            "inrun.adapters.trl.pack, tokenized, and set SFTConfig(packing_strategy='bfd', dataset_kwargs="
+            "{'skip_prepare_dataset': True})"
         )
     model = huggingface.base_of(trainer.model)
     if hasattr(model, "_original_forward"):
@@ -95,7 +98,10 @@ def pack(dataset: Any, max_length: int, *, id_column: str = "sample_id", strateg
     """
     missing = {"input_ids", id_column} - set(dataset.column_names)
     if missing:
-        raise ValueError(f"dataset: expected the columns input_ids and {id_column}, got {dataset.column_names}")
+        raise ValueError(
+            f"dataset: expected the columns input_ids, of tokens, and {id_column}, got "
+            f"{', '.join(dataset.column_names)}"
+        )
     if strategy not in ("bfd", "bfd_split"):
         raise ValueError(f"strategy: expected 'bfd' or 'bfd_split', got {strategy!r}")
     spread = dataset.map(lambda row: {id_column: [row[id_column]] * len(row["input_ids"])})
