@@ -662,6 +662,16 @@ def test_sft_refuses_ids_lost_in_packing(tmp_path):
         adapter.pack(trainset.remove_columns("sample_id"), 20)
 
 
+def test_a_second_run_in_memory_takes_a_ledger_of_its_own(tmp_path):
+    trainer, values, _ = build(tmp_path, num_train_epochs=1)
+    trainer.train()
+    with pytest.raises(InRunError, match=r"of an earlier run, in memory; .*values.ledger = inrun.Ledger\(\)"):
+        trainer.train()
+    values.ledger = inrun.Ledger()
+    trainer.train()
+    assert sorted(by_step(values.ledger)) == [0, 1]
+
+
 def test_bad_input_is_one_clear_error(tmp_path):
     trainer = build(tmp_path)[0]
     with pytest.raises(InRunError, match="without inrun"):

@@ -248,3 +248,14 @@ def test_a_batch_without_ids_is_refused(tmp_path):
     with pytest.raises(InRunError, match="expected 'sample_id' among a batch's keys, got x, y"):
         fit(tmp_path, net, loader(("x", "y")), callbacks=[values])
     assert [type(m) for m in net.modules()] == classes
+
+
+def test_a_second_fit_in_memory_takes_a_ledger_of_its_own(tmp_path):
+    net = Net()
+    values = InRun(held_out_loss(net))
+    fit(tmp_path, net, callbacks=[values])
+    with pytest.raises(InRunError, match=r"of an earlier run, in memory; .*values.ledger = inrun.Ledger\(\)"):
+        fit(tmp_path, net, callbacks=[values])
+    values.ledger = inrun.Ledger()
+    fit(tmp_path, net, callbacks=[values])
+    assert len(values.ledger) == 2 * N

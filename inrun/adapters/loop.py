@@ -68,9 +68,13 @@ class Loop:
         self.ledger = as_ledger(ledger)
         held = self.ledger.last_step
         if start == 0 and held is not None:
+            remedy = "; resume the run from its checkpoint, or use a new folder"
+            if self.ledger.path is None:
+                remedy = (
+                    " of an earlier run, in memory; take a new one: of a callback by values.ledger = inrun.Ledger()"
+                )
             raise InRunError(
-                f"ledger: expected an empty one for a run that begins at step 0, got steps up to {held}; resume the "
-                "run from its checkpoint, or use a new folder"
+                f"ledger: expected an empty one for a run that begins at step 0, got steps up to {held}{remedy}"
             )
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate
