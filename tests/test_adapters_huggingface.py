@@ -662,6 +662,17 @@ def test_sft_refuses_ids_lost_in_packing(tmp_path):
         adapter.pack(trainset.remove_columns("sample_id"), 20)
 
 
+def test_pairs_want_the_validation_set_in_one_batch(tmp_path):
+    options = {"validation": samples(3), "pairwise": ["a", "b", "c"]}
+    with pytest.raises(
+        ValueError, match="expected one batch of samples with pairwise, got 2 of per_device_eval_batch_"
+    ):
+        build(tmp_path, options=options, per_device_eval_batch_size=2)
+    trainer, values, _ = build(tmp_path, options=options, per_device_eval_batch_size=3, max_steps=1)
+    trainer.train()
+    assert len(values.ledger) == 6 * 3
+
+
 def test_a_second_run_in_memory_takes_a_ledger_of_its_own(tmp_path):
     trainer, values, _ = build(tmp_path, num_train_epochs=1)
     trainer.train()

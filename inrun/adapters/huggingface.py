@@ -64,7 +64,7 @@ def attach(
     Raises:
         InRunError: the training set has no such column; several GPUs in one process; attached already.
         TypeError, ValueError: one of TRL's trainers; a validation that is neither a dataset nor a callable; a dataset
-            without samples, or without a label to predict.
+            without samples, or without a label to predict, or of several batches with `pairwise`.
     """
     if is_of_trl(trainer):
         raise TypeError(
@@ -98,6 +98,12 @@ def attached(
     if columns is not None and id_column not in columns:
         raise InRunError(f"id_column: expected a column of the training set ({', '.join(columns)}), got {id_column!r}")
     losses = losses_of(trainer, validation, id_column)
+    for name, loss in losses.items():
+        if options.get("pairwise") is not None and isinstance(loss, SetLoss) and loss.loaded > 1:
+            raise ValueError(
+                f"validation[{name!r}]: expected one batch of samples with pairwise, got {loss.loaded} of "
+                f"per_device_eval_batch_size={trainer.args.per_device_eval_batch_size}; make it the size of the set"
+            )
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns = [*(trainer._signature_columns or ()), id_column]  # else it is dropped as unused
     trainer.data_collator = CarryIds(trainer.data_collator, id_column)
@@ -155,6 +161,7 @@ class SetLoss:
         loader: Any = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=collate)
         with random_kept():  # of which a loader, and perhaps the collator, draws
             self.batches = list(loader)
+        self.loaded = len(self.batches)
         if not self.batches:
             raise ValueError(f"validation[{name!r}]: expected a dataset of at least one sample, got none")
         terms = [self._terms(batch) for batch in self.batches]

@@ -122,8 +122,13 @@ class Loop:
         try:
             self.announce(ids, **layout)
             yield
-        except BaseException:
+        except BaseException as error:
             self.abandon()
+            if isinstance(error, InRunError) and self.last is not None and self.last.factor is None:
+                error.add_note(
+                    "The step before ended without optimizer.step(): where gradients accumulate over batches, say "
+                    "batch(ids, last=...), which is True by default"
+                )
             raise
         if last:
             self.end()
