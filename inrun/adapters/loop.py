@@ -9,6 +9,8 @@
             optimizer.zero_grad()
     loop.close()
 
+An evaluation or generation inside of a step goes into `loop.tracker.paused()`.
+
 A loop that has all batches of a step in one place, as torchtitan's, needs only `Tracker.step` and `Step.batch`.
 """
 
