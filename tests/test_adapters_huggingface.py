@@ -272,6 +272,84 @@ def test_a_validation_set_weighs_its_batches_by_the_tokens_they_predict(name, tm
     torch.testing.assert_close(loss(), expected, rtol=1e-5, atol=0)
 
 
+class Policy(transformers.GPT2LMHeadModel):
+    pass
+
+
+class Plain(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+@pytest.mark.parametrize(
+    "kind", [Policy, Plain, None], ids=["a GPT-2", "without **kwargs", "a trainer that counts none"]
+)
+def test_a_validation_set_is_weighed_by_what_is_predicted_whatever_the_class_is_called(kind, tmp_path):
+    """Two short rows in the first batch, a long one in the second, and nothing counted by the trainer."""
+
+    def make():
+        model = CASES["GPT-2" if kind is Policy else "Llama"].make()
+        model.__class__ = kind or type(model)
+        return model
+
+    trainer, _, _ = build(tmp_path, case=Case(make), options=None, per_device_eval_batch_size=2)
+    trainer.model_accepts_loss_kwargs = kind is Policy
+    rows = [[3, 4], [5, 6], [7, 8, 9, 10, 11, 12, 13, 3, 4]]
+    loss = attach(trainer, [{"input_ids": row} for row in rows]).options["validation"]["validation"]
+    tokens = sum(len(row) - 1 for row in rows)
+    expected = sum(share(trainer.model, row, tokens) for row in rows)
+    torch.testing.assert_close(loss(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_validation_batch_without_a_label_is_left_out(tmp_path):
+    """As prompts that fill max_length have none, nor rows of one token; the mean of no terms is NaN."""
+    good, empty = [{"input_ids": [3, 4, 5, 6]}, {"input_ids": [9, 4]}], [{"input_ids": [3]}, {"input_ids": [7]}]
+    settings = {"per_device_eval_batch_size": 2, "num_train_epochs": 1}
+    kept = []
+    for held in (good, empty + good + empty):
+        trainer, values, _ = build(tmp_path, options={"validation": held, "method": "path_secant"}, **settings)
+        trainer.train()
+        kept.append(torch.tensor(values.ledger.rows()["value"].to_pylist()))
+    assert torch.equal(*kept)
+    expected = r"validation\['validation'\]: expected labels to predict .*, got none"
+    with pytest.raises(ValueError, match=expected):
+        build(tmp_path, options={"validation": empty})
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_a_validation_set_is_checkpointed_batch_by_batch_where_training_is(tmp_path):
+    """In eval mode, where transformers' layers keep everything, without dropout when it is computed again."""
+
+    def make():
+        model = CASES["Llama"].make()
+        drop = torch.nn.functional.dropout
+        model.model.embed_tokens.register_forward_hook(lambda module, args, out: drop(out, 0.5, module.training))
+        return model
+
+    def counted(tensor):
+        saved[-1] += tensor.numel()
+        return tensor
+
+    found, saved = [], []
+    for checkpointing in (False, True):
+        trainer, values, _ = build(
+            tmp_path, case=Case(make), per_device_eval_batch_size=2, options={"validation": samples(5)},
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        model, loss = trainer.model, values.options["validation"]["validation"]
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        saved.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(counted, lambda tensor: tensor):
+            total = loss()
+        assert model.training
+        found.append([total, *gradients(total, model)])
+        assert model.training
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain)
+    assert saved[1] < 100 < saved[0]
+
+
 def test_a_validation_set_without_labels_to_count_is_weighed_by_rows(tmp_path):
     """A loss that the trainer does not count for, of batches of two sizes."""
     trainer, _, _ = build(tmp_path, options=None, per_device_eval_batch_size=3)
@@ -419,31 +497,46 @@ def preferences(count, seed):
             for i in range(count)]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["dpo", "reward"])
-@pytest.mark.filterwarnings("ignore")
-def test_a_pair_of_preferences_has_the_value_of_its_two_rows(kind, tmp_path):
-    """The rows' values add up to the gradient of the pair's loss, the head's part included."""
+def of_preferences(kind, folder, callbacks=(), collator=None, **settings):
+    """A trainer of six pairs ("kto": of what was chosen or rejected of each) on a small Llama, with a reference model
+    of other weights where it takes one."""
     datasets, trl, tokenizers = (pytest.importorskip(name) for name in ("datasets", "trl", "tokenizers"))
-    adapter = pytest.importorskip("inrun.adapters.trl")
     vocab = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
     vocab.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=vocab, eos_token="t2", pad_token="t0")
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.LlamaConfig(vocab_size=VOCAB, pad_token_id=0, num_labels=1, initializer_range=0.3, **size)
-    dpo = kind == "dpo"
-    model_class = transformers.LlamaForCausalLM if dpo else transformers.LlamaForSequenceClassification
+    model_class = transformers.LlamaForSequenceClassification if kind == "reward" else transformers.LlamaForCausalLM
     model, reference = model_class(config), model_class(config)
-    args = (trl.DPOConfig if dpo else trl.RewardConfig)(
-        output_dir=tmp_path, optim="sgd", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=0.0, seed=3,
+    name = {"dpo": "DPO", "kto": "KTO", "reward": "Reward"}[kind]
+    args = getattr(trl, f"{name}Config")(
+        output_dir=folder, optim="sgd", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=0.0, seed=3,
         report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no", bf16=False,
-        per_device_train_batch_size=3, num_train_epochs=1, gradient_checkpointing=False,
+        per_device_train_batch_size=3, num_train_epochs=1, gradient_checkpointing=False, **settings,
     )  # fmt: skip
-    weights = Weights()
-    trainer = (trl.DPOTrainer if dpo else trl.RewardTrainer)(
-        model, args=args, train_dataset=datasets.Dataset.from_list(preferences(6, 0)), processing_class=tokenizer,
-        callbacks=[weights], **({"ref_model": reference} if dpo else {}),
+    trainset = datasets.Dataset.from_list(unpaired(6, 0) if kind == "kto" else preferences(6, 0))
+    return getattr(trl, f"{name}Trainer")(
+        model, args=args, train_dataset=trainset, processing_class=tokenizer, callbacks=[*callbacks],
+        data_collator=collator, **({} if kind == "reward" else {"ref_model": reference}),
     )  # fmt: skip
+
+
+def unpaired(count, seed):
+    rows = preferences(count, seed)
+    return [{"sample_id": row["sample_id"], "prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 > 0}
+            for i, row in enumerate(rows)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_pair_of_preferences_has_the_value_of_its_two_rows(kind, tmp_path):
+    """The rows' values add up to the gradient of the pair's loss, the head's part included."""
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    dpo, weights = kind == "dpo", Weights()
+    trainer = of_preferences(kind, tmp_path, [weights])
+    model, reference = trainer.model, trainer.ref_model if dpo else None
+    model_class, config, args = type(model), model.config, trainer.args
     values = adapter.attach(trainer, datasets.Dataset.from_list(preferences(3, 1)))
     held = values.options["validation"]["validation"]
     trainer.train()
@@ -478,8 +571,83 @@ def test_a_pair_of_preferences_has_the_value_of_its_two_rows(kind, tmp_path):
         gradient = torch.autograd.grad(loss_of(plain, pairs[sample]) / 3, params)
         expected = LR * sum((g * d).sum() for g, d in zip(gradient, direction, strict=True))
         assert value == pytest.approx(expected.item(), rel=2e-3, abs=1e-6 * float(found.abs().max()))
-    with pytest.raises(TypeError, match="expected an SFTTrainer, DPOTrainer or RewardTrainer, got Trainer"):
+    with pytest.raises(TypeError, match="expected TRL's SFTTrainer, DPOTrainer, KTOTrainer or RewardTrainer, got Trai"):
         adapter.attach(build(tmp_path / "other", options=None)[0], [])
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["", "reference beforehand"])
+@pytest.mark.filterwarnings("ignore")
+def test_kto(before, tmp_path):
+    """Of rows alone, the head's part included; the batch's KL term is a constant."""
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    weights = Weights()
+    trainer = of_preferences("kto", tmp_path, [weights], precompute_ref_log_probs=before)
+    reference, beta, config = trainer.ref_model, trainer.args.beta, trainer.model.config
+    held = datasets.Dataset.from_list(unpaired(4, 1))
+    values = adapter.attach(trainer, held)
+    trainer.train()
+
+    def ratio(model, row, name="completion_ids"):
+        ids = torch.tensor(row["prompt_ids"] + row[name])
+        both = [m(input_ids=ids[None]).logits[0, :-1].log_softmax(-1) for m in (model, reference)]
+        of_each = [p[torch.arange(len(ids) - 1), ids[1:]][len(row["prompt_ids"]) - 1 :].sum() for p in both]
+        return of_each[0] - of_each[1].detach()
+
+    def losses_of(model, rows):
+        kl = sum(ratio(model, row, "KL_completion_ids").detach() for row in rows) / len(rows)
+        signs = [1 if row["label"] else -1 for row in rows]
+        ratios = [ratio(model, row) for row in rows]
+        return [
+            (1 - torch.sigmoid(s * beta * (r - kl.clamp(min=0)))) / len(rows)
+            for s, r in zip(signs, ratios, strict=True)
+        ]
+
+    rows, steps = {row["sample_id"]: row for row in trainer.train_dataset}, by_step(values.ledger)
+    assert [len(found) for found in steps.values()] == [3, 3]
+    for step, found in steps.items():
+        plain = type(trainer.model)(config)
+        plain.load_state_dict(weights.before[step], strict=False)
+        target = gradients(sum(losses_of(plain, list(adapter._prepared(trainer, held, "again")))), plain)
+        each = [gradients(loss, plain) for loss in losses_of(plain, [rows[i] for i in found])]
+        dots = [LR * sum((a * b).sum() for a, b in zip(target, g, strict=True)) for g in each]
+        assert error(found, dict(zip(found, dots, strict=True))) <= 2e-4
+
+
+def test_trainers_of_trl_that_are_not_scored_are_refused(tmp_path):
+    orpo = pytest.importorskip("trl.experimental.orpo")
+    adapter = pytest.importorskip("inrun.adapters.trl")
+    kept = r"inrun.adapters.trl.attach, which takes the SFT, DPO, KTO and reward trainers; TRL's others are not scored"
+    for kind in (orpo.ORPOTrainer, adapter.KTOTrainer):
+        trainer = object.__new__(kind)
+        with pytest.raises(TypeError, match=f"expected a Trainer that is not TRL's, got {kind.__name__}; take {kept}"):
+            attach(trainer, [])
+    with pytest.raises(TypeError, match="KTOTrainer or RewardTrainer, got ORPOTrainer; TRL's others are not scored"):
+        adapter.attach(object.__new__(orpo.ORPOTrainer), [])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_validation_set_of_preferences_goes_through_the_reference_model_where_pairs_do(tmp_path):
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    held, found = datasets.Dataset.from_list(preferences(3, 1)), []
+    for before in (False, True):
+        trainer = of_preferences("dpo", tmp_path, precompute_ref_log_probs=before)
+        values = adapter.attach(trainer, held)
+        trainer.train()
+        found.append(torch.tensor(values.ledger.rows()["value"].to_pylist()))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pairs_are_those_of_a_collator_made_from_trls_too(tmp_path):
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    base = pytest.importorskip("trl.trainer.dpo_trainer").DataCollatorForPreference
+    collator = type("Mine", (base,), {})(pad_token_id=0)
+    values = adapter.attach(
+        trainer := of_preferences("dpo", tmp_path, collator=collator), datasets.Dataset.from_list(preferences(3, 1))
+    )
+    trainer.train()
+    counts = values.ledger.rows().to_pandas().groupby("sample_id").size()
+    assert dict(counts) == {f"p{i}": 2 for i in range(6)}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -487,10 +655,32 @@ def test_sft_refuses_ids_lost_in_packing(tmp_path):
     datasets = pytest.importorskip("datasets")
     adapter = pytest.importorskip("inrun.adapters.trl")
     trainset = datasets.Dataset.from_list(samples()).remove_columns("extra")
-    with pytest.raises(InRunError, match=r"which lost it in packing; pack it with inrun.adapters.trl.pack"):
-        sft(tmp_path, trainset, packing=True, max_length=20)
-    with pytest.raises(ValueError, match="expected the columns input_ids and sample_id"):
+    for strategy in ("bfd", "wrapped"):
+        with pytest.raises(InRunError, match=r"which lost it in packing; pack it with inrun.adapters.trl.pack"):
+            sft(tmp_path, trainset, packing=True, packing_strategy=strategy, max_length=20)
+    with pytest.raises(ValueError, match="expected the columns input_ids, of tokens, and sample_id, got input_ids"):
         adapter.pack(trainset.remove_columns("sample_id"), 20)
+
+
+def test_pairs_want_the_validation_set_in_one_batch(tmp_path):
+    options = {"validation": samples(3), "pairwise": ["a", "b", "c"]}
+    with pytest.raises(
+        ValueError, match="expected one batch of samples with pairwise, got 2 of per_device_eval_batch_"
+    ):
+        build(tmp_path, options=options, per_device_eval_batch_size=2)
+    trainer, values, _ = build(tmp_path, options=options, per_device_eval_batch_size=3, max_steps=1)
+    trainer.train()
+    assert len(values.ledger) == 6 * 3
+
+
+def test_a_second_run_in_memory_takes_a_ledger_of_its_own(tmp_path):
+    trainer, values, _ = build(tmp_path, num_train_epochs=1)
+    trainer.train()
+    with pytest.raises(InRunError, match=r"of an earlier run, in memory; .*values.ledger = inrun.Ledger\(\)"):
+        trainer.train()
+    values.ledger = inrun.Ledger()
+    trainer.train()
+    assert sorted(by_step(values.ledger)) == [0, 1]
 
 
 def test_bad_input_is_one_clear_error(tmp_path):

@@ -127,6 +127,45 @@ def test_training_is_untouched(manual, tmp_path):
         torch.testing.assert_close(a, b)
 
 
+class Two(Net):
+    """An optimizer for the first layer and one for the rest, which update after every second batch."""
+
+    def __init__(self):
+        super().__init__(manual=True)
+
+    def training_step(self, batch, batch_idx):
+        self.before.setdefault(self.global_step, {n: p.detach().clone() for n, p in self.net.state_dict().items()})
+        self.manual_backward(F.cross_entropy(self.net(batch["x"]), batch["y"]))
+        if batch_idx % 2:
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        params = list(self.parameters())
+        return [torch.optim.SGD(params[:2], lr=LR), torch.optim.SGD(params[2:], lr=LR / 4)]
+
+
+def test_two_optimizers_that_update_together(tmp_path):
+    net = Two()
+    values = InRun(held_out_loss(net))
+    fit(tmp_path, net, loader(shuffle=False), callbacks=[values], max_epochs=1)
+    rows = values.ledger.rows().to_pylist()
+    assert [r["step"] for r in rows] == [0] * 6 + [2] * 5  # as Lightning counts
+    rates = [LR, LR, *[LR / 4] * (len(list(net.parameters())) - 2)]
+    for step in (0, 2):
+        plain = Classifier()
+        plain.load_state_dict(net.before[step])
+        params = list(plain.double().parameters())
+        target = torch.autograd.grad(F.cross_entropy(plain(HELD_OUT[0].double()), HELD_OUT[1]), params)
+        mine = [r for r in rows if r["step"] == step]
+        for k, row in enumerate(mine):
+            i, size = int(row["sample_id"][1:]), len(mine[k // BATCH * BATCH :][:BATCH])
+            each = torch.autograd.grad(F.cross_entropy(plain(X[i : i + 1].double()), Y[i : i + 1]) / size, params)
+            exact = sum(lr * (a * b).sum() for lr, a, b in zip(rates, target, each, strict=True))
+            assert row["value"] == pytest.approx(exact.item(), rel=1e-3, abs=1e-6)
+
+
 def test_a_resumed_fit_neither_loses_nor_doubles_a_step(tmp_path):
     class Killed(lightning.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -154,6 +193,54 @@ def test_a_resumed_fit_neither_loses_nor_doubles_a_step(tmp_path):
     assert [r["value"] for r in found] == pytest.approx([r["value"] for r in expected], rel=1e-5, abs=1e-7)
 
 
+class Skipping(Net):
+    """Has no loss for some batches, after their forward, and ends each epoch at another."""
+
+    def __init__(self, skipped, last=None):
+        super().__init__()
+        self.skipped, self.last = skipped, last
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if batch_idx in self.skipped else loss
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == self.last else None
+
+
+@pytest.mark.parametrize(
+    "skipped, last, accumulated, expected",
+    [
+        ([1], None, 1, {0: "012", 2: "678", 3: "9x", 4: "012", 6: "678", 7: "9x"}),
+        ([3], None, 1, {0: "012", 1: "345", 2: "678", 4: "012", 5: "345", 6: "678"}),
+        ([0], None, 2, {0: "345", 1: "6789x", 2: "345", 3: "6789x"}),
+        ([1], None, 2, {1: "6789x", 3: "6789x"}),
+        ([1], None, 3, {1: "9x", 3: "9x"}),
+        ([], 2, 1, {0: "012", 1: "345", 2: "012", 3: "345"}),
+        ([], 3, 2, {0: "012345", 1: "012345"}),
+        ([], 0, 1, {}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
+def test_a_skipped_batch_has_no_values_and_the_others_have_theirs(skipped, last, accumulated, expected, tmp_path):
+    net = Skipping(skipped, last)
+    values = InRun(held_out_loss(net))
+    settings = {"accumulate_grad_batches": accumulated, "gradient_clip_val": 0.005}
+    with pytest.warns(UserWarning) as caught:
+        fit(tmp_path, net, loader(shuffle=False), callbacks=[values], **settings)
+    lost = accumulated > 1 and skipped == [1]
+    assert lost == any("expected a backward for each batch of an accumulated step" in str(w.message) for w in caught)
+    found = {}
+    for row in values.ledger.rows().to_pylist():
+        found.setdefault(row["step"], {})[row["sample_id"]] = row["value"]
+    assert {s: list(v) for s, v in found.items()} == {
+        s: [f"s{'0123456789x'.index(c)}" for c in ids] for s, ids in expected.items()
+    }
+    for step, of_ids in found.items():
+        exact = oracle(net.before[step], list(of_ids), accumulated, 0.005)
+        assert (torch.tensor(list(of_ids.values())) - exact).abs().max() <= 2e-4 * exact.abs().max()
+
+
 def test_a_batch_without_ids_is_refused(tmp_path):
     net = Net()
     values = InRun(held_out_loss(net))
@@ -161,3 +248,14 @@ def test_a_batch_without_ids_is_refused(tmp_path):
     with pytest.raises(InRunError, match="expected 'sample_id' among a batch's keys, got x, y"):
         fit(tmp_path, net, loader(("x", "y")), callbacks=[values])
     assert [type(m) for m in net.modules()] == classes
+
+
+def test_a_second_fit_in_memory_takes_a_ledger_of_its_own(tmp_path):
+    net = Net()
+    values = InRun(held_out_loss(net))
+    fit(tmp_path, net, callbacks=[values])
+    with pytest.raises(InRunError, match=r"of an earlier run, in memory; .*values.ledger = inrun.Ledger\(\)"):
+        fit(tmp_path, net, callbacks=[values])
+    values.ledger = inrun.Ledger()
+    fit(tmp_path, net, callbacks=[values])
+    assert len(values.ledger) == 2 * N

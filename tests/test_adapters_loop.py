@@ -164,6 +164,19 @@ def test_the_validation_loss_is_taken_in_eval_mode_and_a_failed_batch_leaves_no_
     assert len(loop.ledger) == N
 
 
+@pytest.mark.filterwarnings("ignore:.*did not run in the step block")
+def test_a_forgotten_last_is_named():
+    model, optimizer, held_out = made()
+    loop = Loop(model, optimizer, held_out)
+    with pytest.raises(InRunError, match=r"where gradients accumulate over batches, say batch\(ids, last=...\)"):
+        for k, batch in enumerate(batches()):
+            with loop.batch(batch["sample_id"]):
+                F.cross_entropy(model(batch["x"]), batch["y"]).backward()
+                if k % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+
 def test_a_run_that_starts_late(tmp_path):
     model, optimizer, held_out = made()
     run(Loop(model, optimizer, held_out, ledger=tmp_path), model, optimizer)  # steps 0 to 7

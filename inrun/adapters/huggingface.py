@@ -7,15 +7,17 @@
 Sample ids are a column of the training set (`id_column`). They go with their examples through sampler, shuffling and
 collator, and are taken out before the forward, so a score has the id of the example that earned it, whatever the
 trainer drops or reorders. A step is the trainer's own: accumulation, clipping, mixed precision and its rescaling of
-the loss are in the gradients that are scored. Evaluation is not scored.
+the loss are in the gradients that are scored. The trainer's evaluation is not scored; one of your own inside of a step,
+or a generation (in `compute_loss`, say, or `on_substep_end`), goes into `values.loop.tracker.paused()`.
 
 Where the collator flattens its examples into one row (`padding_free`), each document has its value. Rows that were
-packed before hold a list in the id column, one id per token. TRL's SFT, DPO and reward trainers have an
-`attach` of their own (`inrun.adapters.trl`).
+packed before hold a list in the id column, one id per token. TRL's SFT, DPO, KTO and reward trainers have an `attach`
+of their own (`inrun.adapters.trl`).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from ..errors import InRunError
 from ..ledger import Ledger
-from ..restoring import random_kept
+from ..restoring import in_modes, modes_of, random_kept
 from ..tracker import as_ledger
 from .loop import Loop, with_clip
 
@@ -48,7 +51,9 @@ def attach(
         validation: a dataset like the training set. Every validation gradient is that of the whole of it, in every
             process, so it holds as many samples as a step may cost: a batch or two. Its loss is `trainer.compute_loss`
             over the trainer's own batches of `per_device_eval_batch_size`. Or a callable that returns the validation
-            loss, a scalar; or a dict of names and either. Run in eval mode.
+            loss, a scalar; or a dict of names and either. Run in eval mode, in which transformers' layers checkpoint
+            nothing: where they do in training, each batch of a dataset is computed again in the backward, which holds
+            one batch's activations at a time (so take `per_device_eval_batch_size` small); a callable's are all held.
         id_column: column of the training set that holds each sample's id, integers or strings.
         ledger: where the values go, as in `inrun.track`. A resumed run (`resume_from_checkpoint`) needs the folder of
             the first one: what was written of the step to be resumed and later is dropped, and nothing else.
@@ -59,8 +64,30 @@ def attach(
 
     Raises:
         InRunError: the training set has no such column; several GPUs in one process; attached already.
-        TypeError, ValueError: a validation that is neither a dataset nor a callable; a dataset without samples.
+        TypeError, ValueError: one of TRL's trainers; a validation that is neither a dataset nor a callable; a dataset
+            without samples, or without a label to predict, or of several batches with `pairwise`.
     """
+    if is_of_trl(trainer):
+        raise TypeError(
+            f"trainer: expected a Trainer that is not TRL's, got {type(trainer).__name__}; take "
+            "inrun.adapters.trl.attach, which takes the SFT, DPO, KTO and reward trainers; TRL's others are not scored"
+        )
+    return attached(trainer, validation, id_column=id_column, ledger=ledger, **options)
+
+
+def is_of_trl(trainer: Any) -> bool:
+    return any(cls.__module__.split(".")[0] == "trl" for cls in type(trainer).__mro__)
+
+
+def attached(
+    trainer: Trainer,
+    validation: Any,
+    *,
+    id_column: str,
+    ledger: Ledger | str | Path | None = None,
+    **options: Any,
+) -> InRunCallback:
+    """`attach`, whatever the trainer."""
     if isinstance(trainer, _Tracked):
         raise InRunError("attach: expected a trainer without inrun, got one that has it")
     if trainer.args.n_gpu > 1:
@@ -72,6 +99,12 @@ def attach(
     if columns is not None and id_column not in columns:
         raise InRunError(f"id_column: expected a column of the training set ({', '.join(columns)}), got {id_column!r}")
     losses = losses_of(trainer, validation, id_column)
+    for name, loss in losses.items():
+        if options.get("pairwise") is not None and isinstance(loss, SetLoss) and loss.loaded > 1:
+            raise ValueError(
+                f"validation[{name!r}]: expected one batch of samples with pairwise, got {loss.loaded} of "
+                f"per_device_eval_batch_size={trainer.args.per_device_eval_batch_size}; make it the size of the set"
+            )
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns = [*(trainer._signature_columns or ()), id_column]  # else it is dropped as unused
     trainer.data_collator = CarryIds(trainer.data_collator, id_column)
@@ -93,12 +126,26 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-# Their losses leave out the first label of each row, which the trainer counts: their classes are not named ForCausalLM.
-_SHIFTING = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BertLMHeadModel", "CTRLLMHeadModel")
+# Their losses leave out the first label of each row: of decoders alone, and by any name of a class made from these.
+_SHIFTING = ("ForCausalLM", "ForConditionalGeneration", "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BertLMHeadModel",
+             "CTRLLMHeadModel")  # fmt: skip
+
+
+def _shifts_labels(trainer: Any) -> bool:
+    """Whether the first label of a row is of no token that is predicted. Not all trainers count so."""
+    model = base_of(trainer.accelerator.unwrap_model(trainer.model))
+    if getattr(trainer, "_loss_shifts_labels", False):  # transformers asks the loss
+        return True
+    named = any(cls.__name__.endswith(_SHIFTING) for cls in type(model).__mro__)
+    return named and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 class SetLoss:
-    """The loss of a whole dataset: its batches' mean losses, each weighted by the terms that it is the mean of."""
+    """The loss of a whole dataset: its batches' mean losses, each weighted by the terms that it is the mean of.
+
+    A batch of none, whose mean is NaN, is left out. In eval mode transformers' layers keep all activations; where they
+    checkpoint in training, each batch is a checkpoint here.
+    """
 
     def __init__(self, trainer: Trainer, dataset: Any, name: str, id_column: str) -> None:
         if isinstance(dataset, str) or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
@@ -111,33 +158,48 @@ class SetLoss:
             return collator([{k: v for k, v in example.items() if k != id_column} for example in examples])
 
         self.trainer: Any = trainer
-        model = base_of(trainer.accelerator.unwrap_model(trainer.model))
-        self._shifts_labels = type(model).__name__ in _SHIFTING
+        self._shifts_labels = _shifts_labels(trainer)
         loader: Any = DataLoader(dataset, trainer.args.per_device_eval_batch_size, collate_fn=collate)
         with random_kept():  # of which a loader, and perhaps the collator, draws
             self.batches = list(loader)
+        self.loaded = len(self.batches)
         if not self.batches:
             raise ValueError(f"validation[{name!r}]: expected a dataset of at least one sample, got none")
+        terms = [self._terms(batch) for batch in self.batches]
+        if not any(terms):
+            raise ValueError(
+                f"validation[{name!r}]: expected labels to predict (other than -100, and than a row's first where the "
+                "model shifts them), got none"
+            )
+        weighed = [(batch, count / sum(terms)) for batch, count in zip(self.batches, terms, strict=True) if count]
+        self.batches, self.weights = zip(*weighed, strict=True)
 
     def __call__(self) -> Tensor:
-        trainer, total, terms = self.trainer, 0.0, 0.0
-        for batch in self.batches:
-            inputs = trainer._prepare_inputs(batch)
-            count = self._terms(inputs)
-            with trainer.compute_loss_context_manager():
-                total += count * trainer.compute_loss(trainer.model, inputs)
-            terms += count
-        return total / terms  # pyright: ignore[reportReturnType]
+        loss_of = self.of_batch
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.trainer.model.modules()):
+            loss_of = functools.partial(checkpoint, loss_of, use_reentrant=False)
+        total = 0.0
+        for batch, weight in zip(self.batches, self.weights, strict=True):
+            total += weight * loss_of(batch)
+        return total  # pyright: ignore[reportReturnType]
 
-    def _terms(self, inputs: Any) -> Any:
+    def of_batch(self, batch: Any) -> Tensor:
+        """A batch's mean loss, in eval mode in a backward too that computes it again."""
+        trainer = self.trainer
+        with in_modes(modes_of(trainer.model)), trainer.compute_loss_context_manager():
+            trainer.model.eval()
+            return trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+
+    def _terms(self, batch: Any) -> float:
         """Labels that count, as the trainer counts them where it does; or rows."""
-        labels = inputs.get("labels")
-        if self._shifts_labels and isinstance(labels, Tensor) and "shift_labels" not in inputs:
-            return (labels[..., 1:] != -100).sum()
-        _, count = self.trainer.get_batch_samples(iter([inputs]), 1, self.trainer.args.device)
+        labels = batch.get("labels")
+        if self._shifts_labels and isinstance(labels, Tensor) and "shift_labels" not in batch:
+            return float((labels[..., 1:] != -100).sum())
+        _, count = self.trainer.get_batch_samples(iter([batch]), 1, self.trainer.args.device)
+        labels = batch.get("shift_labels", labels)
         if count is None and isinstance(labels, Tensor):
             count = (labels != -100).sum()
-        return count if count is not None else len(next(v for v in inputs.values() if isinstance(v, Tensor)))
+        return float(count) if count is not None else len(next(v for v in batch.values() if isinstance(v, Tensor)))
 
 
 @dataclass
@@ -158,7 +220,8 @@ class CarryIds:
         found = [i.tolist() if hasattr(i, "tolist") else i for i in found]
         rows = next(v for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0).shape[:2]
         packed = isinstance(found[0], list)
-        pairs = type(self.collator).__name__ == "DataCollatorForPreference"  # of TRL's: all chosen, then all rejected
+        names = [cls.__name__ for cls in type(self.collator).__mro__]
+        pairs = "DataCollatorForPreference" in names  # of TRL's: all chosen, then all rejected
         if not packed and rows[0] == len(examples) * (1 + pairs):
             batch[self.column] = {"ids": found * (1 + pairs), "segments": None}
             return batch

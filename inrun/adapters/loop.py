@@ -9,6 +9,8 @@
             optimizer.zero_grad()
     loop.close()
 
+An evaluation or generation inside of a step goes into `loop.tracker.paused()`.
+
 A loop that has all batches of a step in one place, as torchtitan's, needs only `Tracker.step` and `Step.batch`.
 """
 
@@ -68,9 +70,13 @@ class Loop:
         self.ledger = as_ledger(ledger)
         held = self.ledger.last_step
         if start == 0 and held is not None:
+            remedy = "; resume the run from its checkpoint, or use a new folder"
+            if self.ledger.path is None:
+                remedy = (
+                    " of an earlier run, in memory; take a new one: of a callback by values.ledger = inrun.Ledger()"
+                )
             raise InRunError(
-                f"ledger: expected an empty one for a run that begins at step 0, got steps up to {held}; resume the "
-                "run from its checkpoint, or use a new folder"
+                f"ledger: expected an empty one for a run that begins at step 0, got steps up to {held}{remedy}"
             )
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate
@@ -118,8 +124,13 @@ class Loop:
         try:
             self.announce(ids, **layout)
             yield
-        except BaseException:
+        except BaseException as error:
             self.abandon()
+            if isinstance(error, InRunError) and self.last is not None and self.last.factor is None:
+                error.add_note(
+                    "The step before ended without optimizer.step(): where gradients accumulate over batches, say "
+                    "batch(ids, last=...), which is True by default"
+                )
             raise
         if last:
             self.end()

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, DPOTrainer and RewardTrainer:
+"""TRL's SFTTrainer, DPOTrainer, KTOTrainer and RewardTrainer:
 
     values = attach(trainer, validation=held_out, ledger="run/ledger")
     trainer.train()
@@ -16,13 +16,14 @@ from __future__ import annotations
 import functools
 import types
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from trl.data_utils import pack_dataset
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -30,13 +31,20 @@ from trl.trainer.utils import FusedCausalLMOutput
 from ..errors import InRunError
 from . import huggingface
 
+TRAINERS = (SFTTrainer, DPOTrainer, KTOTrainer, RewardTrainer)
+
 
 def attach(
-    trainer: SFTTrainer | DPOTrainer | RewardTrainer, validation: Any, *, id_column: str = "sample_id", **options: Any
+    trainer: SFTTrainer | DPOTrainer | KTOTrainer | RewardTrainer,
+    validation: Any,
+    *,
+    id_column: str = "sample_id",
+    **options: Any,
 ) -> Any:
     """As `huggingface.attach`, for one of these trainers; call it before `train()` and `evaluate()`.
 
-    A validation dataset is prepared (formatted, tokenized, cut) as the trainer's own are, and not packed.
+    A validation dataset is prepared (formatted, tokenized, cut, with `precompute_ref_log_probs` run through the
+    reference model) as the trainer's own are, and not packed.
 
     TRL computes the loss from the output layer's weight without calling the layer. Where that weight is trained, the
     layer is called instead, so that it is scored: the same loss, to rounding, from logits held in full.
@@ -45,14 +53,18 @@ def attach(
         InRunError: the trainer packed its dataset by itself; it has been run already; as `huggingface.attach`.
         TypeError: another trainer.
     """
-    if not isinstance(trainer, (SFTTrainer, DPOTrainer, RewardTrainer)):
-        raise TypeError(f"trainer: expected an SFTTrainer, DPOTrainer or RewardTrainer, got {type(trainer).__name__}; "
-                        "take inrun.adapters.huggingface.attach")  # fmt: skip
+    if not isinstance(trainer, TRAINERS):
+        *most, last = (each.__name__ for each in TRAINERS)
+        found = "TRL's others are not scored" if huggingface.is_of_trl(trainer) else "take huggingface.attach"
+        raise TypeError(f"trainer: expected TRL's {', '.join(most)} or {last}, got {type(trainer).__name__}; {found}")
     columns = getattr(trainer.train_dataset, "column_names", None) or ()
-    if id_column not in columns and "seq_lengths" in columns:
+    args: Any = trainer.args
+    packed = isinstance(trainer, SFTTrainer) and args.packing and not trainer._skip_prepare_dataset
+    if id_column not in columns and (packed or "seq_lengths" in columns):
         raise InRunError(
             f"id_column: expected {id_column!r} in the training set, which lost it in packing; pack it with "
-            "inrun.adapters.trl.pack and set SFTConfig(dataset_kwargs={'skip_prepare_dataset': True})"
+            "inrun.adapters.trl.pack, tokenized, and set SFTConfig(packing_strategy='bfd', dataset_kwargs="
+            "{'skip_prepare_dataset': True})"
         )
     model = huggingface.base_of(trainer.model)
     if hasattr(model, "_original_forward"):
@@ -60,10 +72,14 @@ def attach(
     named = validation if isinstance(validation, Mapping) else {"validation": validation}
     prepared = {name: _prepared(trainer, given, name) for name, given in named.items()}
     losses = huggingface.losses_of(trainer, prepared, id_column)
-    losses = {name: _apart(trainer, loss) for name, loss in losses.items()}
-    callback = huggingface.attach(trainer, losses, id_column=id_column, **options)
+    for name, loss in losses.items():
+        if isinstance(loss, huggingface.SetLoss):
+            loss.of_batch = _apart(trainer)(loss.of_batch)  # which a checkpoint runs in the backward
+        else:
+            losses[name] = _apart(trainer)(loss)
+    callback = huggingface.attached(trainer, losses, id_column=id_column, **options)
     if not isinstance(trainer, RewardTrainer) and model.get_output_embeddings().weight.requires_grad:
-        _call_the_head(model, preferences=isinstance(trainer, DPOTrainer))
+        _call_the_head(model, preferences=not isinstance(trainer, SFTTrainer))
     return callback
 
 
@@ -82,7 +98,10 @@ def pack(dataset: Any, max_length: int, *, id_column: str = "sample_id", strateg
     """
     missing = {"input_ids", id_column} - set(dataset.column_names)
     if missing:
-        raise ValueError(f"dataset: expected the columns input_ids and {id_column}, got {dataset.column_names}")
+        raise ValueError(
+            f"dataset: expected the columns input_ids, of tokens, and {id_column}, got "
+            f"{', '.join(dataset.column_names)}"
+        )
     if strategy not in ("bfd", "bfd_split"):
         raise ValueError(f"strategy: expected 'bfd' or 'bfd_split', got {strategy!r}")
     spread = dataset.map(lambda row: {id_column: [row[id_column]] * len(row["input_ids"])})
@@ -93,24 +112,25 @@ def pack(dataset: Any, max_length: int, *, id_column: str = "sample_id", strateg
 def _prepared(trainer: Any, validation: Any, name: str) -> Any:
     if not hasattr(validation, "column_names") or getattr(trainer, "_skip_prepare_dataset", False):
         return validation
-    prepare, how = trainer._prepare_dataset, (trainer.processing_class, trainer.args)
-    if isinstance(trainer, SFTTrainer):
-        how = (*how, False, trainer._formatting_func)
-    return prepare(validation, *how, name)
+    args: Any = trainer.args
+    prepare, precompute = trainer._prepare_dataset, getattr(trainer, "_precompute_ref_logps", None)
+    formatting = (False, trainer._formatting_func) if isinstance(trainer, SFTTrainer) else ()
+    prepared = prepare(validation, trainer.processing_class, args, *formatting, name)
+    known = {"ref_chosen_logps", "ref_logps"} & set(prepared.column_names or ())
+    if precompute is not None and args.precompute_ref_log_probs and not known:
+        prepared = precompute(prepared, name, args.precompute_ref_batch_size or args.per_device_eval_batch_size)
+    return prepared
 
 
-def _apart(trainer: Any, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The loss, kept out of the metrics that the trainer gathers for its own evaluations."""
-
-    def run() -> Tensor:
-        before = trainer._metrics["eval"]
-        trainer._metrics["eval"] = defaultdict(list)
-        try:
-            return loss()
-        finally:
-            trainer._metrics["eval"] = before
-
-    return run
+@contextmanager
+def _apart(trainer: Any) -> Iterator[None]:
+    """The block's losses are kept out of the metrics that the trainer gathers for its own evaluations."""
+    before = trainer._metrics["eval"]
+    trainer._metrics["eval"] = defaultdict(list)
+    try:
+        yield
+    finally:
+        trainer._metrics["eval"] = before
 
 
 def _call_the_head(model: Any, preferences: bool) -> None:
