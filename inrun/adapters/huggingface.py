@@ -7,8 +7,8 @@
 Sample ids are a column of the training set (`id_column`). They go with their examples through sampler, shuffling and
 collator, and are taken out before the forward, so a score has the id of the example that earned it, whatever the
 trainer drops or reorders. A step is the trainer's own: accumulation, clipping, mixed precision and its rescaling of
-the loss are in the gradients that are scored. The trainer's evaluation is not scored; one of your own inside of a step,
-or a generation (in `compute_loss`, say, or `on_substep_end`), goes into `values.loop.tracker.paused()`.
+the loss are in the gradients that are scored. The trainer's evaluation is not scored; one of your own inside of a step
+(in `compute_loss`, say, or `on_substep_end`) goes into `torch.no_grad()` or `values.loop.tracker.paused()`.
 
 Where the collator flattens its examples into one row (`padding_free`), each document has its value. Rows that were
 packed before hold a list in the id column, one id per token. TRL's SFT, DPO, KTO and reward trainers have an `attach`

@@ -6,8 +6,8 @@
 
 A step is Lightning's, its number `trainer.global_step` before it: automatic or manual optimization, accumulation,
 clipping by norm and mixed precision are in the gradients that are scored. Several optimizers update together, after all
-backward passes of the step. Lightning's validation loop is not scored; an evaluation or generation of your own in
-`training_step` goes into `values.loop.tracker.paused()`.
+backward passes of the step. Lightning's validation loop is not scored; an evaluation of your own in `training_step`
+goes into `torch.no_grad()` or `values.loop.tracker.paused()`.
 
 A batch that is skipped, by a `training_step` that returns None (in automatic optimization) or an `on_train_batch_start`
 that returns -1, has no values; where batches of an accumulated step came before it, neither have these, nor the step's

@@ -9,7 +9,7 @@
             optimizer.zero_grad()
     loop.close()
 
-An evaluation or generation inside of a step goes into `loop.tracker.paused()`.
+An evaluation inside of a step goes into `torch.no_grad()` or `loop.tracker.paused()`.
 
 A loop that has all batches of a step in one place, as torchtitan's, needs only `Tracker.step` and `Step.batch`.
 """
