@@ -185,6 +185,8 @@ class Deferred:
             again = self._computed_again()
             if self.tracker.check_due and not again:
                 self._check(factor, unscale)
+        if self.name.startswith("path") and not bool(factor):
+            return factor  # a fused optimizer will skip the update
         if self.name != "second" and any(self.recompute):
             moving = [local(p) for p in self.tracker.model.parameters() if p.grad is not None]  # excluded ones as well
             self._weights = [(p, p.detach().clone()) for p in moving]

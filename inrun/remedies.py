@@ -48,7 +48,6 @@ def remedies(
         return module in whole and len(whole[module]) == len(more.get(module, ()))
 
     def is_scored(path: str, layer: Rule) -> bool:
-        axis = int(layer._inrun.tokens_first)
         for one, other in _pairs(whole, more, layer):
             before, after = shapes = one.get(None, ()), other.get(None, ())  # subclasses may take other things
             shared = all(shape[:1] == (1,) or len(shape) < 1 + isinstance(layer, EmbeddingRule) for shape in shapes)
@@ -61,7 +60,7 @@ def remedies(
                 and each in tokens
                 and after[:1] == (each * (rows + 1),)
             )
-            if not (shared or folded or _follow(shapes, axis, rows)):
+            if not (shared or folded or _follow(shapes, sample_axis(layer, 0), rows)):
                 return False
         return len(whole[layer]) == len(more.get(layer, ()))
 

@@ -89,6 +89,18 @@ class _Call(NamedTuple):
             return False
         return len(x) == self.rows or (parts and len(x) % self.rows == 0)
 
+    def has_samples(self) -> bool:
+        """Whether an input is a tensor of B rows, or a list of B tensors."""
+
+        def has(x: Any, top: bool = False) -> bool:
+            if isinstance(x, dict):
+                return any(map(has, x.values()))
+            if type(x) in (list, tuple):
+                return (not top and len(x) == self.rows and isinstance(x[0], Tensor)) or any(map(has, x))
+            return self.is_of_samples(x)
+
+        return has(self.args, top=True) or has(self.kwargs)
+
     def moved_on(self) -> _Call:
         """The call of its samples moved on by one."""
         args, kwargs = pytree.tree_map(lambda x: x.roll(1, 0) if self.is_of_samples(x) else x, (self.args, self.kwargs))
@@ -96,6 +108,15 @@ class _Call(NamedTuple):
 
     def leaves(self) -> list[Any]:
         return pytree.tree_leaves((self.args, self.kwargs))
+
+    def of_numbers_raised(self) -> _Call | None:
+        """The call with the numbers that are B, which might be how many samples there are, raised by one; None where
+        there are none."""
+        if not any(type(x) is int and x == self.rows for x in self.leaves()):
+            return None
+        inputs = (self.args, self.kwargs)
+        args, kwargs = pytree.tree_map(lambda x: x + 1 if type(x) is int and x == self.rows else x, inputs)
+        return self._replace(args=args, kwargs=kwargs)
 
     def is_plain(self) -> bool:
         """Whether it can be made again: a cache, say, would take each run in."""
@@ -119,7 +140,8 @@ class _Taken(NamedTuple):
     def is_square(self) -> bool:
         """Whether a dimension of positions has B rows as well."""
         positional = isinstance(self.module, EmbeddingRule) or getattr(self.module, "may_fold", False)
-        return positional and len(self.shape) > 2 and self.shape[0] == self.shape[1] > 1
+        known = self.module._inrun.tokens_first
+        return positional and not known and len(self.shape) > 2 and self.shape[0] == self.shape[1] > 1
 
 
 class Rows:
@@ -193,7 +215,7 @@ class Rows:
         if self._sizes is None:
             call = self._looked_up()
             self._sizes = call.sizes() if call is not None else set()
-            self._lone = call is None or any(map(call.is_of_samples, call.leaves()))
+            self._lone = call is None or call.has_samples()
         if self.rows == 1:
             return self._lone
         # As many as an input has: tokens that were picked out have as many only where each sample has all of its own.
@@ -214,14 +236,14 @@ class Rows:
 
     def _verify_samples(self) -> None:
         call, ours = self._call, [one for one in self._taken if one.number >= 0]
-        more: Shapes = {}
+        modules, more = {one.module for one in ours}, {}
         if self._all_can(call is not None and bool(ours)) and call is not None:
-            more = self._of_one_more({one.module for one in ours}, call)
-        wrong: dict[str, str] = {}  # name -> what it is
-        for module, number, leaf, shape in ours:
-            calls, axis = more.get(module, ()), sample_axis(module, leaf)
-            if number < len(calls) and calls[number].get(leaf, ())[axis : axis + 1] == shape[axis : axis + 1]:
-                wrong[module._inrun.name] = f"{module._inrun} ({module._inrun_class.__name__})"
+            more = self._of_one_more(modules, call)
+        wrong = _with_as_many_rows(ours, more)  # name -> what it is
+        if wrong and call is not None and self._ranks.size == 1:
+            raised = call.of_numbers_raised()
+            again = {} if raised is None else self._of_one_more(modules, raised)
+            wrong = {name: wrong[name] for name in _with_as_many_rows(ours, again) if name in wrong} if again else wrong
         if wrong and call is not None:
             error = InRunError(
                 f"{few(sorted(wrong.values()))}: expected the samples at dimension 0; got {call.rows} rows, as many as "
@@ -354,8 +376,9 @@ class Rows:
         return found
 
     def _of_one_more(self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad) -> Shapes:
-        """Nothing of a model that takes no other number of samples."""
-        for which in ("all", "first", "flattened"):
+        """Nothing of a model that takes no other number of samples. Several processes try once: they might not all try
+        again."""
+        for which in ("all", "first", "flattened") if self._ranks.size == 1 else ("all",):
             with suppress(Exception):
                 return self._shapes(modules, call.of([*range(call.rows), call.rows - 1], which), grad_mode)
         return {}
@@ -379,6 +402,16 @@ class Rows:
             for handle in handles:
                 handle.remove()
         return found
+
+
+def _with_as_many_rows(taken: Iterable[_Taken], more: Shapes) -> dict[str, str]:
+    """Names of modules that have as many rows in a run on one more sample, and what they are."""
+    found = {}
+    for module, number, leaf, shape in taken:
+        calls, axis = more.get(module, ()), sample_axis(module, leaf)
+        if number < len(calls) and calls[number].get(leaf, ())[axis : axis + 1] == shape[axis : axis + 1]:
+            found[module._inrun.name] = f"{module._inrun} ({module._inrun_class.__name__})"
+    return found
 
 
 def _moved_on(before: Tensor, after: Tensor, rows: int) -> bool:

@@ -54,7 +54,8 @@ class Shared(Tensor):
             runs = None if drew else _tried(func, args, kwargs, size)
             for i in computed:
                 x = leaves[i]
-                if runs is None:  # dropout, or what plain training cannot compute
+                if runs is None or not all(isinstance(run[i], Tensor) for run in runs):
+                    # Dropout, or what plain training cannot compute.
                     kind = lead if x.shape == ours[0].shape else "own"
                 else:
                     whole, first, last = (run[i] for run in runs)

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from .errors import InRunError
 
+_APPLY: Any = torch.autograd.Function.apply.__func__.__code__  # pyright: ignore[reportFunctionMemberAccess]
 SUFFIX = "_direction"  # a parameter's direction stands beside it under this name
 
 
@@ -60,7 +63,7 @@ class Tap:
         """Whether a forward that begins now is to be scored; notes where all its parameters are frozen for it."""
         if self.keep is None and self.probe is None:
             return False
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _is_in_a_function():
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _will_have_a_graph():
             if self.watched and self.rows is not None:
                 self.rows.pass_by(self)
             return False  # an evaluation, of any batch
@@ -71,13 +74,17 @@ class Tap:
         return False
 
 
-def _is_in_a_function() -> bool:
-    """Whether the forward of an autograd function that will have a gradient is on the stack, as of reentrant
-    checkpoints: it has no graph, and another forward to come will have."""
+def _will_have_a_graph() -> bool:
+    """Whether what runs without one now is a forward that counts: of an autograd function with a gradient to come, as a
+    reentrant checkpoint's, which has a graph when it is run again; or one that carries tangents."""
+    if forward_ad._current_level >= 0:
+        return True
     frame: Any = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "forward" and frame.f_code.co_varnames[:1] == ("ctx",):
-            return any(getattr(frame.f_locals["ctx"], "needs_input_grad", (True,)))
+        if frame.f_code is _APPLY:
+            inputs = pytree.tree_leaves((frame.f_locals["args"], frame.f_locals["kwargs"]))
+            if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+                return True
         frame = frame.f_back
     return False
 

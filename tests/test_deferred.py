@@ -303,6 +303,25 @@ def test_the_drop_is_at_the_excluded_weights_that_the_step_makes(method):
         close(step.values.double().sum(), drop.detach(), 1e-5 if method == "path_secant" else 2e-2)
 
 
+@pytest.mark.parametrize("method", ["path", "path_secant", "path_simpson"])
+def test_an_update_that_a_fused_optimizer_skips_is_worth_nothing(method):
+    """Its gradients overflowed; no validation loss is looked at there."""
+    model = make("mlp")
+    (x, y), held = data("mlp"), data("mlp", 4, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *held), exclude=["head.bias"])
+    for factor in (1.0, math.inf, 1.0):
+        before = model.head.weight.detach().clone()
+        with tracker.step(range(B)) as step:
+            scaler.scale(loss_of(model, x, y) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        moved = not torch.equal(model.head.weight, before)
+        assert moved == bool(step.values.abs().sum() > 0) == math.isfinite(factor)
+
+
 def test_second_order_holds_with_momentum_and_decay():
     """Against the drop from w + u(0), its error falls with the square of the learning rate."""
     for options in ({"momentum": 0.9}, {"weight_decay": 0.5}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}):

@@ -534,6 +534,102 @@ def test_what_takes_no_gradient_in_a_step_may_be_any_batch(method, checkpointed)
     torch.testing.assert_close(taken.values.double(), want, rtol=1e-5, atol=1e-9)
 
 
+class Inline(torch.autograd.Function):
+    """A checkpoint of one's own, whose forward is not given what it keeps."""
+
+    @staticmethod
+    def forward(run: Any, x: Tensor, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return run(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.run, x, ctx.seed = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        torch.manual_seed(ctx.seed)
+        with torch.enable_grad():
+            ctx.run(x).backward(grad)
+        return None, x.grad, None
+
+
+@pytest.mark.parametrize("how", ["nested", "of one's own"])
+def test_forwards_that_will_have_a_graph_are_scored(how):
+    """Their random numbers are those of the one that has it: positions, which all samples share, have rows there."""
+
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.place = nn.Embedding(11, WIDTH), nn.Embedding(T + 1, WIDTH)
+            self.head, self.dropout, self.plain = nn.Linear(WIDTH, 2), nn.Dropout(0.5), False
+
+        def block(self, h: Tensor) -> Tensor:
+            return h + self.dropout(self.place(torch.arange(h.shape[1])[None]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.token(x)
+            if self.plain:
+                torch.manual_seed(3)
+                return self.head(self.block(h))
+            if how == "nested":
+                torch.manual_seed(3)
+                inner = lambda z: checkpoint(self.block, z * 1, use_reentrant=True)  # noqa: E731
+                return self.head(checkpoint(inner, h, use_reentrant=True))
+            return self.head(Inline.apply(self.block, h, 3))
+
+    found = []
+    for plain in (True, False):
+        model = made(Placed)
+        model.plain = plain
+        found.append(step(model, ids(B, 1, T + 1)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("given", ["a list of one", "how many there are"])
+def test_a_batch_may_be_a_list_of_one_or_come_with_its_size(given):
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+
+        def forward(self, x: Any, count: int = 1) -> Tensor:
+            x = x[0] if isinstance(x, list) else x[:count]
+            return self.head(self.inner(x).tanh())
+
+    model = made(Given)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    size = 1 if given == "a list of one" else B
+    x = torch.randn(size, T, 3, dtype=torch.float64)
+    call = (lambda x: model([x[0]])) if size == 1 else (lambda x: model(x, len(x)))
+    tracker = inrun.track(model, optimizer, validation=lambda: call(2 * x).square().mean())
+    target = torch.autograd.grad(call(2 * x).square().mean(), list(model.parameters()))
+    rows = [
+        torch.autograd.grad(call(x[i : i + 1]).square().mean() / size, list(model.parameters())) for i in range(size)
+    ]
+    with tracker.step(range(size)) as taken:
+        call(x).square().mean().backward()
+        optimizer.step()
+    want = torch.stack([LR * sum((g * t).sum() for g, t in zip(row, target, strict=True)) for row in rows])
+    torch.testing.assert_close(taken.values.double(), want, rtol=1e-5, atol=1e-9)
+
+
+def test_layers_that_are_given_tokens_first_elsewhere_are_not_taken_for_them():
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 2)
+            self.layer = nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, 0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer.linear1(self.layer.norm1(self.token(x))).cumsum(1))
+
+    with pytest.raises(inrun.InRunError, match=r"layer.linear1 \(Linear\), layer.norm1 .* as many still when"):
+        step(made(Parts), ids(B, 1))
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_compiled_model_is_checked_where_it_is_made_to_run_eagerly(in_place):
     model = made(TokensFirst)
