@@ -29,7 +29,7 @@ Source: second order, arXiv 2406.11011, theorem 4, which is that of plain SGD; t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,7 +108,7 @@ class Deferred:
         self._start: dict[str, Gradients] = {}
         self._parts: list[Part] = []
         self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
-        self._first_end = False  # whether the gradient at w + u(0) is still to come
+        self._along: list[dict[str, Gradients]] = []  # of true ends, at w + u(0) and for Simpson in the middle
         self._early: list[Tensor | None] | None = None
         self.updated = False
 
@@ -185,7 +185,7 @@ class Deferred:
             again = self._computed_again()
             if self.tracker.check_due and not again:
                 self._check(factor, unscale)
-        if self.name.startswith("path") and not bool(factor):
+        if self.true_ends and not bool(factor):
             return factor  # a fused optimizer will skip the update
         if self.name != "second" and any(self.recompute):
             moving = [local(p) for p in self.tracker.model.parameters() if p.grad is not None]  # excluded ones as well
@@ -200,9 +200,7 @@ class Deferred:
                 moves = self._path.write(factor, unscale, self._scale, self._batches(), self.true_ends)
             if self.true_ends:
                 self._rest = {i: rest for i, (_, rest) in moves.items()}
-                # What becomes of excluded parameters is known after the update.
-                self._first_end = self.tracker.validations.excluded
-                if not self._first_end:
+                if not self.tracker.validations.excluded:  # what becomes of those is known after the update
                     self._run_along(moves)
             else:
                 self._parts = [(0.5 if self.name == "path_secant" else 1.0, self._start)]
@@ -333,34 +331,33 @@ class Deferred:
         if not self.true_ends:
             self._parts.append((0.5, gradients))
             return
-        simpson = self.name == "path_simpson"
-        if self._first_end:
-            self._parts = [(1 / 6 if simpson else 0.5, self._run_back(0.0))]
-            self._parts += [(4 / 6, self._run_back(0.5))] if simpson else []
+        along = self._along or [self._run_back(at) for at in self._points]
         for name, loss in self.tracker.validations.last_losses.items():
             self.drop[name] = self.drop[name] - loss
-        if simpson:
-            self._parts.append((1 / 6, gradients))
+        if self.name == "path_simpson":
+            self._parts = list(zip((1 / 6, 4 / 6, 1 / 6), (*along, gradients), strict=True))
         else:
-            self._parts = self._mean_values(self._parts[0][1], gradients)
+            self._parts = self._mean_values(along[0], gradients)
+
+    @property
+    def _points(self) -> tuple[float, ...]:
+        """How far along the step validation gradients are taken before its end."""
+        return (0.0, 0.5) if self.name == "path_simpson" else (0.0,)
 
     def _run_along(self, moves: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Validation gradients at w + u(0) and, for Simpson, in the middle; the weights are restored to the bit."""
         validations = self.tracker.validations
-        simpson = self.name == "path_simpson"
         device = self.tracker.slots[0].param.device
         moved = self.tracker.ranks.total(added(u0.any() for u0, _ in moves.values()), device)
-        for at, weight in ((0.0, 1 / 6 if simpson else 0.5), *(((0.5, 4 / 6),) if simpson else ())):
+        for at in self._points:
             still = at == 0.0 and not moved
             if still and all(validations.is_of_these_weights(name) for name in validations.losses):
                 gradients = dict(validations.gradients)  # the last step's end is where this one starts
                 losses = dict(validations.last_losses)
             else:
-                along = ((i, u0 + at * rest) for i, (u0, rest) in moves.items())
-                with weights_moved(self.tracker.slots, self.tracker.ranks, along, {}), torch.enable_grad():
-                    gradients = {name: validations.here(name) for name in self.tracker.targets}
+                gradients = self._moved_by((i, u0 + at * rest) for i, (u0, rest) in moves.items())
                 losses = dict(validations.last_losses)
-            self._parts.append((weight, gradients))
+            self._along.append(gradients)
             if at == 0.0:
                 self.drop = losses
 
@@ -368,16 +365,16 @@ class Deferred:
     def _run_back(self, at: float) -> dict[str, Gradients]:
         """Validation gradients `at` a part of the way from w + u(0) to where the weights are now, w + u(g_B)."""
         validations = self.tracker.validations
-        along = ((i, (at - 1) * rest) for i, rest in self._rest.items())
-        with (
-            validations.elsewhere(),
-            weights_moved(self.tracker.slots, self.tracker.ranks, along, {}),
-            torch.enable_grad(),
-        ):
-            gradients = {name: validations.here(name) for name in self.tracker.targets}
+        with validations.elsewhere():
+            gradients = self._moved_by((i, (at - 1) * rest) for i, rest in self._rest.items())
             if at == 0.0:
                 self.drop = dict(validations.last_losses)
         return gradients
+
+    def _moved_by(self, along: Iterable[tuple[int, Tensor]]) -> dict[str, Gradients]:
+        """Validation gradients where slots' weights are moved by so much, for as long as that takes."""
+        with weights_moved(self.tracker.slots, self.tracker.ranks, along, {}), torch.enable_grad():
+            return {name: self.tracker.validations.here(name) for name in self.tracker.targets}
 
     @torch.no_grad()
     def _multiply_in(self) -> None:

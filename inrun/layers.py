@@ -90,10 +90,11 @@ class Rule(Holder):
         tap = self._inrun
         if not tap.scores():
             return self.plain(x)
-        run = self._watched if tap.watched and not torch.compiler.is_compiling() else self._scored
+        watched = tap.watched and not torch.compiler.is_compiling()
+        run = self._watched if watched else self._scored
         if tap.tokens_first and x.dim() > 2:  # a dropout after it draws its numbers in the order of memory
             y = run(x.transpose(0, 1)).transpose(0, 1).contiguous()
-            if run == self._watched and tap.rows is not None:
+            if watched and tap.rows is not None:
                 tap.rows.take(self, y)
             return y
         if self._is_given_heads_first(x):

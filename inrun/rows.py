@@ -58,7 +58,8 @@ class _Call(NamedTuple):
                 alone, should another one have B of something else. "flattened": tokens as well, as many of each.
 
         Raises:
-            ValueError: nothing has them, or a list of B has tensors of B rows: either could be the samples.
+            LookupError: nothing has them.
+            ValueError: a list of B has tensors of B rows: either could be the samples.
         """
         count = 0
 
@@ -81,7 +82,7 @@ class _Call(NamedTuple):
 
         args, kwargs = changed(self.args, top=True), changed(self.kwargs)
         if not count:
-            raise ValueError("no input has samples")
+            raise LookupError("no input has samples")
         return self._replace(args=args, kwargs=kwargs)
 
     def is_of_samples(self, x: Any, parts: bool = False) -> bool:
@@ -90,16 +91,14 @@ class _Call(NamedTuple):
         return len(x) == self.rows or (parts and len(x) % self.rows == 0)
 
     def has_samples(self) -> bool:
-        """Whether an input is a tensor of B rows, or a list of B tensors."""
-
-        def has(x: Any, top: bool = False) -> bool:
-            if isinstance(x, dict):
-                return any(map(has, x.values()))
-            if type(x) in (list, tuple):
-                return (not top and len(x) == self.rows and isinstance(x[0], Tensor)) or any(map(has, x))
-            return self.is_of_samples(x)
-
-        return has(self.args, top=True) or has(self.kwargs)
+        """Whether an input has them, as of `of`."""
+        try:
+            self.of(range(self.rows))
+        except LookupError:
+            return False
+        except ValueError:  # of inputs of which either could
+            pass
+        return True
 
     def moved_on(self) -> _Call:
         """The call of its samples moved on by one."""
@@ -172,11 +171,11 @@ class Rows:
         self._call: _Call | None = None
         self.rows = 0  # B of the next forward; 0 where values belong to documents or tokens
         self._sizes: set[int] | None = None  # what a sample may have of rows there
-        self._lone = False  # whether an input has one row, or none is known
+        self._lone: bool | None = None  # whether an input has the one sample, or none is known
 
     def begin(self, rows: int) -> None:
         """A forward of so many samples will come; 0 where values belong to documents or tokens."""
-        self.rows, self._sizes = rows, None
+        self.rows, self._sizes, self._lone = rows, None, None
 
     def note_call(self) -> bool:
         """The call of the model that is going on may have to be made again; whether it is the one."""
@@ -212,12 +211,14 @@ class Rows:
         """Whether the layer's input is taken for flattened tokens, for now; `verify` raises where it is not."""
         if not self._folding or not self.rows or x.shape[0] in (1, self.rows) or x.shape[0] % self.rows:
             return False
+        if self.rows == 1:
+            if self._lone is None:
+                call = self._looked_up()
+                self._lone = call is None or call.has_samples()
+            return self._lone
         if self._sizes is None:
             call = self._looked_up()
             self._sizes = call.sizes() if call is not None else set()
-            self._lone = call is None or call.has_samples()
-        if self.rows == 1:
-            return self._lone
         # As many as an input has: tokens that were picked out have as many only where each sample has all of its own.
         if x.shape[0] // self.rows not in self._sizes:
             return False
@@ -240,10 +241,10 @@ class Rows:
         if self._all_can(call is not None and bool(ours)) and call is not None:
             more = self._of_one_more(modules, call)
         wrong = _with_as_many_rows(ours, more)  # name -> what it is
-        if wrong and call is not None and self._ranks.size == 1:
-            raised = call.of_numbers_raised()
-            again = {} if raised is None else self._of_one_more(modules, raised)
-            wrong = {name: wrong[name] for name in _with_as_many_rows(ours, again) if name in wrong} if again else wrong
+        raised = call.of_numbers_raised() if wrong and call is not None and self._ranks.size == 1 else None
+        if raised is not None and (again := self._of_one_more(modules, raised)):
+            still = _with_as_many_rows(ours, again)
+            wrong = {name: what for name, what in wrong.items() if name in still}
         if wrong and call is not None:
             error = InRunError(
                 f"{few(sorted(wrong.values()))}: expected the samples at dimension 0; got {call.rows} rows, as many as "

@@ -162,13 +162,14 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
 
 def _given_tokens_first(block: nn.Module) -> list[nn.Module]:
     """What torch's transformers without `batch_first` give `[T, B, W]`; their attention sees to that itself."""
-    if isinstance(block, _BLOCKS) and not block.self_attn.batch_first:
-        inside = [m for m in block.children() if not isinstance(m, nn.MultiheadAttention)]
-        return [m for child in inside for m in child.modules()]
-    if isinstance(block, nn.TransformerEncoder | nn.TransformerDecoder) and block.norm is not None:
-        layer = block.layers[0]
-        return [block.norm] if isinstance(layer, _BLOCKS) and not layer.self_attn.batch_first else []
-    return []
+    stacked = isinstance(block, nn.TransformerEncoder | nn.TransformerDecoder)
+    layer = next(iter(block.layers), None) if stacked else block
+    if not isinstance(layer, _BLOCKS) or layer.self_attn.batch_first:
+        return []
+    if stacked:
+        return [] if block.norm is None else [block.norm]
+    inside = [m for m in block.children() if not isinstance(m, nn.MultiheadAttention)]
+    return [m for child in inside for m in child.modules()]
 
 
 def _wholes(

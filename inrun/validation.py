@@ -93,11 +93,9 @@ class Validation:
         or whose gradient has served its steps, or was to begin this one and the weights moved."""
         for name in self.losses:
             age = self.age[name]
-            if age is None or (not self.is_of_these_weights(name) if age == 0 else self._is_due(step, age)):
+            due = age is None or age >= self.every or step % self.every == 0
+            if not self.is_of_these_weights(name) if age == 0 else due:
                 self.run(name)
-
-    def _is_due(self, step: int, age: int) -> bool:
-        return step % self.every == 0 or age >= self.every
 
     def run(self, name: str) -> None:
         """Run a target's callable, as its block."""
