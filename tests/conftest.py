@@ -1,8 +1,11 @@
 """Shared pytest settings: interpreted kernels or, with `-m gpu`, real ones; keep hypothesis and inductor honest."""
 
 import contextlib
+import functools
 import os
+from typing import Any
 
+import numpy as np
 import torch
 
 # Inductor imports it, which fails in Python 3.11 once something has looked for pip, as huggingface_hub does.
@@ -28,16 +31,23 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        _patch_the_language_once()
+        _interpret_quicker()
 
 
-def _patch_the_language_once() -> None:
-    # The interpreter does so at every call of a function within a kernel, a third of its time. A launch has done it for
-    # the kernel's own modules, and for triton's nobody takes it back.
+def _interpret_quicker() -> None:
+    # The interpreter patches the language at every call of a function within a kernel, a third of its time. A launch
+    # has done it for the kernel's own modules, and for triton's nobody takes it back. Another third goes to a table of
+    # dtypes made anew at each look, and to sums of integers, made again in 64 bits as operations of the language.
     with contextlib.suppress(ImportError):
+        from triton.language import uint64
+        from triton.language.semantic import TritonSemantic
+        from triton.runtime import interpreter
         from triton.runtime.interpreter import InterpretedFunction
 
         call, seen = InterpretedFunction.__call__, set()
+        of_scalar = functools.cache(interpreter._get_np_dtype)
+        interpreter._get_np_dtype = lambda dtype: of_scalar(uint64 if dtype.scalar.is_ptr() else dtype.scalar)
+        TritonSemantic.binary_op_sanitize_overflow_impl = _refuse_overflow
 
         def once(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
             module = self.fn.__globals__["__name__"]
@@ -47,6 +57,14 @@ def _patch_the_language_once() -> None:
             return call(self, *args, **kwargs)
 
         InterpretedFunction.__call__ = once
+
+
+def _refuse_overflow(_: Any, left: Any, right: Any, operation: Any) -> None:
+    if (dtype := left.type.scalar).int_bitwidth < 64:
+        exact = getattr(np, {"add": "add", "sub": "subtract", "mul": "multiply"}[operation.__name__])
+        found = exact(left.handle.data, right.handle.data, dtype=np.int64)
+        low, high = dtype.get_int_min_value(), dtype.get_int_max_value()
+        assert low <= found.min(initial=0) and found.max(initial=0) <= high, f"{dtype} overflows in {exact.__name__}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
