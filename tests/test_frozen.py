@@ -264,6 +264,7 @@ def test_a_layer_that_is_frozen_for_one_batch_and_when_it_was_bound(method):
             optimizer.step()
         torch.testing.assert_close(found.values.double(), torch.stack(values), rtol=1e-5, atol=1e-8)
     freeze(model[0].parameters(), False)
+    optimizer.zero_grad()
     with pytest.raises(inrun.InRunError, match="before it"), tracker.step(range(3)):
         (model(batches[0]) - 1).square().sum().backward()
         optimizer.step()

@@ -254,6 +254,39 @@ def test_gradients_emptied_between_the_batches_of_a_step_are_an_error(method):
     assert len(tracker.ledger) == B
 
 
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("several", [False, True])
+def test_gradients_that_an_update_has_taken_are_not_added_to(several, method):
+    model, (x, y), validation = make("gpt_tied"), data("gpt"), data("gpt", 4, 2)
+    halves = [list(model.parameters())[k::2] if several else list(model.parameters()) for k in range(1 + several)]
+    optimizers = [torch.optim.SGD(half, lr=0.1) for half in halves]
+    tracker = inrun.track(model, optimizers, method, check=False, validation=lambda: loss_of(model, *validation))
+
+    def take_step():
+        with tracker.step() as step:
+            for part in (slice(0, 2), slice(2, 5)):
+                step.batch(range(B)[part])
+                loss_of(model, x[part], y[part]).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    for set_to_none in (True, False, False):
+        take_step()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none)
+    take_step()
+    for optimizer in optimizers[1:]:
+        optimizer.zero_grad()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(inrun.InRunError, match=r"an earlier step, whose update has taken it; call .*zero_grad\(\)"):
+        take_step()
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    assert tracker.steps == 4 and len(tracker.ledger) == 4 * B
+    model.zero_grad()
+    take_step()
+    assert tracker.steps == 5
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant):
         super().__init__()
