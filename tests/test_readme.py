@@ -49,6 +49,7 @@ def test_what_has_a_value_of_its_own():
         with eval(line.partition("#")[0], names) as step:
             tracked(x).square().sum().backward()
             tracker.optimizers[0].step()
+            tracker.optimizers[0].zero_grad()
         assert step.values.shape == shape
 
 
