@@ -104,9 +104,9 @@ class Coupled:
         return True if type(slot.optimizer) in KNOWN else False if type(slot.optimizer) in ELEMENTWISE else None
 
     def _tried(self, slots: Sequence[Any], unscale: Any) -> list[bool]:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         full = [slot.grad.double() * unscale for slot in slots]
-        kept = [torch.rand(g.shape, generator=generator).to(g.device) < 0.5 for g in full]
+        kept = [torch.rand(g.shape, generator=generator, device="cpu").to(g.device) < 0.5 for g in full]
         half = [torch.where(k, g, 0.0) for g, k in zip(full, kept, strict=True)]
         ends = zip(updates(slots, full, self._rule), updates(slots, half, self._rule), kept, strict=True)
         found = [not torch.allclose(a[k], b[k], rtol=1e-9, atol=0.0, equal_nan=True) for a, b, k in ends]

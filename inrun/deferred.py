@@ -321,7 +321,7 @@ class Deferred:
             for part in directions.parts(like[0]):
                 factor = directions.coefficient(slot, like, part)
                 for slice_ in slot.slices:
-                    slice_[part] = factor
+                    slice_[part].copy_(torch.as_tensor(factor), non_blocking=True)
             if self.pairs is not None and (not isinstance(factor, Tensor) or factor.dim() == 0):
                 self.pairs.scalars[id(slot)] = factor
 
@@ -400,7 +400,7 @@ class Deferred:
         def taken_off(gradients: Gradients) -> Tensor:
             pairs = [(g, rest) for i, rest in self._rest.items() if (g := gradients[i]) is not None]
             parts = [(g * rest).sum(dtype=torch.float64) for g, rest in pairs]
-            return -ranks.over_shards(torch.stack(parts).sum())
+            return -ranks.over_shards(torch.stack([part.to(parts[0].device) for part in parts]).sum())
 
         def share(name: str, of: Tensor, instead: Tensor) -> Tensor:
             """How much of a difference gives the drop; none where rounding hides it."""

@@ -135,7 +135,7 @@ def coefficient(
     if isinstance(share, Tensor):
         share = share.to(scale.device, scale.dtype)
     else:
-        share = torch.tensor(share, dtype=torch.float64)  # of no dimensions: it leaves the dtype alone
+        share = torch.tensor(share, dtype=torch.float64, device="cpu")  # of no dimensions: it leaves the dtype alone
     return torch.div(-share if group["maximize"] else share, scale, out=scale)
 
 

@@ -68,7 +68,7 @@ def _errors(module: Any, tap: Tap, pairs: list[tuple[Any, Any]], layout: Layout)
         try:
             by_sample(module, tap, i, pairs[i][0], layout)
         except InRunError as error:
-            errors[i] = error
+            errors[i] = error.with_traceback(None)  # whose frames would hold the outputs that hold it
     if errors and (len(errors) == len(scored) or isinstance(module, nn.RNNBase)):
         raise next(iter(errors.values()))
     return errors

@@ -53,7 +53,7 @@ def _check(tracker: Tracker, name: str, vector: list[Tensor], found: list[Tensor
 
     def flat(parts: list[Tensor | None]) -> Tensor:
         filled = [torch.zeros_like(v) if p is None else p for p, v in zip(parts, vector, strict=True)]
-        return torch.cat([p.flatten().double() for p in filled])
+        return torch.cat([p.flatten().double().to(filled[0].device) for p in filled])
 
     near, far = (flat(_by_differences(tracker, name, vector, size)) for size in (0.05, 0.2))
     apart, size = float((flat(found) - near).norm()), float(near.norm())

@@ -19,6 +19,7 @@ from .tap import Layout, Tap, together
 if TYPE_CHECKING:
     from .tracker import Tracker
 
+MADE_OF = ("momentum", "dampening", "nesterov", "betas", "eps", "amsgrad", "maximize")
 NEAR = 1e-6  # relative difference up to which the factors of two groups count as one
 
 
@@ -33,6 +34,7 @@ class Inline:
         self.tracker = tracker
         self.probes: list[dict[Any, Tensor]] = []  # of each batch: tap or device -> probe
         self._lr: list[Any] = []
+        self._options: list[dict[str, Any]] = []  # of each group, what else the directions depend on
         self.drop: dict[str, Tensor] = {}
 
     def require_supported(self, optimizer: Optimizer) -> None:
@@ -46,7 +48,7 @@ class Inline:
         tracker = self.tracker
         gradients, every = tracker.validations.gradients, tracker.validations.every
         self.probes = []
-        self._lr = learning_rates(tracker.optimizers)
+        self._lr, self._options = learning_rates(tracker.optimizers), options(tracker.optimizers)
         launched, rates = [], {}
         for each in tracker.optimizers if len(tracker.targets) == 1 else ():
             rates |= {(each, k): directions.adam_rates(each, group) for k, group in enumerate(each.param_groups)}
@@ -98,6 +100,12 @@ class Inline:
             dots = [{tap: probe.grad for tap, probe in probes.items()} for probes in self.probes]
             along = [s.direction for s in tracker.slots]
             tracker.check(dots, along, factor, unscale)
+        if (now := options(tracker.optimizers)) != self._options:
+            before = next(was for was, group in zip(self._options, now, strict=False) if was != group)
+            raise InRunError(
+                f"optimizer: expected the options the step began with, {before}, which the scores of its backward are "
+                "made with; got others. Set them before the step block"
+            )
         change = lr_change(self._lr, learning_rates(tracker.optimizers), tracker.validations.pending)
         return factor * (change.to(factor) if isinstance(change, Tensor) else change)
 
@@ -139,6 +147,12 @@ def learning_rates(optimizers: Iterable[Optimizer]) -> list[Any]:
     """Of each group; one on a GPU as a tensor, which nothing waits for."""
     found = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     return [lr.clone() if isinstance(lr, Tensor) and lr.is_cuda else float(lr) for lr in found]
+
+
+def options(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
+    """Of each group, the numbers beside its learning rate that its directions are made of."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [{k: v for k in MADE_OF if not isinstance(v := group.get(k), Tensor)} for group in groups]
 
 
 def lr_change(before: Sequence[Any], now: Sequence[Any], pending: Pending) -> float | Tensor:

@@ -126,6 +126,7 @@ class Keeper:
 
     def __init__(self, taps: Sequence[Tap], budget: Budget, weights_move: bool) -> None:
         self.taps, self.budget, self.weights_move = taps, budget, weights_move
+        self._hooks = []
         self.reset()
         budget.keepers.add(self)
 
@@ -138,6 +139,9 @@ class Keeper:
         self._ends: dict[int, list[int]] = {}
         self.held: Keeper | None = None  # of the batch's last rows, where those are validation samples
         self._weights: dict[tuple[Any, str], Tensor] = {}  # by the module that holds them, and their name there
+        for hook in self._hooks:  # a loss that the user holds on to holds the nodes of its graph
+            hook.remove()
+        self._hooks: list[Any] = []
 
     def begin_batch(self, layout: Layout, held: Keeper | None = None) -> None:
         """The layers run from now on see a batch that lies so, and are kept.
@@ -181,7 +185,7 @@ class Keeper:
         """Keep these rows of a layer's input, and of the gradient of its output when it comes."""
         if y.requires_grad:
             kept = Kept(module, len(self.layouts) - 1, _unaliased(x)[rows].detach())
-            _when_it_comes(y, lambda grad: self._arrived(kept, 0, grad[rows]))
+            self._hooks.append(_when_it_comes(y, lambda grad: self._arrived(kept, 0, grad[rows])))
 
     def _run_module(self, module: Any, plain: Callable, inputs: tuple[tuple, dict]) -> Any:
         if cache := [v for v in pytree.tree_leaves(inputs) if hasattr(v, "get_seq_length")]:
@@ -209,7 +213,8 @@ class Keeper:
                 # An alias: where one output is made from another, each has the gradient that came from outside.
                 leaves[i] = leaf.view_as(leaf) if _is_parameter(leaf) else probing.Alias.apply(leaf)
                 # A copy: a parameter that is an output, or a term of one, may take this memory for its own gradient.
-                _when_it_comes(leaves[i], lambda grad, i=i: self._arrived(kept, i, grad.clone()))
+                hook = _when_it_comes(leaves[i], lambda grad, i=i: self._arrived(kept, i, grad.clone()))
+                self._hooks.append(hook)
         return pytree.tree_unflatten(leaves, spec)
 
     def _arrived(self, kept: Kept, leaf: int, grad: Tensor) -> None:
@@ -236,7 +241,7 @@ class Keeper:
                 self._count(x)
             return x
         self._count(x)
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
         return host.copy_(x, non_blocking=True)
 
     def _count(self, x: Tensor) -> None:
@@ -358,12 +363,18 @@ class Keeper:
         total = torch.zeros(layout.count, device=device)
         for leaf, grad in kept.grads.items():
             tangent = tangents[leaf]
-            if tangent is not None and bool(tangent.any()):
+            if tangent is None:
+                continue
+            try:
                 here, along = (
                     forward_mode.by_sample(module, module._inrun, leaf, x, layout)
                     for x in (moved(grad, device), tangent)
                 )
-                total = total + probing.output_dots(here, along, layout.segments)
+            except InRunError:
+                if bool(tangent.any()):  # asked here alone, as a device would be waited for
+                    raise
+                continue
+            total = total + probing.output_dots(here, along, layout.segments)
         return total
 
     def _weights_of(self, module: Any) -> contextlib.AbstractContextManager[None]:
@@ -379,11 +390,11 @@ def _placed(module: Any, x: Tensor, layout: Layout) -> Tensor:
         raise ValueError(f"{module._inrun}: {error}") from None
 
 
-def _when_it_comes(y: Tensor, arrived: Callable[[Tensor], None]) -> None:
+def _when_it_comes(y: Tensor, arrived: Callable[[Tensor], None]) -> Any:
     """Call with the gradient of `y` once its backward begins: as hooks of the tensor, also later ones, have left it."""
     node, place = y.grad_fn, y.output_nr
     assert node is not None
-    node.register_prehook(lambda grads: None if grads[place] is None else arrived(grads[place]))
+    return node.register_prehook(lambda grads: None if grads[place] is None else arrived(grads[place]))
 
 
 def _runs(node: Any) -> bool:

@@ -171,8 +171,8 @@ class Ledger(Reader):
         if self.last_step is not None and step <= self.last_step:
             raise InRunError(
                 f"step {step} was to be appended, but this writer (rank {self.rank}) holds steps up to "
-                f"{self.last_step}; call resume({step}) first, which drops step {step} and later, or use a "
-                "new folder"
+                f"{self.last_step}; call resume({step}) only where step {step} and later are to be dropped, or use a "
+                "new folder. A run that goes on from a checkpoint of step n sets tracker.steps = n and calls resume(n)"
             )
         found = shards.as_ids(ids)
         if len(found) and self._id_type not in (None, found.type):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from inrun_kernels import bias_dot, ghost_dot_pairwise
+from inrun_kernels import ghost_dot_pairwise
 from inrun_kernels.torch_path import rows_at_a_time
 
 from . import probing
@@ -303,6 +303,6 @@ def _pairs(kept: Kept, other: Kept, members: Sequence[Any], scalars: Mapping[int
             dots = ghost_dot_pairwise(acts, grads, val_acts, val_grads)
         else:
             wide = torch.promote_types(grads.dtype, torch.float32)
-            dots = bias_dot(grads, val_grads.sum(1, dtype=wide))
+            dots = grads.sum(1, dtype=wide) @ val_grads.sum(1, dtype=wide).T
         total = total + scalars[id(slot)] * dots
     return total

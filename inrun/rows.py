@@ -18,12 +18,13 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -33,6 +34,7 @@ from .forward_mode import sample_axis
 from .layers import EmbeddingRule
 from .remedies import Shapes, as_code, remedies
 from .restoring import as_it_was, in_modes, modes_of
+from .shared import require_in_range
 
 _PLAIN = (Tensor, int, float, str, torch.dtype, torch.device)
 _INSTEAD = (
@@ -353,7 +355,7 @@ class Rows:
 
     def _run(self, call: _Call, grad_mode: Callable[[], Any]) -> Any:
         args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
-        with self._paused(), as_it_was(self._model), grad_mode(), torch.autocast(*call.autocast):
+        with self._paused(), as_it_was(self._model), grad_mode(), torch.autocast(*call.autocast), _ids_in_range():
             return self._model.forward(*args, **kwargs)  # past hooks that have changed its arguments already
 
     def _shapes(self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad) -> Shapes:
@@ -403,6 +405,22 @@ class Rows:
             for handle in handles:
                 handle.remove()
         return found
+
+
+@contextmanager
+def _ids_in_range() -> Iterator[None]:
+    """As there are positions to `len(x)`, which the run with one sample more may have one of too many."""
+    embedding = F.embedding
+
+    def looked_up(ids: Tensor, table: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        require_in_range(len(table), ids)
+        return embedding(ids, table, *args, **kwargs)
+
+    F.embedding = looked_up
+    try:
+        yield
+    finally:
+        F.embedding = embedding
 
 
 def _with_as_many_rows(taken: Iterable[_Taken], more: Shapes) -> dict[str, str]:

@@ -14,9 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import InRunError
 from .restoring import random_kept, random_state
+
+_MASKS = (torch.bool, torch.uint8)
+
+
+def require_in_range(size: int, index: Tensor) -> None:
+    """Raise `IndexError` where an index is out of range, as a CPU does, of what is tried: a GPU's kernel would end all
+    that the process can do with it. The device is waited for."""
+    if index.numel():
+        low, high = (int(x) for x in torch.aminmax(index))
+        if low < -size or high >= size:
+            raise IndexError(f"expected indices below {size}, got {low} to {high}")
+
+
+class InRange(TorchDispatchMode):
+    """Of an operation on a GPU, `require_in_range`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten, looked_up = torch.ops.aten, []
+        if func is aten.embedding.default:
+            looked_up = [(args[0].shape[0], args[1])]
+        elif func in (aten.index_select.default, aten.gather.default) and args[0].dim():
+            looked_up = [(args[0].shape[args[1]], args[2])]
+        elif func is aten.index.Tensor and not any(x is not None and x.dtype in _MASKS for x in args[1]):
+            looked_up = [pair for pair in zip(args[0].shape, args[1], strict=False) if pair[1] is not None]
+        for size, index in looked_up:
+            if index.is_cuda:
+                require_in_range(size, index)
+        return func(*args, **(kwargs or {}))
 
 
 class Shared(Tensor):
@@ -37,7 +66,8 @@ class Shared(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             ours = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls)]
             try:
-                result = func(*args, **kwargs)
+                with InRange():
+                    result = func(*args, **kwargs)
             except (NotImplementedError, torch.AcceleratorError, torch.OutOfMemoryError):
                 raise
             except (RuntimeError, ValueError, IndexError) as error:  # as of a matrix that has become one for each
@@ -87,7 +117,8 @@ def _tried(func: Any, args: Any, kwargs: Any, size: int) -> list[list[Any]] | No
         try:
             with torch.no_grad(), random_kept():
                 here = pytree.tree_map(lambda x, row=row: changed(x, row), (args, kwargs))
-                found.append(pytree.tree_leaves(func(*here[0], **here[1])))
+                with InRange():
+                    found.append(pytree.tree_leaves(func(*here[0], **here[1])))
         except Exception:  # of whatever plain training could not do
             return None
     return found

@@ -149,9 +149,14 @@ class Step:
         if self._tokens is not None:
             together = together.unflatten(0, (-1, self._tokens))
         if self.factor is None:
-            warnings.warn("optimizer.step() did not run in the step block; its values are zero", stacklevel=5)
+            warnings.warn(
+                f"step {self.number}: optimizer.step() did not run in the step block (that of the optimizer that was "
+                "tracked; a new one needs a new tracker); its values are zero",
+                stacklevel=5,
+            )
             return torch.zeros_like(together)
-        values = torch.where(self.factor == 0, torch.zeros_like(together), together * self.factor)
+        factor = self.factor.to(together.device)
+        values = torch.where(factor == 0, torch.zeros_like(together), together * factor)
         return values if self.uneven is None else values.masked_fill(self.uneven.to(values.device), torch.nan)
 
 

@@ -424,6 +424,8 @@ class Tracker:
         """
         if self._closed:
             return
+        if self._step is not None:
+            raise InRunError("close: expected outside of a step block, got inside one")
         self._closed = True
         if self._waiting is not None:
             warnings.warn(
@@ -468,11 +470,12 @@ class Tracker:
         if self._step is not None:
             raise InRunError("step: expected outside of a step block, got inside one")
         self._pending.answer()
-        self._require_no_others(trainable(self.model))
         self.ranks.require_all()
         if self.in_batch and self.ranks.size > 1:
             raise InRunError(f"validation='batch': expected one process, got {self.ranks.size}; use validation blocks")
         self.ranks.settle()
+        self._find_places()
+        self._require_no_others(trainable(self.model))
         if self._method.starts_with_validation:
             self.validations.run_due(self.steps)
             self.validations.require_fresh()
@@ -502,6 +505,23 @@ class Tracker:
                 f"which would have no score: {few(others)}. Close the tracker and track again, or freeze them"
             )
         self._unscored = unknown
+
+    def _find_places(self) -> None:
+        """Look up again which group of which optimizer each parameter is in: the loop may have changed that."""
+        where, gone = places(self.optimizers), []
+        for slot in self.slots:
+            param = slot.owner._parameters.get(slot.local)
+            if id(param) in where:
+                slot.optimizer, slot.group = where[id(param)]
+            elif param is None or param.requires_grad or slot.group >= len(slot.optimizer.param_groups):
+                gone.append(slot.name)
+        if gone:
+            raise InRunError(
+                f"optimizer: expected every parameter that was tracked in its groups, {len(gone)} are not any more: "
+                f"{few(gone)}. One that is to stay as it is keeps its place and has requires_grad_(False); where the "
+                "model has others in their place (load_state_dict(assign=True), a parametrization), or the optimizer "
+                "is a new one, close the tracker and track again"
+            )
 
     def batch(self, step: Step, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if self._step is not step:
@@ -572,6 +592,8 @@ class Tracker:
         """The block is over, whatever ended it; a validation gradient has served it even if an exception did."""
         if isinstance(error, Exception) and step.factor is None and self.ranks.size == 1:  # the update has not begun
             self._rows.explain(error)
+        if error is not None and step.factor is not None:
+            self.steps = step.number + 1  # its update has begun: a step without values
         self._step = None
         self._watch.active = False
         self._rows.begin(0)
@@ -583,8 +605,8 @@ class Tracker:
         """Record and count a step that has ended; its values may wait for their last validation gradient."""
         self._watch.require_in_time()
         if step.factor is not None and (missing := len(self.optimizers) - len(step.updated)):
-            warnings.warn(f"optimizer.step() did not run in the step block for {missing} of {len(self.optimizers)} "
-                          "optimizers; its values are zero", stacklevel=4)  # fmt: skip
+            warnings.warn(f"step {step.number}: optimizer.step() did not run in the step block for {missing} of "
+                          f"{len(self.optimizers)} optimizers; its values are zero", stacklevel=4)  # fmt: skip
             step.factor = torch.zeros_like(step.factor)
         if not self._method.ends_with_validation or step.factor is None:
             self._record(step)

@@ -185,6 +185,11 @@ def _reshaped(slot: Any, change: Callable[[Tensor], Tensor]) -> Any:
     )
 
 
+def _on_a_device(group: dict[str, Any]) -> bool:
+    """Whether rates are tensors, which `foreach` takes of a capturable optimizer alone."""
+    return any(isinstance(rate, Tensor) for rate in (group.get("lr"), *group.get("betas", ())))
+
+
 def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any], int]]) -> None:
     """Take the optimizer's step with other parameters, each with its state and the number of its group."""
     twin = _twin(
@@ -195,6 +200,7 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
         {
             **group,
             **{k: v for k, v in plain.items() if k in group},
+            **({"foreach": False} if _on_a_device(group) else {}),
             "params": [p for p, _, number in held if number == i],
         }
         for i, group in enumerate(optimizer.param_groups)

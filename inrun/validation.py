@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -158,7 +159,10 @@ class Validation:
         try:  # a parameter that is frozen for now may train again before the gradient has served
             with requiring((p, True) for p in tracked), self.ranks.aside([*tracked, *others]):
                 yield found
-                found.extend(self.ranks.mean_gradients([p.grad for p in wanted], wanted))
+                grads = self.ranks.mean_gradients([p.grad for p in wanted], wanted)
+                if "torch._inductor.cudagraph_trees" in sys.modules:  # what a captured graph made is its next run's
+                    grads = [g if g is None else g.clone() for g in grads]
+                found.extend(grads)
         finally:
             self.seconds += time.perf_counter() - start
 

@@ -3,8 +3,9 @@
 The dots are taken in the backward; the optimizer sees `c * gradient` for one common factor c. It is found by
 remembering a few gradients, small ones and large ones, as the backward left them, the large ones by sums over parts
 of them (of an embedding, most rows are zeros), and comparing when the update begins, so the user's loop needs no change
-and nothing need be declared. Gradients changed element by element, or some and not others, have no such factor. Of
-several processes' gradients, the optimizer sees c times their sum.
+and nothing need be declared. One that is written to by itself is remembered from the next step on. Gradients changed
+element by element, or some and not others, have no such factor. Of several processes' gradients, the optimizer sees c
+times their sum.
 """
 
 from __future__ import annotations
@@ -49,17 +50,18 @@ class Watch:
             members.sort(key=lambda s: s.param.numel(), reverse=True)
             every = max(1, (len(members) - 1) / max(1, most - 1))
             self._slots += [members[round(k * every)] for k in range(min(len(members), most))]
+        self._watched = {slot.name for slot in self._slots}
+        self._written: dict[str, int] = {}  # how often each gradient had been written to when it last came
         with requiring((slot.param, True) for slot in slots):  # one may be frozen for now
             self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s)) for s in slots]
             self._handles += [s.param.register_hook(functools.partial(self._require_kept, s)) for s in self._slots]
 
     def _hook(self, slot: Any) -> Callable[[Tensor], None]:
-        watched = any(slot is one for one in self._slots)
-
         def remember(param: Tensor) -> None:
             if self.active and param.grad is not None:
                 self._reached[slot.name] = self._due[slot.name] = slot
-                if watched:
+                self._written[slot.name] = param.grad._version
+                if slot.name in self._watched:
                     grad = local(param.grad)
                     seen = self._seen(grad)
                     self._raw[slot.name] = seen.clone() if grad.numel() < WATCHED_ELEMENTS else seen
@@ -163,7 +165,21 @@ class Watch:
                 "none, and makes no scores; use backward())"
             )
         self._factor, uneven = self._compared(optimizer, slots, None)
+        if self._ranks.size == 1:  # else what averages gradients may write to some more often
+            self._watch_written()
         return self._factor, uneven
+
+    def _watch_written(self) -> None:
+        """From the next step on, watch the gradients that were written to more or less often than most since they came:
+        those may have been changed alone."""
+        slots = [slot for slot in self._due.values() if slot.grad is not None]
+        times = [slot.grad._version - self._written[slot.name] for slot in slots]
+        usual = max(set(times), key=times.count, default=0)
+        for slot, count in zip(slots, times, strict=True):
+            if count != usual and slot.name not in self._watched:
+                self._watched.add(slot.name)
+                self._slots.append(slot)
+                self._handles.append(slot.param.register_hook(functools.partial(self._require_kept, slot)))
 
     @torch.no_grad()
     def uneven(self, optimizer: Optimizer) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import inrun
 from inrun.remedies import as_code
+from inrun.shared import require_in_range as in_range
 
 B, T, WIDTH, LR = 4, 4, 6, 0.1  # as many tokens as samples
 
@@ -679,3 +680,39 @@ def test_code_of_many_names():
     assert as_code(pairs[:2]) == '{"a.layers.0.b.q.*": "a.layers.0.b", "a.layers.0.b.k.*": "a.layers.0.b"}'
     named = [(f"f.{i}.w.*", "f") for i in range(3)] + [("g{}.0.*", ""), ("g{}.1.*", ""), ("h.0", "k.0"), ("h.1", "k.1")]
     assert eval(as_code(named)) == dict(named)
+
+
+class Placed(nn.Module):
+    """Tokens come first: `[T, B, W]`; of positions there are as many as tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.head = nn.Embedding(T, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.positions(torch.arange(len(x)))[:, None])
+
+
+def test_a_run_on_one_sample_more_looks_nothing_up_that_is_not_there(monkeypatch):
+    """A GPU would not raise: it would be of no use to the process any more."""
+    looked_up, lookup, asked = [], torch.embedding, []
+
+    def embedding(table: Tensor, ids: Tensor, *args: Any) -> Tensor:
+        looked_up.append((len(table), int(ids.max())))
+        return lookup(table, ids, *args)
+
+    monkeypatch.setattr(torch, "embedding", embedding)
+    monkeypatch.setattr(inrun.rows, "require_in_range", lambda n, i: asked.append(int(i.max()) >= n) or in_range(n, i))
+    model, x = Placed(), torch.randn(T, B, WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    through = {"positions.weight": ""}
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x).square().mean(), through=through)
+    with tracker.step(range(B)):
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert any(asked) and looked_up and all(last < size for size, last in looked_up)
+    for wrong in (torch.tensor([0, 4]), torch.tensor([[-5]])):
+        with pytest.raises(IndexError, match="indices below 4"):
+            in_range(4, wrong)
+    in_range(4, torch.tensor([-4, 3]))
+    in_range(4, torch.tensor([], dtype=torch.int64))

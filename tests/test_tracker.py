@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import gc
 import io
 import math
 import os
+import re
 import shutil
 import warnings
+import weakref
 from types import SimpleNamespace
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
@@ -1624,3 +1628,152 @@ def test_what_the_ledger_would_refuse_is_said_before_the_update(tmp_path):
         if tracker.steps == 0:
             torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
         tracker.close()
+
+
+def in_loop(method="first", groups=1, optimizer=torch.optim.SGD, **options):
+    """A model, its optimizer of so many groups, a tracker, and what takes a step."""
+    model, (x, y), validation = make("gpt_tied"), data("gpt"), data("gpt", 4, 2)
+    params = list(model.parameters())
+    optimizer = optimizer([{"params": params[k::groups]} for k in range(groups)], lr=0.1)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *validation), **options)
+
+    def take_step(before_update=lambda: None):
+        with tracker.step(range(B)) as step:
+            loss_of(model, x, y).backward()
+            before_update()
+            optimizer.step()
+            optimizer.zero_grad()
+        return step
+
+    return model, optimizer, tracker, take_step
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_groups_may_change_between_steps(method):
+    """A parameter gets another rate than its group, by a group of its own; one is taken out; groups are put in one."""
+    model, optimizer, tracker, take_step = in_loop(method, groups=2)
+    take_step()
+    moved = optimizer.param_groups[1]["params"].pop(0)
+    optimizer.add_param_group({"params": [moved], "lr": 0.7})
+    (x, y), validation = data("gpt"), data("gpt", 4, 2)
+    name = next(n for n, p in model.named_parameters() if p is moved)
+    expected = oracle_values(model, lambda n, g: (0.7 if n == name else 0.1) * g, (x, y), validation)
+    close(take_step().values, expected)
+    first, *others = optimizer.param_groups
+    first["params"] += [p for group in others for p in group["params"]]
+    del optimizer.param_groups[1:]
+    expected = oracle_values(model, lambda n, g: 0.1 * g, (x, y), validation)
+    close(take_step().values, expected)
+    first["params"] = [p for p in first["params"] if p is not moved]
+    with pytest.raises(inrun.InRunError, match=rf"1 are not any more: {re.escape(name)}\. .* track again"):
+        take_step()
+    moved.requires_grad_(False)
+    take_step()
+    assert tracker.steps == 4
+
+
+def test_parameters_that_others_took_the_place_of_are_named():
+    model, _, _, take_step = in_loop()
+    take_step()
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.raises(inrun.InRunError, match=r"are not any more: tokens\.weight.*load_state_dict\(assign=True\)"):
+        take_step()
+    model, _, _, take_step = in_loop()
+    take_step()
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[0].up)
+    with pytest.raises(inrun.InRunError, match=r"1 are not any more: blocks\.0\.up\.weight.*a parametrization"):
+        take_step()
+
+
+@pytest.mark.parametrize("change", [{"momentum": 0.5}, {"dampening": 0.9}, {"nesterov": True}])
+def test_options_that_the_scores_are_made_with_are_set_before_the_block(change):
+    model, optimizer, tracker, take_step = in_loop(optimizer=functools.partial(torch.optim.SGD, momentum=0.9), groups=2)
+    take_step()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(inrun.InRunError, match=r"the options the step began with, .*'momentum': 0\.9.* before the"):
+        take_step(lambda: optimizer.param_groups[1].update(change))
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    optimizer.zero_grad()
+    take_step()
+    assert tracker.steps == 2
+
+
+def test_a_step_that_fails_after_its_update_is_counted():
+    model, _, tracker, take_step = in_loop()
+    take_step()
+    with pytest.raises(ZeroDivisionError), tracker.step(range(B)):
+        loss_of(model, *data("gpt")).backward()
+        tracker.optimizers[0].step()
+        1 / 0  # noqa: B018
+    model.zero_grad()
+    assert tracker.steps == 2
+    assert take_step().number == 2
+    assert tracker.ledger.rows()["step"].unique().to_pylist() == [0, 2]
+    with pytest.raises(ZeroDivisionError), tracker.step(range(B)):
+        1 / 0  # noqa: B018
+    assert tracker.steps == 3
+
+
+def test_a_tracker_is_not_closed_within_a_step():
+    _, _, tracker, take_step = in_loop()
+    with pytest.raises(inrun.InRunError, match="close: expected outside of a step block"):
+        take_step(tracker.close)
+    tracker.close()
+    assert len(tracker.ledger) == 0
+
+
+@pytest.mark.parametrize("change", [lambda g: g.zero_(), lambda g: g.mul_(0.5), lambda g: g.copy_(2 * g)])
+def test_a_gradient_that_is_changed_alone_is_told_of_by_the_next_step(change):
+    """Of any parameter, though some are watched alone."""
+    names, later = [n for n, _ in make("gpt_tied").named_parameters()], 0
+    for name in names:
+        model, _, tracker, take_step = in_loop(check=False)
+        take_step(lambda model=model: nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+        gradient_of = functools.partial(getattr, model.get_parameter(name), "grad")
+        told = pytest.raises(inrun.InRunError, match="some of them and not others")
+        if name in tracker._watch._watched:
+            with told:
+                take_step(lambda of=gradient_of: change(of()))
+        else:
+            later += 1
+            take_step(lambda of=gradient_of: change(of()))
+            with told:
+                take_step(lambda of=gradient_of: change(of()))
+    assert 0 < later < len(names)
+
+
+class Twice(nn.Module):
+    """Its second output has other rows than there are samples, and is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.weight = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        self.seen = weakref.ref(h := self.inner(x))
+        return h @ self.weight, 2 * self.weight[:3]
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_no_activations_outlive_a_step(method):
+    """Nor those that its scores were made of, where the loop still holds its loss."""
+    torch.manual_seed(0)
+    twice, head, x = Twice(), nn.Linear(8, 1), torch.randn(B, 8)
+    model = nn.Sequential()
+    model.twice, model.head = twice, head
+    model.forward = lambda x: head(twice(x)[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(x[:2]).square().mean())
+    for _ in range(2):
+        with tracker.step(range(B)):
+            loss = model(x).square().mean()
+            seen = twice.seen
+            loss.backward()
+            kept = [weakref.ref(k.grads[0]) for k in tracker._method.keeper.kept] if method == "path" else []
+            optimizer.step()
+            optimizer.zero_grad()
+        gc.collect()
+        assert bool(kept) == (method == "path") and all(ref() is None for ref in kept)
+        del loss
+        gc.collect()
+        assert seen() is None

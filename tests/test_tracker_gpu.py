@@ -107,6 +107,7 @@ CASES = {
     "second": {"kind": SGD, "method": "second"},
     "secant": {"method": "secant", "block": True},
     "path": {"method": "path", "by": {"fused": True}},
+    "path, capturable": {"method": "path", "by": {"foreach": True, "capturable": True}, "schedule": True},
     "path, unknown": {"method": "path", "name": "unknown"},
     "path, loose": {"method": "path", "name": "loose"},
     "path, clipped": {"method": "path", "clip": 0.05},
@@ -133,14 +134,22 @@ CASES = {
     "float16": {"dtype": torch.float16},
     "float16, path": {"dtype": torch.float16, "method": "path"},
 }
-SIMULATED = ("unknown", "a rate on the device", "path, unknown", "documents", "pairs, on the host", "float16")
+SIMULATED = (
+    "unknown",
+    "a rate on the device",
+    "path, capturable",
+    "path, unknown",
+    "documents",
+    "pairs, on the host",
+    "float16",
+)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", list(CASES))
 def test_values_are_those_of_a_cpu(case):
     options = CASES[case]
-    on_cpu = {**options, "by": {}} if case == "capturable" else options
+    on_cpu = {**options, "by": {}} if case.endswith("capturable") else options
     expected, found = values("cpu", **on_cpu), values("cuda", **options)
     half = "dtype" in options or options.get("kind") == "muon"  # torch's Muon computes in bfloat16
     rtol = 5e-2 if half else 2e-3 if options.get("kind") == Lion else 1e-3
@@ -149,15 +158,18 @@ def test_values_are_those_of_a_cpu(case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "options", [{}, {"method": "secant"}, {"documents": True}], ids=["first", "secant", "documents"]
+    "options",
+    [{}, {"method": "secant"}, {"documents": True}, {"method": "secant", "name": "loose"}],
+    ids=["first", "secant", "documents", "loose"],
 )
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_scored_step_waits_for_nothing_of_a_gpu(fused, options):
     """Validation, forward, backward and update are queued."""
     step = DOCUMENTS if options.get("documents") else {}
-    model = make("gpt_tied").cuda()
+    name = options.get("name", "gpt_tied")
+    model = make(name).cuda()
     optimizer = AdamW(model.parameters(), lr=0.01, fused=fused)
-    (x, y), (val_x, val_y) = ([t.cuda() for t in data("gpt", size, size)] for size in (B, V))
+    (x, y), (val_x, val_y) = ([t.cuda() for t in data(name, size, size)] for size in (B, V))
     method = options.get("method", "first")
     tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, val_x, val_y), check=False)
     for asked in (False, False, True):
@@ -212,7 +224,7 @@ def test_on_a_simulated_gpu():
     command = [sys.executable, "-m", "pytest", "-p", "simulated_gpu", "-m", "gpu", "-p", "no:cacheprovider"]
     paths = os.pathsep.join([str(here), str(here.parent), str(here.parent / "kernels")])
     here_too = [f"test_values_are_those_of_a_cpu[{case}]" for case in SIMULATED]
-    cases = ("False-first", "True-secant", "True-documents")
+    cases = ("False-first", "True-secant", "True-documents", "False-loose")
     here_too += [f"test_a_scored_step_waits_for_nothing_of_a_gpu[{case}]" for case in cases]
     here_too += ["test_rates_on_a_gpu_are_not_waited_for[one on the device]"]
     run = subprocess.run(
