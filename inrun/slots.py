@@ -88,8 +88,9 @@ def components(slots: Sequence[Any]) -> list[list[Any]]:
     return found
 
 
-def trainable(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters that train. Asked once a step, so without the names that `model.parameters()` makes on its way."""
+def trainable(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Module]]:
+    """Parameters that train, and all modules. Asked once a step, so without the names that `model.parameters()` makes
+    on its way."""
     found, seen, modules = set(), set(), [model]
     while modules:
         module = modules.pop()
@@ -97,7 +98,7 @@ def trainable(model: nn.Module) -> set[nn.Parameter]:
             seen.add(module)
             modules += [child for child in module._modules.values() if child is not None]
             found.update([p for p in module._parameters.values() if p is not None and p.requires_grad])
-    return found
+    return found, seen
 
 
 def sibling(param: nn.Parameter, many: int | None) -> nn.Parameter:

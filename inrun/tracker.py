@@ -474,8 +474,9 @@ class Tracker:
         if self.in_batch and self.ranks.size > 1:
             raise InRunError(f"validation='batch': expected one process, got {self.ranks.size}; use validation blocks")
         self.ranks.settle()
-        self._find_places()
-        self._require_no_others(trainable(self.model))
+        training, modules = trainable(self.model)
+        self._find_places(modules)
+        self._require_no_others(training)
         if self._method.starts_with_validation:
             self.validations.run_due(self.steps)
             self.validations.require_fresh()
@@ -506,21 +507,22 @@ class Tracker:
             )
         self._unscored = unknown
 
-    def _find_places(self) -> None:
-        """Look up again which group of which optimizer each parameter is in: the loop may have changed that."""
+    def _find_places(self, modules: set[nn.Module]) -> None:
+        """Look up again which group of which optimizer each parameter is in: the loop may have changed that, or that
+        it is its module's, of these of the model."""
         where, gone = places(self.optimizers), []
         for slot in self.slots:
             param = slot.owner._parameters.get(slot.local)
-            if id(param) in where:
+            if id(param) in where and slot.owner in modules:
                 slot.optimizer, slot.group = where[id(param)]
             elif param is None or param.requires_grad or slot.group >= len(slot.optimizer.param_groups):
                 gone.append(slot.name)
         if gone:
             raise InRunError(
-                f"optimizer: expected every parameter that was tracked in its groups, {len(gone)} are not any more: "
-                f"{few(gone)}. One that is to stay as it is keeps its place and has requires_grad_(False); where the "
-                "model has others in their place (load_state_dict(assign=True), a parametrization), or the optimizer "
-                "is a new one, close the tracker and track again"
+                f"optimizer: expected every parameter that was tracked in its groups, and in the model where it was, "
+                f"{len(gone)} are not any more: {few(gone)}. One that is to stay as it is keeps its place and has "
+                "requires_grad_(False); where the model has others in their place (load_state_dict(assign=True), a "
+                "parametrization, a layer that was exchanged), close the tracker and track again"
             )
 
     def batch(self, step: Step, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:

@@ -1683,6 +1683,13 @@ def test_parameters_that_others_took_the_place_of_are_named():
     torch.nn.utils.parametrizations.weight_norm(model.blocks[0].up)
     with pytest.raises(inrun.InRunError, match=r"1 are not any more: blocks\.0\.up\.weight.*a parametrization"):
         take_step()
+    model, _, _, take_step = in_loop()
+    take_step()
+    other = nn.LayerNorm(model.norm.normalized_shape)
+    other.weight, other.bias = model.norm.weight, model.norm.bias
+    model.norm = other
+    with pytest.raises(inrun.InRunError, match=r"2 are not any more: norm\.weight, norm\.bias.*that was exchanged"):
+        take_step()
 
 
 @pytest.mark.parametrize("change", [{"momentum": 0.5}, {"dampening": 0.9}, {"nesterov": True}])
