@@ -1784,3 +1784,20 @@ def test_no_activations_outlive_a_step(method):
         del loss
         gc.collect()
         assert seen() is None
+
+
+def test_layers_that_a_compiled_model_leaves_its_graph_for_are_not_compiled_one_by_one(caplog):
+    """Of one function that would be more times than Dynamo cares to compile it."""
+    torch._dynamo.reset()
+    model, (x, y), validation = make("gpt_tied"), data("gpt"), data("gpt", 4, 2)
+    optimizer, run = torch.optim.SGD(model.parameters(), lr=0.1), torch.compile(model, backend="eager")
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(run, *validation))
+    expected = oracle_values(model, lambda n, g: 0.1 * g, (x, y), validation)
+    torch._dynamo.utils.counters.clear()
+    with caplog.at_level("WARNING", logger="torch._dynamo"), tracker.step(range(B)) as step:
+        loss_of(run, x, y).backward()
+        optimizer.step()
+    close(step.values, expected)
+    frames = torch._dynamo.utils.counters["frames"]
+    assert 0 < frames["total"] < len(tracker.taps), frames
+    assert "recompile_limit" not in caplog.text
