@@ -61,6 +61,7 @@ class Ranks:
         self._model, self._alike = model, alike
         self._groups: list[Any] = [model.process_group if isinstance(model, DistributedDataParallel) else None]
         self.sharded = False
+        self.are_aside = False  # whether gradients are, so that those that come are no step's
 
     @property
     def size(self) -> int:
@@ -194,9 +195,11 @@ class Ranks:
         copies = [None if g is None or self.size == 1 or self.sharded else g.clone() for _, g in before]
         for p, _ in before:
             p.grad = None
+        outer, self.are_aside = self.are_aside, True
         try:
             yield
         finally:
+            self.are_aside = outer
             for (p, grad), copy in zip(before, copies, strict=True):
                 p.grad = grad
                 if copy is not None and grad is not None:

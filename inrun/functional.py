@@ -50,6 +50,7 @@ from .probing import (
     flat,
     ids_by_sample,
     placed,
+    require_probe,
     rows,
     shifted,
     written_out_backward,
@@ -80,7 +81,8 @@ def linear(
         `[B, ..., O]`, in the dtype torch (and autocast) would give.
 
     Raises:
-        ValueError: the leading dimension of `x` is neither the probe's number of samples nor 1.
+        ValueError: the leading dimension of `x` is neither the probe's number of samples nor 1; the probe has another
+            number of documents or directions.
 
     Example:
         >>> probe = torch.zeros(len(x), requires_grad=True)
@@ -89,6 +91,9 @@ def linear(
     """
     if probe is None or directions is None:
         return F.linear(x, weight, bias)
+    require_probe(probe, segments, (directions[0], 2), (directions[1], 1))
+    if segments is not None and x.dim() < 3:
+        raise ValueError(f"x: expected [B, T, ..., I] with segments, got {tuple(x.shape)}")
     (x,) = autocast(placed(x, probe, segments))
     return apply(_Linear, x, weight, bias, *directions, probe, segments)
 
@@ -137,6 +142,9 @@ def embedding(
     """
     if probe is None or direction is None:
         return F.embedding(ids, weight, padding_idx)
+    require_probe(probe, segments, (direction, 2))
+    if direction.shape[-2:] != weight.shape:
+        raise ValueError(f"direction: expected {tuple(weight.shape)}, as the weight, got {tuple(direction.shape)}")
     ids = ids_by_sample(ids, probe.shape[0]) if segments is None else ids
     return apply(_Embedding, ids, weight, direction, probe, segments, padding_idx)
 
@@ -154,6 +162,7 @@ def bias(
     """
     if probe is None or direction is None:
         return x + bias
+    require_probe(probe, segments, (direction, bias.dim()))
     return apply(_Bias, placed(x, probe, segments), bias, direction, probe, segments)
 
 
@@ -175,9 +184,10 @@ class _Linear(torch.autograd.Function):
     def written_out(x, weight, bias, direction, bias_direction, probe, segments):
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if direction is not None:
-            y = y + shifted(probe, lambda d: F.linear(x, d), direction, weight.dim(), segments)
+            along = shifted(probe, lambda d: F.linear(x.to(d.dtype), d), direction, weight.dim(), segments)
+            y = y + along.to(y.dtype)
         if bias_direction is not None:
-            y = y + shifted(probe, lambda d: d.expand(y.shape), bias_direction, 1, segments)
+            y = y + shifted(probe, lambda d: d.expand(y.shape), bias_direction, 1, segments).to(y.dtype)
         return y
 
     @staticmethod
@@ -192,7 +202,8 @@ class _Linear(torch.autograd.Function):
         grad_x = grad @ cast if need_x else None
         bias_dtype = None if bias is None else bias.dtype
         if direction is not None and need_weight and (bias is None or (need_bias and bias_direction is not None)):
-            found = ops.layer_wgrad_dot(acts, grads, direction, bias_direction, segments, weight.dtype)
+            wide = weight.dtype if weight.dtype is acts.dtype else torch.float32
+            found = ops.layer_wgrad_dot(acts, grads, direction, bias_direction, segments, wide)
             if found is not None:
                 grad_weight, grad_bias, dots = found
                 grad_weight = grad_weight if grad_weight.dtype is weight.dtype else grad_weight.to(weight.dtype)
@@ -240,7 +251,7 @@ class _Embedding(torch.autograd.Function):
         if need_weight:
             grad_weight = torch.ops.aten.embedding_dense_backward(grad, ids, weight.shape[0], pad, False)
         if need_probe:
-            tokens, pad_row = ids.reshape(ids.shape[0], -1), None if pad < 0 else pad
+            tokens, pad_row = ids.flatten(1) if ids.dim() > 1 else ids.unsqueeze(1), None if pad < 0 else pad
             segments = by_row(segments, ids, tokens)
             dots = embedding_dot(tokens, rows(grad, 1), direction, segments=segments, padding_idx=pad_row)
         return None, grad_weight, None, added(dots, None, probe), None, None

@@ -100,11 +100,11 @@ class Inline:
             dots = [{tap: probe.grad for tap, probe in probes.items()} for probes in self.probes]
             along = [s.direction for s in tracker.slots]
             tracker.check(dots, along, factor, unscale)
-        if (now := options(tracker.optimizers)) != self._options:
-            before = next(was for was, group in zip(self._options, now, strict=False) if was != group)
+        now = options(tracker.optimizers)
+        if changed := [was for was, group in zip(self._options, now, strict=False) if was != group]:
             raise InRunError(
-                f"optimizer: expected the options the step began with, {before}, which the scores of its backward are "
-                "made with; got others. Set them before the step block"
+                f"optimizer: expected the options the step began with, {changed[0]}, which the scores of its backward "
+                "are made with; got others. Set them before the step block"
             )
         change = lr_change(self._lr, learning_rates(tracker.optimizers), tracker.validations.pending)
         return factor * (change.to(factor) if isinstance(change, Tensor) else change)
@@ -151,8 +151,12 @@ def learning_rates(optimizers: Iterable[Optimizer]) -> list[Any]:
 
 def options(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
     """Of each group, the numbers beside its learning rate that its directions are made of."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    return [{k: v for k in MADE_OF if not isinstance(v := group.get(k), Tensor)} for group in groups]
+    found = []
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        found.append({k: v for k in MADE_OF if not isinstance(v := group.get(k), Tensor)})
+        if group.get("momentum") is not None and not group["nesterov"]:
+            found[-1]["momentum"] = bool(group["momentum"])  # by how much counts in steps to come
+    return found
 
 
 def lr_change(before: Sequence[Any], now: Sequence[Any], pending: Pending) -> float | Tensor:

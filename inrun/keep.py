@@ -9,8 +9,6 @@ too (`pairwise.py`).
 from __future__ import annotations
 
 import contextlib
-import functools
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +23,6 @@ from . import forward_mode, probing
 from .distributed import gathered
 from .errors import InRunError
 from .factors import Factors
-from .layers import Rule
 from .restoring import (
     buffers_kept,
     in_modes,
@@ -152,8 +149,6 @@ class Keeper:
         With `held`, another keeper's samples follow in the same tensors: they are kept there, and the weights they
         meet take no gradient from them.
         """
-        if "torch._dynamo" in sys.modules:
-            _keep_out_of_layers()
         self.layouts.append(layout)
         self.held = held
         for tap in self.taps:
@@ -386,16 +381,6 @@ class Keeper:
         """Run the module with the weights its step began with."""
         places = [(owner, name) for owner in module.modules() for name in owner._parameters]
         return replaced([(*place, self._weights[place]) for place in places if place in self._weights])
-
-
-@functools.cache
-def _keep_out_of_layers() -> None:
-    """A compiled model leaves its graph at each layer that is kept. Dynamo would then compile the few lines of each,
-    for every kind of layer and input, until it gives up."""
-    dynamo: Any = torch._dynamo.eval_frame
-    with contextlib.suppress(AttributeError):  # of another torch
-        alone = dynamo.FrameExecStrategy(dynamo.FrameAction.SKIP, dynamo.FrameAction.SKIP)
-        dynamo.set_code_exec_strategy(Rule.forward.__code__, alone)
 
 
 def _placed(module: Any, x: Tensor, layout: Layout) -> Tensor:

@@ -18,6 +18,7 @@ from .probing import (
     flat,
     output_dots,
     placed,
+    require_probe,
     rows,
     shifted,
     written_out_backward,
@@ -41,6 +42,7 @@ def layer_norm(
     shape = tuple(normalized_shape)
     if probe is None or directions is None or weight is None:
         return F.layer_norm(x, shape, weight, bias, eps)
+    require_probe(probe, segments, (directions[0], weight.dim()), (directions[1], weight.dim()))
     x = placed(x, probe, segments)
     if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:  # the cast autocast makes
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
@@ -63,6 +65,7 @@ def rms_norm(
     shape = list(normalized_shape)
     if probe is None or direction is None or weight is None or list(weight.shape) != shape:
         return F.rms_norm(x, shape, weight, eps)  # of another shape, an error
+    require_probe(probe, segments, (direction, weight.dim()))
     return apply(_RMSNorm, placed(x, probe, segments), weight, direction, probe, segments, eps)
 
 
@@ -79,6 +82,7 @@ def affine(
     Args, returns and errors as in `linear`; `normed` is `[B, ..., *weight.shape]`, and weight, bias and their
     directions are of one shape (or `[M, *shape]`).
     """
+    require_probe(probe, segments, (directions[0], weight.dim()), (directions[1], weight.dim()))
     return apply(_Affine, placed(normed, probe, segments), weight, bias, *directions, probe, segments)
 
 

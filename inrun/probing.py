@@ -27,7 +27,11 @@ def attach(out: Tensor, tangents: Tensor, probe: Tensor, segments: Tensor | None
 
     Returns:
         `out` itself, with the dots added to its backward.
+
+    Raises:
+        ValueError: the probe has another number of documents or directions.
     """
+    require_probe(probe, segments, (tangents, out.dim()))
     return apply(_Attach, out, tangents, probe, segments)
 
 
@@ -94,6 +98,24 @@ def placed(x: Tensor, probe: Tensor, segments: Tensor | None) -> Tensor:
     return by_sample(x, probe.shape[0]) if segments is None else x
 
 
+def require_probe(probe: Tensor, segments: Tensor | None, *directions: tuple[Tensor | None, int]) -> None:
+    """Raise `ValueError` unless the probe has an entry for each document and direction: autograd would add dots up to
+    its shape.
+
+    Args:
+        directions: each one, and the dimensions of what it is the direction of.
+    """
+    for direction, dims in directions:
+        if direction is not None and probe.shape[1:] != direction.shape[: max(0, direction.dim() - dims)]:
+            wanted = f"[B, {len(direction)}], as there are {len(direction)} directions" if direction.dim() > dims else (
+                "[B], as there is one direction")  # fmt: skip
+            raise ValueError(f"probe: expected {wanted}; got {tuple(probe.shape)}")
+    if segments is not None and len(probe) != len(segments) - 1:
+        raise ValueError(
+            f"probe: expected an entry for each of {len(segments) - 1} documents, got {tuple(probe.shape)}"
+        )
+
+
 def by_row(segments: Tensor | None, x: Tensor, x_rows: Tensor) -> Tensor | None:
     """Offsets into the tokens of `x [B, T, ..., I]` as offsets into its rows `[B, T * ..., I]`."""
     if segments is None or x_rows.shape[1] == x.shape[1]:
@@ -104,10 +126,11 @@ def by_row(segments: Tensor | None, x: Tensor, x_rows: Tensor) -> Tensor | None:
 def output_dots(grad: Tensor, tangents: Tensor, segments: Tensor | None) -> Tensor:
     """`<grad, tangents>` of each row of two `[B, ...]` tensors, or of each document of two `[B, T, ...]`."""
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    if segments is None:
-        return (grad * tangents).reshape(len(grad), -1).sum(1, dtype=dtype)
-    grads, shifts = (x.reshape(*x.shape[:2], -1) for x in (grad, tangents))
-    return norm_dot(shifts.to(grads.dtype), grads, grads.new_ones(grads.shape[2]), segments=segments)
+    if segments is None:  # products of half precision would overflow
+        products = grad.to(dtype) * tangents
+        return products.sum(tuple(range(1, products.dim()))) if products.dim() > 1 else products
+    grads, shifts = ((x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)).to(dtype) for x in (grad, tangents))
+    return norm_dot(shifts, grads, grads.new_ones(grads.shape[2]), segments=segments)
 
 
 def ids_by_sample(ids: Tensor, batch: int) -> Tensor:

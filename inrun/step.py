@@ -125,7 +125,7 @@ class Step:
         return self._values
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._tracker.end(self, error)
+        self._tracker.end(self, error, failed=kind is not None)
         if kind is None:
             self._tracker.finish(self)
 

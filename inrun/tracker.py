@@ -475,6 +475,8 @@ class Tracker:
             raise InRunError(f"validation='batch': expected one process, got {self.ranks.size}; use validation blocks")
         self.ranks.settle()
         training, modules = trainable(self.model)
+        if any(slot.owner not in modules for slot in self.slots):
+            self._require_no_others(training)  # those of the layer in its place
         self._find_places(modules)
         self._require_no_others(training)
         if self._method.starts_with_validation:
@@ -590,11 +592,11 @@ class Tracker:
         certain = check.efficiency(self.slots, dots, along, factor, unscale, self.ranks, self.first_check)
         self.agenda.made_at(self.steps, certain, [s.name for s in self.slots if s.param.requires_grad])
 
-    def end(self, step: Step, error: BaseException | None = None) -> None:
+    def end(self, step: Step, error: BaseException | None = None, failed: bool = False) -> None:
         """The block is over, whatever ended it; a validation gradient has served it even if an exception did."""
         if isinstance(error, Exception) and step.factor is None and self.ranks.size == 1:  # the update has not begun
             self._rows.explain(error)
-        if error is not None and step.factor is not None:
+        if failed and step.factor is not None:
             self.steps = step.number + 1  # its update has begun: a step without values
         self._step = None
         self._watch.active = False

@@ -71,6 +71,8 @@ class Watch:
     def _require_kept(self, slot: Any, _: Tensor) -> None:
         """Raise `InRunError` where a gradient that comes finds that of the step's last backward gone, or one that an
         update has taken already."""
+        if not self.active and slot.grad is None and not self._ranks.are_aside:  # cleared, and another loss's comes
+            self._to_clear = [other for other in self._to_clear if other is not slot.optimizer]
         if not self.active or self._has_begun(slot):
             return
         if slot.name in self._raw and slot.grad is None:

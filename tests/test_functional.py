@@ -437,3 +437,96 @@ def test_a_convolutions_bias_is_summed_in_float32(many):
     convolution(x, weight, bias, (None, direction), probe, geometry).backward(grad)
     expected = grad.double().sum(2) @ direction.double().mT if many else grad.double().sum(2) @ direction.double()
     torch.testing.assert_close(probe.grad.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e3])
+@pytest.mark.parametrize("segments", [None, torch.tensor([0, 4, 8])])
+def test_directions_of_half_precision_layers_may_be_small_or_large(scale, segments):
+    g = torch.Generator().manual_seed(0)
+    x, grad, tangents = (torch.randn(2, 4, 8, generator=g) for _ in range(3))
+    weight, direction = torch.ones(8, requires_grad=True), scale * torch.randn(8, generator=g)
+    probe = torch.zeros(2, requires_grad=True)
+    half = IF.layer_norm(x.half(), (8,), weight, weight, 1e-5, (direction, direction), probe, segments)
+    half.backward(grad.half())
+    along = F.layer_norm(x.half().double(), (8,)) * direction + direction
+    torch.testing.assert_close(probe.grad.double(), (grad.half() * along).sum((1, 2)), rtol=2e-3, atol=2e-3 * scale)
+    out, probe = torch.zeros(2, 4, 8, dtype=torch.half, requires_grad=True), torch.zeros(2, requires_grad=True)
+    IF.attach(out, scale * tangents, probe, segments).backward(grad.half())
+    expected = (grad.half().double() * (scale * tangents)).sum((1, 2))
+    torch.testing.assert_close(probe.grad.double(), expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_attach_adds_products_up_in_float32():
+    for size in (1e-4, 1e3):
+        out, probe = torch.zeros(2, 8, dtype=torch.half, requires_grad=True), torch.zeros(2, requires_grad=True)
+        half = torch.full_like(out, size).detach()
+        IF.attach(out, half, probe).backward(half)
+        torch.testing.assert_close(probe.grad, 8 * half[0, 0].float().square().expand(2))
+
+
+def test_a_probe_has_an_entry_for_each_direction_and_document():
+    x, w, d = torch.randn(3, 4, 8), torch.randn(5, 8), torch.randn(5, 8)
+    probe, three, table = torch.zeros(3, requires_grad=True), torch.randn(3, 8), torch.randn(9, 8)
+    of_three = r"probe: expected \[B, 3\], as there are 3 directions; got \(3,\)"
+    with pytest.raises(ValueError, match=of_three):
+        IF.linear(x, w, None, (torch.stack([d, d, d]), None), probe)
+    with pytest.raises(ValueError, match=of_three):
+        IF.layer_norm(x, (8,), x[0, 0], None, 1e-5, (three, None), probe)
+    with pytest.raises(ValueError, match=of_three):
+        IF.rms_norm(x, (8,), x[0, 0], None, three, probe)
+    with pytest.raises(ValueError, match=of_three):
+        IF.bias(x, x[0, 0], three, probe)
+    with pytest.raises(ValueError, match=of_three):
+        IF.attach(x, torch.stack([x, x, x]), probe)
+    with pytest.raises(ValueError, match=r"expected \[B\], as there is one direction; got \(3, 2\)"):
+        IF.linear(x, w, None, (d, None), torch.zeros(3, 2, requires_grad=True))
+    with pytest.raises(ValueError, match=r"for each of 2 documents, got \(3,\)"):
+        IF.linear(x, w, None, (d, None), probe, torch.tensor([0, 5, 12]))
+    with pytest.raises(ValueError, match=r"direction: expected \(5, 8\), as the weight, got \(9, 8\)"):
+        IF.embedding(torch.zeros(3, 2, dtype=torch.int64), d, table, probe)
+    with pytest.raises(ValueError, match=r"expected \[B, T, ..., I\] with segments"):
+        IF.linear(x[0], w, None, (d, None), probe, torch.tensor([0, 1, 2, 4]))
+
+
+def test_nothing_to_score_has_no_dots():
+    """Of a batch of no samples, and documents of no tokens."""
+    w, table = torch.ones(8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    for rows, segments, count in ((0, None, 0), (0, torch.tensor([0, 0]), 1), (2, None, 2)):
+        for layer in (
+            lambda x, p, s: IF.layer_norm(x, (8,), w, w, 1e-5, (w.detach(), w.detach()), p, s),
+            lambda x, p, s: IF.attach(x.clone().requires_grad_(), x, p, s),
+            lambda x, p, s: IF.embedding(x[..., 0].long(), table, table.detach(), p, None, s),
+        ):
+            probe = torch.zeros(count, requires_grad=True)
+            layer(torch.zeros(rows, 3 if rows == 0 else 0, 8), probe, segments).sum().backward()
+            assert torch.equal(probe.grad, torch.zeros(count))
+
+
+@pytest.mark.parametrize(("size", "of_grads"), [(1e-3, 1e5), (1e3, 1e-8)])
+def test_a_half_precision_weight_under_another_autocast(size, of_grads):
+    g = torch.Generator().manual_seed(0)
+    x, grad = (
+        size * torch.randn(16, 2, 1024, generator=g),
+        (of_grads * torch.randn(16, 2, 1024, generator=g)).bfloat16(),
+    )
+    found = []
+    for scored in (True, False):
+        weight = torch.zeros(1024, 1024, dtype=torch.float16, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            directions = torch.zeros(1024, 1024), None
+            probe = torch.zeros(16, requires_grad=True) if scored else None
+            IF.linear(x, weight, None, directions, probe).backward(grad)
+        found.append(weight.grad.double())
+    torch.testing.assert_close(*found, rtol=2e-2, atol=1e-2 * found[1].abs().max().item())
+
+
+def test_a_second_derivative_where_autocast_ran_the_layer():
+    x, w, d = torch.randn(2, 3, 8), torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+    found = []
+    for again in (False, True):
+        probe = torch.zeros(2, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = IF.linear(x, w, None, (d, None), probe).float().square().sum()
+        found.append(torch.autograd.grad(loss, probe, create_graph=again)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2 * float(found[0].detach().abs().max()))

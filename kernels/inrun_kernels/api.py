@@ -144,6 +144,8 @@ def linear_wgrad_dot(
     Example:
         >>> weight_grad, bias_grad, dots = linear_wgrad_dot(acts, grads, val_grad, bias_val_grad)
     """
+    if bias_val_grad is None:
+        raise TypeError("bias_val_grad: expected a torch.Tensor, received None; without a bias: ghost_wgrad_dot")
     if (found := _short(acts, grads, val_grad, bias_val_grad, segments, form, grad_dtype, backend)) is not None:
         return found
     _check_linear(acts, grads, val_grad, segments, False, backend)

@@ -6,7 +6,7 @@ tensors. `api.py` holds the public functions. Derivatives are plain torch ops, h
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -236,13 +236,27 @@ def _fake_dots(x: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: 
     return x.new_empty((*groups, val_grad.shape[0]), dtype=accumulate_dtype(x))
 
 
-ghost_dot.register_autograd(derivatives.ghost_dot, setup_context=derivatives.save_ghost_dot)
-ghost_wgrad_dot.register_autograd(derivatives.ghost_wgrad_dot, setup_context=derivatives.save_ghost_wgrad_dot)
-ghost_square.register_autograd(derivatives.ghost_square, setup_context=derivatives.save_ghost_square)
-ghost_dot_pairwise.register_autograd(derivatives.pairwise, setup_context=derivatives.save_pairwise)
-embedding_dot.register_autograd(derivatives.embedding_dot, setup_context=derivatives.save_embedding_dot)
-row_dot.register_autograd(derivatives.row_dot, setup_context=derivatives.save_row_dot)
-row_wgrad_dot.register_autograd(derivatives.row_wgrad_dot, setup_context=derivatives.save_row_wgrad_dot)
+def _outside_autocast(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """A derivative in the dtypes that it is written in, wherever it is asked for."""
+
+    def run(ctx: Any, *grads: Tensor | None) -> tuple:
+        device = next(x.device.type for x in ctx.saved_tensors if x is not None)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grads)
+
+    return run
+
+
+for _op, _save, _backward in (
+    (ghost_dot, derivatives.save_ghost_dot, derivatives.ghost_dot),
+    (ghost_wgrad_dot, derivatives.save_ghost_wgrad_dot, derivatives.ghost_wgrad_dot),
+    (ghost_square, derivatives.save_ghost_square, derivatives.ghost_square),
+    (ghost_dot_pairwise, derivatives.save_pairwise, derivatives.pairwise),
+    (embedding_dot, derivatives.save_embedding_dot, derivatives.embedding_dot),
+    (row_dot, derivatives.save_row_dot, derivatives.row_dot),
+    (row_wgrad_dot, derivatives.save_row_wgrad_dot, derivatives.row_wgrad_dot),
+):
+    _op.register_autograd(_outside_autocast(_backward), setup_context=_save)
 
 
 def launch_context(x: Tensor) -> AbstractContextManager[None]:

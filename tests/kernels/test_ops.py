@@ -229,3 +229,15 @@ def test_the_triton_backend_is_never_replaced_in_silence(monkeypatch):
     with pytest.raises(RuntimeError, match="expected triton to be installed"):
         k.ghost_dot(acts, grads, matrix, backend="triton")
     assert k.ghost_dot(acts, grads, matrix).item() == 24
+
+
+def test_derivatives_under_autocast_are_those_without():
+    g = torch.Generator().manual_seed(0)
+    acts, grads, val_grad = (torch.randn(*shape, generator=g) for shape in ((2, 3, 8), (2, 3, 5), (5, 8)))
+    found = []
+    for enabled in (False, True):
+        a = acts.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            dots = k.ghost_dot(a, grads, val_grad).sum() + k.ghost_square(a, grads)[1].sum()
+            found.append(torch.autograd.grad(dots, a)[0])
+    assert torch.equal(*found)
