@@ -321,10 +321,7 @@ class Deferred:
             for part in directions.parts(like[0]):
                 factor = directions.coefficient(slot, like, part)
                 for slice_ in slot.slices:
-                    if isinstance(factor, Tensor):
-                        slice_[part].copy_(factor, non_blocking=True)
-                    else:
-                        slice_[part] = factor
+                    slice_[part] = factor
             if self.pairs is not None and (not isinstance(factor, Tensor) or factor.dim() == 0):
                 self.pairs.scalars[id(slot)] = factor
 

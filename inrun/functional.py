@@ -136,7 +136,8 @@ def embedding(
         `[B, ..., I]` in the dtype of `weight`.
 
     Raises:
-        ValueError: the leading dimension of `ids` is neither the number of samples nor 1.
+        ValueError: the leading dimension of `ids` is neither the number of samples nor 1; a direction of another shape,
+            or a probe of another number of documents or directions.
         RuntimeError: `ids` is `0, 1, ..., B-1`, or of four or more another run of numbers, which could be positions or
             one id for each sample.
     """

@@ -126,7 +126,7 @@ class Keeper:
 
     def __init__(self, taps: Sequence[Tap], budget: Budget, weights_move: bool) -> None:
         self.taps, self.budget, self.weights_move = taps, budget, weights_move
-        self._hooks = []
+        self._hooks: list[Any] = []  # on the nodes of the batches' graphs
         self.reset()
         budget.keepers.add(self)
 
@@ -141,7 +141,7 @@ class Keeper:
         self._weights: dict[tuple[Any, str], Tensor] = {}  # by the module that holds them, and their name there
         for hook in self._hooks:  # a loss that the user holds on to holds the nodes of its graph
             hook.remove()
-        self._hooks: list[Any] = []
+        self._hooks.clear()
 
     def begin_batch(self, layout: Layout, held: Keeper | None = None) -> None:
         """The layers run from now on see a batch that lies so, and are kept.

@@ -475,9 +475,7 @@ class Tracker:
             raise InRunError(f"validation='batch': expected one process, got {self.ranks.size}; use validation blocks")
         self.ranks.settle()
         training, modules = trainable(self.model)
-        if any(slot.owner not in modules for slot in self.slots):
-            self._require_no_others(training)  # those of the layer in its place
-        self._find_places(modules)
+        self._find_places(training, modules)
         self._require_no_others(training)
         if self._method.starts_with_validation:
             self.validations.run_due(self.steps)
@@ -509,9 +507,9 @@ class Tracker:
             )
         self._unscored = unknown
 
-    def _find_places(self, modules: set[nn.Module]) -> None:
-        """Look up again which group of which optimizer each parameter is in: the loop may have changed that, or that
-        it is its module's, of these of the model."""
+    def _find_places(self, training: set[nn.Parameter], modules: set[nn.Module]) -> None:
+        """Look up again which group of which optimizer each parameter is in: the loop may have changed that, or the
+        model, whose parameters that train and modules are given."""
         where, gone = places(self.optimizers), []
         for slot in self.slots:
             param = slot.owner._parameters.get(slot.local)
@@ -520,6 +518,8 @@ class Tracker:
             elif param is None or param.requires_grad or slot.group >= len(slot.optimizer.param_groups):
                 gone.append(slot.name)
         if gone:
+            if any(slot.owner not in modules for slot in self.slots):
+                self._require_no_others(training)  # those of a layer in the place of one
             raise InRunError(
                 f"optimizer: expected every parameter that was tracked in its groups, and in the model where it was, "
                 f"{len(gone)} are not any more: {few(gone)}. One that is to stay as it is keeps its place and has "

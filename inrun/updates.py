@@ -185,8 +185,8 @@ def _reshaped(slot: Any, change: Callable[[Tensor], Tensor]) -> Any:
     )
 
 
-def _on_a_device(group: dict[str, Any]) -> bool:
-    """Whether rates are tensors, which `foreach` takes of a capturable optimizer alone."""
+def _has_tensor_rates(group: dict[str, Any]) -> bool:
+    """Whether the learning rate or betas are tensors, which `foreach` takes of a capturable optimizer alone."""
     return any(isinstance(rate, Tensor) for rate in (group.get("lr"), *group.get("betas", ())))
 
 
@@ -200,7 +200,7 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
         {
             **group,
             **{k: v for k, v in plain.items() if k in group},
-            **({"foreach": False} if _on_a_device(group) else {}),
+            **({"foreach": False} if _has_tensor_rates(group) else {}),
             "params": [p for p, _, number in held if number == i],
         }
         for i, group in enumerate(optimizer.param_groups)

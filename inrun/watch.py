@@ -39,7 +39,7 @@ class Watch:
         self._reached: dict[str, Any] = {}  # slots, since the step or its last update began
         self._due: dict[str, Any] = {}  # slots whose gradients an update to come is to take
         self._begun: list[Optimizer] = []  # of the step, whose updates have
-        self._to_clear: list[Optimizer] = []  # of earlier steps, whose gradients none has come to since
+        self._to_clear: set[int] = set()  # `id` of optimizers of earlier steps, to whose gradients none has come since
         self._factor = torch.ones(())  # of the first
         self._slots = []
         groups: dict[Any, list[Any]] = {}
@@ -72,7 +72,7 @@ class Watch:
         """Raise `InRunError` where a gradient that comes finds that of the step's last backward gone, or one that an
         update has taken already."""
         if not self.active and slot.grad is None and not self._ranks.are_aside:  # cleared, and another loss's comes
-            self._to_clear = [other for other in self._to_clear if other is not slot.optimizer]
+            self._to_clear.discard(id(slot.optimizer))
         if not self.active or self._has_begun(slot):
             return
         if slot.name in self._raw and slot.grad is None:
@@ -80,8 +80,8 @@ class Watch:
                 f"{slot.name}: expected the gradient of the step's last backward when the next one adds to it, got "
                 "none; call optimizer.zero_grad() before the step's first backward or after optimizer.step()"
             )
-        if any(slot.optimizer is other for other in self._to_clear):
-            self._to_clear = [other for other in self._to_clear if other is not slot.optimizer]
+        if id(slot.optimizer) in self._to_clear:
+            self._to_clear.discard(id(slot.optimizer))
             if slot.grad is not None:  # zeros, or forgotten: of all the optimizer's, and one tells
                 message = (
                     f"{slot.name}: expected no gradient, or zeros, when the step's first backward adds to it, got that "
@@ -104,7 +104,7 @@ class Watch:
         self._raw.clear()
         self._reached.clear()
         self._due.clear()
-        self._to_clear = [*(o for o in self._to_clear if o not in self._begun), *self._begun]
+        self._to_clear.update(map(id, self._begun))
         self._begun, self.active = [], True
 
     def updated(self, optimizer: Optimizer) -> None:

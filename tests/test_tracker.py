@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import warnings
 import weakref
 from types import SimpleNamespace
@@ -1815,3 +1816,21 @@ def test_no_activations_outlive_a_step(method):
         del loss
         gc.collect()
         assert seen() is None
+
+
+def test_validation_gradients_are_no_memory_of_a_captured_graph(monkeypatch):
+    """Whose next run writes over what its last one made; torch's module is there once something was captured."""
+    name = "torch._inductor.cudagraph_trees"
+    for captured in (False, True):
+        model, held, made = make("gpt_tied"), data("gpt", 4, 2), []
+        if captured:
+            monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+        else:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        with tracker.validation():
+            loss_of(model, *held).backward()
+            made = [p.grad.data_ptr() for p in model.parameters()]
+        kept = [g.data_ptr() for g in tracker.validations.gradients["validation"]]
+        assert set(kept).isdisjoint(made) == captured
+        tracker.close()

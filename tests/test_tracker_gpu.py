@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -216,6 +217,30 @@ def test_rates_on_a_gpu_are_not_waited_for(kinds):
         raised((1, 2), within=True)
 
 
+class LookedUp(nn.Module):
+    """Takes rows `first` and on of a table of 20 positions."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.positions, self.head, self.first = nn.Embedding(20, 8), nn.Linear(8, 8), first
+
+    def forward(self, x):
+        table = self.positions(torch.arange(20, device=x.device))
+        return self.head(x + table[torch.arange(x.shape[1], device=x.device) + self.first])
+
+
+@pytest.mark.gpu
+def test_an_index_that_is_tried_is_not_the_end_of_a_gpu():
+    """The table has a row for each sample while a step is scored, of which there are fewer: no kernel may see it."""
+    x = torch.randn(B, T, 8, device="cuda")
+    model = LookedUp(10).cuda()
+    tracker = inrun.track(model, SGD(model.parameters(), lr=0.1), validation=lambda: model(x).square().mean())
+    with pytest.raises(inrun.InRunError, match="added to the batch") as told, tracker.step(range(B)):
+        model(x).square().mean().backward()
+    assert re.search(f"indices below {B}, got 10 to", str(told.value.__cause__))
+    assert torch.ones(2, device="cuda").sum().item() == 2
+
+
 @pytest.mark.skipif(torch.version.cuda or torch.version.hip, reason="needs torch's CPU build")
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
 def test_on_a_simulated_gpu():
@@ -227,6 +252,7 @@ def test_on_a_simulated_gpu():
     cases = ("False-first", "True-secant", "True-documents", "False-loose")
     here_too += [f"test_a_scored_step_waits_for_nothing_of_a_gpu[{case}]" for case in cases]
     here_too += ["test_rates_on_a_gpu_are_not_waited_for[one on the device]"]
+    here_too += ["test_an_index_that_is_tried_is_not_the_end_of_a_gpu"]
     run = subprocess.run(
         [*command, *(f"{here / 'test_tracker_gpu.py'}::{test}" for test in here_too), str(here / "test_ledger.py")],
         env={**os.environ, "PYTHONPATH": paths},

@@ -240,8 +240,7 @@ def _outside_autocast(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """A derivative in the dtypes that it is written in, wherever it is asked for."""
 
     def run(ctx: Any, *grads: Tensor | None) -> tuple:
-        device = next(x.device.type for x in ctx.saved_tensors if x is not None)
-        with torch.autocast(device, enabled=False):
+        with launch_context(next(x for x in ctx.saved_tensors if x is not None)):
             return backward(ctx, *grads)
 
     return run

@@ -241,3 +241,21 @@ def test_derivatives_under_autocast_are_those_without():
             dots = k.ghost_dot(a, grads, val_grad).sum() + k.ghost_square(a, grads)[1].sum()
             found.append(torch.autograd.grad(dots, a)[0])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("sizes", [(1e8, 1e-23), (1e25, 1e-25), (1e20, 1e-5), (1e-5, 1e22)])
+def test_squares_are_of_gradients_not_of_factors(sizes, tokens):
+    """Whose squares may have no float32."""
+    acts, grads = (torch.full((2, tokens, width), size) for width, size in zip((3, 1), sizes, strict=True))
+    acts[:, 1:] = 0
+    squares, norms = k.ghost_square(acts, grads)
+    exact = (sizes[0] * sizes[1]) ** 2
+    torch.testing.assert_close(squares.double() / exact, torch.full((1, 3), 2.0).double(), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(norms.double() / exact, torch.full((2,), 3.0).double(), rtol=1e-5, atol=0.0)
+
+
+def test_a_bias_product_without_a_bias_is_told_so():
+    acts, grads, val_grad = torch.ones(2, 3, 8), torch.ones(2, 3, 5), torch.ones(5, 8)
+    with pytest.raises(TypeError, match=r"bias_val_grad: expected .*, received None; without a bias: ghost_wgrad_dot"):
+        k.linear_wgrad_dot(acts, grads, val_grad, None)
