@@ -105,8 +105,7 @@ class AffineRule(Rule):
 
     def _directions(self: Any, normed: Tensor) -> tuple[Tensor | None, Tensor | None]:
         affine: Affine = self._inrun.form
-        pair = [along(self, name) if name else None for name in (affine.weight, affine.bias)]
-        weight, bias = (None if d is None else d.to(torch.promote_types(d.dtype, normed.dtype)) for d in pair)
+        weight, bias = (along(self, name, normed.dtype) if name else None for name in (affine.weight, affine.bias))
         return weight, bias
 
 

@@ -289,11 +289,11 @@ class LayerNormRule(Rule):
         return len(self.normalized_shape)
 
     def probed(self, x, probe, segments):
-        both = (along(self, "weight"), along(self, "bias"))
+        both = (along(self, "weight", x.dtype), along(self, "bias", x.dtype))
         return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, both, probe, segments)
 
     def dots(self, x, grad, segments):
-        both = (along(self, "weight"), along(self, "bias"))
+        both = (along(self, "weight", x.dtype), along(self, "bias", x.dtype))
         return affine_dots(self._normed(x), grad, self.feature_dims(), *both, segments)
 
     def gradient_factors(self, x, grad):
@@ -305,7 +305,7 @@ class LayerNormRule(Rule):
 
 class RMSNormRule(LayerNormRule):
     def probed(self, x, probe, segments):
-        shape, direction = self.normalized_shape, along(self, "weight")
+        shape, direction = self.normalized_shape, along(self, "weight", x.dtype)
         return functional.rms_norm(x, shape, self.weight, self.eps, direction, probe, segments)
 
     def _normed(self, x):

@@ -67,9 +67,7 @@ class ProjectionRule(LinearRule):
         return self._inrun.form.factors(self, x)
 
     def directions(self: Any, dtype):
-        pair = along(self, "weight"), along(self, "bias")
-        weight, bias = (None if d is None else d.to(torch.promote_types(d.dtype, dtype)) for d in pair)
-        return weight, bias
+        return along(self, "weight", dtype), along(self, "bias", dtype)
 
 
 def recognise(module: nn.Module) -> Projection | None:

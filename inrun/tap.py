@@ -129,13 +129,14 @@ class Layout:
             )
 
 
-def along(module: Any, name: str) -> Any:
-    """The direction of a module's parameter, its shape or of M targets `[M, *shape]`; None where it has none, or is
-    frozen now."""
+def along(module: Any, name: str, dtype: torch.dtype | None = None) -> Any:
+    """The direction of a module's parameter, its shape or of M targets `[M, *shape]`, and in this dtype if that is
+    wider; None where it has none, or is frozen now."""
     direction = module._siblings.get(name + SUFFIX)
     if direction is None or not (param := module._parameters[name]).requires_grad:
         return None
-    return targets_first(direction, param)
+    direction = targets_first(direction, param)
+    return direction if dtype is None else direction.to(torch.promote_types(direction.dtype, dtype))
 
 
 def targets_first(direction: Tensor, param: Tensor) -> Tensor:

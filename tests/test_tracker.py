@@ -1834,3 +1834,25 @@ def test_validation_gradients_are_no_memory_of_a_captured_graph(monkeypatch):
         kept = [g.data_ptr() for g in tracker.validations.gradients["validation"]]
         assert set(kept).isdisjoint(made) == captured
         tracker.close()
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_norm_of_half_precision_takes_inputs_in_float32(method):
+    def values(dtype):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.RMSNorm(WIDTH), nn.Linear(WIDTH, VOCAB))
+        model[1].weight.data.copy_(torch.rand(WIDTH).bfloat16())
+        model[1].to(dtype)
+        optimizer = torch.optim.SGD([model[1].weight], lr=1.0)
+        tracker = inrun.track(model, optimizer, method, exclude=["0.*", "2.*"])
+        x, y = torch.randn(2, 4, WIDTH), torch.randint(VOCAB, (2, 4))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch has no kernel for both at once
+            with tracker.validation():
+                F.cross_entropy(model(x[0]), y[0]).backward()
+            with tracker.step(range(4)) as step:
+                F.cross_entropy(model(x[1]), y[1]).backward()
+                optimizer.step()
+        return step.values
+
+    close(values(torch.bfloat16), values(torch.float32).double(), rtol=2e-2)
