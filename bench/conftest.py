@@ -4,12 +4,16 @@
     python -m pytest bench --save-results               # to bench/results/, which is committed
     python -m pytest bench --benchmark-disable          # the correctness gate alone, nothing is timed
     python -m pytest bench -k "kernels and T32"
+    python -m pytest bench --dtype bfloat16             # the kernels in it, on a CPU
 
 On a machine that others use as well, OMP_NUM_THREADS=1 gives figures that can be trusted: of several threads every
 operation waits for the slowest. `load` in the rows says how busy it was.
 """
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from bench import table
 from bench.measure import Machine, Row
@@ -19,6 +23,8 @@ ROWS = pytest.StashKey[list[Row]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--save-results", action="store_true", help="write the bench's JSON to bench/results, to commit")
+    dtypes = ("float32", "bfloat16")
+    parser.addoption("--dtype", choices=dtypes, help="of the kernels' operands (default: float32, on a GPU bfloat16)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,8 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def machine() -> Machine:
-    return Machine()
+def machine(request: pytest.FixtureRequest) -> Machine:
+    name = request.config.getoption("--dtype")
+    return Machine(dtype=getattr(torch, name) if name else None)
 
 
 @pytest.fixture(scope="session")
@@ -46,14 +53,19 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Write what there is so far: a run may be cut short."""
     rows = item.config.stash[ROWS]
     if rows:
-        table.write(rows, bool(item.config.getoption("--save-results")))
+        _write(rows, item.config)
+
+
+def _write(rows: list[Row], config: pytest.Config) -> Path:
+    dtype = config.getoption("--dtype")
+    return table.write(rows, bool(config.getoption("--save-results")), f"-{dtype}" if dtype else "")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows = config.stash[ROWS]
     if not rows:
         return
-    path = table.write(rows, bool(config.getoption("--save-results")))
+    path = _write(rows, config)
     terminalreporter.write_line("")
     terminalreporter.write_line(table.as_text(rows))
     terminalreporter.write_line(

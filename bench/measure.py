@@ -50,9 +50,10 @@ class Machine:
     not count its waiting for a core that others use; several threads, and `wall`, by the wall clock.
     """
 
-    def __init__(self, wall: bool = False) -> None:
+    def __init__(self, wall: bool = False, dtype: torch.dtype | None = None) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        self.usual = torch.bfloat16 if self.on_gpu else torch.float32
+        self.dtype = dtype or self.usual
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
         self.clock, self._now = "wall", time.perf_counter
         if not self.on_gpu and torch.get_num_threads() == 1 and not wall:

@@ -246,7 +246,7 @@ def explain(
         acts, grads, val_grad = _arguments(product, args, 3)
         _check_linear(acts, grads, val_grad, segments, False, backend)
         triton = ops.use_triton(backend, acts, grads)
-        built = forms.several(acts, segments) and ops.use_native(backend, acts, grads, val_grad)
+        built = forms.for_c(acts, segments) and ops.use_native(backend, acts, grads, val_grad)
         return forms.of_wgrad_dot(acts, grads, _with_m(val_grad, 3), segments, triton, built)
     if product is ghost_dot_pairwise:
         acts, grads, val_acts, val_grads = _arguments(product, args, 4)

@@ -2,7 +2,7 @@
 
 "native" is the form "two" in C; where it runs, it takes the place of "two" and "prefix". Its contractions and sums are
 counted twice: their operands come from the cache, not from registers. Single tokens it contracts without a product of
-their own, at two thirds of a matrix product's rate.
+their own, at two thirds of a matrix product's rate. (In bfloat16 it may multiply at twice the rate, the others do not.)
 
     seconds = call + sample * S + flop * FLOPs + weight * (elements of weights passed over) + row * (elements of rows)
 
@@ -138,9 +138,10 @@ def of_cpu_sizes(native: bool, *sizes: int) -> Choice:
     return _wgrad_dot(cpu_vendor(), torch.get_num_threads(), native, *sizes)
 
 
-def several(acts: Tensor, segments: Tensor | None) -> bool:
-    """Whether there is more than one sample: of one, BLAS has the plain product, which is contracted once."""
-    return (acts.shape[0] if segments is None else segments.shape[0] - 1) > 1
+def for_c(acts: Tensor, segments: Tensor | None) -> bool:
+    """Whether the kernels in C are worth asking for: of one sample in float32, BLAS has the plain product, which is
+    contracted once."""
+    return acts.dtype == torch.bfloat16 or (acts.shape[0] if segments is None else segments.shape[0] - 1) > 1
 
 
 def of_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, backend: str | None) -> Choice:

@@ -250,7 +250,7 @@ def _product(
     held = _matrix(acts), _matrix(grads), _matrix(val_grad), _matrix(bias_val_grad)
     fields = array("q", [field for _, *fields in held for field in fields])
     bias_at = 0 if bias is None else bias.data_ptr()
-    fields.extend((bias_at, ends.data_ptr(), samples, inputs, outputs, many[0] if many else 1, *[0] * 6))
+    fields.extend((bias_at, ends.data_ptr(), samples, inputs, outputs, many[0] if many else 1, *[0] * 7))
     return fields, grads.new_empty((samples, *many), dtype=torch.float32), (held, ends)
 
 

@@ -90,7 +90,7 @@ def ghost_wgrad_dot(
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
     with launch_context(acts):
         triton = use_triton(backend, acts, grads)
-        built = forms.several(acts, segments) and use_native(backend, acts, grads, val_grad, bias_val_grad)
+        built = forms.for_c(acts, segments) and use_native(backend, acts, grads, val_grad, bias_val_grad)
         form = form or forms.of_wgrad_dot(acts, grads, val_grad, segments, triton, built).form
         if triton and form != "direct":
             from inrun_kernels.wgrad_dot import launch_wgrad_dot
@@ -327,7 +327,7 @@ def layer_wgrad_dot(
 
         with launch_context(acts):
             return launch_layer(acts, grads, val_grad, bias_val_grad, grad_dtype)
-    if len(acts) < 2 or not unseen() or not native.runs(acts, grads, val_grad, bias_val_grad):
+    if not (forms.for_c(acts, None) and unseen() and native.runs(acts, grads, val_grad, bias_val_grad)):
         return None
     if not agree(acts, grads, val_grad, bias_val_grad):
         return None

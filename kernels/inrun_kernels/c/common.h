@@ -15,6 +15,11 @@ enum { LANES = 4, ROWS = 8, COLS = 2 };
 enum { LANES = 4, ROWS = 4, COLS = 2 };
 #endif
 enum { DEPTH = 128 }; /* rows added up at a time */
+#if defined(__AVX512BF16__) /* an instruction that multiplies and adds up pairs of bfloat16, twice as many at a time */
+enum { PAIRS = 1 };
+#else
+enum { PAIRS = 0 };
+#endif
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
 #define INLINE static inline __attribute__((always_inline))
@@ -34,6 +39,7 @@ typedef struct {
     int64_t samples, inputs, outputs, directions;
     int64_t slots, block_inputs, block_outputs, scratch; /* the plan; scratch: bytes of each slot, one for a thread */
     int64_t longest, depth; /* rows of a sample, and of a panel, at most */
+    int64_t pairs;          /* 1: operands are packed two rows to an element, both of bfloat16; else 0 */
 } product;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -15,6 +15,10 @@
    of a panel's rows at most, and of a dot the terms of one lane and strip, are summed in float32, the rest of a dot in
    float64.
 
+   Operands are widened to float32 as they are copied; where the processor adds up products of pairs of bfloat16 (at
+   twice the rate; numbers below 1.2e-38 count as zero), a sample's rows are copied two by two instead, unless all
+   samples are single rows.
+
    FLOPs: 2*N*I*O + (1 + 2*M)*S*I*O; of single rows 2*N*I*O*(1 + M).  Bytes: the operands once for each block that needs
    them, the directions and the total once. */
 #include <omp.h>
@@ -86,6 +90,31 @@ INLINE void strips(matrix x, int64_t row, int64_t column, int rows, int columns,
             }
 }
 
+typedef uint32_t __attribute__((may_alias)) word;
+
+/* Rows two by two: an element of a strip is a column of both. Beside the last of an odd number are zeros. */
+INLINE void pair_strips(matrix x, int64_t row, int64_t column, int rows, int columns, int width, int64_t strip,
+                        float *out)
+{
+    for (int low = 0; low < rows; low += AHEAD)
+        for (int c = 0; c < columns; c += width)
+            for (int r = low; r < rows && r < low + AHEAD; r += 2) {
+                word *to = (word *)(out + c / width * strip + r / 2 * width);
+                const uint16_t *first = (const uint16_t *)x.data + (row + r) * x.stride + column + c;
+                const uint16_t *second = first + x.stride;
+                int count = least(width, columns - c);
+                __builtin_prefetch(first + AHEAD * x.stride);
+                __builtin_prefetch(second + AHEAD * x.stride);
+                if (r + 1 == rows)
+                    for (int i = 0; i < count; i++) to[i] = first[i];
+                else if (count == width) /* of a length known to the compiler */
+                    for (int i = 0; i < width; i++) to[i] = first[i] | (word)second[i] << 16;
+                else
+                    for (int i = 0; i < count; i++) to[i] = first[i] | (word)second[i] << 16;
+                memset(to + count, 0, 4 * (width - count));
+            }
+}
+
 static void pack(matrix x, int64_t row, int64_t column, int rows, int columns, int width, int64_t strip, float *out)
 {
     if (width == ROWS)
@@ -96,16 +125,49 @@ static void pack(matrix x, int64_t row, int64_t column, int rows, int columns, i
                    : strips(x, row, column, rows, columns, WIDTH, strip, out, 0);
 }
 
+/* Where each of `count` samples begins in a strip, and the last ends: row by row, or pair by pair. */
+INLINE void lay_out(const product *p, const int64_t *ends, int64_t count, int64_t *lines)
+{
+    lines[0] = 0;
+    for (int64_t j = 0; j < count; j++) lines[j + 1] = lines[j] + ceil_div(ends[j + 1] - ends[j], 1 + p->pairs);
+}
+
+/* An operand's rows of `count` samples to strips, laid out like this. */
+static void pack_samples(const product *p, matrix x, const int64_t *ends, const int64_t *lines, int64_t count,
+                         int64_t column, int columns, int width, float *out)
+{
+    int64_t strip = width * lines[count];
+    if (!p->pairs) pack(x, ends[0], column, ends[count] - ends[0], columns, width, strip, out);
+    for (int64_t j = 0; j < count && p->pairs; j++) {
+        int64_t row = ends[j], rows = ends[j + 1] - row;
+        float *to = out + width * lines[j];
+        if (width == ROWS) pair_strips(x, row, column, rows, columns, ROWS, strip, to);
+        else pair_strips(x, row, column, rows, columns, WIDTH, strip, to);
+    }
+}
+
+/* sum + x * y, of pairs with both products. */
+INLINE vec added(vec sum, float x, vec y, int pairs)
+{
+#if defined(__AVX512BF16__)
+    if (pairs) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)y, (__m512bh)_mm512_set1_ps(x));
+#else
+    (void)pairs;
+#endif
+    return sum + x * y;
+}
+
 /* One tile of one sample. */
 INLINE void tile_of(const float *grads, const float *acts, int depth, const float *dirs, int64_t dir_stride,
-                    int64_t n_dirs, float *total, vec *dots, int squares)
+                    int64_t n_dirs, float *total, vec *dots, int squares, int pairs)
 {
     vec product[ROWS][COLS];
     UNROLL for (int r = 0; r < ROWS; r++)
         UNROLL for (int c = 0; c < COLS; c++) product[r][c] = (vec){0};
     for (int k = 0; k < depth; k++, grads += ROWS, acts += WIDTH)
         UNROLL for (int r = 0; r < ROWS; r++)
-            UNROLL for (int c = 0; c < COLS; c++) product[r][c] += grads[r] * ((const vec *)acts)[c];
+            UNROLL for (int c = 0; c < COLS; c++)
+                product[r][c] = added(product[r][c], grads[r], ((const vec *)acts)[c], pairs);
     if (squares) {
         vec sum[COLS] = {0};
         UNROLL for (int r = 0; r < ROWS; r++)
@@ -127,13 +189,25 @@ INLINE void tile_of(const float *grads, const float *acts, int depth, const floa
 static __attribute__((noinline)) void square_tile(const float *grads, const float *acts, int depth, float *total,
                                                   vec *dots)
 {
-    tile_of(grads, acts, depth, NULL, 0, 0, total, dots, 1);
+    tile_of(grads, acts, depth, NULL, 0, 0, total, dots, 1, 0);
+}
+
+static __attribute__((noinline)) void square_tile_of_pairs(const float *grads, const float *acts, int depth,
+                                                           float *total, vec *dots)
+{
+    tile_of(grads, acts, depth, NULL, 0, 0, total, dots, 1, 1);
 }
 
 static __attribute__((noinline)) void tile(const float *grads, const float *acts, int depth, const float *dirs,
                                            int64_t dir_stride, int64_t n_dirs, float *total, vec *dots)
 {
-    tile_of(grads, acts, depth, dirs, dir_stride, n_dirs, total, dots, 0);
+    tile_of(grads, acts, depth, dirs, dir_stride, n_dirs, total, dots, 0, 0);
+}
+
+static __attribute__((noinline)) void tile_of_pairs(const float *grads, const float *acts, int depth, const float *dirs,
+                                                    int64_t dir_stride, int64_t n_dirs, float *total, vec *dots)
+{
+    tile_of(grads, acts, depth, dirs, dir_stride, n_dirs, total, dots, 0, 1);
 }
 
 /* The rows of `count` samples with one direction's tile, held in registers. */
@@ -152,27 +226,39 @@ static __attribute__((noinline)) void contract(const float *grads, const float *
         }
 }
 
-/* One tile of `count` samples, whose rows are those of the strips. */
-static void samples_tile(const product *p, const float *grads, const float *acts, const int64_t *ends, int64_t count,
+/* One tile of `count` samples, laid out like this. */
+static void samples_tile(const product *p, const float *grads, const float *acts, const int64_t *lines, int64_t count,
                          const float *dirs, int64_t dir_stride, float *total, vec *dots)
 {
     int64_t n_dirs = p->directions;
     for (int64_t j = 0, next; j < count; j = next) {
         next = j + 1;
-        const float *g = grads + (ends[j] - ends[0]) * ROWS, *a = acts + (ends[j] - ends[0]) * WIDTH;
-        if (!p->dirs.data) square_tile(g, a, ends[next] - ends[j], total, dots + j);
-        else if (ends[next] - ends[j] > 1)
-            tile(g, a, ends[next] - ends[j], dirs, dir_stride, n_dirs, total, dots + j * n_dirs);
+        int64_t depth = lines[next] - lines[j];
+        const float *g = grads + lines[j] * ROWS, *a = acts + lines[j] * WIDTH;
+        if (!p->dirs.data) (p->pairs ? square_tile_of_pairs : square_tile)(g, a, depth, total, dots + j);
+        else if (p->pairs) tile_of_pairs(g, a, depth, dirs, dir_stride, n_dirs, total, dots + j * n_dirs);
+        else if (depth > 1) tile(g, a, depth, dirs, dir_stride, n_dirs, total, dots + j * n_dirs);
         else {
-            while (next < count && ends[next + 1] - ends[next] <= 1) next++;
-            tile(g, a, ends[next] - ends[j], NULL, 0, 0, total, NULL);
+            while (next < count && lines[next + 1] - lines[next] <= 1) next++;
+            tile(g, a, lines[next] - lines[j], NULL, 0, 0, total, NULL);
             for (int64_t m = 0; m < n_dirs; m++)
-                contract(g, a, ends + j, next - j, dirs + m * dir_stride, n_dirs, dots + j * n_dirs + m);
+                contract(g, a, lines + j, next - j, dirs + m * dir_stride, n_dirs, dots + j * n_dirs + m);
         }
     }
 }
 
-/* The bias's share of one sample: column sums of strips of `grads`, rows `low` to `high` of `depth`. */
+/* The sum of a pair. */
+INLINE float both(const float *pair)
+{
+    uint32_t bits, high;
+    memcpy(&bits, pair, 4);
+    float x, y;
+    high = bits & 0xffff0000u, bits <<= 16;
+    memcpy(&x, &bits, 4), memcpy(&y, &high, 4);
+    return x + y;
+}
+
+/* The bias's share of one sample: column sums of strips of `grads`, lines `low` to `high` of `depth`. */
 static void bias(const product *p, const float *grads, int depth, int low, int high, int64_t first, int outputs,
                  double *dots)
 {
@@ -180,7 +266,7 @@ static void bias(const product *p, const float *grads, int depth, int low, int h
         float sum[ROWS] = {0}, buffer[ROWS];
         const float *row = grads + (int64_t)o * depth;
         for (int k = low; k < high; k++)
-            for (int r = 0; r < ROWS; r++) sum[r] += row[k * ROWS + r];
+            for (int r = 0; r < ROWS; r++) sum[r] += p->pairs ? both(row + k * ROWS + r) : row[k * ROWS + r];
         int count = least(ROWS, outputs - o);
         for (int r = 0; r < count; r++) p->bias[first + o + r] += sum[r];
         for (int64_t m = 0; m < p->directions; m++) {
@@ -213,20 +299,22 @@ static void block(const product *p, int64_t first_output, int64_t first_input, f
         int64_t parts = ceil_div(ends[1] - ends[0], p->depth);
         for (count = 1; parts <= 1 && count < DEPTH && s + count < p->samples && ends[count + 1] - ends[0] <= p->depth;)
             count++;
-        int64_t rows = parts > 1 ? ceil_div(ends[1] - ends[0], parts) : ends[count] - ends[0];
+        int64_t rows = parts > 1 ? padded(ends[1] - ends[0], parts, 1 + p->pairs) : ends[count] - ends[0];
         for (int64_t row = ends[0]; row < ends[count]; row += rows) {
-            int depth = least(rows, ends[count] - row);
-            const int64_t part[2] = {row, row + depth}, *of = parts > 1 ? part : ends;
-            pack(p->grads, row, first_output, depth, outputs, ROWS, (int64_t)ROWS * depth, grads);
-            pack(p->acts, row, first_input, depth, inputs, WIDTH, (int64_t)WIDTH * depth, acts);
+            const int64_t part[2] = {row, least(row + rows, ends[count])}, *of = parts > 1 ? part : ends;
+            int64_t lines[DEPTH + 1];
+            lay_out(p, of, count, lines);
+            int64_t depth = lines[count];
+            pack_samples(p, p->grads, of, lines, count, first_output, outputs, ROWS, grads);
+            pack_samples(p, p->acts, of, lines, count, first_input, inputs, WIDTH, acts);
             for (int64_t j = 0; has_bias && j < count; j++)
-                bias(p, grads, depth, of[j] - row, of[j + 1] - row, first_output, outputs, dots + (s + j) * n_dirs);
+                bias(p, grads, depth, lines[j], lines[j + 1], first_output, outputs, dots + (s + j) * n_dirs);
             for (int i = 0; i < inputs; i += WIDTH) {
                 memset(lanes, 0, count * n_dirs * sizeof(vec));
                 for (int o = 0; o < outputs; o += ROWS) {
                     int64_t at = i / WIDTH * strip + o / ROWS * TILE;
-                    samples_tile(p, grads + (int64_t)o * depth, acts + (int64_t)i * depth, of, count, dirs + at, area,
-                                 sum + at, lanes);
+                    samples_tile(p, grads + o * depth, acts + i * depth, lines, count, dirs + at, area, sum + at,
+                                 lanes);
                 }
                 for (int64_t j = 0; j < count * n_dirs; j++)
                     for (int lane = 0; lane < LANES; lane++) dots[s * n_dirs + j] += lanes[j][lane];
@@ -254,17 +342,19 @@ static void small_block(const product *p, int64_t first_output, int64_t first_in
 {
     int outputs = least(p->block_outputs, p->outputs - first_output);
     int inputs = least(p->block_inputs, p->inputs - first_input);
-    int depth = p->ends[p->samples], squares = !p->dirs.data;
-    int64_t n_dirs = p->directions, stride = p->inputs, lines = 4 * WIDTH / 64;
+    int64_t n_dirs = p->directions, stride = p->inputs, lines[DEPTH + 1];
+    lay_out(p, p->ends, p->samples, lines);
+    int64_t depth = lines[p->samples], squares = !p->dirs.data;
     float *sum = scratch, *dirs = sum + TILE, *grads = dirs + n_dirs * TILE, *acts = grads + FEW * p->block_outputs;
     vec *lanes = (vec *)(acts + FEW * p->block_inputs);
-    if (held[0] != first_output) pack(p->grads, 0, first_output, depth, outputs, ROWS, (int64_t)ROWS * depth, grads);
-    if (held[1] != first_input) pack(p->acts, 0, first_input, depth, inputs, WIDTH, (int64_t)WIDTH * depth, acts);
+    if (held[0] != first_output)
+        pack_samples(p, p->grads, p->ends, lines, p->samples, first_output, outputs, ROWS, grads);
+    if (held[1] != first_input) pack_samples(p, p->acts, p->ends, lines, p->samples, first_input, inputs, WIDTH, acts);
     held[0] = first_output, held[1] = first_input;
     if (p->bias && !first_input) {
         memset(p->bias + first_output, 0, 4 * outputs);
         for (int64_t s = 0; s < p->samples; s++)
-            bias(p, grads, depth, p->ends[s], p->ends[s + 1], first_output, outputs, dots + s * n_dirs);
+            bias(p, grads, depth, lines[s], lines[s + 1], first_output, outputs, dots + s * n_dirs);
     }
     for (int i = 0; i < inputs; i += WIDTH) {
         int width = least(WIDTH, inputs - i);
@@ -273,7 +363,7 @@ static void small_block(const product *p, int64_t first_output, int64_t first_in
             int height = least(ROWS, outputs - o);
             float *to = total + (first_output + o) * stride + first_input + i;
             for (int r = 0; r < height; r++)
-                for (int line = 0; line < lines; line++) __builtin_prefetch(to + r * stride + 16 * line, 1);
+                for (int c = 0; c < WIDTH; c += 16) __builtin_prefetch(to + r * stride + c, 1);
             if (height < ROWS && !squares) memset(dirs, 0, 4 * n_dirs * TILE);
             for (int64_t m = 0; m < n_dirs && !squares; m++)
                 pack(p->dirs, m * p->outputs + first_output + o, first_input + i, height, width, WIDTH, TILE,
@@ -284,8 +374,7 @@ static void small_block(const product *p, int64_t first_output, int64_t first_in
             for (int64_t m = 0; m < n_dirs && column < p->inputs && !squares; m++)
                 for (int64_t r = next; r < least(next + ROWS, p->outputs); r++)
                     ask(p->dirs, m * p->outputs + r, column, WIDTH);
-            samples_tile(p, grads + (int64_t)o * depth, acts + (int64_t)i * depth, p->ends, p->samples, dirs, TILE, sum,
-                         lanes);
+            samples_tile(p, grads + o * depth, acts + i * depth, lines, p->samples, dirs, TILE, sum, lanes);
             for (int r = 0; r < height; r++)
                 if (width == WIDTH) memcpy(to + r * stride, sum + r * WIDTH, 4 * WIDTH);
                 else memcpy(to + r * stride, sum + r * WIDTH, 4 * width);
@@ -308,6 +397,7 @@ static int64_t plan(product *p, int threads)
     p->longest = 0;
     for (int64_t s = 0; s < p->samples; s++)
         if (p->ends[s + 1] - p->ends[s] > p->longest) p->longest = p->ends[s + 1] - p->ends[s];
+    p->pairs = PAIRS && p->longest > 1 && p->acts.bfloat16 && p->grads.bfloat16;
     p->depth = p->dirs.data || p->longest <= DEPTH ? DEPTH : ceil_div(p->longest, LANES) * LANES;
     int64_t operands = p->block_outputs + p->block_inputs, lanes = DEPTH * p->directions * LANES;
     if (is_small(p)) return scratch_of(p, (1 + p->directions) * TILE + FEW * operands + lanes);
