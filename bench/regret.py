@@ -82,7 +82,7 @@ def measure(cell: Row, machine: Machine) -> Row:
     if val is None:
         direction = draw(1, outputs, inputs)
         run = partial(torch_path.ghost_wgrad_dot, acts, grads, direction, None)
-        built = forms.several(acts, None) and native.runs(acts, grads, direction)
+        built = forms.for_c(acts, None) and native.runs(acts, grads, direction)
         choice = forms.of_wgrad_dot(acts, grads, direction, None, False, built)
         weight_grad = grads.flatten(0, 1).T.double() @ acts.flatten(0, 1).double()
     else:
