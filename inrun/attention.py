@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InRunError
-from .layers import Holder, LinearRule
+from .layers import Holder, LinearRule, Part
 from .tap import Tap, along, eagerly
 
 _ALL = "in_proj_weight"  # holds the projections of queries, keys and values, unless their widths differ
@@ -38,7 +38,7 @@ class AttentionRule(Holder):
         return out
 
 
-class _Projection(LinearRule):
+class _Projection(Part, LinearRule):
     """One of its projections, scored and kept as a linear layer is.
 
     Args:
@@ -50,7 +50,8 @@ class _Projection(LinearRule):
     may_fold = False
 
     def __init__(self, tap: Tap, module: Any, names: tuple[str, str], third: int | None = None) -> None:
-        self._inrun, self._parameters, self.parameters = tap, module._parameters, module.parameters
+        super().__init__(tap, module)
+        self._parameters = module._parameters
         self._siblings = vars(module).get("_siblings", {})  # of a projection that is frozen, there are none
         self.names, self.third = names, third
 

@@ -38,10 +38,11 @@ from torch.optim import SGD, Optimizer
 
 from . import directions, hessian
 from .coupled import KNOWN
-from .distributed import added, local
+from .distributed import local
 from .errors import InRunError
 from .inline import Inline
-from .keep import Budget, Keeper, Waiting
+from .keep import Budget, Keeper
+from .method import Options
 from .pairwise import Pairs
 from .path import Path
 from .restoring import in_modes, modes_of, random_kept, random_state, requiring, set_random_state
@@ -65,14 +66,14 @@ class Deferred:
     Args:
         tracker: whose step.
         name: one of `METHODS`; of `PAIRWISE`, where the tracker scores each validation sample.
-        waiting: where activations wait, and the update.
+        options: where activations wait, and the update.
     """
 
     standard_error = None
     scores_in_backward = False
 
-    def __init__(self, tracker: Tracker, name: str, waiting: Waiting) -> None:
-        keep, keep_bytes, update, clip = waiting
+    def __init__(self, tracker: Tracker, name: str, options: Options) -> None:
+        update, clip = options.update, options.clip
         pairwise = bool(tracker.samples)
         if pairwise and (name not in PAIRWISE or clip is not None):
             raise InRunError(
@@ -91,7 +92,7 @@ class Deferred:
             raise ValueError(f"validate_every: expected 1 with method {name!r}, got {tracker.validations.every}")
         self.tracker, self.name, self.update = tracker, name, update
         self.true_ends = by_callable and name in ("path_secant", "path_simpson") and not pairwise
-        self.budget = Budget(keep, keep_bytes)
+        self.budget = Budget(options.keep, options.keep_bytes)
         self.keeper = Keeper(tracker.taps, self.budget, weights_move=name != "second")
         self.pairs = Pairs(tracker, self.budget) if pairwise else None
         self._path = Path(tracker, update, clip)
@@ -348,15 +349,14 @@ class Deferred:
         """Validation gradients at w + u(0) and, for Simpson, in the middle; the weights are restored to the bit."""
         validations = self.tracker.validations
         device = self.tracker.slots[0].param.device
-        moved = self.tracker.ranks.total(added(u0.any() for u0, _ in moves.values()), device)
+        moved = self.tracker.ranks.total((u0.any() for u0, _ in moves.values()), device)
         for at in self._points:
             still = at == 0.0 and not moved
             if still and all(validations.is_of_these_weights(name) for name in validations.losses):
                 gradients = dict(validations.gradients)  # the last step's end is where this one starts
                 losses = dict(validations.last_losses)
             else:
-                gradients = self._moved_by((i, u0 + at * rest) for i, (u0, rest) in moves.items())
-                losses = dict(validations.last_losses)
+                losses, gradients = self._moved_by((i, u0 + at * rest) for i, (u0, rest) in moves.items())
             self._along.append(gradients)
             if at == 0.0:
                 self.drop = losses
@@ -366,15 +366,16 @@ class Deferred:
         """Validation gradients `at` a part of the way from w + u(0) to where the weights are now, w + u(g_B)."""
         validations = self.tracker.validations
         with validations.elsewhere():
-            gradients = self._moved_by((i, (at - 1) * rest) for i, rest in self._rest.items())
+            losses, gradients = self._moved_by((i, (at - 1) * rest) for i, rest in self._rest.items())
             if at == 0.0:
-                self.drop = dict(validations.last_losses)
+                self.drop = losses
         return gradients
 
-    def _moved_by(self, along: Iterable[tuple[int, Tensor]]) -> dict[str, Gradients]:
-        """Validation gradients where slots' weights are moved by so much, for as long as that takes."""
+    def _moved_by(self, along: Iterable[tuple[int, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Gradients]]:
+        """Validation losses and gradients where slots' weights are moved by so much, for as long as that takes."""
         with weights_moved(self.tracker.slots, self.tracker.ranks, along, {}), torch.enable_grad():
-            return {name: self.tracker.validations.here(name) for name in self.tracker.targets}
+            found = {name: self.tracker.validations.here(name) for name in self.tracker.targets}
+        return {name: loss for name, (loss, _) in found.items()}, {name: g for name, (_, g) in found.items()}
 
     @torch.no_grad()
     def _multiply_in(self) -> None:
@@ -396,11 +397,12 @@ class Deferred:
         ranks, losses = self.tracker.ranks, self.tracker.validations.last_losses
         noise = {name: 16 * torch.finfo(loss.dtype).eps * loss.double() for name, loss in losses.items()}
         drop = {name: self.drop[name].double() for name in start}
+        nothing = torch.zeros((), dtype=torch.float64, device=self.tracker.slots[0].param.device)
 
         def taken_off(gradients: Gradients) -> Tensor:
             pairs = [(g, rest) for i, rest in self._rest.items() if (g := gradients[i]) is not None]
-            parts = [(g * rest).sum(dtype=torch.float64) for g, rest in pairs]
-            return -ranks.over_shards(torch.stack([part.to(parts[0].device) for part in parts]).sum())
+            parts = [nothing, *((g * rest).sum(dtype=torch.float64).to(nothing.device) for g, rest in pairs)]
+            return -ranks.over_shards(torch.stack(parts).sum())
 
         def share(name: str, of: Tensor, instead: Tensor) -> Tensor:
             """How much of a difference gives the drop; none where rounding hides it."""

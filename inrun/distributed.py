@@ -128,9 +128,11 @@ class Ranks:
         """The sum over the shards of a parameter of what belongs to each shard."""
         return _reduce(tensor, self._groups[-1:]) if self.sharded else tensor
 
-    def total(self, part: float, device: torch.device) -> float:
-        """The sum over the shards of a number."""
-        return float(self.over_shards(torch.tensor(part, dtype=torch.float64, device=device))) if self.sharded else part
+    def total(self, numbers: Iterable[Tensor], device: torch.device) -> float:
+        """The sum of scalar tensors, over the shards too; a GPU is waited for once."""
+        found = [x.double().to(device) for x in numbers]
+        sum_here = torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64, device=device)
+        return float(self.over_shards(sum_here))
 
     def added(self, grad: Tensor) -> Tensor:
         """What the processes' gradients add up to, given this one's as the backward left it."""
@@ -148,7 +150,7 @@ class Ranks:
     def total_norm(self, tensors: Iterable[Tensor]) -> float:
         """The float64 norm of tensors, all their shards together; a GPU is waited for once."""
         squares = [x.square().sum() for x in tensors]  # one tensor at a time: they may be made on the way
-        return math.sqrt(self.total(added(squares), squares[0].device if squares else torch.device("cpu")))
+        return math.sqrt(self.total(squares, squares[0].device if squares else torch.device("cpu")))
 
     @torch.no_grad()
     def mean_gradients(self, grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
@@ -252,12 +254,6 @@ def _require_fully_sharded(slot: Any, mesh: Any) -> None:
             f"{' and along dimension 0, as of several targets' if several else ''}; got "
             f"{getattr(sibling, 'placements', 'a whole one')}. A shard_placement_fn must see to it"
         )
-
-
-def added(numbers: Iterable[Tensor]) -> float:
-    """The sum of scalar tensors, for which a GPU is waited for once."""
-    found = [x.double() for x in numbers]
-    return float(torch.stack([x.to(found[0].device) for x in found]).sum()) if found else 0.0
 
 
 def _reduce(tensor: Tensor, groups: Sequence[Any]) -> Tensor:

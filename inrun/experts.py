@@ -18,7 +18,7 @@ from inrun_kernels.grouped import by_groups, grouped_mm, grouped_wgrad
 
 from . import probing
 from .forward_mode import split_samples
-from .layers import Holder, Rule
+from .layers import Holder, Part
 from .tap import Layout, along, eagerly
 
 
@@ -44,7 +44,7 @@ class ExpertsRule(Holder):
         return x[order.argsort()].unflatten(0, (-1, many)).sum(1).to(hidden_states.dtype)
 
 
-class _Product(Rule):
+class _Product(Part):
     """One grouped product of a module of experts, scored and kept as a layer is.
 
     Args:
@@ -54,8 +54,8 @@ class _Product(Rule):
     """
 
     def __init__(self, module: Any, name: str, like: Tensor, tokens: Tensor, offsets: Tensor) -> None:
-        self._inrun, self.parameters = module._inrun, module.parameters
-        self.weight, self.name, self.module = module._parameters[name], name, module
+        super().__init__(module._inrun, module)
+        self.weight, self.name = module._parameters[name], name
         self.like, self.tokens, self.offsets = like, tokens, offsets
 
     @property

@@ -25,48 +25,49 @@ from .restoring import buffers_kept, buffers_of, random_kept, random_state, set_
 from .tap import Layout, Tap, along
 
 
-def forward_mode(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, uncaptured: bool = False) -> Any:
+def forward_mode(module: Any, args: tuple, kwargs: dict, uncaptured: bool = False) -> Any:
     """One ordinary forward that carries tangents beside it, then the dots attached to each output."""
     # Tangents do not cross a graph's edge: all of this function is captured in one, or, where this frame runs, nothing;
     # nor where there are several passes.
+    tap = module._inrun
     probe = tap.probe
     assert probe is not None
     if not uncaptured and (probe.dim() > 1 or tap.apart or not torch.compiler.is_compiling()):
         outside: Any = torch.compiler.disable(forward_mode)
-        return outside(module, tap, forward, args, kwargs, True)
+        return outside(module, args, kwargs, True)
     layout = tap.layout or Layout(probe.shape[0])
     if forward_ad._current_level >= 0:
         raise InRunError(f"{tap}: forward-mode scoring inside another forward-mode pass is not supported")
     single = probe.dim() == 1
-    more = [] if single else [tangents_only(module, tap, forward, args, kwargs, m) for m in range(1, probe.shape[1])]
+    more = [] if single else [tangents_only(module, args, kwargs, m) for m in range(1, probe.shape[1])]
     if uncaptured:
-        pairs, spec = _with_tangents(module, tap, forward, args, kwargs, None if single else 0)
+        pairs, spec = _with_tangents(module, args, kwargs, None if single else 0)
     else:  # here, since a frame with this block is captured whole, or runs once more and comes by above
         with dual(tap, None) as scale:
-            leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
+            leaves, spec = pytree.tree_flatten(_run(module, args, kwargs))
             pairs = [_unpacked(x, scale) for x in leaves]
     # Of several outputs one whose rows are not the samples' may be there unused.
-    errors = _errors(module, tap, pairs, layout) if uncaptured else {}
+    errors = _errors(module, pairs, layout) if uncaptured else {}
     outputs = []
     for i, (primal, tangent) in enumerate(pairs):
         if tangent is None or i in errors:
             outputs.append(primal if tangent is None else _without_gradient(primal, errors[i]))
             continue
-        tangents = [by_sample(module, tap, i, t, layout) for t in (tangent, *(t[i] for t in more))]
+        tangents = [by_sample(module, i, t, layout) for t in (tangent, *(t[i] for t in more))]
         scored = probing.attach(
-            by_sample(module, tap, i, primal, layout),
+            by_sample(module, i, primal, layout),
             tangents[0] if single else torch.stack(tangents), probe, layout.segments,
         )  # fmt: skip
         outputs.append(scored.flatten(0, 1) if tap.flat else scored.movedim(0, sample_axis(module, i)))
     return pytree.tree_unflatten(outputs, spec)
 
 
-def _errors(module: Any, tap: Tap, pairs: list[tuple[Any, Any]], layout: Layout) -> dict[int, InRunError]:
+def _errors(module: Any, pairs: list[tuple[Any, Any]], layout: Layout) -> dict[int, InRunError]:
     """Why outputs cannot be scored, by their number; raised where none can, or a recurrent layer's."""
     errors, scored = {}, [i for i, (_, tangent) in enumerate(pairs) if tangent is not None]
     for i in scored:
         try:
-            by_sample(module, tap, i, pairs[i][0], layout)
+            by_sample(module, i, pairs[i][0], layout)
         except InRunError as error:
             errors[i] = error.with_traceback(None)  # whose frames would hold the outputs that hold it
     if errors and (len(errors) == len(scored) or isinstance(module, nn.RNNBase)):
@@ -87,9 +88,10 @@ def _without_gradient(out: Tensor, error: InRunError) -> Tensor:
 
 
 def _with_tangents(
-    module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | None
+    module: Any, args: tuple, kwargs: dict, m: int | None
 ) -> tuple[list[tuple[Any, Tensor | None]], Any]:
     """The outputs, each with its tangent along direction m (None: the only one), and how they were nested."""
+    tap = module._inrun
     if not tap.apart:
         mode = (module.training, torch.is_grad_enabled())
         known = mode in tap.without
@@ -99,7 +101,7 @@ def _with_tangents(
         apart = begun is not None and autograd._top_saved_tensors_default_hooks(True) is not None
         try:
             with torch.no_grad() if apart else contextlib.nullcontext():
-                found = _stopping(tap, forward, args, kwargs, m)
+                found = _stopping(module, args, kwargs, m)
             tap.without.add(mode)
             if not apart:
                 return found
@@ -112,21 +114,21 @@ def _with_tangents(
             tap.apart = True
         assert begun is not None
         random, put_back, versions = begun
-        _require_unchanged(module, tap, args, kwargs, versions)
+        _require_unchanged(module, args, kwargs, versions)
         set_random_state(random)
         put_back()
         if not tap.apart:
-            return _stopping(tap, forward, args, kwargs, m)
+            return _stopping(module, args, kwargs, m)
     # What a checkpoint computes again in the backward would carry no tangents, and save other tensors than it had.
-    tangents = tangents_only(module, tap, forward, args, kwargs, m)
-    leaves, spec = pytree.tree_flatten(forward(*args, **kwargs))
+    tangents = tangents_only(module, args, kwargs, m)
+    leaves, spec = pytree.tree_flatten(module.plain(*args, **kwargs))
     return list(zip(leaves, tangents, strict=True)), spec
 
 
-def _stopping(tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | None) -> Any:
+def _stopping(module: Any, args: tuple, kwargs: dict, m: int | None) -> Any:
     """One forward that carries tangents, up to a checkpoint."""
-    with _checkpoints(_stop), dual(tap, m) as scale:
-        leaves, spec = pytree.tree_flatten(_run(tap, forward, args, kwargs))
+    with _checkpoints(_stop), dual(module._inrun, m) as scale:
+        leaves, spec = pytree.tree_flatten(_run(module, args, kwargs))
         return [_unpacked(x, scale) for x in leaves], spec
 
 
@@ -161,13 +163,13 @@ def _checkpoints(met: Callable[[], None]) -> Iterator[None]:
         module.CheckpointFunction, module._checkpoint_without_reentrant_generator = before
 
 
-def by_sample(module: Any, tap: Tap, leaf: int, out: Tensor, layout: Layout) -> Tensor:
+def by_sample(module: Any, leaf: int, out: Tensor, layout: Layout) -> Tensor:
     """A module's output with its sample axis in front, `[B, ...]`, and where tokens count, `[B, T, ...]`.
 
     Raises:
         InRunError: its rows are not the samples, or its tokens not theirs.
     """
-    axis = sample_axis(module, leaf)
+    tap, axis = module._inrun, sample_axis(module, leaf)
     packed = isinstance(module, nn.RNNBase) and leaf == 0 and out.dim() < 3  # or of one sequence, without a batch
     if tap.flat:
         out = split_samples(tap, out, layout.rows)
@@ -211,9 +213,10 @@ def sample_axis(module: Any, leaf: int) -> int:
     return int(tap is not None and tap.tokens_first)
 
 
-def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
+def _run(module: Any, args: tuple, kwargs: dict) -> Any:
+    tap = module._inrun
     try:
-        return forward(*args, **kwargs)
+        return module.plain(*args, **kwargs)
     except (NotImplementedError, RuntimeError) as error:
         if "forward AD" not in str(error) and "forward mode AD" not in str(error):
             raise
@@ -223,30 +226,31 @@ def _run(tap: Tap, forward: Callable, args: tuple, kwargs: dict) -> Any:
         ) from error
 
 
-def tangents_only(module: Any, tap: Tap, forward: Callable, args: tuple, kwargs: dict, m: int | None) -> list[Any]:
+def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list[Any]:
     """The outputs' tangents along direction m (None: the only one), or None of those without, leaving random state and
     buffers as they were."""
-    versions = versions_of(args, kwargs)
+    tap, versions = module._inrun, versions_of(args, kwargs)
 
     def run() -> list[Any]:
         plain = _checkpoints(lambda: None)
         # With a graph, which takes memory, only where what is under `no_grad` inside must be told from the rest.
         grad_mode = torch.set_grad_enabled(tap.sets_grad_mode)
-        muted = _others_muted(module, tap) if tap.apart else contextlib.nullcontext()
+        muted = _others_muted(module) if tap.apart else contextlib.nullcontext()
         with grad_mode, random_kept(), buffers_kept(module), muted, plain, dual(tap, m) as scale:
-            return [_unpacked(x, scale)[1] for x in pytree.tree_leaves(_run(tap, forward, args, kwargs))]
+            return [_unpacked(x, scale)[1] for x in pytree.tree_leaves(_run(module, args, kwargs))]
 
     told = tap.sets_grad_mode
     tangents = run()
     if tap.sets_grad_mode and not told:  # which this run has found
         tangents = run()
-    _require_unchanged(module, tap, args, kwargs, versions)
+    _require_unchanged(module, args, kwargs, versions)
     return tangents
 
 
 @contextlib.contextmanager
-def _others_muted(module: Any, tap: Tap) -> Iterator[None]:
+def _others_muted(module: Any) -> Iterator[None]:
     """Modules inside that forward-mode AD scores too run plainly: theirs is a pass of their own."""
+    tap = module._inrun
     inside = {getattr(each, "_inrun", tap) for each in module.modules()} - {tap}
     before = [(other, other.probe) for other in inside if other.forward_mode]
     for other, _ in before:
@@ -263,12 +267,12 @@ def versions_of(*inputs: Any) -> list[int]:
     return [x._version for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and not x.is_inference()]
 
 
-def _require_unchanged(module: Any, tap: Tap, args: tuple, kwargs: dict, versions: list[int]) -> None:
+def _require_unchanged(module: Any, args: tuple, kwargs: dict, versions: list[int]) -> None:
     if versions_of(args, kwargs) != versions:
         raise InRunError(
-            f"{tap} ({module._inrun_class.__name__}): expected a module that leaves its input as it "
+            f"{module._inrun} ({module._inrun_class.__name__}): expected a module that leaves its input as it "
             "is, since it is run on it more than once to score "
-            f"{few(tap.parameters, 20)}; got one that changes it in place. Let it work on a copy, "
+            f"{few(module._inrun.parameters, 20)}; got one that changes it in place. Let it work on a copy, "
             "exclude them, or take method 'first' with one target and no checkpoints inside, which runs it once"
         )
 

@@ -77,6 +77,6 @@ def _by_differences(tracker: Tracker, name: str, vector: list[Tensor], times: fl
     for sign in (1.0, -1.0):
         moves = ((i, sign * eps * v) for i, v in enumerate(vector))
         with weights_moved(slots, tracker.ranks, moves, {}), torch.enable_grad():
-            ends.append(tracker.validations.here(name))
+            ends.append(tracker.validations.here(name)[1])
     pairs = zip(ends[0], ends[1], strict=True)
     return [None if a is None or b is None else (a - b) / (2 * eps) for a, b in pairs]

@@ -12,7 +12,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,21 +70,6 @@ class Kept:
                 f"{self.module._inrun}: expected its input to stay as it was until the step is scored, "
                 "got one that was changed in place. Let it be changed in a copy, or take method 'first'"
             )
-
-
-class Waiting(NamedTuple):
-    """What a method that scores a step later is told (see `inrun.track`).
-
-    Attributes:
-        keep: where activations wait, "device" or "host"; keep_bytes: how much may wait.
-        update: a user's update rule, "elementwise", or None.
-        clip: the `max_norm` of the user's clipping by norm, or None.
-    """
-
-    keep: str
-    keep_bytes: int | None
-    update: Any
-    clip: float | None
 
 
 class Budget:
@@ -274,7 +259,7 @@ class Keeper:
         columns = []
         for m in [None] if many is None else range(many):
             with self._as_it_was(kept):
-                tangents = forward_mode.tangents_only(module, module._inrun, module.plain, args, kwargs, m)
+                tangents = forward_mode.tangents_only(module, args, kwargs, m)
             columns.append(self._contract(module, kept, tangents, device))
         return columns[0] if many is None else torch.stack(columns, 1)
 
@@ -315,12 +300,11 @@ class Keeper:
             x = moved(kept.x, device)
             x = x if ends is None else x.flatten(0, 1)
             dtype = next(iter(params.values())).dtype
-            whole = [kept.module] if isinstance(kept.module, torch.nn.Module) else []  # else a part of one
             for v in samples:
                 with (
                     _standing_in(module, params) as inputs,
                     in_modes(kept.modes),
-                    buffers_kept(*whole),
+                    buffers_kept(module),
                     torch.enable_grad(),
                 ):
                     one_x = of(x, v)
@@ -366,10 +350,7 @@ class Keeper:
             if tangent is None:
                 continue
             try:
-                here, along = (
-                    forward_mode.by_sample(module, module._inrun, leaf, x, layout)
-                    for x in (moved(grad, device), tangent)
-                )
+                here, along = (forward_mode.by_sample(module, leaf, x, layout) for x in (moved(grad, device), tangent))
             except InRunError:
                 if bool(tangent.any()):  # asked here alone, as a device would be waited for
                     raise

@@ -181,6 +181,19 @@ class Rule(Holder):
         return None
 
 
+class Part(Rule):
+    """A part of a module, scored and kept as a layer is."""
+
+    def __init__(self, tap: Tap, module: Any) -> None:
+        self._inrun, self.module, self.parameters = tap, module, module.parameters
+
+    def modules(self) -> tuple[()]:
+        """It has no modes and no buffers of its own."""
+        return ()
+
+    buffers = modules
+
+
 class LinearRule(Rule):
     weight: Tensor
     bias: Tensor | None
@@ -360,7 +373,7 @@ class RelativeBiasRule(Rule):
         return functional.attach(bias.expand(size, *bias.shape[1:]), tangents, tap.probe)
 
 
-class _RelativeBias(Rule):
+class _RelativeBias(Part):
     """One bias that an attention computes, `[1, ..., heads, Q, K]`, scored and kept as a layer is.
 
     Args:
@@ -368,8 +381,8 @@ class _RelativeBias(Rule):
     """
 
     def __init__(self, module: Any, args: tuple, kwargs: dict) -> None:
-        self._inrun, self.parameters = module._inrun, module.parameters
-        self.module, self.call = module, (args, kwargs)
+        super().__init__(module._inrun, module)
+        self.call = args, kwargs
 
     def plain(self, x):
         return x
@@ -416,7 +429,7 @@ class ForwardModeRule(Holder):
         tap = self._inrun
         if tap.keep is not None:
             return eagerly(tap.keep, self, self.plain, (args, kwargs))
-        return forward_mode(self, tap, self.plain, args, kwargs)
+        return forward_mode(self, args, kwargs)
 
     def _watched(self, args: tuple, kwargs: dict) -> Any:
         rows = self._inrun.rows

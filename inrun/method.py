@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .tap import Layout
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a method that scores a step later is told (see `inrun.track`).
+
+    Attributes:
+        keep: where activations wait, "device" or "host"; keep_bytes: how much may wait.
+        update: a user's update rule, "elementwise", or None.
+        clip: the `max_norm` of the user's clipping by norm, or None.
+    """
+
+    keep: str
+    keep_bytes: int | None
+    update: Any
+    clip: float | None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.update, str) and self.update != "elementwise":
+            raise ValueError(f"update: expected 'elementwise', a function or None, got {self.update!r}")
+        if self.keep not in ("device", "host"):
+            raise ValueError(f"keep: expected 'device' or 'host', got {self.keep!r}")
+        if self.clip is not None and not (isinstance(self.clip, int | float) and self.clip > 0):
+            raise ValueError(f"clip: expected a number above 0 or None, got {self.clip!r}")
 
 
 class Method(Protocol):

@@ -43,7 +43,8 @@ from torch.optim import Optimizer
 from . import quadratic, shapley
 from .coalitions import Coalitions, gray
 from .errors import InRunError
-from .keep import Budget, Keeper, Waiting
+from .keep import Budget, Keeper
+from .method import Options
 from .tap import Layout, size_of
 from .updates import (
     ELEMENTWISE,
@@ -67,14 +68,14 @@ class MonteCarlo:
 
     Args:
         tracker: whose step.
-        waiting: where activations wait, and the update.
+        options: where activations wait, and the update.
         permutations: orders that are sampled, even.
     """
 
     starts_with_validation = ends_with_validation = scores_in_backward = False
 
-    def __init__(self, tracker: Tracker, waiting: Waiting, permutations: int) -> None:
-        keep, keep_bytes, update, clip = waiting
+    def __init__(self, tracker: Tracker, options: Options, permutations: int) -> None:
+        update, clip = options.update, options.clip
         if not isinstance(permutations, int) or permutations < 2 or permutations % 2:
             raise ValueError(f"permutations: expected an even integer of at least 2, got {permutations!r}")
         if tracker.samples or not tracker.validations.losses:
@@ -84,7 +85,7 @@ class MonteCarlo:
             raise ValueError(f"validate_every: expected 1 with method 'monte_carlo', which takes the validation loss "
                              f"anew for every coalition, got {tracker.validations.every}")  # fmt: skip
         self.tracker, self.update, self.clip, self.permutations = tracker, update, clip, permutations
-        self.budget = Budget(keep, keep_bytes)
+        self.budget = Budget(options.keep, options.keep_bytes)
         self.keeper = Keeper(tracker.taps, self.budget, weights_move=False)  # back in place whenever a layer is scored
         self.release()
 

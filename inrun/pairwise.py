@@ -31,7 +31,7 @@ from . import probing
 from .errors import InRunError
 from .factors import Factors, gradients
 from .keep import Budget, Keeper, Kept, moved
-from .layers import LinearRule
+from .layers import LinearRule, Part
 from .restoring import without_autocast
 from .slots import components
 from .tap import Layout, targets_second, together
@@ -287,7 +287,7 @@ def _as_pairs(train: Keeper, members: Sequence[Any], ours: list[Kept], theirs: l
     if len(modules) != 1 or not once or any(id(slot) not in scalars for slot in members):
         return False
     (module,) = modules.values()
-    layer = isinstance(module, LinearRule) and isinstance(module, torch.nn.Module)  # no part of a module
+    layer = isinstance(module, LinearRule) and not isinstance(module, Part)
     return layer and all(layout.segments is None for layout in train.layouts)
 
 

@@ -26,7 +26,6 @@ from torch.optim import SGD
 from . import directions
 from .clipping import Clipping
 from .coupled import Coupled
-from .distributed import added
 from .errors import InRunError
 from .squares import Batches, squares
 from .turning import Beside, slopes, turns
@@ -157,7 +156,7 @@ class Path:
                 along.append((slope * self._units[i]).sum())
         taken_off = 0.0
         if self._log:  # sums over the processes, to which all of them come
-            taken_off = ranks.total(self._log * added(along), slices[0].device)
+            taken_off = self._log * ranks.total(along, slices[0].device)
         if self._beside is not None:
             surplus, by_size, by_unit = self._beside.along_gradients(gradients, ranks)
             self._earned.append((surplus, by_size))

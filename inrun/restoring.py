@@ -37,7 +37,7 @@ def random_kept() -> AbstractContextManager:
 
 def modes_of(module: Any) -> list[tuple[Any, bool]]:
     """A module and those inside it, and whether each is in training mode."""
-    return [(m, m.training) for m in module.modules()] if isinstance(module, nn.Module) else []
+    return [(m, m.training) for m in module.modules()]
 
 
 def in_modes(modes: Iterable[tuple[Any, bool]]) -> AbstractContextManager[None]:

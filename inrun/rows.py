@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from .distributed import Ranks
 from .errors import InRunError, few
 from .forward_mode import sample_axis
-from .layers import EmbeddingRule
+from .layers import EmbeddingRule, Part
 from .remedies import Shapes, as_code, remedies
 from .restoring import as_it_was, in_modes, modes_of
 from .shared import require_in_range
@@ -190,7 +190,7 @@ class Rows:
         """Outputs of a module's call with B rows, to which a gradient comes, are taken for `[B, ...]`; `verify` raises
         where they are not."""
         ours = self.note_call()
-        if not isinstance(module, nn.Module) or not (ours or self._call is None):
+        if isinstance(module, Part) or not (ours or self._call is None):
             return
         number = self._count(module._inrun, self._call) if ours else -1
         for leaf, y in enumerate(pytree.tree_leaves(outputs)):

@@ -60,7 +60,6 @@ class Step:
         self.number = tracker.steps
         self.ids: list[int | str] = []
         self.factor: Tensor | None = None  # of the dots; set when the (first) optimizer begins its update
-        self.updated: list[Any] = []  # optimizers whose step began
         self.uneven: Tensor | None = None  # whether there is no such factor
 
     def __enter__(self) -> Step:

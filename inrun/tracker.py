@@ -33,9 +33,8 @@ from .deferred import Deferred
 from .distributed import Ranks
 from .errors import InRunError, Pending, few
 from .inline import Inline
-from .keep import Waiting
 from .ledger import Ledger
-from .method import Method
+from .method import Method, Options
 from .montecarlo import MonteCarlo
 from .rows import Rows
 from .slots import Slot, places, require_all, sibling, trainable
@@ -130,10 +129,11 @@ def track(
         validate_every=validate_every,
         targets=targets,
         pairwise=pairwise,
-        plan=(exclude, through),
+        exclude=exclude,
+        through=through or {},
         ledger=ledger,
         checked=check,
-        waiting=Waiting(keep, keep_bytes, update, clip),
+        options=Options(keep, keep_bytes, update, clip),
         permutations=permutations,
     )
 
@@ -170,20 +170,15 @@ class Tracker:
         validate_every: int,
         targets: Sequence[str],
         pairwise: Any,
-        plan: tuple[Sequence[str], Mapping[str, str] | None],
+        exclude: Sequence[str],
+        through: Mapping[str, str],
         ledger: Ledger | str | Path | None,
         checked: bool,
-        waiting: Waiting,
+        options: Options,
         permutations: int,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        if isinstance(waiting.update, str) and waiting.update != "elementwise":
-            raise ValueError(f"update: expected 'elementwise', a function or None, got {waiting.update!r}")
-        if waiting.keep not in ("device", "host"):
-            raise ValueError(f"keep: expected 'device' or 'host', got {waiting.keep!r}")
-        if waiting.clip is not None and not (isinstance(waiting.clip, int | float) and waiting.clip > 0):
-            raise ValueError(f"clip: expected a number above 0 or None, got {waiting.clip!r}")
         if not isinstance(validate_every, int) or validate_every < 1:
             raise ValueError(f"validate_every: expected an integer of at least 1, got {validate_every!r}")
         self.in_batch = isinstance(validation, str) and validation == "batch"
@@ -208,22 +203,23 @@ class Tracker:
         self.slots: list[Slot] = []
         if any(isinstance(m, rules.Holder) for m in model.modules()):
             raise InRunError("model: is tracked already; close its tracker first")
-        planned = rules.plan(model, *plan)
+        planned = rules.plan(model, exclude, through)
         if self.samples or sampled:
             _require_one_by_one(planned, "method 'monte_carlo'" if sampled else "pairwise")
         if self.in_batch:
             _require_rules(planned)
         self._pending = Pending()
-        options = losses, self.targets, validate_every, self.ranks, self._pending
-        self.validations = Validation(model, self.slots, planned.excluded, *options)
+        self.validations = Validation(
+            model, self.slots, planned.excluded, losses, self.targets, validate_every, self.ranks, self._pending
+        )
         self._frozen = method in ("first", "secant")  # whether the optimizer's state is taken as frozen
         inline = method == "first" and not self.samples and not self.in_batch
         self._method: Method = (
             Inline(self)
             if inline
-            else MonteCarlo(self, waiting, permutations)
+            else MonteCarlo(self, options, permutations)
             if sampled
-            else Deferred(self, method, waiting)
+            else Deferred(self, method, options)
         )
         optimizers = as_optimizers(optimizer)
         if optimizers:
@@ -240,10 +236,8 @@ class Tracker:
         self._shared_due = checked  # whether outputs that samples share are still watched: until a batch has several
         self._largest = 0  # rows of this step's largest batch
         self._unscored: set[nn.Parameter] = set()  # excluded ones that train
-        self._watch = Watch(
-            (), self.ranks, self._pending, self._method.scores_in_backward
-        )  # until there are optimizers
-        self._rows = Rows(model, plan[1] or {}, not (self.samples or sampled), self.paused, self.ranks)
+        self._watch = Watch(self.ranks, self._pending, self._method.scores_in_backward)
+        self._rows = Rows(model, through, not (self.samples or sampled), self.paused, self.ranks)
         self._install(planned)
         self._step: Step | None = None
         self._waiting: Step | None = None  # a step that ended and whose values still wait for a validation gradient
@@ -339,7 +333,7 @@ class Tracker:
         self._handles = [each.register_step_pre_hook(self._before_update) for each in optimizers]
         if not self.ranks.sharded:
             rules.set_apart(self.model)
-        self._watch = Watch(self.slots, self.ranks, self._pending, self._method.scores_in_backward)
+        self._watch.watch(self.slots)
 
     def _require_supported(self, optimizers: Sequence[Optimizer]) -> None:
         for optimizer in optimizers:
@@ -551,9 +545,8 @@ class Tracker:
         step = self._step
         if step is None:
             return
-        if any(optimizer is other for other in step.updated):
+        if any(optimizer is other for other in self._watch.begun):
             raise InRunError("step: expected one optimizer.step() in the block, got a second one")
-        step.updated.append(optimizer)
         if step.factor is not None:  # another optimizer's step, whose gradients and state were taken before the first
             self._watch.require_in_time()
             assert step.uneven is not None
@@ -608,7 +601,7 @@ class Tracker:
     def finish(self, step: Step) -> None:
         """Record and count a step that has ended; its values may wait for their last validation gradient."""
         self._watch.require_in_time()
-        if step.factor is not None and (missing := len(self.optimizers) - len(step.updated)):
+        if step.factor is not None and (missing := len(self.optimizers) - len(self._watch.begun)):
             warnings.warn(f"step {step.number}: optimizer.step() did not run in the step block for {missing} of "
                           f"{len(self.optimizers)} optimizers; its values are zero", stacklevel=4)  # fmt: skip
             step.factor = torch.zeros_like(step.factor)

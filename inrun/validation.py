@@ -65,20 +65,19 @@ class Validation:
         self.gradients[name] = self._checked(name, found, scale)
         self.age[name] = 0
 
-    def here(self, name: str) -> Gradients:
-        """The gradient of a target's callable at the weights as they are, which serves no other step."""
+    def here(self, name: str) -> tuple[Tensor, Gradients]:
+        """The loss of a target's callable at the weights as they are, and its gradient, which serves no other step."""
         with self._gradients() as found:
-            self._backward(name)
-        return self._checked(name, found, 1.0)
+            loss = self._backward(name)
+        return loss, self._checked(name, found, 1.0)
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
         """What is run in the block, where the weights are others for a while, does not count for these weights."""
-        losses, fresh = dict(self.last_losses), [name for name in self.losses if self.is_of_these_weights(name)]
+        fresh = [name for name in self.losses if self.is_of_these_weights(name)]
         try:
             yield
         finally:
-            self.last_losses = losses
             self._weights |= dict.fromkeys(fresh, self._versions())
 
     def loss_and_gradient(self, name: str) -> tuple[Tensor, Gradients]:
@@ -101,7 +100,7 @@ class Validation:
     def run(self, name: str) -> None:
         """Run a target's callable, as its block."""
         with self.block(name):
-            self._backward(name)
+            self.last_losses[name] = self._backward(name)
         self._weights[name] = self._versions()
 
     def is_of_these_weights(self, name: str) -> bool:
@@ -135,14 +134,14 @@ class Validation:
             raise TypeError(f"validation loss {name!r}: expected a scalar tensor, got {got}")
         return loss
 
-    def _backward(self, name: str) -> None:
+    def _backward(self, name: str) -> Tensor:
         loss = self.loss(name)
         if not loss.requires_grad:
             raise InRunError(f"validation loss {name!r}: expected one with a graph, to be differentiated; got a tensor "
                              "without (of a block under torch.no_grad(), or detached?)")  # fmt: skip
         loss.backward()
         # A copy: what a captured CUDA graph returned is overwritten by its next run.
-        self.last_losses[name] = self.ranks.mean(loss.detach().clone())
+        return self.ranks.mean(loss.detach().clone())
 
     @contextmanager
     def _gradients(self) -> Iterator[Gradients]:

@@ -33,15 +33,21 @@ class Watch:
     """Remembers some gradients of `slots` (`name`, `param`, `grad`, `optimizer`, `group`) while `active` is True, and
     of all of them that there was one; `scored`: whether gradients are scored as they come."""
 
-    def __init__(self, slots: Sequence[Any], ranks: Ranks, pending: Pending, scored: bool) -> None:
+    def __init__(self, ranks: Ranks, pending: Pending, scored: bool) -> None:
         self.active, self._ranks, self._pending, self._scored = False, ranks, pending, scored
         self._raw: dict[str, Tensor] = {}
         self._reached: dict[str, Any] = {}  # slots, since the step or its last update began
         self._due: dict[str, Any] = {}  # slots whose gradients an update to come is to take
-        self._begun: list[Optimizer] = []  # of the step, whose updates have
+        self.begun: list[Optimizer] = []  # of the step, whose updates have
         self._to_clear: set[int] = set()  # `id` of optimizers of earlier steps, to whose gradients none has come since
         self._factor = torch.ones(())  # of the first
-        self._slots = []
+        self._slots: list[Any] = []
+        self._watched: set[str] = set()
+        self._written: dict[str, int] = {}  # how often each gradient had been written to when it last came
+        self._handles: list[Any] = []
+
+    def watch(self, slots: Sequence[Any]) -> None:
+        """Begin, once it is known which optimizers the slots are in."""
         groups: dict[Any, list[Any]] = {}
         for slot in slots:
             groups.setdefault((id(slot.optimizer), slot.group), []).append(slot)
@@ -51,7 +57,6 @@ class Watch:
             every = max(1, (len(members) - 1) / max(1, most - 1))
             self._slots += [members[round(k * every)] for k in range(min(len(members), most))]
         self._watched = {slot.name for slot in self._slots}
-        self._written: dict[str, int] = {}  # how often each gradient had been written to when it last came
         with requiring((slot.param, True) for slot in slots):  # one may be frozen for now
             self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s)) for s in slots]
             self._handles += [s.param.register_hook(functools.partial(self._require_kept, s)) for s in self._slots]
@@ -104,27 +109,27 @@ class Watch:
         self._raw.clear()
         self._reached.clear()
         self._due.clear()
-        self._to_clear.update(map(id, self._begun))
-        self._begun, self.active = [], True
+        self._to_clear.update(map(id, self.begun))
+        self.begun, self.active = [], True
 
     def updated(self, optimizer: Optimizer) -> None:
         """An update has begun, the first from all the gradients that have come."""
-        self._begun.append(optimizer)
+        self.begun.append(optimizer)
         self._due = {name: s for name, s in self._due.items() if s.grad is not None and not self._has_begun(s)}
         self._reached.clear()
 
     def _has_begun(self, slot: Any) -> bool:
-        return any(slot.optimizer is other for other in self._begun)
+        return any(slot.optimizer is other for other in self.begun)
 
     def require_in_time(self) -> None:
         """Raise `InRunError` where gradients came that an update which has begun takes no part of; where they are
         scored as they come, those of other optimizers count."""
-        if not self._begun:
+        if not self.begun:
             return
         late = [name for name, slot in self._reached.items() if not self._scored or self._has_begun(slot)]
         self._reached.clear()
         if late:
-            first = ", of several optimizers before the first" if len(self._begun) > 1 else ""
+            first = ", of several optimizers before the first" if len(self.begun) > 1 else ""
             raise InRunError(
                 f"optimizer.step(): expected all of the step's backward passes before it{first}; after it came "
                 f"gradients of {len(late)} parameters, whose scores would be in the step's values: {few(late)}. Run "

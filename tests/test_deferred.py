@@ -949,3 +949,33 @@ def test_a_hook_that_changes_an_outputs_gradient_is_seen():
         optimizer.step()
         optimizer.zero_grad()
     close(step.values, expected.double())
+
+
+@pytest.mark.parametrize("method", ["path_secant", "path_simpson"])
+def test_a_target_that_the_step_moves_nothing_of_is_worth_nothing(method):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"one": nn.Linear(4, 3), "other": nn.Linear(4, 3)})
+    x, y = torch.randn(B, 4), torch.randint(3, (B,))
+    losses = {name: lambda head=head: F.cross_entropy(head(x), y) for name, head in model.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method, validation=losses)
+    with tracker.step(range(B)) as step:
+        losses["one"]().backward()
+        optimizer.step()
+    assert step.drop["one"] > 0 and step.drop["other"] == 0
+    assert step.values[:, 0].sum().item() == pytest.approx(step.drop["one"].item(), rel=1e-3)
+    assert (step.values[:, 1] == 0).all()
+
+
+def test_the_last_validation_loss_of_second_is_that_of_the_weights_the_step_began_with():
+    model = make("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, "second", validation=lambda: loss_of(model, *data("mlp", 4, 2)))
+    for _ in range(2):
+        with torch.no_grad():
+            before = loss_of(model, *data("mlp", 4, 2))
+        with tracker.step(range(B)):
+            loss_of(model, *data("mlp")).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert tracker.last_validation["validation"] == before

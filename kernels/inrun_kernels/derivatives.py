@@ -14,20 +14,10 @@ import torch
 from torch import Tensor
 
 
-def save_ghost_dot(ctx: Any, inputs: tuple, output: Any) -> None:
-    acts, grads, val_grad, segments, _per_token, _backend = inputs
-    _save(ctx, acts, grads, val_grad, segments)
-
-
 def ghost_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
     acts, grads, val_grad, segments = ctx.saved_tensors
     found = _linear(ctx.needs_input_grad, acts, grads, val_grad, segments, None, grad_dots)
     return (*_like(ctx.needs_input_grad, found, (acts, grads, val_grad)), None, None, None)
-
-
-def save_ghost_wgrad_dot(ctx: Any, inputs: tuple, output: Any) -> None:
-    acts, grads, val_grad, bias_val_grad, segments, *_ = inputs
-    _save(ctx, acts, grads, val_grad, bias_val_grad, segments)
 
 
 def ghost_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_bias: Tensor | None, grad_dots: Tensor | None) -> tuple:
@@ -42,10 +32,6 @@ def ghost_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_bias: Tensor | No
         of_grads = through_bias if of_grads is None else of_grads + through_bias
     found = (of_acts, of_grads, of_direction, of_bias)
     return (*_like(ctx.needs_input_grad, found, tuple(inputs)), None, None, None, None)
-
-
-def save_ghost_square(ctx: Any, inputs: tuple, output: Any) -> None:
-    _save(ctx, *inputs[:3])
 
 
 def ghost_square(ctx: Any, of_squares: Tensor | None, of_norms: Tensor | None) -> tuple:
@@ -76,10 +62,6 @@ def ghost_square(ctx: Any, of_squares: Tensor | None, of_norms: Tensor | None) -
     return (*_like(ctx.needs_input_grad, shaped, (acts, grads)), None, None)
 
 
-def save_pairwise(ctx: Any, inputs: tuple, output: Any) -> None:
-    _save(ctx, *inputs[:4])
-
-
 def pairwise(ctx: Any, grad_dots: Tensor | None) -> tuple:
     """One validation sample at a time: token-pair products `[B*T, S]`, weighted by that sample's gradient."""
     inputs = ctx.saved_tensors
@@ -107,19 +89,13 @@ def pairwise(ctx: Any, grad_dots: Tensor | None) -> tuple:
     return (*_like(ctx.needs_input_grad, found, inputs), None)
 
 
-def save_embedding_dot(ctx: Any, inputs: tuple, output: Any) -> None:
-    ids, grads, val_grad, segments, _per_token, padding_idx, _backend = inputs
-    ctx.padding_idx = padding_idx
-    _save(ctx, ids, grads, val_grad, segments)
-
-
 def embedding_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
     ids, grads, val_grad, segments = ctx.saved_tensors
     if grad_dots is None:
         return (None,) * 7
     weights = _per_token(grad_dots, ids.shape[0], ids.shape[1], segments)
-    if ctx.padding_idx is not None:
-        weights = weights.masked_fill((ids == ctx.padding_idx)[..., None], 0)
+    if ctx.options[1] is not None:
+        weights = weights.masked_fill((ids == ctx.options[1])[..., None], 0)
     _, need_grads, need_direction, *_ = ctx.needs_input_grad
     grads_grad = direction_grad = None
     if need_grads:
@@ -137,20 +113,10 @@ def embedding_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
     return (None, *found, None, None, None, None)
 
 
-def save_row_dot(ctx: Any, inputs: tuple, output: Any) -> None:
-    normed, grads, val_grad, segments, _per_token, _backend = inputs
-    _save(ctx, normed, grads, val_grad, segments)
-
-
 def row_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
     normed, grads, val_grad, segments = ctx.saved_tensors
     found = _rows(normed, grads, val_grad, segments, None, grad_dots)
     return (*_like(ctx.needs_input_grad, found, (normed, grads, val_grad)), None, None, None)
-
-
-def save_row_wgrad_dot(ctx: Any, inputs: tuple, output: Any) -> None:
-    normed, grads, val_grad, segments, _backend = inputs
-    _save(ctx, normed, grads, val_grad, segments)
 
 
 def row_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_dots: Tensor | None) -> tuple:
@@ -204,8 +170,10 @@ def _per_token(grad_dots: Tensor, batch: int, tokens: int, segments: Tensor | No
     return spread.view(batch, tokens, -1)
 
 
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    ctx.save_for_backward(*tensors)
+def save(tensors: int, ctx: Any, inputs: tuple, output: Any) -> None:
+    """Of an op's inputs the first `tensors`, and its other options."""
+    ctx.save_for_backward(*inputs[:tensors])
+    ctx.options = inputs[tensors:]
     ctx.set_materialize_grads(False)
 
 

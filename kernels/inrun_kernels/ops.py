@@ -8,6 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -246,16 +247,16 @@ def _outside_autocast(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     return run
 
 
-for _op, _save, _backward in (
-    (ghost_dot, derivatives.save_ghost_dot, derivatives.ghost_dot),
-    (ghost_wgrad_dot, derivatives.save_ghost_wgrad_dot, derivatives.ghost_wgrad_dot),
-    (ghost_square, derivatives.save_ghost_square, derivatives.ghost_square),
-    (ghost_dot_pairwise, derivatives.save_pairwise, derivatives.pairwise),
-    (embedding_dot, derivatives.save_embedding_dot, derivatives.embedding_dot),
-    (row_dot, derivatives.save_row_dot, derivatives.row_dot),
-    (row_wgrad_dot, derivatives.save_row_wgrad_dot, derivatives.row_wgrad_dot),
+for _op, _tensors, _backward in (
+    (ghost_dot, 4, derivatives.ghost_dot),
+    (ghost_wgrad_dot, 5, derivatives.ghost_wgrad_dot),
+    (ghost_square, 3, derivatives.ghost_square),
+    (ghost_dot_pairwise, 4, derivatives.pairwise),
+    (embedding_dot, 4, derivatives.embedding_dot),
+    (row_dot, 4, derivatives.row_dot),
+    (row_wgrad_dot, 4, derivatives.row_wgrad_dot),
 ):
-    _op.register_autograd(_outside_autocast(_backward), setup_context=_save)
+    _op.register_autograd(_outside_autocast(_backward), setup_context=partial(derivatives.save, _tensors))
 
 
 def launch_context(x: Tensor) -> AbstractContextManager[None]:
