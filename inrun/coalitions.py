@@ -34,19 +34,21 @@ class Coalitions:
         runs: of each batch, what was kept of it.
     """
 
-    def __init__(self, keeper: Keeper, rows: Sequence[int], slots: Iterable[Any]) -> None:
+    def __init__(self, keeper: Keeper, rows: Sequence[int], slots: Sequence[Any]) -> None:
         self._keeper = keeper
         self.gradient = {id(s.sibling): torch.zeros_like(s.shard, dtype=torch.float64) for s in slots}
         self.runs = [[kept for kept in keeper.kept if kept.batch == b] for b in range(len(rows))]
         self._players = [(b, row) for b, count in enumerate(rows) for row in range(count)]
         self._members = 0
         self._stored: dict[int, list[tuple[int, Tensor]]] = {}
+        self._wide = any(s.shard.dtype == torch.float64 for s in slots)  # float64 has all digits of sums of others
         self.size = sum(g.numel() for g in self.gradient.values())
 
     def gather(self, members: int) -> None:
         """Make the gradient that of these; bit z is set where sample z, of all batches, is one of them."""
         leaving, joining = self._members & ~members, members & ~self._members
-        if leaving and (joining or leaving.bit_count() > 1):  # afresh: what is subtracted again leaves rounding behind
+        if leaving and (self._wide or joining or leaving.bit_count() > 1):
+            # Afresh: what is subtracted again leaves rounding behind, of which a sign makes a step.
             for gradient in self.gradient.values():
                 gradient.zero_()
             leaving, joining = 0, members

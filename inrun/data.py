@@ -168,9 +168,11 @@ def _read_jsonl(path: Path, name: str, source: str) -> Iterator[Document]:
                 raise ValueError(f"{path}, line {number}: expected JSON, got {error}") from None
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 raise ValueError(f'{path}, line {number}: expected an object with a string "text"')
-            id_ = _plain(record.get("id", f"{name}:{number}"))
+            id_ = record.get("id")
+            id_ = f"{name}:{number}" if id_ is None else _plain(id_)
             text = record["text"].encode("utf-8", errors="replace")  # "replace": JSON can hold lone surrogates
-            yield Document(id_, _plain(record.get("source", source)), text)
+            named = record.get("source")
+            yield Document(id_, source if named is None else _plain(named), text)
 
 
 def _read_file(path: Path, name: str, source: str) -> Iterator[Document]:

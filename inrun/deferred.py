@@ -29,7 +29,7 @@ Source: second order, arXiv 2406.11011, theorem 4, which is that of plain SGD; t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,6 +108,7 @@ class Deferred:
         self._weights: list[tuple[Tensor, Tensor]] = []  # each, and what they were, if its loss will be computed again
         self._start: dict[str, Gradients] = {}
         self._parts: list[Part] = []
+        self._bounds: dict[int, Any] = {}  # slot -> what Adam's direction is at most
         self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
         self._along: list[dict[str, Gradients]] = []  # of true ends, at w + u(0) and for Simpson in the middle
         self._early: list[Tensor | None] | None = None
@@ -182,10 +183,10 @@ class Deferred:
 
     @torch.no_grad()
     def before_update(self, factor: Tensor, unscale: Any) -> Tensor:
-        if self.tracker.check_due or self.tracker.ranks.sharded:
-            again = self._computed_again()
-            if self.tracker.check_due and not again:
-                self._check(factor, unscale)
+        if self.tracker.ranks.sharded:
+            self._require_alike()
+        if self.tracker.check_due:
+            self._check(factor, unscale)
         if self.true_ends and not bool(factor):
             return factor  # a fused optimizer will skip the update
         if self.name != "second" and any(self.recompute):
@@ -201,8 +202,8 @@ class Deferred:
                 moves = self._path.write(factor, unscale, self._scale, self._batches(), self.true_ends)
             if self.true_ends:
                 self._rest = {i: rest for i, (_, rest) in moves.items()}
-                if not self.tracker.validations.excluded:  # what becomes of those is known after the update
-                    self._run_along(moves)
+                if not (self.tracker.validations.excluded or self.tracker.validations.outside):
+                    self._run_along(moves)  # else after the update: what becomes of others is known then
             else:
                 self._parts = [(0.5 if self.name == "path_secant" else 1.0, self._start)]
         for slot in self.tracker.slots:  # one may be passed by in this step
@@ -237,12 +238,15 @@ class Deferred:
     # ------------------------------------------------------------------ scoring
 
     def _scored(self) -> list[Tensor | None]:
-        return [
-            together(dots.values()) if run is None else self._recomputed(i, run)
-            for i, (dots, run) in enumerate(zip(self.keeper.dots(self.tracker.many), self.recompute, strict=True))
-        ]
+        return [together(dots.values()) for dots in self._dots()]
 
-    def _recomputed(self, i: int, run: Callable[[], Tensor]) -> Tensor | None:
+    def _dots(self) -> list[Mapping[Any, Tensor | None]]:
+        """Of each batch, the dots by tap; of one that is computed again as `Inline` has them."""
+        kept = self.keeper.dots(self.tracker.many)
+        return [dots if run is None else self._recomputed(i, run)
+                for i, (dots, run) in enumerate(zip(kept, self.recompute, strict=True))]  # fmt: skip
+
+    def _recomputed(self, i: int, run: Callable[[], Tensor]) -> dict[Any, Tensor | None]:
         """Score a batch by computing its loss and backward once more, with probes."""
         inline = Inline(self.tracker)
         with self._as_it_was(i):
@@ -251,7 +255,7 @@ class Deferred:
                 run().backward()
             finally:
                 inline.end()
-        return inline.finish()[0]
+        return {key: probe.grad for key, probe in inline.probes[0].items()}
 
     def _batches(self) -> Iterator[tuple[Keeper, dict[int, int]]]:
         """Keepers of the batches' layers, and by their numbers there, those in the step; one to be computed again is
@@ -290,17 +294,14 @@ class Deferred:
             for tensor, value in after:
                 tensor.data.copy_(value)
 
-    def _computed_again(self) -> bool:
-        """Whether any process computes a batch again."""
+    def _require_alike(self) -> None:
+        """Raise `InRunError` where one process computes other batches again than another, which would wait for it."""
         ranks, count = self.tracker.ranks, sum(run is not None for run in self.recompute)
-        if ranks.size == 1:
-            return count > 0
         device = self.tracker.slots[0].param.device
         total, squares = ranks.sum(torch.tensor([count, count**2], device=device)).tolist()
-        if ranks.sharded and total**2 != squares * ranks.size:
+        if total**2 != squares * ranks.size:
             raise InRunError(f"recompute: expected for as many batches in every process under fully_shard, got {count} "
                              f"here and {total - count} in {ranks.size - 1} others")  # fmt: skip
-        return total > 0
 
     def _check(self, factor: Tensor, unscale: Any) -> None:
         """Along the batch's own gradient, whose dots must add up to its square."""
@@ -311,7 +312,7 @@ class Deferred:
             else:
                 slot.direction.copy_(slot.grad * unscale)  # every target's slice, by broadcasting
         along = [s.direction for s in tracker.slots]
-        tracker.check(self.keeper.dots(self.tracker.many), along, factor, unscale)
+        tracker.check(self._dots(), along, factor, unscale)
 
     # ------------------------------------------------------------------ directions
 
@@ -325,6 +326,8 @@ class Deferred:
                     slice_[part] = factor
             if self.pairs is not None and (not isinstance(factor, Tensor) or factor.dim() == 0):
                 self.pairs.scalars[id(slot)] = factor
+            if self.name == "secant" and (bound := directions.largest(slot)) is not None:
+                self._bounds[i] = bound
 
     def _take_ends(self) -> None:
         """The gradients along the step that were not known before its end, and what it took off the losses."""
@@ -384,7 +387,10 @@ class Deferred:
         for m, name in enumerate(self.tracker.targets):
             parts = [(w[name] if isinstance(w, dict) else w, gradients[name]) for w, gradients in self._parts]
             mean = [_mean([(w, gradients[i]) for w, gradients in parts]) for i in range(len(slots))]
-            self._path.multiply_in([slot.slices[m] for slot in slots], mean)
+            slices = [slot.slices[m] for slot in slots]
+            self._path.multiply_in(slices, mean)
+            for i, bound in self._bounds.items():  # where the gradient was small at the start, K is large
+                slices[i].clamp_(-bound, bound)
 
     def _mean_values(self, start: dict[str, Gradients], end: dict[str, Gradients]) -> list[Part]:
         """The gradients at both ends, and where the loss bends in the middle, with the weights that give the measured

@@ -139,6 +139,17 @@ def coefficient(
     return torch.div(-share if group["maximize"] else share, scale, out=scale)
 
 
+def largest(slot: Any) -> Any:
+    """What a coordinate's direction is at most, as `coefficient` makes it of one target's validation gradient: lr, in
+    Adam's first step. None of SGD, which has no such bound; else a number, or a tensor on a GPU."""
+    group, step = slot.options, slot.state.get("step", 0) + 1
+    if isinstance(slot.optimizer, SGD):
+        return None
+    beta1, beta2 = group["betas"]
+    found = group["lr"] * (1 - beta1) / (1 - beta1**step) * ((1 - beta2**step) / (1 - beta2)) ** 0.5
+    return found if isinstance(found, Tensor) and found.is_cuda else float(found)
+
+
 AdamRates = tuple[float, tuple[float, float], float]
 
 

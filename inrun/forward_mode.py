@@ -300,7 +300,10 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
             tangents = [t / scale for t in tangents]
         try:
             for (owner, local, param), tangent in zip(plain, tangents, strict=True):
-                owner._parameters[local] = forward_ad.make_dual(param, tangent)  # pyright: ignore
+                owner._parameters[local] = moving = forward_ad.make_dual(param, tangent)  # pyright: ignore
+                if moving.requires_grad and not torch.compiler.is_compiling():
+                    # Its gradient passes a node on the way, past which autograd does not see who else has its memory.
+                    moving.register_hook(torch.clone)
                 _refresh(owner)
             probing.write_out(True)
             yield scale

@@ -134,8 +134,11 @@ class Rule(Holder):
 
     def _scored(self, x: Tensor) -> Tensor:
         tap = self._inrun
-        if tap.rows is not None and self.may_fold and not torch.compiler.is_compiling() and x.dim() > 1:
-            tap.flat = tap.routed or tap.rows.are_tokens(self, x)
+        if tap.rows is not None and x.dim() > 1 and not torch.compiler.is_compiling():
+            if self.may_fold:
+                tap.flat = tap.routed or tap.rows.are_tokens(self, x)
+            if tap.rows.rows > 1 and not tap.flat:
+                self._require_rows(x, tap.rows.rows)
         if tap.keep is not None:
             y = eagerly(tap.keep, self, self.plain, x)
         else:
@@ -150,6 +153,21 @@ class Rule(Holder):
             except ValueError as error:
                 raise ValueError(f"{tap}: {error}") from None
         return y.flatten(0, 1) if tap.flat else y
+
+    def _require_rows(self, x: Tensor, batch: int) -> None:
+        """Raise `InRunError` where a layer that has had a row for each sample is given one: that would be taken for a
+        row for all of them, and be made B."""
+        tap = self._inrun
+        if tap.watched:
+            tap.of_samples |= len(x) == batch
+            tap.of_all |= len(x) == 1
+        elif len(x) == 1 and tap.of_samples and not tap.of_all:
+            raise InRunError(
+                f"{tap}: expected an input [B, ...] with B = {batch}, as in the first step, got {tuple(x.shape)}, "
+                "which would be taken for one row of all samples. A layer that sees some of the samples is scored by a "
+                "module around it that returns [B, ...], track(..., through={parameter: module}); or exclude its "
+                "parameters"
+            )
 
     def placed(self, x: Tensor, layout: Layout) -> Tensor:
         """The input with its sample axis in front, `[B, ...]`, and where tokens count, `[B, T, ...]`."""

@@ -59,6 +59,11 @@ def require_matplotlib() -> None:
         raise InRunError("pictures: need matplotlib: pip install 'inrun[report]'")
 
 
+def in_line(text: str) -> str:
+    """A name as one line of a terminal can show it: what is not printable by its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest cell, the first one flush left, the others right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]

@@ -2,7 +2,9 @@
 
 Sizes that happen to be B: `[T, ...]` of a layer that goes token by token, or outputs that are stacked layer by layer,
 look like `[B, ...]` where T is B. So before the update of the first step of several samples the model is run once more,
-with its last sample twice: what has B rows still has none of the samples'.
+with its last sample twice: what has B rows still has none of the samples'. And twice in eval mode, on the batch and on
+the batch with its samples moved on by one: rows that are the same ones, but have not moved on, are in an order of the
+model's own.
 
 Rows that are samples' tokens, flattened: `head(h.view(-1, W))`, OPT's blocks. Such a `[B * T, W]` can be scored where
 the samples' rows lie one after the other, which is found out of layers that have as many rows for a sample as an input
@@ -247,6 +249,12 @@ class Rows:
         if raised is not None and (again := self._of_one_more(modules, raised)):
             still = _with_as_many_rows(ours, again)
             wrong = {name: what for name, what in wrong.items() if name in still}
+        if more and not wrong and call is not None and (elsewhere := self._in_another_order(ours, call, more)):
+            raise InRunError(
+                f"{few(elsewhere)}: expected the samples at dimension 0, in the order of the model's input; got rows "
+                "that did not move on when those samples did, as of a batch that the model sorts: other samples would "
+                f"have their values. {_INSTEAD}"
+            )
         if wrong and call is not None:
             error = InRunError(
                 f"{few(sorted(wrong.values()))}: expected the samples at dimension 0; got {call.rows} rows, as many as "
@@ -262,6 +270,27 @@ class Rows:
                 "more (for which it is called in the step block, as model(x), and takes such a batch). To be sure, "
                 "make the first step with another number of samples or tokens", stacklevel=6)  # fmt: skip
 
+    def _in_another_order(self, taken: Iterable[_Taken], call: _Call, more: Shapes) -> list[str]:
+        """Names of modules whose outputs have the samples' rows, but elsewhere, in a run on the samples moved on: the
+        same rows as before, not all moved on. Of others, as where numbers are drawn for each row, nothing tells; nor of
+        those that are called otherwise in eval mode than they were (`more`)."""
+        try:
+            moved = call.of([call.rows - 1, *range(call.rows - 1)])
+        except (LookupError, ValueError):
+            return []
+        runs = []
+        with suppress(Exception):  # of a model that does not run like this
+            runs = [self._marks(each, {one.module for one in taken}) for each in (call, moved)]
+        found = set()
+        for module, number, leaf, _ in taken if len(runs) == 2 else ():
+            each = [
+                calls[number] for run in runs if number < len(calls := run.get(module, [])) == len(more.get(module, ()))
+            ]
+            before, after = (marks.get(leaf) for marks in each) if len(each) == 2 else (None, None)
+            if before is not None and after is not None and _in_disorder(before, after, call.rows):
+                found.add(f"{module._inrun} ({module._inrun_class.__name__})")
+        return sorted(found)
+
     def _verify_tokens(self, call: _Call) -> None:
         moved = call.moved_on()
         pairs = zip(call.leaves(), moved.leaves(), strict=True)
@@ -269,12 +298,12 @@ class Rows:
             return  # samples that are all alike tell nothing: the next step is asked
         runs, why = [], None
         try:
-            runs = [self._marks(each) for each in (call, moved)]
+            runs = [self._marks(each, self._asked) for each in (call, moved)]
         except Exception as error:  # of a model that does not run like this
             runs, why = [], error
         failed = {}
         for layer, shape in self._asked.items():
-            before, after = (run.get(layer, []) for run in runs) if runs else ([], [])
+            before, after = ([marks[None] for marks in run.get(layer, [])] for run in runs) if runs else ([], [])
             alike = len(before) == len(after) and all(
                 _moved_on(x, y, call.rows) for x, y in zip(before, after, strict=True)
             )
@@ -386,17 +415,25 @@ class Rows:
                 return self._shapes(modules, call.of([*range(call.rows), call.rows - 1], which), grad_mode)
         return {}
 
-    def _marks(self, call: _Call) -> dict[Any, list[Tensor]]:
-        """Two numbers for each row of each input that each layer of flattened tokens is called with, in eval mode."""
-        found: dict[Any, list[Tensor]] = {}
+    def _marks(self, call: _Call, modules: Iterable[Any]) -> dict[Any, list[dict[Any, Tensor]]]:
+        """Two numbers for each row of what modules are called with (None) and of their outputs, in eval mode."""
+        found: dict[Any, list[dict[Any, Tensor]]] = {}
 
-        def note(layer: Any, args: tuple, kwargs: dict) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            rows = x.detach().reshape(len(x), -1).float()
+        def of_rows(x: Tensor, axis: int) -> Tensor:
+            rows = x.detach().movedim(axis, 0).reshape(x.shape[axis], -1).float()
             weights = torch.arange(rows.shape[1], device=x.device, dtype=torch.float32).cos()
-            found.setdefault(layer, []).append(torch.stack([rows @ weights, rows.norm(dim=1)]))
+            return torch.stack([rows @ weights, rows.norm(dim=1)])
 
-        handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in self._asked]
+        def note(module: Any, args: tuple, kwargs: dict, out: Any) -> None:
+            inputs = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim())
+            x = next(inputs, None)
+            marks: dict[Any, Tensor] = {} if x is None else {None: of_rows(x, 0)}
+            for leaf, y in enumerate(pytree.tree_leaves(out)):
+                if isinstance(y, Tensor) and y.dim() > sample_axis(module, leaf):
+                    marks[leaf] = of_rows(y, sample_axis(module, leaf))
+            found.setdefault(module, []).append(marks)
+
+        handles = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
         modes = [(module, False) for module, _ in modes_of(self._model)]
         try:
             with in_modes(modes):
@@ -432,6 +469,14 @@ def _with_as_many_rows(taken: Iterable[_Taken], more: Shapes) -> dict[str, str]:
         if number < len(calls) and calls[number].get(leaf, ())[axis : axis + 1] == shape[axis : axis + 1]:
             found[module._inrun.name] = f"{module._inrun} ({module._inrun_class.__name__})"
     return found
+
+
+def _in_disorder(before: Tensor, after: Tensor, rows: int) -> bool:
+    if before.shape != after.shape or before.shape[1] != rows:
+        return False
+    size = before.abs().amax(1, keepdim=True)
+    same = (after.sort(1).values - before.sort(1).values).abs() <= SAME * size
+    return bool(same.all() & ((after - before.roll(1, 1)).abs() > OTHER * size).any())
 
 
 def _moved_on(before: Tensor, after: Tensor, rows: int) -> bool:

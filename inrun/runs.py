@@ -136,7 +136,7 @@ def compare(a: Run, b: Run, k: int, *, target: str | None) -> str:
             cells[place], cells[place + 2] = f"{row['value']:+.4f}", f"{row['mean']:+.2e}"
     if per_source:
         head = ["source", "sum, A", "sum, B", "mean per time seen, A", "B"]
-        lines += ["", results.table(head, [[str(name), *cells] for name, cells in per_source.items()])]
+        lines += ["", results.table(head, [[results.in_line(str(name)), *cells] for name, cells in per_source.items()])]
     most = np.argsort(-np.abs(y - x), kind="stable")[:k]
     ids = both["sample_id"].take(most).to_pylist()
     described = a.describe(ids) or b.describe(ids)
@@ -265,7 +265,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> str:
 
 def _left(head: list[str], rows: list[list[str]]) -> str:
     """A table with columns of numbers first and words after them, flush left; a row may lack its last cells."""
-    rows = [[*row, *[""] * (len(head) - len(row))] for row in rows]
+    rows = [[*map(results.in_line, row), *[""] * (len(head) - len(row))] for row in rows]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]

@@ -9,6 +9,7 @@ through it.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -87,6 +88,8 @@ class Shared(Tensor):
                 if runs is None or not all(isinstance(run[i], Tensor) for run in runs):
                     # Dropout, or what plain training cannot compute.
                     kind = lead if x.shape == ours[0].shape else "own"
+                    if drew and x.shape[:1] == (size,) and not torch.equal(x[0], x[-1]):
+                        _warn_of_numbers(layer, func)
                 else:
                     whole, first, last = (run[i] for run in runs)
                     kind = _kind(whole, first, last, size)
@@ -141,6 +144,13 @@ def _kind(whole: Tensor, first: Tensor, last: Tensor, size: int) -> bool | str:
     apart = [(a.double() - b.double()).norm() > 1e-2 * b.double().norm() + 1e-6
              for a, b in zip((whole[0], whole[-1]), rows, strict=True)]  # fmt: skip
     return "mixed" if any(apart) else kind
+
+
+def _warn_of_numbers(layer: str, func: Any) -> None:
+    warnings.warn(
+        f"{layer or 'model'}: {getattr(func, '__name__', func)}() draws random numbers on its output, which belongs to "
+        "all samples together: for each of them in a step, where plain training draws once for all. To train as "
+        "without a tracker, draw them on what each sample has of its own", stacklevel=5)  # fmt: skip
 
 
 def _raise(error: Exception) -> None:

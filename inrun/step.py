@@ -132,12 +132,16 @@ class Step:
         """Take the values; for `Tracker`."""
         self._values, self.drop, self.standard_error = values, dict(drop), standard_error
 
+    def require_ids(self) -> None:
+        """Raise `InRunError` where no samples were announced."""
+        if not (self.ids or self._idle):
+            raise InRunError("step: expected ids, by step(ids) or by batch(ids) before each forward; got neither")
+
     def scaled(self, dots: Sequence[Tensor | None]) -> Tensor:
         """The batches' dots as values: together, and as the update used their gradients."""
-        if self._idle and not dots:
-            dots = [torch.zeros(0, *self._tracker.tail, device=self._tracker.slots[0].param.device)]
+        self.require_ids()
         if not dots:
-            raise InRunError("step: expected ids, by step(ids) or by batch(ids) before each forward; got neither")
+            dots = [torch.zeros(0, *self._tracker.tail, device=self._tracker.slots[0].param.device)]
         for i, part in enumerate(dots):
             if part is None:
                 raise InRunError(

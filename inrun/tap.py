@@ -47,12 +47,14 @@ class Tap:
         self.layout: Layout | None = None  # where values belong to documents or tokens
         self.keep: Callable | None = None
         self.flat = False  # whether its rows are the tokens of [B, T], flattened, here
-        self.passed_by = False  # whether, in one of the step's forwards, all of it was frozen
+        self.met = False  # whether a forward has come to it, in eager mode
+        self.passed_by = False  # whether, in one of the step's forwards, none came, or all of it was frozen
         # The tracker's.
         self.pending: Any = None
         self.rows: Any = None  # tells whether a layer's rows are the samples, or their tokens, flattened
         self.watched = False  # whether to see what becomes of outputs that all samples share
         self.compared = False  # whether a module known by running it is to be compared with itself
+        self.of_samples = self.of_all = False  # whether, while watched, it was given a row for each sample, one for all
         self.positions: Tensor | None = None  # whether all ids so far, one for each sample, could be positions
         self.takes_positions = False  # whether ids were positions: a run of numbers as long as there are samples is too
 
@@ -69,6 +71,8 @@ class Tap:
             return False  # an evaluation, of any batch
         for owner, local in self.owned:  # asked of every layer: a loop is cheaper than `any`
             if (param := owner._parameters.get(local)) is None or param.requires_grad:
+                if not torch.compiler.is_compiling():
+                    self.met = True
                 return True
         self.passed_by = True
         return False

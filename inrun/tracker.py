@@ -330,10 +330,28 @@ class Tracker:
         if self._frozen:
             directions.warn_of_own_step(optimizers)
         self.optimizers = optimizers
-        self._handles = [each.register_step_pre_hook(self._before_update) for each in optimizers]
+        self._come_last()
         if not self.ranks.sharded:
             rules.set_apart(self.model)
         self._watch.watch(self.slots)
+        if outside := self._note_outside(trainable(self.model)[0]):
+            warnings.warn(
+                f"optimizer: has {len(outside)} parameters that the model has not, of shapes "
+                f"{few([tuple(p.shape) for p in outside])}: they train as ever, and have no score. To score them, hold "
+                "them in one module with the model and track that", stacklevel=4)  # fmt: skip
+
+    def _come_last(self) -> None:
+        """Be told of an update after the loop's own hooks on it, which may change gradients and learning rates."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [each.register_step_pre_hook(self._before_update) for each in self.optimizers]
+
+    def _note_outside(self, training: set[nn.Parameter]) -> list[nn.Parameter]:
+        """Parameters of the optimizers that are not the model's, to which a validation loss may have gradients too."""
+        groups = (group for each in self.optimizers for group in each.param_groups)
+        found = [p for group in groups for p in group["params"] if p.requires_grad and p not in training]
+        self.validations.outside = found
+        return found
 
     def _require_supported(self, optimizers: Sequence[Optimizer]) -> None:
         for optimizer in optimizers:
@@ -470,6 +488,8 @@ class Tracker:
         self.ranks.settle()
         training, modules = trainable(self.model)
         self._find_places(training, modules)
+        self._note_outside(training)
+        self._come_last()
         self._require_no_others(training)
         if self._method.starts_with_validation:
             self.validations.run_due(self.steps)
@@ -484,7 +504,7 @@ class Tracker:
         eager = watched and (not any(_is_compiled(m) for m in self.model.modules()) or _runs_eagerly())
         for tap in self.taps:
             tap.watched, tap.compared = eager and self._shared_due, eager and self.check_due
-            tap.passed_by = False
+            tap.passed_by = tap.met = False
         self._step = step
 
     def _require_no_others(self, training: set[nn.Parameter]) -> None:
@@ -524,9 +544,17 @@ class Tracker:
     def batch(self, step: Step, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if self._step is not step:
             raise InRunError("batch: expected inside the step block, got outside of it")
+        if self.first_check and step.ids:
+            self._note_unmet()
         self._largest = max(self._largest, layout.rows)
         self._rows.begin(layout.rows if layout.segments is None and not self.ranks.sharded else 0)
         self._method.batch(layout.on(self.slots[0].param.device), recompute)  # once for all layers
+
+    def _note_unmet(self) -> None:
+        """Note the modules to which none of a batch's forwards came, as where layers are dropped."""
+        for tap in self.taps if any(tap.met for tap in self.taps) else ():
+            tap.passed_by |= not tap.met
+            tap.met = False
 
     def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """The optimizer's step begins; with a closure, its update only after that."""
@@ -554,6 +582,7 @@ class Tracker:
             step.factor = skipped(optimizer, step.factor)
             self._watch.updated(optimizer)
             return
+        step.require_ids()
         self.ranks.settle()
         factor, step.uneven = self._watch.factor(optimizer)
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
@@ -564,6 +593,7 @@ class Tracker:
         if self.check_due:
             groups = (group for each in self.optimizers for group in each.param_groups)
             self._require_no_others({p for group in groups for p in group["params"] if p.grad is not None})
+            self._note_unmet()
         with self.paused():  # what runs here is no batch
             self._rows.verify()
             step.factor = self._method.before_update(factor, unscale)

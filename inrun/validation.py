@@ -44,6 +44,7 @@ class Validation:
         pending: Pending,
     ) -> None:
         self.model, self.slots, self.excluded, self.ranks = model, slots, bool(excluded), ranks
+        self.outside: list[nn.Parameter] = []  # parameters that train with the model's
         self.losses, self.targets, self.every, self.pending = losses, targets, every, pending
         self.gradients: dict[str, Gradients] = {}
         self.age: dict[str, int | None] = dict.fromkeys(targets)
@@ -156,7 +157,7 @@ class Validation:
         wanted = [*tracked, *(others if self.excluded and self.excluded_share is None else [])]
         found: Gradients = []
         try:  # a parameter that is frozen for now may train again before the gradient has served
-            with requiring((p, True) for p in tracked), self.ranks.aside([*tracked, *others]):
+            with requiring((p, True) for p in tracked), self.ranks.aside([*tracked, *others, *self.outside]):
                 yield found
                 grads = self.ranks.mean_gradients([p.grad for p in wanted], wanted)
                 if "torch._inductor.cudagraph_trees" in sys.modules:  # what a captured graph made is its next run's
@@ -169,7 +170,10 @@ class Validation:
         ours = found[: len(self.slots)]
         grads = [g for g in ours if g is not None]
         if not grads:
-            raise InRunError(f"validation({name!r}): no backward pass of the block reached a tracked parameter")
+            raise InRunError(
+                f"validation({name!r}): no backward pass of the block reached a tracked parameter, or its gradients "
+                "were taken away (by zero_grad(), or an optimizer's step within the backward)"
+            )
         names = [s.name for s, g in zip(self.slots, ours, strict=True) if g is not None]
         # Their norms are kept for the message, not they: a GPU's answer comes later.
         each = torch._foreach_norm(grads)  # pyright: ignore[reportPrivateImportUsage]

@@ -325,6 +325,11 @@ def test_the_self_test_sees_two_directions_forms_and_groups(monkeypatch):
     assert doctor.worst_error("grouped_mm", "torch", "float32", "cpu") > 0.1
 
 
+def test_ids_are_shown_in_one_line(tmp_path, capsys):
+    folder = make(tmp_path / "run", {"a\nb\x1b[31m": [1.0, 1.0]})
+    assert said(capsys, "top", folder / "ledger").splitlines()[3].split()[-1] == r"a\nb\x1b[31m"
+
+
 def test_text_is_shown_in_one_line(tmp_path):
     folder = make(tmp_path / "run", {"a": [1.0, 1.0]})
     table = pa.table({"sample_id": ["a"], "source": ["s"], "planted": [""], "text": ["x\n\x1b[31m" + "y" * 100]})

@@ -57,7 +57,7 @@ def test_folders_files_and_jsonl_become_documents_with_ids_and_sources(tmp_path)
     (corpus / "top.md").write_text("top")
     (corpus / ".hidden").write_text("no")
     (corpus / "binary.bin").write_bytes(b"\0\1")
-    lines = [{"text": "one", "id": 7, "source": "web"}, {"text": "two"}]
+    lines = [{"text": "one", "id": 7, "source": "web"}, {"text": "two"}, {"text": "three", "id": None, "source": None}]
     (corpus / "prose" / "b.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     (tmp_path / "single.txt").write_text("single")
     found = {(d.id, d.source, d.data.decode()) for d in read_text([corpus, tmp_path / "single.txt"])}
@@ -66,6 +66,7 @@ def test_folders_files_and_jsonl_become_documents_with_ids_and_sources(tmp_path)
         ("corpus/top.md", "corpus", "top"),
         ("7", "web", "one"),
         ("corpus/prose/b.jsonl:2", "prose", "two"),
+        ("corpus/prose/b.jsonl:3", "prose", "three"),
         ("single.txt", "single.txt", "single"),
     }
 

@@ -979,3 +979,17 @@ def test_the_last_validation_loss_of_second_is_that_of_the_weights_the_step_bega
             optimizer.step()
             optimizer.zero_grad()
         assert tracker.last_validation["validation"] == before
+
+
+@pytest.mark.parametrize("method", ["second", "secant", "path", "path_secant"])
+def test_a_batch_that_is_computed_again_is_checked_as_well(method):
+    model, (x, y) = Bypass(), data("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = lambda: loss_of(model, x, y)  # noqa: E731
+    tracker = inrun.track(model, optimizer, method, validation=loss, through={})
+    with (
+        pytest.raises(inrun.InRunError, match=r"do not add up .*\n  a\.weight"),
+        tracker.step(range(B), recompute=loss),
+    ):
+        loss().backward()
+        optimizer.step()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from models import Bypass, data, loss_of, make, sample_gradients
 from torch import nn
 
@@ -562,3 +563,20 @@ def test_an_optimizer_that_cannot_be_copied_says_so():
     with pytest.raises(inrun.InRunError, match=r"can be copied.* got Coupled, .*generator"), tracker.step(range(N)):
         loss_of(model, *tokens()).backward()
         optimizer.step()
+
+
+def test_a_sample_without_a_gradient_is_worth_nothing_in_float64_too():
+    """What is subtracted again would leave rounding behind, of which Lion's sign would make a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(5, 4).double(), torch.randint(3, (5,))
+    other = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    optimizer = Lion(model.parameters(), lr=0.02)
+    tracker = inrun.track(
+        model, optimizer, "monte_carlo", validation=lambda: F.cross_entropy(model(other[0]), other[1])
+    )
+    with tracker.step(range(5)) as step:
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        (losses[:2].sum() + losses[3:].sum()).div(5).backward()
+        optimizer.step()
+    assert step.values[2] == 0 and (step.values[[0, 1, 3, 4]] != 0).all()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -716,3 +717,102 @@ def test_a_run_on_one_sample_more_looks_nothing_up_that_is_not_there(monkeypatch
             in_range(4, wrong)
     in_range(4, torch.tensor([-4, 3]))
     in_range(4, torch.tensor([], dtype=torch.int64))
+
+
+class Sorted(nn.Module):
+    """Takes the samples in an order of its own, as by length."""
+
+    def __init__(self, back=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.out, self.back = nn.Linear(4, 5), nn.Linear(5, 3), back
+
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.out(self.inner(x[order]).tanh()[order.argsort() if self.back else slice(None)])
+
+
+@pytest.mark.parametrize("method", ["first", "path", "monte_carlo"])
+def test_a_model_that_sorts_its_samples_is_refused_or_scored_around(method):
+    x, y = torch.randn(B, 4), torch.randint(3, (B,))
+
+    def values(**kwargs):
+        model = Sorted()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        tracker = inrun.track(model, optimizer, method, validation=lambda: F.cross_entropy(model(x), y), **kwargs)
+        with tracker.step(range(B)) as step:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return step.values
+
+    with pytest.raises(
+        inrun.InRunError, match=r"inner \(Linear\): expected the samples .* in the order of the model's"
+    ):
+        values()
+    model = Sorted()
+    params = list(model.parameters())
+    along = torch.autograd.grad(F.cross_entropy(model(x), y), params)
+    ones = [torch.autograd.grad(F.cross_entropy(model(x[[k]]), y[[k]]) / B, params) for k in range(B)]
+    expected = torch.stack([1e-3 * sum((d * g).sum() for d, g in zip(along, one, strict=True)) for one in ones])
+    torch.testing.assert_close(values(through={"inner.*": ""}), expected, rtol=2e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_layer_that_is_given_one_row_in_a_later_step_is_an_error(method):
+    """It would be a row of all samples: another model would train."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"first": nn.Linear(3, 4), "aux": nn.Linear(4, 1)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, others = torch.randn(4, 3), torch.randn(5, 3)
+    tracker = inrun.track(
+        model, optimizer, method, validation=lambda: model["aux"](model["first"](others).tanh()).square().mean()
+    )
+
+    def train(picked):
+        with tracker.step(range(4)):
+            model["aux"](model["first"](x).tanh()[picked]).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train(torch.tensor([True] * 4))
+    with pytest.raises(
+        inrun.InRunError, match=r"aux: expected an input \[B, ...\] with B = 4, as in the first step, got"
+    ):
+        train(torch.tensor([False, True, False, False]))
+
+
+def test_a_layer_that_had_one_row_for_all_may_have_it_again():
+    model = Positioned()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(torch.ones(3, 2)).square().mean())
+    for _ in range(2):
+        with tracker.step(range(4)):
+            model(torch.randn(4, 2)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Positioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.mix = nn.Parameter(torch.randn(1, 2), requires_grad=False), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.mix(x) + self.mix(self.table)
+
+
+def test_random_numbers_on_what_all_samples_share_are_told_of():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place, self.out = nn.Embedding(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.out(x + F.dropout(self.place(torch.arange(5)[None]), 0.5, self.training)).mean(1)
+
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(torch.ones(2, 5, 8)).square().mean())
+    with pytest.warns(UserWarning, match=r"place: dropout\(\) draws random numbers"), tracker.step(range(4)):
+        model(torch.randn(4, 5, 8)).square().mean().backward()
+        optimizer.step()

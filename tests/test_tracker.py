@@ -1856,3 +1856,182 @@ def test_a_norm_of_half_precision_takes_inputs_in_float32(method):
         return step.values
 
     close(values(torch.bfloat16), values(torch.float32).double(), rtol=2e-2)
+
+
+class WithScale:
+    """A model, and beside it what a criterion trains with it."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model, self.scale = nn.Linear(4, 3), nn.Parameter(torch.zeros(()))
+        self.optimizer = torch.optim.SGD([*self.model.parameters(), self.scale], lr=0.1)
+        self.x, self.y = torch.randn(2, B, 4), torch.randint(3, (2, B))
+
+    def loss(self, i=0):
+        return F.cross_entropy(self.model(self.x[i]) * self.scale.exp(), self.y[i])
+
+    def train(self):
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def track(self, *args, **kwargs):
+        with pytest.warns(UserWarning, match=r"has 1 parameters that the model has not, of shapes \(\)") as warned:
+            tracker = inrun.track(self.model, self.optimizer, *args, **kwargs)
+        assert warned[0].filename == __file__
+        return tracker
+
+
+@pytest.mark.parametrize(
+    "method, blocks",
+    [("first", False), ("first", True), ("path_secant", False), ("path_secant", True), ("second", False)],
+)
+def test_what_an_optimizer_has_beside_the_model_trains_as_ever(method, blocks):
+    plain, found = WithScale(), WithScale()
+    tracker = found.track(method, validation=None if blocks else lambda: found.loss(1))
+    for _ in range(3):
+        plain.train()
+        if blocks:
+            with tracker.validation():
+                found.loss(1).backward()
+        with tracker.step(range(B)):
+            found.train()
+    assert torch.equal(found.scale, plain.scale) and plain.scale != 0
+    assert torch.equal(found.model.weight, plain.model.weight)
+
+
+def test_what_an_optimizer_has_beside_the_model_is_at_both_ends_as_the_step_leaves_it():
+    case = WithScale()
+    tracker = case.track("path_secant", validation=lambda: case.loss(1))
+    before = copy.deepcopy(case.model.state_dict())
+    with tracker.step(range(B)) as step:
+        case.train()
+    after = case.loss(1)
+    tracker.close()
+    case.model.load_state_dict(before)
+    torch.testing.assert_close(step.drop["validation"], (case.loss(1) - after).detach())
+    torch.testing.assert_close(step.values.sum(), step.drop["validation"], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_hooks_on_the_step_that_come_after_the_trackers_count(method):
+    def values(scaled, late):
+        model, (x, y), validation = make("mlp"), data("mlp"), data("mlp", 4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def hook(optimizer, args, kwargs):
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad *= 0.25
+
+        if scaled and not late:
+            optimizer.register_step_pre_hook(hook)
+        tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *validation))
+        if scaled and late:
+            optimizer.register_step_pre_hook(hook)
+        with tracker.step(range(B)) as step:
+            loss_of(model, x, y).backward()
+            optimizer.step()
+        return step.values.double()
+
+    for late in (False, True):
+        close(values(True, late), 0.25 * values(False, late))
+
+
+class Dropping(nn.Module):
+    """A layer that some of its forwards leave out."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.out, self.drop = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3), False
+
+    def forward(self, x):
+        h = self.a(x).tanh()
+        return self.out(h if self.drop else h + self.b(h).tanh())
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("dropped", [(0, 1), (1, 0)])
+def test_a_layer_may_be_left_out_of_some_of_a_steps_batches(method, dropped):
+    model, x, y = Dropping(), torch.randn(2, 4, 4), torch.randint(3, (2, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def gradient(x, y, drop, share=1.0):
+        model.drop = bool(drop)
+        params = list(model.parameters())
+        found = torch.autograd.grad(share * F.cross_entropy(model(x), y), params, allow_unused=True)
+        return torch.cat(
+            [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(params, found, strict=True)]
+        )
+
+    along = gradient(x.flatten(0, 1), y.flatten(), 0)
+    expected = [0.1 * along @ gradient(x[i, [k]], y[i, [k]], dropped[i], 1 / 8) for i in range(2) for k in range(4)]
+
+    def validation():
+        model.drop, before = False, model.drop
+        loss = F.cross_entropy(model(x.flatten(0, 1)), y.flatten())
+        model.drop = before
+        return loss
+
+    tracker = inrun.track(model, optimizer, method, validation=validation)
+    with tracker.step() as step:
+        for i, drop in enumerate(dropped):
+            step.batch(range(4 * i, 4 * i + 4))
+            model.drop = bool(drop)
+            (F.cross_entropy(model(x[i]), y[i]) / 2).backward()
+        optimizer.step()
+    close(step.values, torch.stack(expected).double())
+
+
+def test_a_step_without_ids_is_an_error_before_its_update():
+    model, (x, y) = make("mlp"), data("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, x, y))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(inrun.InRunError, match=r"expected ids, by step\(ids\) or by batch\(ids\)"), tracker.step():
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+
+
+class Patches(nn.Module):
+    """A class token and positions, as a vision transformer's embeddings hold them: scored by forward-mode AD."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.token, self.places = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, 4, 4))
+
+    def forward(self, x):
+        return torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places
+
+
+def test_gradients_of_a_module_without_a_rule_have_memory_of_their_own():
+    """Of one sample, plain training adds up what is another's gradient, or a part of it, in a copy."""
+    model, x = nn.Sequential(Patches(), nn.Linear(4, 2)), torch.randn(3, 1, 3, 4)
+    plain = copy.deepcopy(model)
+    tracker = inrun.track(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), validation=lambda: model(x[0]).square().mean()
+    )
+    with tracker.step() as step:
+        for i, one in enumerate(x):
+            step.batch([i])
+            model(one).square().mean().backward()
+            plain(one).square().mean().backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        tracker.optimizers[0].step()
+
+
+def test_secants_direction_is_bounded_where_the_gradient_was_small():
+    """In Adam's first step a coordinate is divided by its own validation gradient, which may have been next to none."""
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.data.copy_(torch.tensor([[1e-6, 1.0]]))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    tracker = inrun.track(model, optimizer, "secant", validation=lambda: model.weight.square().sum())
+    with tracker.step(range(2)) as step:
+        model(torch.tensor([[-1.0, 0.5], [-0.5, 1.0]])).sum().backward()
+        optimizer.step()
+    assert tracker.slots[0].direction.abs().max() <= 0.01 * (1 + 1e-6)
+    assert step.values.abs().max() < 0.1

@@ -1,5 +1,5 @@
-"""inrun in the training stacks that people use: `huggingface` (Trainer, and TRL's SFTTrainer), `lightning`, and `Loop`
-for loops one writes oneself, as with accelerate. Importing this package imports none of theirs."""
+"""inrun in the training stacks that people use: `huggingface` (its Trainer), `trl` (its trainers), `lightning`, and
+`Loop` for loops one writes oneself, as with accelerate. Importing this package imports none of theirs."""
 
 from .loggers import Logger, TensorBoard
 from .loop import Loop
