@@ -189,7 +189,9 @@ class Keeper:
                 for local, p in owner._parameters.items():
                     if p is not None and not local.endswith(SUFFIX) and (owner, local) not in self._weights:
                         if id(p) not in copies:
-                            copies[id(p)] = p.detach().clone()
+                            # A parameter: a module that takes its own away for a while (PEFT's, of fused experts)
+                            # would give another tensor back as a buffer.
+                            copies[id(p)] = torch.nn.Parameter(p.detach().clone(), requires_grad=False)
                             self._count(p)
                         self._weights[owner, local] = copies[id(p)]
         leaves, spec = pytree.tree_flatten(plain(*inputs[0], **inputs[1]))

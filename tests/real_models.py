@@ -238,13 +238,13 @@ def small(name: str, config: str | None = None, **settings: Any) -> Case:
     return Case(hf(f"{name}ForCausalLM", config or f"{name}Config", **known))
 
 
-def adapted(config: str, **settings: Any) -> Case:
-    """A Llama with an adapter of PEFT's, none of whose parameters is left at zero."""
+def adapted(config: str, base: Callable[[], nn.Module] | None = None, **settings: Any) -> Case:
+    """A Llama, or another, with an adapter of PEFT's, none of whose parameters is left at zero."""
 
     def make() -> nn.Module:
         import peft
 
-        model = peft.get_peft_model(decoder("Llama")(), getattr(peft, config)(**settings))
+        model = peft.get_peft_model((base or decoder("Llama"))(), getattr(peft, config)(**settings))
         g = torch.Generator().manual_seed(1)
         for p in model.parameters():
             if p.requires_grad:
@@ -290,6 +290,7 @@ WINDOWS = {f"swin.encoder.layers.{i}.blocks.{j}.attention.*": f"swin.encoder.lay
 ALL = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 # Compared with the oracle in float32 only, by methods "first" and "path".
+FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 MORE = {
     "Mistral": small("Mistral", sliding_window=4),
     "Phi": Case(decoder("Phi", num_key_value_heads=4, resid_pdrop=0.0)),
@@ -327,6 +328,8 @@ MORE = {
     "Swin": Case(hf("SwinForImageClassification", "SwinConfig", **SWIN), images(16), through=WINDOWS),
     "DoRA": adapted("LoraConfig", r=4, use_dora=True, **ALL),
     "LoRA of embeddings": adapted("LoraConfig", r=4, target_modules=["embed_tokens", "q_proj"]),
+    "LoRA of experts": adapted("LoraConfig", decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2), r=4,
+                               target_modules=["q_proj"], target_parameters=FUSED),
     "IA3": adapted("IA3Config", feedforward_modules=["down_proj"], **ALL),
     "VeRA": adapted("VeraConfig", r=4, target_modules=["q_proj", "up_proj"]),
     "AdaLoRA": adapted("AdaLoraConfig", init_r=6, target_r=4, tinit=1, tfinal=2, total_step=20, **ALL),
