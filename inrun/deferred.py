@@ -30,10 +30,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from . import directions, hessian
@@ -58,6 +58,15 @@ TWO_ENDS = ("secant", "path_secant", "path_simpson")
 PAIRWISE = ("first", "secant", "path", "path_secant")
 
 Part = tuple[float | dict[str, Tensor], dict[str, Gradients]]  # of each target, a gradient, and its weight in G
+
+
+class _Again(NamedTuple):
+    """How a batch is computed once more, and the random state, the modules' modes and what trained in its forward."""
+
+    run: Callable[[], Tensor]
+    random: Any
+    modes: list[tuple[Any, bool]]
+    trained: list[tuple[nn.Parameter, bool]]
 
 
 class Deferred:
@@ -103,8 +112,7 @@ class Deferred:
         """Forget the last step, which an exception may have ended."""
         self.keeper.reset()
         self._path.release()
-        self.recompute: list[Callable[[], Tensor] | None] = []
-        self._before: list[Any] = []  # of each batch: the random state, the modules' modes, and what trains
+        self._again: list[_Again | None] = []  # of each batch, if it is computed again
         self._weights: list[tuple[Tensor, Tensor]] = []  # each, and what they were, if its loss will be computed again
         self._start: dict[str, Gradients] = {}
         self._parts: list[Part] = []
@@ -156,15 +164,14 @@ class Deferred:
     def batch(self, layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
         if recompute is not None and self.pairs is not None:
             raise InRunError("recompute: expected None with pairwise, whose scores need what the step keeps")
-        self.recompute.append(recompute)
         if recompute is None:
-            self._before.append(None)
+            self._again.append(None)
             held = self.pairs.hold(self._scale) if self.pairs is not None and self.tracker.in_batch else None
             self.keeper.begin_batch(layout, held)
         else:
             model = self.tracker.model
             trained = [(p, p.requires_grad) for p in model.parameters()]
-            self._before.append((random_state(), modes_of(model), trained))
+            self._again.append(_Again(recompute, random_state(), modes_of(model), trained))
             self.keeper.skip_batch(layout)
 
     def end(self) -> None:
@@ -179,7 +186,7 @@ class Deferred:
         """Forget all that waits."""
         self._forget()
         if self.pairs is not None:
-            self.pairs.kept, self.pairs.start = {}, {}
+            self.pairs.release()
 
     @torch.no_grad()
     def before_update(self, factor: Tensor, unscale: Any) -> Tensor:
@@ -189,7 +196,7 @@ class Deferred:
             self._check(factor, unscale)
         if self.true_ends and not bool(factor):
             return factor  # a fused optimizer will skip the update
-        if self.name != "second" and any(self.recompute):
+        if self.name != "second" and any(self._again):
             moving = [local(p) for p in self.tracker.model.parameters() if p.grad is not None]  # excluded ones as well
             self._weights = [(p, p.detach().clone()) for p in moving]
         if self.name == "second":
@@ -243,16 +250,16 @@ class Deferred:
     def _dots(self) -> list[Mapping[Any, Tensor | None]]:
         """Of each batch, the dots by tap; of one that is computed again as `Inline` has them."""
         kept = self.keeper.dots(self.tracker.many)
-        return [dots if run is None else self._recomputed(i, run)
-                for i, (dots, run) in enumerate(zip(kept, self.recompute, strict=True))]  # fmt: skip
+        batches = zip(kept, self._again, self.keeper.layouts, strict=True)
+        return [dots if again is None else self._recomputed(again, layout) for dots, again, layout in batches]
 
-    def _recomputed(self, i: int, run: Callable[[], Tensor]) -> dict[Any, Tensor | None]:
+    def _recomputed(self, again: _Again, layout: Layout) -> dict[Any, Tensor | None]:
         """Score a batch by computing its loss and backward once more, with probes."""
         inline = Inline(self.tracker)
-        with self._as_it_was(i):
+        with self._as_it_was(again):
             try:
-                inline.batch(self.keeper.layouts[i])
-                run().backward()
+                inline.batch(layout)
+                again.run().backward()
             finally:
                 inline.end()
         return {key: probe.grad for key, probe in inline.probes[0].items()}
@@ -260,16 +267,16 @@ class Deferred:
     def _batches(self) -> Iterator[tuple[Keeper, dict[int, int]]]:
         """Keepers of the batches' layers, and by their numbers there, those in the step; one to be computed again is
         kept when it comes."""
-        yield self.keeper, {i: i for i, run in enumerate(self.recompute) if run is None}
-        for i, run in enumerate(self.recompute):
-            if run is None:
+        yield self.keeper, {i: i for i, again in enumerate(self._again) if again is None}
+        for i, again in enumerate(self._again):
+            if again is None:
                 continue
             budget = Budget(self.budget.where, None)
             keeper = Keeper(self.tracker.taps, budget, weights_move=self.tracker.ranks.sharded)
-            with self._as_it_was(i):
+            with self._as_it_was(again):
                 try:
                     keeper.begin_batch(self.keeper.layouts[i])
-                    run().backward()
+                    again.run().backward()
                 finally:
                     keeper.pause()
             self.budget.peak = max(self.budget.peak, self.budget.bytes + budget.peak)
@@ -277,17 +284,16 @@ class Deferred:
             keeper.reset()
 
     @contextlib.contextmanager
-    def _as_it_was(self, i: int) -> Iterator[None]:
+    def _as_it_was(self, batch: _Again) -> Iterator[None]:
         """Compute a batch again with the weights, random numbers and modes that it had; no gradient or buffer stays."""
         tracker = self.tracker
         after = [(t, t.detach().clone()) for t in (*(p for p, _ in self._weights), *tracker.model.buffers())]
         for shard, weight in self._weights:
             shard.data.copy_(weight)
-        random, modes, trained = self._before[i]
-        aside = tracker.ranks.aside(p for p, _ in trained)
+        aside = tracker.ranks.aside([*(p for p, _ in batch.trained), *tracker.validations.outside])
         try:
-            with aside, torch.enable_grad(), random_kept(), in_modes(modes), requiring(trained):
-                set_random_state(random)
+            with aside, torch.enable_grad(), random_kept(), in_modes(batch.modes), requiring(batch.trained):
+                set_random_state(batch.random)
                 yield
         finally:
             tracker.ranks.settle()
@@ -296,7 +302,7 @@ class Deferred:
 
     def _require_alike(self) -> None:
         """Raise `InRunError` where one process computes other batches again than another, which would wait for it."""
-        ranks, count = self.tracker.ranks, sum(run is not None for run in self.recompute)
+        ranks, count = self.tracker.ranks, sum(again is not None for again in self._again)
         device = self.tracker.slots[0].param.device
         total, squares = ranks.sum(torch.tensor([count, count**2], device=device)).tolist()
         if total**2 != squares * ranks.size:

@@ -202,9 +202,10 @@ class _Linear(torch.autograd.Function):
         segments = by_row(segments, x, acts)
         grad_x = grad @ cast if need_x else None
         bias_dtype = None if bias is None else bias.dtype
-        if direction is not None and need_weight and (bias is None or (need_bias and bias_direction is not None)):
+        whole = bias is None or (need_bias and bias_direction is not None)
+        if direction is not None and need_weight and whole and segments is None:
             wide = weight.dtype if weight.dtype is acts.dtype else torch.float32
-            found = ops.layer_wgrad_dot(acts, grads, direction, bias_direction, segments, wide)
+            found = ops.layer_wgrad_dot(acts, grads, direction, bias_direction, wide)
             if found is not None:
                 grad_weight, grad_bias, dots = found
                 grad_weight = grad_weight if grad_weight.dtype is weight.dtype else grad_weight.to(weight.dtype)

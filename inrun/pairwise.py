@@ -71,6 +71,10 @@ class Pairs:
     def begin(self) -> None:
         self.start = dict(self.kept)
 
+    def release(self) -> None:
+        """Forget all that waits."""
+        self.kept, self.start = {}, {}
+
     def hold(self, scale: Any) -> Keeper:
         """A keeper for the validation samples that follow a batch's own, whose loss is scaled as the batch's is."""
         (target,) = self.tracker.targets

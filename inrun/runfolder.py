@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from inrun.config import TrainConfig
 from inrun.data import Samples
 from inrun.errors import InRunError
+from inrun.shards import replace
 
 
 def choose(config: TrainConfig) -> Path:
@@ -66,7 +66,7 @@ def begin(folder: Path, config: TrainConfig, training: Samples, validation: Samp
     pq.write_table(table, folder / "samples.parquet")
     versions = {"torch": torch.__version__, "numpy": np.__version__}
     run = {"config": config.to_json(), "samples": samples, "versions": versions}
-    _replace(path, lambda f: f.write(json.dumps(run, indent=2).encode()))
+    replace(path, lambda f: f.write(json.dumps(run, indent=2).encode()))
 
 
 def _differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
@@ -103,7 +103,7 @@ class Metrics:
         """Drop the rows of `step` and later, and a line that a kill cut short."""
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         whole = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step]
-        _replace(self.path, lambda f: f.writelines(whole))
+        replace(self.path, lambda f: f.writelines(whole))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -111,23 +111,8 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*.pt"))
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> None:
-    """Write the checkpoint of a step, whole or not at all, and drop all but the last `keep`."""
-    _replace(folder / "checkpoints" / f"step-{step:08d}.pt", lambda f: torch.save(state, f))
-    for old in checkpoints(folder)[:-keep]:
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Write the checkpoint of a step, whole or not at all, and drop all but the last two."""
+    replace(folder / "checkpoints" / f"step-{step:08d}.pt", lambda f: torch.save(state, f))
+    for old in checkpoints(folder)[:-2]:
         old.unlink()
-
-
-def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write under a temporary name, sync and rename: a crash leaves the old content or the new."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -149,20 +149,29 @@ def write(table: pa.Table, shard: Path) -> None:
     """Put `table` in the place of `shard` at once: readers see the old file or the new one, whole."""
     import pyarrow.parquet as pq
 
-    temporary = shard.with_name(f"{shard.name}.tmp")
     columns: Any = ["step", "token", "target"]  # the other two hardly repeat within a shard
     encoding: Any = {"sample_id": "DELTA_BINARY_PACKED" if table["sample_id"].type == "int64" else "DELTA_BYTE_ARRAY"}
+
+    def write_table(file: IO[bytes]) -> None:
+        pq.write_table(
+            table, file, compression="zstd", use_dictionary=columns, column_encoding=encoding, row_group_size=_GROUP
+        )
+
+    replace(shard, write_table)
+
+
+def replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write under a temporary name, sync and rename: a crash leaves the old content or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            pq.write_table(
-                table, file, compression="zstd", use_dictionary=columns, column_encoding=encoding, row_group_size=_GROUP
-            )
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, shard)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync(shard.parent)
+    sync(path.parent)
 
 
 def ranks_from(folder: Path, least: int) -> list[int]:

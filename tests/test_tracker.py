@@ -1900,6 +1900,17 @@ def test_what_an_optimizer_has_beside_the_model_trains_as_ever(method, blocks):
     assert torch.equal(found.model.weight, plain.model.weight)
 
 
+@pytest.mark.parametrize("method", ["path", "secant"])
+def test_a_batch_that_is_computed_again_leaves_that_its_gradient(method):
+    plain, found = WithScale(), WithScale()
+    tracker = found.track(method, validation=lambda: found.loss(1))
+    for _ in range(3):
+        plain.train()
+        with tracker.step(range(B), recompute=found.loss):
+            found.train()
+    assert torch.equal(found.scale, plain.scale)
+
+
 def test_what_an_optimizer_has_beside_the_model_is_at_both_ends_as_the_step_leaves_it():
     case = WithScale()
     tracker = case.track("path_secant", validation=lambda: case.loss(1))

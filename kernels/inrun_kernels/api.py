@@ -399,7 +399,7 @@ def _short(acts, grads, val_grad, bias_val_grad, segments, form, grad_dtype, bac
         return None
     if acts.dim() != 3 or grads.dim() != 3 or acts.shape[:2] != grads.shape[:2] or acts.dtype is not grads.dtype:
         return None
-    return ops.layer_wgrad_dot(acts, grads, val_grad, bias_val_grad, None, torch.float32)
+    return ops.layer_wgrad_dot(acts, grads, val_grad, bias_val_grad, torch.float32)
 
 
 def _arguments(product: Callable, args: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:

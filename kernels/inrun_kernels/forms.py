@@ -48,9 +48,10 @@ class Cost:
         return self.call + self.sample * samples + shared / threads
 
 
-# Two cores of an AMD EPYC (Zen 3), of an Intel Xeon (Sapphire Rapids), and both together for any other CPU: torch 2.13
-# with MKL, float32, cold caches. Each is: call, sample, flop, weight, row. Left out are the Xeon's times of one token a
-# sample in C, from before these had a way of their own; the "gradients" of pairs were timed on the EPYC alone.
+# Two cores of an AMD EPYC (Zen 3, and with AVX-512 Zen 4), of an Intel Xeon (Sapphire Rapids), and Zen 3 and Xeon
+# together for any other CPU: torch 2.13 with MKL, float32, cold caches. Each is: call, sample, flop, weight, row. Left
+# out are the Xeon's times of one token a sample in C, from before these had a way of their own; the "gradients" of
+# pairs were timed on Zen 3 alone, whose pairs serve Zen 4 as well.
 COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     "AuthenticAMD": {
         "ghost_wgrad_dot": {
@@ -90,6 +91,14 @@ COSTS: dict[str, dict[str, dict[str, Cost]]] = {
             "direct": Cost(113e-6, 56.7e-6, 11.1e-12, 0.696e-9, 0.382e-9),
             "gradients": Cost(113e-6, 0, 14.4e-12, 0.635e-9, 0.141e-9),
         },
+    },
+}
+COSTS["AuthenticAMD avx512f"] = COSTS["AuthenticAMD"] | {
+    "ghost_wgrad_dot": {
+        "native": Cost(85.2e-6, 0.00363e-6, 8.35e-12, 0.32e-9, 0.53e-9),
+        "two": Cost(197e-6, 10.1e-6, 10.6e-12, 0.187e-9, 0.635e-9),
+        "prefix": Cost(201e-6, 8.53e-6, 9.56e-12, 0.247e-9, 0.717e-9),
+        "direct": Cost(110e-6, 0.079e-6, 10.3e-12, 0.532e-9, 0.921e-9),
     },
 }
 _EXACT = 1.05  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
@@ -160,8 +169,11 @@ def of_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, backend: str | No
 
 @lru_cache(1)
 def cpu_vendor() -> str:
-    """By the name that the processor gives itself, the key of its costs; "" where Linux does not tell."""
-    return next(iter(cpuinfo("vendor_id")), "")
+    """The key of this processor's costs: the name that it gives its maker, and "avx512f" where those differ by that;
+    "" where Linux does not tell."""
+    vendor, flags = next(iter(cpuinfo("vendor_id")), ""), next(iter(cpuinfo("flags")), "").split()
+    with_vectors = f"{vendor} avx512f"
+    return with_vectors if with_vectors in COSTS and "avx512f" in flags else vendor
 
 
 def cpuinfo(*fields: str) -> list[str]:

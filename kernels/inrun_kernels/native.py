@@ -37,8 +37,10 @@ _SIGNATURES = {  # what a kernel returns, and takes
     "row_dot": (None, *[_ADDRESS] * 2, *[_SIZE] * 2, *[_ADDRESS] * 2, _COUNT),
     "norm_backward": (None, *[_ADDRESS] * 4, _COUNT),
     "adam_directions": (None, _ADDRESS, _SIZE, _COUNT),
+    "pairs": (_COUNT,),
 }
 _DEPTH = 128  # as in `c/common.h`
+_SHORT = 16  # tokens of a sample, below which its product is hardly more than its contraction
 _DEEPEST = 512  # rows of a sample whose panel (1.2 MB) stays in a core's cache: of the Xeon's 2 MB
 _KEPT = 1 << 26  # bytes of scratch at most that stay allocated
 _kept = threading.local()
@@ -92,6 +94,14 @@ def ghost_wgrad_dot(
     bias = total.new_empty(0 if bias_val_grad is None else total.shape[0])
     product = _product(acts, grads, val_grad, bias_val_grad, segments, None if bias_val_grad is None else bias, 2)
     return total, bias, _call("inrun_ghost_wgrad_dot", product, total)
+
+
+def dots_fit(acts: Tensor, grads: Tensor, segments: Tensor | None) -> bool:
+    """Whether `ghost_wgrad_dot` has the dots alone sooner than a product in float32, as it takes bfloat16 in pairs."""
+    if acts.dtype != torch.bfloat16 or grads.dtype != torch.bfloat16 or not _built().inrun_pairs():
+        return False
+    samples = acts.shape[0] if segments is None else segments.shape[0] - 1
+    return acts.shape[0] * acts.shape[1] >= _SHORT * samples
 
 
 def ghost_square(acts: Tensor, grads: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -71,6 +71,8 @@ def ghost_dot(
     with launch_context(acts):
         if use_triton(backend, acts, grads):
             from inrun_kernels.dot import launch_dot as run
+        elif not per_token and use_native(backend, acts, grads, val_grad) and native.dots_fit(acts, grads, segments):
+            return native.ghost_wgrad_dot(acts, grads, val_grad, None, segments)[2]
         else:
             run = torch_path.ghost_dot
         return run(acts, grads, val_grad, segments, per_token)
@@ -308,18 +310,16 @@ def layer_wgrad_dot(
     grads: Tensor,
     val_grad: Tensor,
     bias_val_grad: Tensor | None,
-    segments: Tensor | None,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The op for a layer's own operands on a GPU, or on a CPU that has the kernels in C; None for all others.
+    """The op for whole samples and a layer's own operands, on a GPU or a CPU that has the kernels in C; None for all
+    others.
 
     Directions may lack their leading M, of which the dots then have none either; gradients come in float32 or in
     `grad_dtype`. After each large product on a CPU the caches hold nothing of the interpreter's, and a GPU may be
     through before the next launch: every Python function and every tensor's method that is not called here saves
     microseconds.
     """
-    if segments is not None:
-        return None
     if use_triton(None, acts, grads):
         operands = (acts, grads, val_grad) if bias_val_grad is None else (acts, grads, val_grad, bias_val_grad)
         if not unseen(*operands):

@@ -225,6 +225,11 @@ def test_the_ops_take_them_where_they_run_and_nothing_else_does():
     assert torch.equal(weight_grad, expected[0]) and torch.equal(dots, expected[2][:, 0])
     one = acts[:1].bfloat16(), grads[:1].bfloat16()  # a single sample too, of which BLAS has no product in float32
     assert torch.equal(k.ghost_wgrad_dot(*one, direction)[0], native.ghost_wgrad_dot(*one, direction, None, None)[0])
+    half = acts.bfloat16(), grads.bfloat16()  # in pairs, where the processor does that, without a product in float32
+    dots, of_pairs = k.ghost_dot(*half, direction), native.dots_fit(*half, None)
+    assert_close(dots, reference.ghost_dot(*half, direction))
+    assert torch.equal(dots, native.ghost_wgrad_dot(*half, direction, None, None)[2]) or not of_pairs
+    assert not native.dots_fit(acts, grads, None) and not native.dots_fit(*(x[:, :2] for x in half), None)
     by_torch = k.ghost_wgrad_dot(acts, grads, direction, form="two", backend="torch")
     assert torch.equal(by_torch[0], torch_path.ghost_wgrad_dot(acts, grads, direction[None], None, "two")[0])
     for dtype in (torch.float16, torch.float64):

@@ -404,6 +404,9 @@ static int64_t plan(product *p, int threads)
     return scratch_of(p, (1 + p->directions) * p->block_outputs * p->block_inputs + p->depth * operands + lanes);
 }
 
+/* Whether samples of bfloat16 are multiplied in pairs. */
+int inrun_pairs(void) { return PAIRS; }
+
 /* total [O, I], dots [S, M]; scratch at a multiple of 64. No size is 0. Returns the bytes of scratch that it needs: with
    less it has done nothing. Teams are as large as torch's, whatever there is to do: libgomp ends what threads a smaller
    one leaves over, and makes them anew for the next. */
