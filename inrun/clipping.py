@@ -41,7 +41,8 @@ class Clipping:
         """
         rounding = 4 * max([0.0, *(torch.finfo(s.grad.dtype).eps for s in slots)])
         if self.clip is None:
-            if self.tracker.first_check and not (self.tracker.samples or self.tracker.coverage["excluded"]):
+            others = self.tracker.coverage["excluded"] or self.tracker.validations.outside
+            if self.tracker.first_check and not (self.tracker.samples or others):
                 self._warn_of_none(float(factor) * float(scale) * self.tracker.ranks.size, max(1e-4, rounding))
             return None
         norm = self.tracker.ranks.total_norm(s.grad.double() * unscale for s in slots)
@@ -55,12 +56,13 @@ class Clipping:
             )
         if norm > self.clip * (1 - 1e-3 - rounding):
             return shrunk, norm
-        grads = [local(p.grad) for p in self.tracker.model.parameters() if p.grad is not None]
+        params = *self.tracker.model.parameters(), *self.tracker.validations.outside
+        grads = [local(p.grad) for p in params if p.grad is not None]
         every = self.tracker.ranks.total_norm(g.double() * unscale for g in grads)
         if every > self.clip * (1 - 1e-3 - rounding):
             raise InRunError(
                 f"clip: expected gradients clipped to the norm {self.clip} over the tracked parameters together, "
-                f"got their norm {norm:.4g}, and {every:.4g} with the excluded ones"
+                f"got their norm {norm:.4g}, and {every:.4g} with the excluded ones and those that are not the model's"
             )
         if norm / shrunk > self.clip:  # else it was something else that made them smaller
             self._warn(f"clip: gradients of the norm {norm / shrunk:.4g} were made {shrunk:.4g} of that, which is not "

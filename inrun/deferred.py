@@ -197,7 +197,9 @@ class Deferred:
         if self.true_ends and not bool(factor):
             return factor  # a fused optimizer will skip the update
         if self.name != "second" and any(self._again):
-            moving = [local(p) for p in self.tracker.model.parameters() if p.grad is not None]  # excluded ones as well
+            # Excluded ones as well, and the optimizer's own.
+            others = self.tracker.validations.outside
+            moving = [local(p) for p in (*self.tracker.model.parameters(), *others) if p.grad is not None]
             self._weights = [(p, p.detach().clone()) for p in moving]
         if self.name == "second":
             self._write_second_order(unscale)
@@ -256,12 +258,14 @@ class Deferred:
     def _recomputed(self, again: _Again, layout: Layout) -> dict[Any, Tensor | None]:
         """Score a batch by computing its loss and backward once more, with probes."""
         inline = Inline(self.tracker)
-        with self._as_it_was(again):
+        with self._as_it_was(again, layout):
             try:
                 inline.batch(layout)
                 again.run().backward()
             finally:
                 inline.end()
+        if self.tracker.first_check:
+            self.tracker.note_unmet()
         return {key: probe.grad for key, probe in inline.probes[0].items()}
 
     def _batches(self) -> Iterator[tuple[Keeper, dict[int, int]]]:
@@ -273,7 +277,7 @@ class Deferred:
                 continue
             budget = Budget(self.budget.where, None)
             keeper = Keeper(self.tracker.taps, budget, weights_move=self.tracker.ranks.sharded)
-            with self._as_it_was(again):
+            with self._as_it_was(again, self.keeper.layouts[i]):
                 try:
                     keeper.begin_batch(self.keeper.layouts[i])
                     again.run().backward()
@@ -284,18 +288,20 @@ class Deferred:
             keeper.reset()
 
     @contextlib.contextmanager
-    def _as_it_was(self, batch: _Again) -> Iterator[None]:
+    def _as_it_was(self, batch: _Again, layout: Layout) -> Iterator[None]:
         """Compute a batch again with the weights, random numbers and modes that it had; no gradient or buffer stays."""
         tracker = self.tracker
         after = [(t, t.detach().clone()) for t in (*(p for p, _ in self._weights), *tracker.model.buffers())]
         for shard, weight in self._weights:
             shard.data.copy_(weight)
         aside = tracker.ranks.aside([*(p for p, _ in batch.trained), *tracker.validations.outside])
+        tracker.expect(layout)
         try:
             with aside, torch.enable_grad(), random_kept(), in_modes(batch.modes), requiring(batch.trained):
                 set_random_state(batch.random)
                 yield
         finally:
+            tracker.expect(None)
             tracker.ranks.settle()
             for tensor, value in after:
                 tensor.data.copy_(value)
@@ -393,10 +399,13 @@ class Deferred:
         for m, name in enumerate(self.tracker.targets):
             parts = [(w[name] if isinstance(w, dict) else w, gradients[name]) for w, gradients in self._parts]
             mean = [_mean([(w, gradients[i]) for w, gradients in parts]) for i in range(len(slots))]
-            slices = [slot.slices[m] for slot in slots]
-            self._path.multiply_in(slices, mean)
-            for i, bound in self._bounds.items():  # where the gradient was small at the start, K is large
-                slices[i].clamp_(-bound, bound)
+            self._path.multiply_in([slot.slices[m] for slot in slots], mean)
+        for i, bound in self._bounds.items():  # where the gradient was small at the start, K is large
+            slices = slots[i].slices
+            size = sum(d.square() for d in slices).div(len(slices)).sqrt()  # pyright: ignore[reportAttributeAccessIssue]
+            bound = bound * (1 + max(3e-5, 4 * torch.finfo(size.dtype).eps))  # and what rounding may have added
+            for d in slices:
+                d.mul_((bound / size).clamp(max=1.0))
 
     def _mean_values(self, start: dict[str, Gradients], end: dict[str, Gradients]) -> list[Part]:
         """The gradients at both ends, and where the loss bends in the middle, with the weights that give the measured

@@ -140,11 +140,14 @@ def coefficient(
 
 
 def largest(slot: Any) -> Any:
-    """What a coordinate's direction is at most, as `coefficient` makes it of one target's validation gradient: lr, in
-    Adam's first step. None of SGD, which has no such bound; else a number, or a tensor on a GPU."""
+    """What a coordinate's direction is at most, in the mean square over targets, as `coefficient` makes it of any
+    validation gradients: lr, in Adam's first step. None of SGD, which has no such bound; else a number, or a tensor on
+    a GPU."""
     group, step = slot.options, slot.state.get("step", 0) + 1
     if isinstance(slot.optimizer, SGD):
         return None
+    if isinstance(step, Tensor):
+        step = step.double() if step.is_cuda else step.item()
     beta1, beta2 = group["betas"]
     found = group["lr"] * (1 - beta1) / (1 - beta1**step) * ((1 - beta2**step) / (1 - beta2)) ** 0.5
     return found if isinstance(found, Tensor) and found.is_cuda else float(found)

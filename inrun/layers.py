@@ -90,7 +90,9 @@ class Rule(Holder):
         tap = self._inrun
         if not tap.scores():
             return self.plain(x)
-        watched = tap.watched and not torch.compiler.is_compiling()
+        watched = not torch.compiler.is_compiling() and (
+            tap.watched or isinstance(x, Shared) or self._is_first_of_all(x)
+        )
         run = self._watched if watched else self._scored
         if tap.tokens_first and x.dim() > 2:  # a dropout after it draws its numbers in the order of memory
             y = run(x.transpose(0, 1)).transpose(0, 1).contiguous()
@@ -122,9 +124,12 @@ class Rule(Holder):
         lead, shared = True, isinstance(x, Shared)
         if isinstance(x, Shared):
             lead, x = x._lead, x.as_subclass(Tensor)
-        rows = self._inrun.rows
+        tap, rows = self._inrun, self._inrun.rows
         if rows is not None:
             rows.note_call()
+            if rows.rows > 1 and x.dim() > 1:
+                tap.of_samples |= len(x) == rows.rows
+                tap.of_all |= len(x) == 1
         y = self._scored(x)
         if rows is not None and not self._inrun.tokens_first:
             rows.take(self, y)
@@ -134,11 +139,8 @@ class Rule(Holder):
 
     def _scored(self, x: Tensor) -> Tensor:
         tap = self._inrun
-        if tap.rows is not None and x.dim() > 1 and not torch.compiler.is_compiling():
-            if self.may_fold:
-                tap.flat = tap.routed or tap.rows.are_tokens(self, x)
-            if tap.rows.rows > 1 and not tap.flat:
-                self._require_rows(x, tap.rows.rows)
+        if tap.rows is not None and self.may_fold and not torch.compiler.is_compiling() and x.dim() > 1:
+            tap.flat = tap.routed or tap.rows.are_tokens(self, x)
         if tap.keep is not None:
             y = eagerly(tap.keep, self, self.plain, x)
         else:
@@ -154,20 +156,12 @@ class Rule(Holder):
                 raise ValueError(f"{tap}: {error}") from None
         return y.flatten(0, 1) if tap.flat else y
 
-    def _require_rows(self, x: Tensor, batch: int) -> None:
-        """Raise `InRunError` where a layer that has had a row for each sample is given one: that would be taken for a
-        row for all of them, and be made B."""
+    def _is_first_of_all(self, x: Tensor) -> bool:
+        """Whether a layer that had a row for each sample is given one for the first time: it may be one of all samples,
+        or one that was picked out, for which another model would train."""
         tap = self._inrun
-        if tap.watched:
-            tap.of_samples |= len(x) == batch
-            tap.of_all |= len(x) == 1
-        elif len(x) == 1 and tap.of_samples and not tap.of_all:
-            raise InRunError(
-                f"{tap}: expected an input [B, ...] with B = {batch}, as in the first step, got {tuple(x.shape)}, "
-                "which would be taken for one row of all samples. A layer that sees some of the samples is scored by a "
-                "module around it that returns [B, ...], track(..., through={parameter: module}); or exclude its "
-                "parameters"
-            )
+        several = tap.rows is not None and tap.rows.rows > 1 and not tap.tokens_first
+        return several and tap.of_samples and not tap.of_all and x.dim() > 1 and len(x) == 1
 
     def placed(self, x: Tensor, layout: Layout) -> Tensor:
         """The input with its sample axis in front, `[B, ...]`, and where tokens count, `[B, T, ...]`."""

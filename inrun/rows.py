@@ -2,9 +2,9 @@
 
 Sizes that happen to be B: `[T, ...]` of a layer that goes token by token, or outputs that are stacked layer by layer,
 look like `[B, ...]` where T is B. So before the update of the first step of several samples the model is run once more,
-with its last sample twice: what has B rows still has none of the samples'. And twice in eval mode, on the batch and on
-the batch with its samples moved on by one: rows that are the same ones, but have not moved on, are in an order of the
-model's own.
+with its last sample twice: what has B rows still has none of the samples'. And in one process in eval mode, on the
+batch, on the batch with its samples moved on by one, and on its first sample alone, as often: rows that are the same
+ones, but have not moved on, are in an order of the model's own.
 
 Rows that are samples' tokens, flattened: `head(h.view(-1, W))`, OPT's blocks. Such a `[B * T, W]` can be scored where
 the samples' rows lie one after the other, which is found out of layers that have as many rows for a sample as an input
@@ -35,7 +35,7 @@ from .errors import InRunError, few
 from .forward_mode import sample_axis
 from .layers import EmbeddingRule, Part
 from .remedies import Shapes, as_code, remedies
-from .restoring import as_it_was, in_modes, modes_of
+from .restoring import as_it_was, in_modes, modes_of, random_state
 from .shared import require_in_range
 
 _PLAIN = (Tensor, int, float, str, torch.dtype, torch.device)
@@ -173,6 +173,7 @@ class Rows:
         self._calls: dict[int, tuple[_Call, dict[Any, int]]] = {}  # of the model, and of modules' taps within each
         self._taken: set[_Taken] = set()
         self._call: _Call | None = None
+        self._drew = False  # whether the last run drew random numbers
         self.rows = 0  # B of the next forward; 0 where values belong to documents or tokens
         self._sizes: set[int] | None = None  # what a sample may have of rows there
         self._lone: bool | None = None  # whether an input has the one sample, or none is known
@@ -242,14 +243,18 @@ class Rows:
     def _verify_samples(self) -> None:
         call, ours = self._call, [one for one in self._taken if one.number >= 0]
         modules, more = {one.module for one in ours}, {}
+        which = "all"  # of the inputs' samples, in the run with one more
         if self._all_can(call is not None and bool(ours)) and call is not None:
-            more = self._of_one_more(modules, call)
+            more, which = self._of_one_more(modules, call)
         wrong = _with_as_many_rows(ours, more)  # name -> what it is
         raised = call.of_numbers_raised() if wrong and call is not None and self._ranks.size == 1 else None
-        if raised is not None and (again := self._of_one_more(modules, raised)):
+        if raised is not None and (again := self._of_one_more(modules, raised)[0]):
             still = _with_as_many_rows(ours, again)
             wrong = {name: what for name, what in wrong.items() if name in still}
-        if more and not wrong and call is not None and (elsewhere := self._in_another_order(ours, call, more)):
+        elsewhere = []
+        if call is not None and more and not wrong and self._ranks.size == 1:
+            elsewhere = self._in_another_order(ours, call, more, which)
+        if elsewhere:
             raise InRunError(
                 f"{few(elsewhere)}: expected the samples at dimension 0, in the order of the model's input; got rows "
                 "that did not move on when those samples did, as of a batch that the model sorts: other samples would "
@@ -270,24 +275,25 @@ class Rows:
                 "more (for which it is called in the step block, as model(x), and takes such a batch). To be sure, "
                 "make the first step with another number of samples or tokens", stacklevel=6)  # fmt: skip
 
-    def _in_another_order(self, taken: Iterable[_Taken], call: _Call, more: Shapes) -> list[str]:
+    def _in_another_order(self, taken: Iterable[_Taken], call: _Call, more: Shapes, which: str) -> list[str]:
         """Names of modules whose outputs have the samples' rows, but elsewhere, in a run on the samples moved on: the
-        same rows as before, not all moved on. Of others, as where numbers are drawn for each row, nothing tells; nor of
-        those that are called otherwise in eval mode than they were (`more`)."""
-        try:
-            moved = call.of([call.rows - 1, *range(call.rows - 1)])
-        except (LookupError, ValueError):
-            return []
+        same rows as before, not all moved on. Nothing tells of a model that draws random numbers in eval mode; nor of
+        modules that are called otherwise in eval mode than they were (`more`), or whose rows are the same ones whatever
+        the samples are."""
+        orders = [call.rows - 1, *range(call.rows - 1)], [0] * call.rows
         runs = []
         with suppress(Exception):  # of a model that does not run like this
-            runs = [self._marks(each, {one.module for one in taken}) for each in (call, moved)]
+            for each in (call, *(call.of(order, which) for order in orders)):
+                runs.append(self._marks(each, {one.module for one in taken}))
+                if self._drew:
+                    return []
         found = set()
-        for module, number, leaf, _ in taken if len(runs) == 2 else ():
+        for module, number, leaf, _ in taken if len(runs) == 3 else ():
             each = [
                 calls[number] for run in runs if number < len(calls := run.get(module, [])) == len(more.get(module, ()))
             ]
-            before, after = (marks.get(leaf) for marks in each) if len(each) == 2 else (None, None)
-            if before is not None and after is not None and _in_disorder(before, after, call.rows):
+            marks = [marks[leaf] for marks in each if leaf in marks]
+            if len(marks) == 3 and _in_disorder(marks[0], marks[1], marks[2], call.rows):
                 found.add(f"{module._inrun} ({module._inrun_class.__name__})")
         return sorted(found)
 
@@ -344,7 +350,7 @@ class Rows:
         suspected = error.suspected if isinstance(error, InRunError) else () if isinstance(error, ValueError) else every
         with suppress(Exception):  # of a model that does not run like this
             whole = self._shapes(every.values(), call, torch.enable_grad)
-            more = self._of_one_more(every.values(), call, torch.enable_grad)
+            more, _ = self._of_one_more(every.values(), call, torch.enable_grad)
             sizes = call.sizes() if self._folding else ()
             try:
                 found = remedies(self._model, whole, more, call.rows, sizes, suspected) if more else []
@@ -385,7 +391,10 @@ class Rows:
     def _run(self, call: _Call, grad_mode: Callable[[], Any]) -> Any:
         args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
         with self._paused(), as_it_was(self._model), grad_mode(), torch.autocast(*call.autocast), _ids_in_range():
-            return self._model.forward(*args, **kwargs)  # past hooks that have changed its arguments already
+            before = random_state()
+            out = self._model.forward(*args, **kwargs)  # past hooks that have changed its arguments already
+            self._drew = not all(map(torch.equal, *([cpu, *gpus] for cpu, gpus in (before, random_state()))))
+            return out
 
     def _shapes(self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad) -> Shapes:
         """What modules are given and return in a run; with gradients, those outputs that take one."""
@@ -407,13 +416,15 @@ class Rows:
             note(self._model, call.args, call.kwargs, out)
         return found
 
-    def _of_one_more(self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad) -> Shapes:
-        """Nothing of a model that takes no other number of samples. Several processes try once: they might not all try
-        again."""
+    def _of_one_more(
+        self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad
+    ) -> tuple[Shapes, str]:
+        """With one sample more, and which of the inputs had it; nothing of a model that takes no other number of
+        samples. Several processes try once: they might not all try again."""
         for which in ("all", "first", "flattened") if self._ranks.size == 1 else ("all",):
             with suppress(Exception):
-                return self._shapes(modules, call.of([*range(call.rows), call.rows - 1], which), grad_mode)
-        return {}
+                return self._shapes(modules, call.of([*range(call.rows), call.rows - 1], which), grad_mode), which
+        return {}, "all"
 
     def _marks(self, call: _Call, modules: Iterable[Any]) -> dict[Any, list[dict[Any, Tensor]]]:
         """Two numbers for each row of what modules are called with (None) and of their outputs, in eval mode."""
@@ -471,12 +482,14 @@ def _with_as_many_rows(taken: Iterable[_Taken], more: Shapes) -> dict[str, str]:
     return found
 
 
-def _in_disorder(before: Tensor, after: Tensor, rows: int) -> bool:
-    if before.shape != after.shape or before.shape[1] != rows:
+def _in_disorder(before: Tensor, after: Tensor, of_one: Tensor, rows: int) -> bool:
+    """Whether rows are those they were before the samples moved on, and not all moved on; `of_one`: of one sample."""
+    if not before.shape == after.shape == of_one.shape or before.shape[1] != rows:
         return False
     size = before.abs().amax(1, keepdim=True)
     same = (after.sort(1).values - before.sort(1).values).abs() <= SAME * size
-    return bool(same.all() & ((after - before.roll(1, 1)).abs() > OTHER * size).any())
+    elsewhere = ((after - before.roll(1, 1)).abs() > OTHER * size).any()
+    return bool(same.all() & elsewhere & ((of_one - before).abs() > OTHER * size).any())
 
 
 def _moved_on(before: Tensor, after: Tensor, rows: int) -> bool:

@@ -545,12 +545,17 @@ class Tracker:
         if self._step is not step:
             raise InRunError("batch: expected inside the step block, got outside of it")
         if self.first_check and step.ids:
-            self._note_unmet()
+            self.note_unmet()
         self._largest = max(self._largest, layout.rows)
-        self._rows.begin(layout.rows if layout.segments is None and not self.ranks.sharded else 0)
+        self.expect(layout)
         self._method.batch(layout.on(self.slots[0].param.device), recompute)  # once for all layers
 
-    def _note_unmet(self) -> None:
+    def expect(self, layout: Layout | None) -> None:
+        """A forward of a batch that lies so will come; None: none will."""
+        told = layout is not None and layout.segments is None and not self.ranks.sharded
+        self._rows.begin(layout.rows if layout is not None and told else 0)
+
+    def note_unmet(self) -> None:
         """Note the modules to which none of a batch's forwards came, as where layers are dropped."""
         for tap in self.taps if any(tap.met for tap in self.taps) else ():
             tap.passed_by |= not tap.met
@@ -593,7 +598,7 @@ class Tracker:
         if self.check_due:
             groups = (group for each in self.optimizers for group in each.param_groups)
             self._require_no_others({p for group in groups for p in group["params"] if p.grad is not None})
-            self._note_unmet()
+            self.note_unmet()
         with self.paused():  # what runs here is no batch
             self._rows.verify()
             step.factor = self._method.before_update(factor, unscale)
@@ -623,7 +628,7 @@ class Tracker:
             self.steps = step.number + 1  # its update has begun: a step without values
         self._step = None
         self._watch.active = False
-        self._rows.begin(0)
+        self.expect(None)
         self._rows.forget()
         self._method.end()
         self.validations.count_step()

@@ -993,3 +993,65 @@ def test_a_batch_that_is_computed_again_is_checked_as_well(method):
     ):
         loss().backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["path", "path_secant"])
+def test_batches_of_any_size_may_be_computed_again(method):
+    """The second step's first batch is of one sample, which is no row of all the others."""
+
+    def values(again):
+        model = make("mlp")
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *data("mlp", 4, 2)))
+        found = []
+        for sizes in ((3, 3), (1, 3)):
+            with tracker.step() as step:
+                for k, size in enumerate(sizes):
+                    x, y = data("mlp", size, k)
+                    loss = lambda x=x, y=y: loss_of(model, x, y) / 2  # noqa: E731
+                    step.batch([f"{k}-{i}" for i in range(size)], recompute=loss if again else None)
+                    loss().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append(step.values)
+        return torch.cat(found)
+
+    close(values(True), values(False).double())
+
+
+def test_a_layer_may_be_left_out_of_a_batch_that_is_computed_again():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    x, optimizer = torch.randn(2, 3, 4), torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(i):
+        h = model["a"](x[i])
+        return (h if i == 0 else model["b"](h.tanh())).square().mean()
+
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: loss(1))
+    with tracker.step() as step:
+        for i in range(2):
+            step.batch(range(3 * i, 3 * i + 3), recompute=lambda i=i: loss(i))
+            loss(i).backward()
+        optimizer.step()
+    assert (step.values != 0).all()
+
+
+@pytest.mark.parametrize("many", [1, 2, 4])
+def test_the_bound_on_secants_direction_takes_nothing_from_losses_that_do_not_bend(many):
+    """There it is the first order's."""
+
+    def values(method):
+        torch.manual_seed(0)
+        model, x = nn.Linear(3, many, bias=False), torch.randn(4, 3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        losses = {str(m): lambda m=m: model(x)[:, m].sum() for m in range(many)}
+        tracker = inrun.track(model, optimizer, method, validation=losses)
+        for _ in range(3):
+            with tracker.step(range(4)) as step:
+                model(x).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return step.values
+
+    torch.testing.assert_close(values("secant"), values("first"))

@@ -759,7 +759,7 @@ def test_a_model_that_sorts_its_samples_is_refused_or_scored_around(method):
 
 @pytest.mark.parametrize("method", ["first", "path"])
 def test_a_layer_that_is_given_one_row_in_a_later_step_is_an_error(method):
-    """It would be a row of all samples: another model would train."""
+    """It would be a row of all samples, and another model would train: so of what mixes them."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"first": nn.Linear(3, 4), "aux": nn.Linear(4, 1)})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -776,7 +776,7 @@ def test_a_layer_that_is_given_one_row_in_a_later_step_is_an_error(method):
 
     train(torch.tensor([True] * 4))
     with pytest.raises(
-        inrun.InRunError, match=r"aux: expected an input \[B, ...\] with B = 4, as in the first step, got"
+        inrun.InRunError, match=r"aux: expected its output, which belongs to no sample alone, .* got sum"
     ):
         train(torch.tensor([False, True, False, False]))
 
@@ -816,3 +816,77 @@ def test_random_numbers_on_what_all_samples_share_are_told_of():
     with pytest.warns(UserWarning, match=r"place: dropout\(\) draws random numbers"), tracker.step(range(4)):
         model(torch.randn(4, 5, 8)).square().mean().backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_layer_that_had_a_row_for_each_sample_may_have_one_for_all_later(method):
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.place, self.out = nn.Linear(4, 5), nn.Embedding(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x, condition, places):
+            return self.out((self.inner(x) + self.inner(condition) + self.place(places)[:, 0]).tanh())
+
+    def values(shared):
+        torch.manual_seed(1)
+        model, x, y = Conditioned(), torch.randn(2, 4, 4), torch.randint(3, (4,))
+        one, place = torch.ones(1, 4), torch.full((1, 1), 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def loss(x, shared):
+            ones = (one, place) if shared else (one.expand(len(x), -1), place.expand(len(x), -1))
+            return F.cross_entropy(model(x, *ones), y)
+
+        tracker = inrun.track(model, optimizer, method, validation=lambda: loss(x[1], False))
+        for k in range(3):
+            with tracker.step(range(4)) as step:
+                loss(x[0], shared and k > 0).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return step.values
+
+    torch.testing.assert_close(values(True), values(False))
+
+
+@pytest.mark.parametrize("drawn", ["times", "noise", "positions"])
+def test_rows_that_do_not_depend_on_the_samples_are_in_no_other_order(drawn):
+    class Drawing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.time, self.out = nn.Linear(4, 5), nn.Linear(1, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            n = len(x)
+            if drawn == "positions":
+                t = torch.arange(n)[:, None] / n
+            else:
+                t = torch.randint(9, (n, 1)) / 9 if drawn == "times" else torch.randn(n, 1)
+            return self.out((self.inner(x) + self.time(t)).tanh())
+
+    model, x = Drawing(), torch.randn(6, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x).square().mean())
+    with tracker.step(range(6)) as step:
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert (step.values != 0).all()
+
+
+def test_inputs_of_several_rows_to_a_sample_beside_those_of_one():
+    class Clips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frame, self.word, self.out = nn.Linear(6, 5), nn.Embedding(9, 5), nn.Linear(5, 3)
+
+        def forward(self, frames, words):
+            return self.out(self.frame(frames.unflatten(0, (len(words), -1)).mean(1)) + self.word(words).mean(1))
+
+    model, frames, words = Clips(), torch.randn(20, 6), torch.randint(9, (5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(frames, words).square().mean())
+    with tracker.step(range(5)) as step:
+        model(frames, words).square().mean().backward()
+        optimizer.step()
+    assert (step.values != 0).all()

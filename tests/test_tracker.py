@@ -1911,6 +1911,19 @@ def test_a_batch_that_is_computed_again_leaves_that_its_gradient(method):
     assert torch.equal(found.scale, plain.scale)
 
 
+def test_a_batch_is_computed_again_with_what_the_optimizer_had_beside_the_model():
+    def values(again):
+        case = WithScale()
+        case.optimizer = torch.optim.Adam([*case.model.parameters(), case.scale], lr=0.1)
+        tracker = case.track("path", validation=lambda: case.loss(1))
+        for _ in range(2):
+            with tracker.step(range(B), recompute=case.loss if again else None) as step:
+                case.train()
+        return step.values.double()
+
+    close(values(True), values(False))
+
+
 def test_what_an_optimizer_has_beside_the_model_is_at_both_ends_as_the_step_leaves_it():
     case = WithScale()
     tracker = case.track("path_secant", validation=lambda: case.loss(1))
@@ -2044,5 +2057,5 @@ def test_secants_direction_is_bounded_where_the_gradient_was_small():
     with tracker.step(range(2)) as step:
         model(torch.tensor([[-1.0, 0.5], [-0.5, 1.0]])).sum().backward()
         optimizer.step()
-    assert tracker.slots[0].direction.abs().max() <= 0.01 * (1 + 1e-6)
+    assert tracker.slots[0].direction.abs().max() <= 0.01 * (1 + 1e-4)
     assert step.values.abs().max() < 0.1

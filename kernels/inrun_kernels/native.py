@@ -87,7 +87,7 @@ def ghost_wgrad_dot(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weight gradient `[O, I]`, the bias gradient (empty without a direction for it) and dots, in float32.
 
-    A sample's dots do not depend on the others, as in the form "two". Args: as the registered op has them; directions
+    A sample's dots do not depend on the others', as in the form "two". Args: as the registered op has them; directions
     may lack their leading M, of which the dots `[S, M]` then have none either.
     """
     total = val_grad.new_empty(val_grad.shape[-2:], dtype=torch.float32)

@@ -11,7 +11,8 @@
    gradient is ever stored. Samples of a single row have no product of their own: they are added to the total together,
    and each row is contracted by itself, sum_i (sum_o grads[n, o] dirs[m, o, i]) acts[n, i].
 
-   A dot's bits do not depend on the rest of the batch: panels hold whole samples, or one sample's equal parts. Products
+   A dot's bits do not depend on the rest of the batch (but of single rows taken in pairs, below, on whether there are
+   longer samples): panels hold whole samples, or one sample's equal parts. Products
    of a panel's rows at most, and of a dot the terms of one lane and strip, are summed in float32, the rest of a dot in
    float64.
 
