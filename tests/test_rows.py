@@ -890,3 +890,32 @@ def test_inputs_of_several_rows_to_a_sample_beside_those_of_one():
         model(frames, words).square().mean().backward()
         optimizer.step()
     assert (step.values != 0).all()
+
+
+@pytest.mark.parametrize("method", ["path", "secant"])
+def test_flattened_tokens_may_be_computed_again(method):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.token, self.out = nn.Embedding(9, 6), nn.Linear(6, 9)
+
+        def forward(self, x):
+            return self.out(self.token(x).view(-1, 6)).view(*x.shape, 9)
+
+    def values(again):
+        model, x = Flat(), torch.arange(20).view(4, 5) * 7 % 9
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def loss():
+            return F.cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+
+        tracker = inrun.track(model, optimizer, method, validation=loss)
+        for _ in range(2):
+            with tracker.step(range(4), recompute=loss if again else None) as step:
+                loss().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return step.values
+
+    torch.testing.assert_close(values(True), values(False))
