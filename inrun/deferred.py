@@ -4,7 +4,8 @@ All of them are `value_z = <K * G, g_z>`, coordinate by coordinate: K says how t
 into an update, G is the validation gradient along the step. K is written where the direction will stand when the
 update begins, G multiplied in when its last part is known, and then each kept layer is scored once.
 
-    secant        K = the frozen-state coefficient      G = (g_v(w_t) + g_v(w_{t+1})) / 2
+    secant        K = the frozen-state coefficient      G = (g_v(w_t) + g_v(w_{t+1})) / 2; with Adam K * G is no larger
+                                                        than `directions.largest`
     path          K = -(u(g_B) - u(0)) / g_B: path.py   G = g_v(w_t)
     path_secant   K as path                             G = between g_v at w + u(0) and g_v at w + u(g_B)
     path_simpson  K as path                             G = Simpson's mean of both ends and the middle

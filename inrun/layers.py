@@ -313,13 +313,16 @@ class LayerNormRule(Rule):
     def feature_dims(self):
         return len(self.normalized_shape)
 
+    def directions(self, dtype):
+        """The two's, in this dtype if that is wider."""
+        return along(self, "weight", dtype), along(self, "bias", dtype)
+
     def probed(self, x, probe, segments):
-        both = (along(self, "weight", x.dtype), along(self, "bias", x.dtype))
+        both = self.directions(x.dtype)
         return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, both, probe, segments)
 
     def dots(self, x, grad, segments):
-        both = (along(self, "weight", x.dtype), along(self, "bias", x.dtype))
-        return affine_dots(self._normed(x), grad, self.feature_dims(), *both, segments)
+        return affine_dots(self._normed(x), grad, self.feature_dims(), *self.directions(x.dtype), segments)
 
     def gradient_factors(self, x, grad):
         return affine_factors(self._normed(x), grad, self.feature_dims(), "weight", "bias")
@@ -330,7 +333,7 @@ class LayerNormRule(Rule):
 
 class RMSNormRule(LayerNormRule):
     def probed(self, x, probe, segments):
-        shape, direction = self.normalized_shape, along(self, "weight", x.dtype)
+        shape, (direction, _) = self.normalized_shape, self.directions(x.dtype)
         return functional.rms_norm(x, shape, self.weight, self.eps, direction, probe, segments)
 
     def _normed(self, x):

@@ -27,6 +27,11 @@ def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
         torch.cuda.set_rng_state_all(state[1])
 
 
+def drew_since(state: tuple[Tensor, list[Tensor]]) -> bool:
+    """Whether random numbers were drawn since that was the `random_state`."""
+    return not all(map(torch.equal, *([cpu, *gpus] for cpu, gpus in (state, random_state()))))
+
+
 def random_kept() -> AbstractContextManager:
     """The block's random numbers are drawn once more after it. Torch warns where several GPUs are not named, and to ask
     one that nothing uses would start it."""

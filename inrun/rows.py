@@ -35,7 +35,7 @@ from .errors import InRunError, few
 from .forward_mode import sample_axis
 from .layers import EmbeddingRule, Part
 from .remedies import Shapes, as_code, remedies
-from .restoring import as_it_was, in_modes, modes_of, random_state
+from .restoring import as_it_was, drew_since, in_modes, modes_of, random_state
 from .shared import require_in_range
 
 _PLAIN = (Tensor, int, float, str, torch.dtype, torch.device)
@@ -292,7 +292,7 @@ class Rows:
             each = [
                 calls[number] for run in runs if number < len(calls := run.get(module, [])) == len(more.get(module, ()))
             ]
-            marks = [marks[leaf] for marks in each if leaf in marks]
+            marks = [of_call[leaf] for of_call in each if leaf in of_call]
             if len(marks) == 3 and _in_disorder(marks[0], marks[1], marks[2], call.rows):
                 found.add(f"{module._inrun} ({module._inrun_class.__name__})")
         return sorted(found)
@@ -393,7 +393,7 @@ class Rows:
         with self._paused(), as_it_was(self._model), grad_mode(), torch.autocast(*call.autocast), _ids_in_range():
             before = random_state()
             out = self._model.forward(*args, **kwargs)  # past hooks that have changed its arguments already
-            self._drew = not all(map(torch.equal, *([cpu, *gpus] for cpu, gpus in (before, random_state()))))
+            self._drew = drew_since(before)
             return out
 
     def _shapes(self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad) -> Shapes:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import InRunError
-from .restoring import random_kept, random_state
+from .restoring import drew_since, random_kept, random_state
 
 _MASKS = (torch.bool, torch.uint8)
 
@@ -81,7 +81,7 @@ class Shared(Tensor):
             if not computed or not ours:
                 return result
             layer, size, lead = ours[0]._layer, ours[0].shape[0], ours[0]._lead
-            drew = not all(map(torch.equal, *([cpu, *gpus] for cpu, gpus in (before, random_state()))))
+            drew = drew_since(before)
             runs = None if drew else _tried(func, args, kwargs, size)
             for i in computed:
                 x = leaves[i]

@@ -96,7 +96,8 @@ def track(
             each writes those of its own samples.
         check: on the first step, compare the sum of the scores with the parameters' gradients, and raise where
             they disagree; on some later ones for parameters of which the first could not tell. On the first of several
-            samples also run the model once more, to tell the samples from as many rows of something else.
+            samples also run the model a few times more, without gradients, to tell the samples from as many rows of
+            something else, or in another order.
         keep: where a deferred method's activations wait: "device", or "host" for pinned host memory.
         keep_bytes: bytes that may wait; None for no limit.
         update: for path methods and an optimizer of another class: "elementwise" says that its step is (which is
@@ -552,8 +553,10 @@ class Tracker:
 
     def expect(self, layout: Layout | None) -> None:
         """A forward of a batch that lies so will come; None: none will."""
-        told = layout is not None and layout.segments is None and not self.ranks.sharded
-        self._rows.begin(layout.rows if layout is not None and told else 0)
+        if layout is None or layout.segments is not None or self.ranks.sharded:
+            self._rows.begin(0)
+        else:
+            self._rows.begin(layout.rows)
 
     def note_unmet(self) -> None:
         """Note the modules to which none of a batch's forwards came, as where layers are dropped."""

@@ -1924,6 +1924,19 @@ def test_a_batch_is_computed_again_with_what_the_optimizer_had_beside_the_model(
     close(values(True), values(False))
 
 
+def test_clipping_what_an_optimizer_has_beside_the_model_as_well_is_an_error():
+    case = WithScale()
+    tracker = case.track("path", clip=0.05, validation=lambda: case.loss(1))
+    case.loss().backward()
+    assert nn.utils.get_total_norm([p.grad for p in case.model.parameters()]) > 0.05
+    case.optimizer.zero_grad()
+    named = r"with the excluded ones and those that are not the model's"
+    with pytest.raises(inrun.InRunError, match=named), tracker.step(range(B)):
+        (case.loss() + case.scale).backward()
+        nn.utils.clip_grad_norm_([*case.model.parameters(), case.scale], 0.05)
+        case.optimizer.step()
+
+
 def test_what_an_optimizer_has_beside_the_model_is_at_both_ends_as_the_step_leaves_it():
     case = WithScale()
     tracker = case.track("path_secant", validation=lambda: case.loss(1))
