@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from types import MappingProxyType
 
@@ -571,7 +573,7 @@ def test_a_pair_of_preferences_has_the_value_of_its_two_rows(kind, tmp_path):
         gradient = torch.autograd.grad(loss_of(plain, pairs[sample]) / 3, params)
         expected = LR * sum((g * d).sum() for g, d in zip(gradient, direction, strict=True))
         assert value == pytest.approx(expected.item(), rel=2e-3, abs=1e-6 * float(found.abs().max()))
-    with pytest.raises(TypeError, match="expected TRL's SFTTrainer, DPOTrainer, KTOTrainer or RewardTrainer, got Trai"):
+    with pytest.raises(TypeError, match=r"TRL's SFTTrainer, DPOTrainer, KTOTrainer, .* or RLOOTrainer, got Trai"):
         adapter.attach(build(tmp_path / "other", options=None)[0], [])
 
 
@@ -613,15 +615,116 @@ def test_kto(before, tmp_path):
         assert error(found, dict(zip(found, dots, strict=True))) <= 2e-4
 
 
+def generating(kind, folder, spied=None, eval_data=None, **settings):
+    """A trainer that draws completions to six prompts, rewarded by their tokens, from a small Llama whose head is tied
+    to its embedding; with its model and the inputs of every training batch in the list `spied`."""
+    datasets, trl, tokenizers = (pytest.importorskip(name) for name in ("datasets", "trl", "tokenizers"))
+    vocab = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
+    vocab.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=vocab, eos_token="t2", pad_token="t0", padding_side="left"
+    )
+    settings = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "save_strategy": "no",
+                "gradient_checkpointing": False} | settings  # fmt: skip
+    args = getattr(trl, f"{kind.upper()}Config")(
+        output_dir=folder, optim="sgd", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=0.0, seed=3,
+        report_to="none", disable_tqdm=True, use_cpu=True, logging_strategy="no", bf16=False, num_train_epochs=1,
+        num_generations=3, max_completion_length=5, temperature=0.8,
+        per_device_eval_batch_size=3, **settings,
+    )  # fmt: skip
+
+    class Spied(getattr(trl, f"{kind.upper()}Trainer")):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if spied is not None and model.training:
+                spied.append((self.state.global_step, copy.deepcopy(model), dict(inputs)))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def reward(completions, **_):
+        return [sum(len(token) for token in text.split()) + text.count("7") for text in completions]
+
+    rows = [{"sample_id": f"p{i}", "prompt": f"t{i + 3} t{2 * i + 5}"} for i in range(6)]
+    return Spied(
+        TIED.built(), reward, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+        eval_dataset=eval_data,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("grpo", {}),
+        ("grpo", {"steps_per_generation": 1, "loss_type": "grpo"}),  # generates within a step
+        (
+            "grpo",
+            {"num_iterations": 2, "loss_type": "grpo", "gradient_checkpointing": True},
+        ),  # every completion in two steps
+        ("rloo", {"beta": 0.0}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_completion_has_the_value_of_its_row(kind, settings, tmp_path):
+    """Under its prompt's id, in every step it is used in: its part of the trainer's own loss, the head's part included,
+    for a validation loss that is the trainer's of other rollouts."""
+    adapter = pytest.importorskip("inrun.adapters.trl")
+    trainer = generating(kind, tmp_path, spied := [], **settings)
+    rollouts = trainer._generate_and_score_completions([{"prompt": f"t{i // 3 + 20}"} for i in range(6)])
+    values = adapter.attach(trainer, lambda: trainer.compute_loss(trainer.model, rollouts))
+    trainer.train()
+    prompts = {row["sample_id"]: row["prompt"] for row in trainer.train_dataset}
+    found = values.ledger.rows().to_pandas()
+    assert trainer.state.global_step == (6 if settings.get("num_iterations") else 3) and len(found) == 3 * len(spied)
+    assert found["value"].abs().max() > 1e-3
+    at = dict.fromkeys(range(trainer.state.global_step), 0)
+    for step, model, inputs in spied:
+        trainer.model.eval()  # which the trainer asks whether its losses are divided
+        target = gradients(trainer.compute_loss(model.eval(), rollouts), model)
+        rows = found[found["step"] == step].iloc[at[step] : at[step] + 3]
+        at[step] += 3
+        trainer.model.train()
+        model.train()
+        loss = trainer._compute_loss(model, inputs) / (2 if kind == "rloo" else 1)  # which the Trainer divides itself
+        whole = sum((g * t).sum() for g, t in zip(gradients(loss, model), target, strict=True))
+        assert rows["value"].sum() == pytest.approx(LR * float(whole), rel=1e-4, abs=1e-6)
+        for row, (sample, value) in enumerate(zip(rows["sample_id"], rows["value"], strict=True)):
+            prompt = trainer.processing_class.decode(inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()])
+            assert prompts[sample].split() == prompt.split()
+            masked = (torch.arange(3) == row).long()[:, None] * inputs["completion_mask"]
+            if settings.get("loss_type") == "grpo":  # the mean over rows of what each has
+                alone = trainer._compute_loss(model, {**inputs, "completion_mask": masked})
+            else:
+                only = {**inputs, "advantages": inputs["advantages"] * (torch.arange(3) == row)}
+                alone = trainer._compute_loss(model, only) / (2 if kind == "rloo" else 1)
+            dot = sum((g * t).sum() for g, t in zip(gradients(alone, model), target, strict=True))
+            assert value == pytest.approx(LR * float(dot), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_completions_are_resumed_and_evaluated_and_need_a_loss_of_ones_own(tmp_path):
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    held = datasets.Dataset.from_list([{"prompt": "t9 t4"}, {"prompt": "t8 t4"}])
+    with pytest.raises(TypeError, match=r"validation\['validation'\]: expected a callable with Spied, .* got Dataset"):
+        adapter.attach(generating("grpo", tmp_path), held)
+    for resume in (False, True):
+        trainer = generating(
+            "grpo", tmp_path, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=1, eval_data=held
+        )
+        loss = functools.partial(lambda model: model(**HELD_OUT).loss, trainer.model)
+        values = adapter.attach(trainer, loss, ledger=tmp_path / "ledger")
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        assert any("eval_reward" in logged for logged in trainer.state.log_history)
+        counts = values.ledger.rows().to_pandas().groupby("step").size()
+        assert dict(counts) == {0: 6, 1: 6, 2: 6}
+
+
 def test_trainers_of_trl_that_are_not_scored_are_refused(tmp_path):
     orpo = pytest.importorskip("trl.experimental.orpo")
     adapter = pytest.importorskip("inrun.adapters.trl")
-    kept = r"inrun.adapters.trl.attach, which takes the SFT, DPO, KTO and reward trainers; TRL's others are not scored"
+    kept = r"inrun.adapters.trl.attach, which takes the SFT, DPO, KTO, reward, GRPO and RLOO trainers; TRL's others are"
     for kind in (orpo.ORPOTrainer, adapter.KTOTrainer):
         trainer = object.__new__(kind)
         with pytest.raises(TypeError, match=f"expected a Trainer that is not TRL's, got {kind.__name__}; take {kept}"):
             attach(trainer, [])
-    with pytest.raises(TypeError, match="KTOTrainer or RewardTrainer, got ORPOTrainer; TRL's others are not scored"):
+    with pytest.raises(TypeError, match="GRPOTrainer or RLOOTrainer, got ORPOTrainer; TRL's others are not scored"):
         adapter.attach(object.__new__(orpo.ORPOTrainer), [])
 
 

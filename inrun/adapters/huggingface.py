@@ -11,8 +11,8 @@ the loss are in the gradients that are scored. The trainer's evaluation is not s
 (in `compute_loss`, say, or `on_substep_end`) goes into `torch.no_grad()` or `values.loop.tracker.paused()`.
 
 Where the collator flattens its examples into one row (`padding_free`), each document has its value. Rows that were
-packed before hold a list in the id column, one id per token. TRL's SFT, DPO, KTO and reward trainers have an `attach`
-of their own (`inrun.adapters.trl`).
+packed before hold a list in the id column, one id per token. TRL's trainers have an `attach` of their own
+(`inrun.adapters.trl`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def attach(
     if is_of_trl(trainer):
         raise TypeError(
             f"trainer: expected a Trainer that is not TRL's, got {type(trainer).__name__}; take "
-            "inrun.adapters.trl.attach, which takes the SFT, DPO, KTO and reward trainers; TRL's others are not scored"
+            "inrun.adapters.trl.attach, which takes the SFT, DPO, KTO, reward, GRPO and RLOO trainers; TRL's others "
+            "are not scored"
         )
     return attached(trainer, validation, id_column=id_column, ledger=ledger, **options)
 
@@ -85,10 +86,11 @@ def attached(
     *,
     id_column: str,
     ledger: Ledger | str | Path | None = None,
+    mixin: type | None = None,
     **options: Any,
 ) -> InRunCallback:
-    """`attach`, whatever the trainer."""
-    if isinstance(trainer, _Tracked):
+    """`attach`, whatever the trainer; `mixin`: a `Tracked` of one that has other ways for the ids than its collator."""
+    if isinstance(trainer, Tracked):
         raise InRunError("attach: expected a trainer without inrun, got one that has it")
     if trainer.args.n_gpu > 1:
         raise InRunError(
@@ -107,9 +109,10 @@ def attached(
             )
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns = [*(trainer._signature_columns or ()), id_column]  # else it is dropped as unused
-    trainer.data_collator = CarryIds(trainer.data_collator, id_column)
+    if mixin is None:
+        mixin, trainer.data_collator = _Carried, CarryIds(trainer.data_collator, id_column)
     callback = InRunCallback(id_column, ledger, {"validation": losses, **options})
-    trainer.__class__ = type(type(trainer).__name__, (_Tracked, type(trainer)), {})
+    trainer.__class__ = type(type(trainer).__name__, (mixin, type(trainer)), {})
     trainer._inrun = callback  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(callback)
     return callback
@@ -288,10 +291,14 @@ class InRunCallback(TrainerCallback):
         self.loop.announce(carried["ids"], segments=carried["segments"])
 
 
-class _Tracked:
-    """Mixin of an attached trainer: takes the ids out of its batches."""
+class Tracked:
+    """Mixin of an attached trainer, which announces the ids of every batch before its forward."""
 
     _inrun: InRunCallback
+
+
+class _Carried(Tracked):
+    """Takes the ids out of the batches, where `CarryIds` has put them."""
 
     def training_step(self: Any, model, inputs, *args, **kwargs):
         self._inrun.announce(inputs.pop(self._inrun.column, None))

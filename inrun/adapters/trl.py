@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, DPOTrainer, KTOTrainer and RewardTrainer:
+"""TRL's SFTTrainer, DPOTrainer, KTOTrainer, RewardTrainer, GRPOTrainer and RLOOTrainer:
 
     values = attach(trainer, validation=held_out, ledger="run/ledger")
     trainer.train()
@@ -9,6 +9,13 @@ With `padding_free=True` each document of the row has its value. Packing loses e
 dataset that is to be packed goes through `pack` first, and the trainer leaves it as it is:
 
     SFTTrainer(model, SFTConfig(packing=True, dataset_kwargs={"skip_prepare_dataset": True}), pack(dataset, 1024), ...)
+
+With GRPO and RLOO a sample is one completion, and has its value under its prompt's id, in every step that uses it. The
+validation loss is a callable: of reference answers, or the trainer's own on held-out rollouts, the surrogate that it
+lowers to raise their reward:
+
+    rollouts = trainer._generate_and_score_completions(held_out_prompts)       # of every prompt `num_generations`
+    attach(trainer, validation=lambda: trainer.compute_loss(trainer.model, rollouts))
 """
 
 from __future__ import annotations
@@ -23,19 +30,22 @@ from typing import Any
 import torch
 from trl.data_utils import pack_dataset
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
+from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..errors import InRunError
 from . import huggingface
 
-TRAINERS = (SFTTrainer, DPOTrainer, KTOTrainer, RewardTrainer)
+GENERATING = (GRPOTrainer, RLOOTrainer)
+TRAINERS = (SFTTrainer, DPOTrainer, KTOTrainer, RewardTrainer, *GENERATING)
 
 
 def attach(
-    trainer: SFTTrainer | DPOTrainer | KTOTrainer | RewardTrainer,
+    trainer: SFTTrainer | DPOTrainer | KTOTrainer | RewardTrainer | GRPOTrainer | RLOOTrainer,
     validation: Any,
     *,
     id_column: str = "sample_id",
@@ -44,14 +54,14 @@ def attach(
     """As `huggingface.attach`, for one of these trainers; call it before `train()` and `evaluate()`.
 
     A validation dataset is prepared (formatted, tokenized, cut, with `precompute_ref_log_probs` run through the
-    reference model) as the trainer's own are, and not packed.
+    reference model) as the trainer's own are, and not packed. Trainers that generate their samples take a callable.
 
     TRL computes the loss from the output layer's weight without calling the layer. Where that weight is trained, the
     layer is called instead, so that it is scored: the same loss, to rounding, from logits held in full.
 
     Raises:
         InRunError: the trainer packed its dataset by itself; it has been run already; as `huggingface.attach`.
-        TypeError: another trainer.
+        TypeError: another trainer; one that generates, with a validation dataset.
     """
     if not isinstance(trainer, TRAINERS):
         *most, last = (each.__name__ for each in TRAINERS)
@@ -70,6 +80,13 @@ def attach(
     if hasattr(model, "_original_forward"):
         raise InRunError("attach: expected a trainer before its first train() or evaluate(), got one that has run")
     named = validation if isinstance(validation, Mapping) else {"validation": validation}
+    generates = isinstance(trainer, GENERATING)
+    for name, given in named.items() if generates else ():
+        if not callable(given):
+            raise TypeError(
+                f"validation[{name!r}]: expected a callable with {type(trainer).__name__}, whose own loss is of "
+                f"completions that the model has drawn; got {type(given).__name__}"
+            )
     prepared = {name: _prepared(trainer, given, name) for name, given in named.items()}
     losses = huggingface.losses_of(trainer, prepared, id_column)
     for name, loss in losses.items():
@@ -77,9 +94,11 @@ def attach(
             loss.of_batch = _apart(trainer)(loss.of_batch)  # which a checkpoint runs in the backward
         else:
             losses[name] = _apart(trainer)(loss)
-    callback = huggingface.attached(trainer, losses, id_column=id_column, **options)
+    mixin = _Generated if generates else None
+    callback = huggingface.attached(trainer, losses, id_column=id_column, mixin=mixin, **options)
     if not isinstance(trainer, RewardTrainer) and model.get_output_embeddings().weight.requires_grad:
-        _call_the_head(model, preferences=not isinstance(trainer, SFTTrainer))
+        temperature = trainer.temperature if isinstance(trainer, GENERATING) else 1.0
+        _call_the_head(model, temperature, preferences=isinstance(trainer, DPOTrainer | KTOTrainer))
     return callback
 
 
@@ -109,6 +128,21 @@ def pack(dataset: Any, max_length: int, *, id_column: str = "sample_id", strateg
     return pack_dataset(spread.select_columns(columns), max_length, strategy)
 
 
+class _Generated(huggingface.Tracked):
+    """The ids of the prompts stay with their completions, which the trainer shuffles, splits and uses again."""
+
+    def _generate_and_score_completions(self: Any, inputs):
+        batch = super()._generate_and_score_completions(inputs)  # pyright: ignore
+        return {**batch, self._inrun.column: [example.get(self._inrun.column) for example in inputs]}
+
+    def _prepare_inputs(self: Any, inputs):
+        batch = super()._prepare_inputs(inputs)  # pyright: ignore
+        if self.model.training:
+            ids = batch[self._inrun.column]
+            self._inrun.announce(None if None in ids else {"ids": ids, "segments": None})
+        return batch
+
+
 def _prepared(trainer: Any, validation: Any, name: str) -> Any:
     if not hasattr(validation, "column_names") or getattr(trainer, "_skip_prepare_dataset", False):
         return validation
@@ -133,8 +167,12 @@ def _apart(trainer: Any) -> Iterator[None]:
         trainer._metrics["eval"] = before
 
 
-def _call_the_head(model: Any, preferences: bool) -> None:
-    """Give `model(fused_lm_head=True)`, which TRL has added, an output layer that is called as a module."""
+def _call_the_head(model: Any, temperature: float, preferences: bool) -> None:
+    """Give `model(fused_lm_head=True)`, which TRL has added, an output layer that is called as a module.
+
+    Args:
+        temperature: what it divides logits by; preferences: whether their statistics are asked for too.
+    """
     own = type(model).forward
 
     @functools.wraps(own)
@@ -142,8 +180,8 @@ def _call_the_head(model: Any, preferences: bool) -> None:
         if not fused_lm_head:
             counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             return own(self, *args, labels=labels, **counted, **kwargs)
-        outputs = own(self, *args, **kwargs)
-        logits, labels = outputs.logits[:, :-1].float(), labels[:, 1:]
+        outputs = own(self, *args, **{**kwargs, "use_cache": False})
+        logits, labels = outputs.logits[:, :-1].float() / temperature, labels[:, 1:]
         mask = labels != -100
         every = logits.log_softmax(-1)
         log_probs = every.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(~mask, 0.0)
