@@ -88,16 +88,19 @@ def components(slots: Sequence[Any]) -> list[list[Any]]:
     return found
 
 
-def trainable(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Module]]:
-    """Parameters that train, and all modules. Asked once a step, so without the names that `model.parameters()` makes
-    on its way."""
-    found, seen, modules = set(), set(), [model]
+def trainable(model: nn.Module) -> tuple[dict[int, nn.Parameter], set[nn.Module]]:
+    """Parameters that train, by their `id`, and all modules. Asked once a step, so without the names that
+    `model.parameters()` makes on its way, or a tensor's own hash, which is Python."""
+    found, seen, modules = {}, set(), [model]
     while modules:
         module = modules.pop()
         if module not in seen:
             seen.add(module)
-            modules += [child for child in module._modules.values() if child is not None]
-            found.update([p for p in module._parameters.values() if p is not None and p.requires_grad])
+            if module._modules:
+                modules += [child for child in module._modules.values() if child is not None]
+            for p in module._parameters.values():
+                if p is not None and p.requires_grad:
+                    found[id(p)] = p
     return found, seen
 
 

@@ -236,7 +236,7 @@ class Tracker:
         self.agenda = check.Agenda()
         self._shared_due = checked  # whether outputs that samples share are still watched: until a batch has several
         self._largest = 0  # rows of this step's largest batch
-        self._unscored: set[nn.Parameter] = set()  # excluded ones that train
+        self._unscored: dict[int, nn.Parameter] = {}  # excluded ones that train, by `id`
         self._watch = Watch(self.ranks, self._pending, self._method.scores_in_backward)
         self._rows = Rows(model, through, not (self.samples or sampled), self.paused, self.ranks)
         self._install(planned)
@@ -347,10 +347,10 @@ class Tracker:
             handle.remove()
         self._handles = [each.register_step_pre_hook(self._before_update) for each in self.optimizers]
 
-    def _note_outside(self, training: set[nn.Parameter]) -> list[nn.Parameter]:
+    def _note_outside(self, training: Mapping[int, nn.Parameter]) -> list[nn.Parameter]:
         """Parameters of the optimizers that are not the model's, to which a validation loss may have gradients too."""
         groups = (group for each in self.optimizers for group in each.param_groups)
-        found = [p for group in groups for p in group["params"] if p.requires_grad and p not in training]
+        found = [p for group in groups for p in group["params"] if p.requires_grad and id(p) not in training]
         self.validations.outside = found
         return found
 
@@ -508,13 +508,15 @@ class Tracker:
             tap.passed_by = tap.met = False
         self._step = step
 
-    def _require_no_others(self, training: set[nn.Parameter]) -> None:
+    def _require_no_others(self, training: Mapping[int, nn.Parameter]) -> None:
         """Raise `InRunError` where a parameter trains that did not when they were tracked: it would have no score."""
-        unknown = training.difference(*((slot.param, slot.sibling) for slot in self.slots))
-        if unknown <= self._unscored:
+        known = {id(slot.param) for slot in self.slots}
+        if training.keys() <= known | self._unscored.keys():
             return
+        known.update(id(slot.sibling) for slot in self.slots)  # which shards hold among the parameters
+        unknown = {i: p for i, p in training.items() if i not in known}
         excluded = set(self.coverage["excluded"])
-        others = [n for n, p in self.model.named_parameters() if p in unknown and n not in excluded]
+        others = [n for n, p in self.model.named_parameters() if id(p) in unknown and n not in excluded]
         if others:
             raise InRunError(
                 f"model: expected the parameters that were trainable when they were tracked, got {len(others)} more, "
@@ -522,7 +524,7 @@ class Tracker:
             )
         self._unscored = unknown
 
-    def _find_places(self, training: set[nn.Parameter], modules: set[nn.Module]) -> None:
+    def _find_places(self, training: Mapping[int, nn.Parameter], modules: set[nn.Module]) -> None:
         """Look up again which group of which optimizer each parameter is in: the loop may have changed that, or the
         model, whose parameters that train and modules are given."""
         where, gone = places(self.optimizers), []
@@ -600,7 +602,7 @@ class Tracker:
             self.check_due = self.first_check = False
         if self.check_due:
             groups = (group for each in self.optimizers for group in each.param_groups)
-            self._require_no_others({p for group in groups for p in group["params"] if p.grad is not None})
+            self._require_no_others({id(p): p for group in groups for p in group["params"] if p.grad is not None})
             self.note_unmet()
         with self.paused():  # what runs here is no batch
             self._rows.verify()

@@ -115,11 +115,12 @@ class Watch:
     def updated(self, optimizer: Optimizer) -> None:
         """An update has begun, the first from all the gradients that have come."""
         self.begun.append(optimizer)
-        self._due = {name: s for name, s in self._due.items() if s.grad is not None and not self._has_begun(s)}
+        waits = {name: s for name, s in self._due.items() if not self._has_begun(s)}  # of one optimizer none
+        self._due = {name: s for name, s in waits.items() if s.grad is not None}
         self._reached.clear()
 
     def _has_begun(self, slot: Any) -> bool:
-        return any(slot.optimizer is other for other in self.begun)
+        return slot.optimizer in self.begun
 
     def require_in_time(self) -> None:
         """Raise `InRunError` where gradients came that an update which has begun takes no part of; where they are
@@ -179,10 +180,10 @@ class Watch:
     def _watch_written(self) -> None:
         """From the next step on, watch the gradients that were written to more or less often than most since they came:
         those may have been changed alone."""
-        slots = [slot for slot in self._due.values() if slot.grad is not None]
-        times = [slot.grad._version - self._written[slot.name] for slot in slots]
+        came = [(slot, grad) for slot in self._due.values() if (grad := slot.grad) is not None]
+        times = [grad._version - self._written[slot.name] for slot, grad in came]
         usual = max(set(times), key=times.count, default=0)
-        for slot, count in zip(slots, times, strict=True):
+        for (slot, _), count in zip(came, times, strict=True):
             if count != usual and slot.name not in self._watched:
                 self._watched.add(slot.name)
                 self._slots.append(slot)
