@@ -30,7 +30,7 @@ Source: second order, arXiv 2406.11011, theorem 4, which is that of plain SGD; t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -235,6 +235,7 @@ class Deferred:
         elif self._early is not None:
             dots = self._early
         elif self.pairs is not None:
+            self._bound_coefficients()
             dots, surplus = self.pairs.dots(self.keeper, self.ends_with_validation, self._path.left)
             dots = self._path.shared(dots, surplus)
         else:
@@ -401,12 +402,18 @@ class Deferred:
             parts = [(w[name] if isinstance(w, dict) else w, gradients[name]) for w, gradients in self._parts]
             mean = [_mean([(w, gradients[i]) for w, gradients in parts]) for i in range(len(slots))]
             self._path.multiply_in([slot.slices[m] for slot in slots], mean)
-        for i, bound in self._bounds.items():  # where the gradient was small at the start, K is large
+        for i, bound in self._bounds.items():
             slices = slots[i].slices
-            size = sum(d.square() for d in slices).div(len(slices)).sqrt()  # pyright: ignore[reportAttributeAccessIssue]
-            bound = bound * (1 + max(3e-5, 4 * torch.finfo(size.dtype).eps))  # and what rounding may have added
-            for d in slices:
-                d.mul_((bound / size).clamp(max=1.0))
+            _shorten(slices, slices, len(slices), bound)
+
+    @torch.no_grad()
+    def _bound_coefficients(self) -> None:
+        """K itself, which all validation samples have, where K * G of their targets is too large."""
+        end, targets = self.tracker.validations.gradients, self.tracker.targets
+        for i, bound in self._bounds.items():
+            k = self.tracker.slots[i].direction
+            means = (_mean([(0.5, self._start[name][i]), (0.5, end[name][i])]) for name in targets)
+            _shorten([k], (k * g for g in means if g is not None), len(targets), bound)
 
     def _mean_values(self, start: dict[str, Gradients], end: dict[str, Gradients]) -> list[Part]:
         """The gradients at both ends, and where the loss bends in the middle, with the weights that give the measured
@@ -470,6 +477,19 @@ class Deferred:
                 if (bend := curved[i]) is not None:
                     value -= bend / 2
                 slot.slices[m].copy_(value * coefficients[i])
+
+
+def _shorten(directions: Sequence[Tensor], moves: Iterable[Tensor], count: int, bound: Any) -> None:
+    """Make directions shorter, coordinate by coordinate, by what the mean square of `count` moves is above the bound's:
+    where the gradient was small at the start of the step, Adam's K is large."""
+    size = torch.zeros_like(directions[0])
+    for move in moves:
+        size.addcmul_(move, move)
+    size.div_(count).sqrt_()
+    bound = bound * (1 + max(3e-5, 4 * torch.finfo(size.dtype).eps))  # and what rounding may have added
+    over = (bound / size).clamp(max=1.0)
+    for direction in directions:
+        direction.mul_(over)
 
 
 def _mean(parts: list[tuple[float | Tensor, Tensor | None]]) -> Tensor | None:

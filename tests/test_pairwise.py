@@ -61,6 +61,29 @@ def test_sgd_values_are_the_products_of_single_samples(name, monkeypatch):
     close(torch.tensor([r["value"] for r in rows if r["target"] == "v2"]), expected[:, 2])
 
 
+@pytest.mark.parametrize("targets", [1, 2])
+def test_secant_in_adams_first_steps_adds_up_to_the_value_on_the_loss(targets):
+    """Where a coordinate's direction is bounded by what Adam can make it, each validation sample's is."""
+
+    def values(pairwise):
+        model, train = make("mlp"), data("mlp")
+        held = [data("mlp", V, 2 + k) for k in range(targets)]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        losses = {f"t{k}": lambda k=k: loss_of(model, *held[k]) for k in range(targets)}
+        names = {name: IDS for name in losses} if pairwise else None
+        tracker = inrun.track(model, optimizer, "secant", validation=losses, pairwise=names)
+        found = []
+        for _ in range(3):
+            with tracker.step(range(B)) as step:
+                loss_of(model, *train).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append(step.values.view(B, targets, -1).sum(2))
+        return torch.stack(found)
+
+    torch.testing.assert_close(values(True), values(False), rtol=2e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["gpt_tied", "gpt_untied", "reused", "attention", "unknown"])
 @pytest.mark.parametrize("form", ["gradients", "directions"])
 def test_adam_in_its_second_step_and_in_parts_of_the_validation_samples(name, form, monkeypatch):
