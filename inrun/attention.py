@@ -1,7 +1,7 @@
 """`torch.nn.MultiheadAttention`, whose projections score their samples as linear layers do.
 
-Torch's module passes its weights to one function, past any layer. With a probe, the projections are
-linear layers instead, and the attention between them is torch's own.
+Torch's module passes its weights to one function, past any layer. With a probe, or in a deferred step, the projections
+are linear layers instead, and the attention between them is torch's own.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def efficiency(
         first: whether every batch must have been scored by the same layers.
 
     Returns:
-        The names of the parameters of which it could tell in every process: scores of nothing would not have passed.
+        The names of the parameters of which it could tell in every process: scores of zero would have been refused.
     """
     if first:
         _require_every_batch(batches)

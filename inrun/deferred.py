@@ -79,7 +79,7 @@ class Deferred:
         options: where activations wait, and the update.
     """
 
-    standard_error = None
+    standard_error: Tensor | None = None
     scores_in_backward = False
 
     def __init__(self, tracker: Tracker, name: str, options: Options) -> None:
@@ -102,6 +102,8 @@ class Deferred:
             raise ValueError(f"validate_every: expected 1 with method {name!r}, got {tracker.validations.every}")
         self.tracker, self.name, self.update = tracker, name, update
         self.true_ends = by_callable and name in ("path_secant", "path_simpson") and not pairwise
+        self.starts_with_validation = not self.true_ends and not tracker.in_batch
+        self.ends_with_validation = name in TWO_ENDS
         self.budget = Budget(options.keep, options.keep_bytes)
         self.keeper = Keeper(tracker.taps, self.budget, weights_move=name != "second")
         self.pairs = Pairs(tracker, self.budget) if pairwise else None
@@ -122,16 +124,6 @@ class Deferred:
         self._along: list[dict[str, Gradients]] = []  # of true ends, at w + u(0) and for Simpson in the middle
         self._early: list[Tensor | None] | None = None
         self.updated = False
-
-    @property
-    def starts_with_validation(self) -> bool:
-        """Whether a step needs the validation gradient at the weights it begins with."""
-        return not self.true_ends and not self.tracker.in_batch
-
-    @property
-    def ends_with_validation(self) -> bool:
-        """Whether a step's values wait for the validation gradient at the weights it ends with."""
-        return self.name in TWO_ENDS
 
     def require_supported(self, optimizer: Optimizer) -> None:
         if self.name == "second" and type(optimizer) is not SGD:
@@ -462,7 +454,7 @@ class Deferred:
         coefficients = []
         steps: list[Tensor] = []  # -(u(0) + u(g_B)), what H takes to the middle of the step
         for slot in tracker.slots:
-            scalar = directions.sgd_coefficient(slot.options, slot.state)
+            scalar = directions.sgd_coefficient(slot)
             grad = slot.grad
             coefficients.append(scalar)
             steps.append(torch.zeros_like(slot.shard) if grad is None else grad * unscale * scalar)

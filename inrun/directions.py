@@ -112,9 +112,9 @@ def coefficient(
     Returns:
         A number (SGD), or a tensor of the part's shape. `<coefficient * val_grad, g_z>` is in nats.
     """
-    group, state = slot.options, {name: local(value) for name, value in slot.state.items()}
     if isinstance(slot.optimizer, SGD):
-        return sgd_coefficient(group, state)
+        return sgd_coefficient(slot)
+    group, state = slot.options, {name: local(value) for name, value in slot.state.items()}
     beta1, beta2 = group["betas"]
     step = state.get("step", 0) + 1
     if isinstance(step, Tensor) and not step.is_cuda:
@@ -181,11 +181,12 @@ def adam_part(slot: Any, grad: Tensor, rates: AdamRates) -> adam.AdamPart | None
     return part if adam.fits(part) else None
 
 
-def sgd_coefficient(group: dict[str, Any], state: dict[str, Any]) -> Any:
+def sgd_coefficient(slot: Any) -> Any:
     """The learning rate times the part of a gradient that SGD applies in the step it arrives in."""
+    group = slot.options
     share, momentum = 1.0, group["momentum"]
     if momentum != 0:
         # The first gradient fills the momentum buffer undamped.
-        entering = 1.0 if state.get("momentum_buffer") is None else 1.0 - group["dampening"]
+        entering = 1.0 if slot.state.get("momentum_buffer") is None else 1.0 - group["dampening"]
         share = 1.0 + momentum * entering if group["nesterov"] else entering
     return (-1.0 if group["maximize"] else 1.0) * group["lr"] * share

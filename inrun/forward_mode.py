@@ -21,14 +21,14 @@ from torch.utils import _pytree as pytree
 
 from . import probing
 from .errors import InRunError, few
-from .restoring import buffers_kept, buffers_of, random_kept, random_state, set_random_state
+from .restoring import buffers_kept, buffers_of, random_kept, random_state, set_random_state, setting
 from .tap import Layout, Tap, along
 
 
 def forward_mode(module: Any, args: tuple, kwargs: dict, uncaptured: bool = False) -> Any:
     """One ordinary forward that carries tangents beside it, then the dots attached to each output."""
-    # Tangents do not cross a graph's edge: all of this function is captured in one, or, where this frame runs, nothing;
-    # nor where there are several passes.
+    # A graph is neither entered nor left while tensors carry tangents. So all of this function is captured in one, or,
+    # where it runs eagerly or takes several passes, nothing of it.
     tap = module._inrun
     probe = tap.probe
     assert probe is not None
@@ -247,19 +247,11 @@ def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list
     return tangents
 
 
-@contextlib.contextmanager
-def _others_muted(module: Any) -> Iterator[None]:
+def _others_muted(module: Any) -> contextlib.AbstractContextManager[None]:
     """Modules inside that forward-mode AD scores too run plainly: theirs is a pass of their own."""
     tap = module._inrun
     inside = {getattr(each, "_inrun", tap) for each in module.modules()} - {tap}
-    before = [(other, other.probe) for other in inside if other.forward_mode]
-    for other, _ in before:
-        other.probe = None
-    try:
-        yield
-    finally:
-        for other, probe in before:
-            other.probe = probe
+    return setting("probe", [(other, None) for other in inside if other.forward_mode])
 
 
 def versions_of(*inputs: Any) -> list[int]:
@@ -316,16 +308,10 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
 
 @contextlib.contextmanager
 def _written_out_layers(tap: Tap) -> Iterator[None]:
-    before = [config._experts_implementation for config in tap.configs]
+    eager = setting("_experts_implementation", [(config, "eager") for config in tap.configs])  # of fused experts
     native = not any(isinstance(owner, nn.RNNBase) for owner, _ in tap.owned)
-    with contextlib.nullcontext() if native else _no_fused_recurrence():
-        try:
-            for config in tap.configs:  # of Hugging Face's fused experts
-                config._experts_implementation = "eager"
-            yield
-        finally:
-            for config, implementation in zip(tap.configs, before, strict=True):
-                config._experts_implementation = implementation
+    with eager, contextlib.nullcontext() if native else _no_fused_recurrence():
+        yield
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ class Inline:
 
     starts_with_validation, ends_with_validation = True, False
     scores_in_backward = True
-    standard_error = None
+    standard_error: Tensor | None = None
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker

@@ -2,8 +2,8 @@
 
 A tracked module changes class in place: `TrackedLinear` is a `Linear` in every other respect, with the same
 parameters, `state_dict()` and `isinstance`. Beside each covered parameter it holds a frozen sibling, its direction
-(`weight_direction`), which is no parameter unless `fully_shard` is to split it. Without a probe a tracked module runs
-its original forward.
+(`weight_direction`), which is no parameter unless `fully_shard` is to split it. With neither a probe nor a deferred
+step that keeps what it does, it runs its original forward.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class LinearRule(Rule):
         return x, self.weight, self.bias
 
     def directions(self, dtype):
-        """The two's, of this dtype or a wider one where that is asked for."""
+        """The two's, in their own dtype; `dtype` is for rules that have to widen them."""
         return along(self, "weight"), along(self, "bias")
 
     def probed(self, x, probe, segments):
@@ -433,26 +433,19 @@ class ForwardModeRule(Holder):
     """Any other module: `dot_b = <dL/dout_b, JVP_D(out)_b>`."""
 
     def forward(self, *args, **kwargs):
-        tap = self._inrun
+        tap, rows = self._inrun, self._inrun.rows
         if not tap.scores():
             return self.plain(*args, **kwargs)
-        if tap.watched and not torch.compiler.is_compiling():
-            return self._watched(args, kwargs)
-        return self._scored(args, kwargs)
-
-    def _scored(self, args: tuple, kwargs: dict) -> Any:
-        tap = self._inrun
+        watched = tap.watched and not torch.compiler.is_compiling()
+        if watched:
+            if rows is not None:
+                rows.note_call()
+            self._require_samples(args, kwargs)
         if tap.keep is not None:
-            return eagerly(tap.keep, self, self.plain, (args, kwargs))
-        return forward_mode(self, args, kwargs)
-
-    def _watched(self, args: tuple, kwargs: dict) -> Any:
-        rows = self._inrun.rows
-        if rows is not None:
-            rows.note_call()
-        self._require_samples(args, kwargs)
-        out = self._scored(args, kwargs)
-        if rows is not None:
+            out = eagerly(tap.keep, self, self.plain, (args, kwargs))
+        else:
+            out = forward_mode(self, args, kwargs)
+        if watched and rows is not None:
             rows.take(self, out)
         return out
 

@@ -45,27 +45,16 @@ class Method(Protocol):
     Attributes:
         drop: target -> what the step took off the validation loss, where the method measures it.
         standard_error: of the values, where the method draws samples.
+        scores_in_backward: whether gradients are scored as they come.
+        starts_with_validation, ends_with_validation: whether a step needs the validation gradient at the weights it
+            begins with; whether its values wait for that at the weights it ends with.
     """
 
     drop: dict[str, Tensor]
-
-    @property
-    def scores_in_backward(self) -> bool:
-        """Whether gradients are scored as they come."""
-        ...
-
-    @property
-    def standard_error(self) -> Tensor | None: ...
-
-    @property
-    def starts_with_validation(self) -> bool:
-        """Whether a step needs the validation gradient at the weights it begins with."""
-        ...
-
-    @property
-    def ends_with_validation(self) -> bool:
-        """Whether a step's values wait for the validation gradient at the weights it ends with."""
-        ...
+    standard_error: Tensor | None
+    scores_in_backward: bool
+    starts_with_validation: bool
+    ends_with_validation: bool
 
     def require_supported(self, optimizer: Optimizer) -> None:
         """Raise `InRunError` unless the method knows what this optimizer does."""

@@ -89,6 +89,11 @@ class MonteCarlo:
         self.keeper = Keeper(tracker.taps, self.budget, weights_move=False)  # back in place whenever a layer is scored
         self.release()
 
+    @property
+    def rows(self) -> list[int]:
+        """Samples of each batch."""
+        return [layout.rows for layout in self.keeper.layouts]
+
     def require_supported(self, optimizer: Optimizer) -> None:
         require_no_closure(optimizer)
 
@@ -105,7 +110,6 @@ class MonteCarlo:
         if recompute is not None or layout.segments is not None:
             got = "recompute" if recompute is not None else "tokens" if layout.per_token else "segments"
             raise InRunError(f"{got}: expected None with method 'monte_carlo', whose players are whole samples, kept")
-        self.rows.append(layout.rows)
         self.keeper.begin_batch(layout)
 
     def end(self) -> None:
@@ -123,7 +127,6 @@ class MonteCarlo:
     def release(self) -> None:
         """Forget the last step."""
         self.keeper.reset()
-        self.rows: list[int] = []  # of each batch
         self.drop: dict[str, Tensor] = {}
         self.standard_error: Tensor | None = None
         self._values: list[Tensor | None] | None = None

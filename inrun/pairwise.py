@@ -32,7 +32,7 @@ from .errors import InRunError
 from .factors import Factors, gradients
 from .keep import Budget, Keeper, Kept, moved
 from .layers import LinearRule, Part
-from .restoring import without_autocast
+from .restoring import no_autocast
 from .slots import components
 from .tap import Layout, targets_second, together
 
@@ -116,7 +116,7 @@ class Pairs:
 
 
 @torch.no_grad()
-@without_autocast
+@no_autocast()
 def dots(
     train: Keeper, validation: Keeper, slots: Sequence[Any], scalars: Mapping[int, Any], left: Mapping[int, Tensor]
 ) -> tuple[list[Tensor | None], Tensor]:

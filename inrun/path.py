@@ -8,9 +8,9 @@ Samples whose gradients cancel have a K too: of SGD its one coefficient; of othe
 largest parameter's gradient and moves nothing beside what that would, the slope of the update over as much as that
 one is large. (What the samples' own gradients are there, the path does not know.)
 
-An update that is not elementwise, and layers whose samples are no rows, stay on the path in such a step. There the
-gradient grows until its norm is `clip`, and from there on only its direction can change, of which a sample's own part
-is `g_z` less its component along `g_B`.
+Where the gradient was clipped, an update that is not elementwise and layers whose samples are no rows stay on the path:
+the gradient grows until its norm is `clip`, and from there on only its direction can change, of which a sample's own
+part is `g_z` less its component along `g_B`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Path:
                 if i in coupled:
                     self._coupled.hold(i, slot, g, at_full[k] - at_zero[k])
                 elif linear:
-                    slot.direction[...] = directions.sgd_coefficient(slot.options, slot.state)
+                    slot.direction[...] = directions.sgd_coefficient(slot)
                 else:
                     over = size.to(g.device) if i in cancelled else None
                     slot.direction[...] = self._ratio(slot, g, at_zero[k], at_full[k], over)
@@ -205,14 +205,15 @@ class Path:
         of = squares(batches, slots, ranks)
         only = {k for k, i in enumerate(numbers) if i in alone}
         self._beside = Beside(factor, of.of_samples, 0.0 if clipped is None else clipped[1])
-        for k, slope in slopes(of, slots, only, unscale, factor, clipped, turning, self.update, ranks):
+        for k, slope, by_clipping in slopes(of, slots, only, unscale, factor, clipped, turning, self.update, ranks):
             i, slot = numbers[k], slots[k]
             of_path = slot.slices[0]
             wide = torch.promote_types(of_path.dtype, torch.float32)
-            written = torch.where(slope.k.isfinite(), slope.k, of_path).to(of_path.dtype)
+            written = torch.where(slope.isfinite(), slope, of_path).to(of_path.dtype)
             self._beside.left[i] = (of_path.to(wide) - written) * slot.grad * unscale
-            if slope.a is not None and slope.b is not None:
-                self._beside.along[i] = slope.a.to(wide), slope.b.to(wide)
+            if by_clipping is not None:
+                a, b = by_clipping
+                self._beside.along[i] = a.to(wide), b.to(wide)
             slot.direction[...] = written
 
     def _among_coupled(self, moving: list[tuple[int, Any]], unscale: Any) -> list[tuple[int, Any]]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def random_state() -> tuple[Tensor, list[Tensor]]:
@@ -47,20 +43,21 @@ def modes_of(module: Any) -> list[tuple[Any, bool]]:
 
 def in_modes(modes: Iterable[tuple[Any, bool]]) -> AbstractContextManager[None]:
     """Each module in the given mode for the block."""
-    return _set("training", modes)
+    return setting("training", modes)
 
 
 def requiring(params: Iterable[tuple[Tensor, bool]]) -> AbstractContextManager[None]:
     """Each parameter takes a gradient in the block, or none, as it is said."""
-    return _set("requires_grad", params)
+    return setting("requires_grad", params)
 
 
 @contextmanager
-def _set(attribute: str, values: Iterable[tuple[Any, bool]]) -> Iterator[None]:
+def setting(attribute: str, values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
+    """Each object has the given value of an attribute in the block."""
     values = list(values)
     before = [(one, getattr(one, attribute)) for one, _ in values]
 
-    def assign(wanted: list[tuple[Any, bool]]) -> None:
+    def assign(wanted: list[tuple[Any, Any]]) -> None:
         for one, value in wanted:
             if getattr(one, attribute) is not value:
                 setattr(one, attribute, value)
@@ -140,22 +137,12 @@ def as_it_was(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def tried(module: nn.Module) -> Iterator[None]:
     """For the block a module may be run on numbers of ours, to find out what it does; then it is as it was."""
-    with as_it_was(module), torch.no_grad(), _no_autocast():
+    with as_it_was(module), torch.no_grad(), no_autocast():
         yield
 
 
 @contextmanager
-def _no_autocast() -> Iterator[None]:
+def no_autocast() -> Iterator[None]:
+    """Autocast is off in the block, or the function it decorates: that of a loop around the step block would round."""
     with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
         yield
-
-
-def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Autocast is off inside: that of a loop around the step block would round its products to half precision."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _no_autocast():
-            return function(*args, **kwargs)
-
-    return run

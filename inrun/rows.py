@@ -35,7 +35,7 @@ from .errors import InRunError, few
 from .forward_mode import sample_axis
 from .layers import EmbeddingRule, Part
 from .remedies import Shapes, as_code, remedies
-from .restoring import as_it_was, drew_since, in_modes, modes_of, random_state
+from .restoring import as_it_was, drew_since, in_modes, random_state
 from .shared import require_in_range
 
 _PLAIN = (Tensor, int, float, str, torch.dtype, torch.device)
@@ -174,12 +174,13 @@ class Rows:
         self._taken: set[_Taken] = set()
         self._call: _Call | None = None
         self._drew = False  # whether the last run drew random numbers
-        self.rows = 0  # B of the next forward; 0 where values belong to documents or tokens
+        self.rows = 0  # B of the next forward; 0 where nothing is to be told from sizes
         self._sizes: set[int] | None = None  # what a sample may have of rows there
         self._lone: bool | None = None  # whether an input has the one sample, or none is known
 
     def begin(self, rows: int) -> None:
-        """A forward of so many samples will come; 0 where values belong to documents or tokens."""
+        """A forward of so many samples will come; 0 where nothing is to be told from sizes: none is expected, values
+        belong to documents or tokens, or parameters are shards."""
         self.rows, self._sizes, self._lone = rows, None, None
 
     def note_call(self) -> bool:
@@ -398,22 +399,33 @@ class Rows:
 
     def _shapes(self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad) -> Shapes:
         """What modules are given and return in a run; with gradients, those outputs that take one."""
-        found: Shapes = {}
 
-        def note(module: Any, args: tuple, kwargs: dict, out: Any) -> None:
-            inputs = [(None, x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)][:1]
-            outputs = [(i, y) for i, y in enumerate(pytree.tree_leaves(out)) if isinstance(y, Tensor)]
-            known = [(i, y) for i, y in outputs if y.requires_grad or grad_mode is torch.no_grad]
-            found.setdefault(module, []).append({i: tuple(x.shape) for i, x in (*inputs, *known)})
+        def shapes_of(_: Any, inputs: list[Any], outputs: list[Any]) -> dict[Any, tuple[int, ...]]:
+            x = next((x for x in inputs if isinstance(x, Tensor)), None)
+            found: dict[Any, tuple[int, ...]] = {} if x is None else {None: tuple(x.shape)}
+            known = ((i, y) for i, y in enumerate(outputs) if isinstance(y, Tensor))
+            return found | {i: tuple(y.shape) for i, y in known if y.requires_grad or grad_mode is torch.no_grad}
 
-        handles = [m.register_forward_hook(note, with_kwargs=True) for m in modules if m is not self._model]
+        return self._noted(shapes_of, modules, call, grad_mode)
+
+    def _noted(
+        self, note: Callable[..., Any], modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any]
+    ) -> dict[Any, list[Any]]:
+        """What `note(module, inputs, outputs)` makes of each of the modules' calls in a run, those in no structure."""
+        found: dict[Any, list[Any]] = {}
+
+        def hook(module: Any, args: tuple, kwargs: dict, out: Any) -> None:
+            inputs, outputs = pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(out)
+            found.setdefault(module, []).append(note(module, inputs, outputs))
+
+        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in modules if m is not self._model]
         try:
             out = self._run(call, grad_mode)
         finally:
             for handle in handles:
                 handle.remove()
-        if self._model in modules:
-            note(self._model, call.args, call.kwargs, out)
+        if self._model in modules:  # whose hooks `_run` goes past
+            hook(self._model, call.args, call.kwargs, out)
         return found
 
     def _of_one_more(
@@ -428,31 +440,20 @@ class Rows:
 
     def _marks(self, call: _Call, modules: Iterable[Any]) -> dict[Any, list[dict[Any, Tensor]]]:
         """Two numbers for each row of what modules are called with (None) and of their outputs, in eval mode."""
-        found: dict[Any, list[dict[Any, Tensor]]] = {}
 
         def of_rows(x: Tensor, axis: int) -> Tensor:
             rows = x.detach().movedim(axis, 0).reshape(x.shape[axis], -1).float()
             weights = torch.arange(rows.shape[1], device=x.device, dtype=torch.float32).cos()
             return torch.stack([rows @ weights, rows.norm(dim=1)])
 
-        def note(module: Any, args: tuple, kwargs: dict, out: Any) -> None:
-            inputs = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim())
-            x = next(inputs, None)
-            marks: dict[Any, Tensor] = {} if x is None else {None: of_rows(x, 0)}
-            for leaf, y in enumerate(pytree.tree_leaves(out)):
-                if isinstance(y, Tensor) and y.dim() > sample_axis(module, leaf):
-                    marks[leaf] = of_rows(y, sample_axis(module, leaf))
-            found.setdefault(module, []).append(marks)
+        def marks_of(module: Any, inputs: list[Any], outputs: list[Any]) -> dict[Any, Tensor]:
+            x = next((x for x in inputs if isinstance(x, Tensor) and x.dim()), None)
+            axes = {leaf: sample_axis(module, leaf) for leaf in range(len(outputs))}
+            known = {i: y for i, y in enumerate(outputs) if isinstance(y, Tensor) and y.dim() > axes[i]}
+            return ({} if x is None else {None: of_rows(x, 0)}) | {i: of_rows(y, axes[i]) for i, y in known.items()}
 
-        handles = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
-        modes = [(module, False) for module, _ in modes_of(self._model)]
-        try:
-            with in_modes(modes):
-                self._run(call, torch.no_grad)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+        with in_modes((module, False) for module in self._model.modules()):
+            return self._noted(marks_of, modules, call, torch.no_grad)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from inrun_kernels import ghost_square
 from .distributed import Ranks, gathered, shard_of
 from .factors import Factors, ends_of, joined, owners_of, split, summed, sums
 from .keep import Keeper, Kept
-from .restoring import without_autocast
+from .restoring import no_autocast
 from .slots import components
 from .tap import Layout
 
@@ -90,7 +90,7 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
     return found
 
 
-@without_autocast
+@no_autocast()
 def _add_squares(keeper: Keeper, runs: Sequence[Kept], totals: dict[int, Tensor], norms: Tensor) -> None:
     """Add the squared gradients of a batch's samples, as these runs of layers gave them, to `totals`, by the `id` of a
     parameter's direction, and their squared norms to `norms`, `[B]` or `[S]`."""

@@ -62,7 +62,8 @@ class Tap:
         return self.name or "model"
 
     def scores(self) -> bool:
-        """Whether a forward that begins now is to be scored; notes where all its parameters are frozen for it."""
+        """Whether a forward that begins now is to be scored; notes that it has come, or that all its parameters are
+        frozen for it."""
         if self.keep is None and self.probe is None:
             return False
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _will_have_a_graph():

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import check, directions, distributed, rules
+from . import directions, distributed, rules
+from .check import Agenda, efficiency
 from .deferred import METHODS as DEFERRED
 from .deferred import Deferred
 from .distributed import Ranks
@@ -47,26 +48,15 @@ from .watch import Watch, skipped
 METHODS = ("first", *DEFERRED, "monte_carlo")
 
 
-def track(
-    model: nn.Module,
-    optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    method: str = "first",
-    *,
-    validation: Callable[[], Tensor] | Mapping[str, Callable[[], Tensor]] | str | None = None,
-    validate_every: int = 1,
-    targets: Sequence[str] = ("validation",),
-    exclude: Sequence[str] = (),
-    through: Mapping[str, str] | None = None,
-    ledger: Ledger | str | Path | None = None,
-    check: bool = True,
-    keep: str = "device",
-    keep_bytes: int | None = None,
-    update: UpdateRule | str | None = None,
-    clip: float | None = None,
-    pairwise: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
-    permutations: int = 8,
-) -> Tracker:
-    """Track what each training sample does to the validation loss.
+def as_ledger(ledger: Ledger | str | Path | None) -> Ledger:
+    """A ledger as it is, or this process's of a folder (None: in memory)."""
+    found = ledger if isinstance(ledger, Ledger) else Ledger(ledger, rank=distributed.rank())
+    found.writers = distributed.writers()
+    return found
+
+
+class Tracker:
+    """A tracked model: what each training sample does to the validation loss, by `step`.
 
     Args:
         model: trained in place as before; its layers change class until `Tracker.close()`. DDP may wrap it before
@@ -114,41 +104,6 @@ def track(
             with the root of it. In batches of up to ten samples those after a single sample's step may be taken
             as well, and with both ends' be differentiated (`inrun.quadratic`).
 
-    Returns:
-        The `Tracker`.
-
-    Raises:
-        InRunError: a parameter that cannot be scored or is not in the optimizer; an unknown optimizer.
-        ValueError: an unknown method, a bad `validate_every` or `permutations`, empty or repeated targets or
-            validation ids.
-    """
-    return Tracker(
-        model,
-        optimizer,
-        method,
-        validation=validation,
-        validate_every=validate_every,
-        targets=targets,
-        pairwise=pairwise,
-        exclude=exclude,
-        through=through or {},
-        ledger=ledger,
-        checked=check,
-        options=Options(keep, keep_bytes, update, clip),
-        permutations=permutations,
-    )
-
-
-def as_ledger(ledger: Ledger | str | Path | None) -> Ledger:
-    """A ledger as it is, or this process's of a folder (None: in memory)."""
-    found = ledger if isinstance(ledger, Ledger) else Ledger(ledger, rank=distributed.rank())
-    found.writers = distributed.writers()
-    return found
-
-
-class Tracker:
-    """A tracked model; made by `track`, which describes the arguments.
-
     Attributes:
         coverage: names of the parameters: `{"tracked": [...], "excluded": [...], "frozen": [...]}`.
         ledger: the `Ledger` that holds the values.
@@ -159,25 +114,34 @@ class Tracker:
         steps: number of the next step; set it when resuming a run.
         last_validation: target -> last loss of its validation callable (a detached scalar tensor).
         seconds: wall seconds spent so far in "validation", "direction" and "harvest" (no device synchronisation).
+
+    Raises:
+        InRunError: a parameter that cannot be scored or is not in the optimizer; an unknown optimizer.
+        ValueError: an unknown method, a bad `validate_every` or `permutations`, empty or repeated targets or
+            validation ids.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer] | None,
-        method: str,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        method: str = "first",
         *,
-        validation: Any,
-        validate_every: int,
-        targets: Sequence[str],
-        pairwise: Any,
-        exclude: Sequence[str],
-        through: Mapping[str, str],
-        ledger: Ledger | str | Path | None,
-        checked: bool,
-        options: Options,
-        permutations: int,
+        validation: Callable[[], Tensor] | Mapping[str, Callable[[], Tensor]] | str | None = None,
+        validate_every: int = 1,
+        targets: Sequence[str] = ("validation",),
+        exclude: Sequence[str] = (),
+        through: Mapping[str, str] | None = None,
+        ledger: Ledger | str | Path | None = None,
+        check: bool = True,
+        keep: str = "device",
+        keep_bytes: int | None = None,
+        update: UpdateRule | str | None = None,
+        clip: float | None = None,
+        pairwise: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
+        permutations: int = 8,
     ) -> None:
+        options, through = Options(keep, keep_bytes, update, clip), through or {}
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if not isinstance(validate_every, int) or validate_every < 1:
@@ -231,10 +195,10 @@ class Tracker:
         self.coverage = {"tracked": planned.tracked, "excluded": planned.excluded, "frozen": planned.frozen}
         self.ledger = as_ledger(ledger)
         self.steps = 0
-        self.check_due = checked  # in this step, or the next one
+        self.check_due = check  # in this step, or the next one
         self.first_check = False  # whether this step's is the first
-        self.agenda = check.Agenda()
-        self._shared_due = checked  # whether outputs that samples share are still watched: until a batch has several
+        self.agenda = Agenda()
+        self._shared_due = check  # whether outputs that samples share are still watched: until a batch has several
         self._largest = 0  # rows of this step's largest batch
         self._unscored: dict[int, nn.Parameter] = {}  # excluded ones that train, by `id`
         self._watch = Watch(self.ranks, self._pending, self._method.scores_in_backward)
@@ -268,7 +232,7 @@ class Tracker:
         if self.ledger.last_step is not None and before[0] is not None and before != now:
             before, now = (f"{of} ({few(names or [], 20)})" for of, names in (before, now))
             warnings.warn(f"ledger: its steps so far have values of method and targets {before}, those to come of "
-                          f"{now}; sums will add them up", stacklevel=4)  # fmt: skip
+                          f"{now}; sums will add them up", stacklevel=3)  # fmt: skip
 
     def _install(self, plan: rules.Plan) -> None:
         params = dict(self.model.named_parameters())
@@ -339,7 +303,7 @@ class Tracker:
             warnings.warn(
                 f"optimizer: has {len(outside)} parameters that the model has not, of shapes "
                 f"{few([tuple(p.shape) for p in outside])}: they train as ever, and have no score. To score them, hold "
-                "them in one module with the model and track that", stacklevel=4)  # fmt: skip
+                "them in one module with the model and track that", stacklevel=3)  # fmt: skip
 
     def _come_last(self) -> None:
         """Be told of an update after the loop's own hooks on it, which may change gradients and learning rates."""
@@ -622,7 +586,7 @@ class Tracker:
         self, dots: Sequence[Mapping[Any, Tensor | None]], along: list[Tensor], factor: Any, unscale: Any
     ) -> None:
         """The check of `check.efficiency`, which says when the next one is due."""
-        certain = check.efficiency(self.slots, dots, along, factor, unscale, self.ranks, self.first_check)
+        certain = efficiency(self.slots, dots, along, factor, unscale, self.ranks, self.first_check)
         self.agenda.made_at(self.steps, certain, [s.name for s in self.slots if s.param.requires_grad])
 
     def end(self, step: Step, error: BaseException | None = None, failed: bool = False) -> None:
@@ -674,6 +638,9 @@ class Tracker:
         start = time.perf_counter()
         yield
         self._seconds[name] += time.perf_counter() - start
+
+
+track = Tracker
 
 
 def _runs_eagerly() -> bool:

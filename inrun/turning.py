@@ -70,16 +70,6 @@ def turns(slots: Sequence[Any], unscale: Any, update: UpdateRule | str | None, r
     return aside > TURNS * moved
 
 
-@dataclass
-class Slope:
-    """Of one slot: K; and where the gradient was clipped A and B, else None. Float64, and not finite where no sample
-    has a gradient."""
-
-    k: Tensor
-    a: Tensor | None
-    b: Tensor | None
-
-
 def slopes(
     of: Squares,
     slots: Sequence[Any],
@@ -90,8 +80,9 @@ def slopes(
     turning: bool,
     update: UpdateRule | str | None,
     ranks: Ranks,
-) -> Iterator[tuple[int, Slope]]:
-    """By its number, the slope of each slot that has squares.
+) -> Iterator[tuple[int, Tensor, tuple[Tensor, Tensor] | None]]:
+    """Of each slot that has squares, its number, K, and where the gradient was clipped A and B; float64, and not finite
+    where no sample has a gradient.
 
     Args:
         slots: those of `of`, whose gradients are g_B; only: the numbers of those that are meant.
@@ -119,7 +110,7 @@ def slopes(
             for i, (low, high) in enumerate(zip(*ends, strict=True)):
                 k[i].sub_(high - low, alpha=point.weight / (2 * point.x))
         for i, (number, _) in enumerate(part):
-            yield number, Slope(k[i] / beside[i], *((a[i], b[i]) if clipped is not None else (None, None)))
+            yield number, k[i] / beside[i], None if clipped is None else (a[i], b[i])
 
 
 @dataclass
@@ -143,7 +134,8 @@ def _points(
     turning: bool,
     ranks: Ranks,
 ) -> list[_Point]:
-    """What a sample's part is multiplied by is that at each t where the update turns, else a mean around it."""
+    """The t at which slopes are taken. What a sample's part is multiplied by is that at t itself where the update
+    turns, else its mean around t."""
     shrunk, norm = (1.0, 0.0) if clipped is None else clipped
     spread, others = 0.0, 1.0
     if clipped is not None:

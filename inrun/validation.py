@@ -44,7 +44,7 @@ class Validation:
         pending: Pending,
     ) -> None:
         self.model, self.slots, self.excluded, self.ranks = model, slots, bool(excluded), ranks
-        self.outside: list[nn.Parameter] = []  # parameters that train with the model's
+        self.outside: list[nn.Parameter] = []  # of the optimizers and not of the model; a loss may reach them
         self.losses, self.targets, self.every, self.pending = losses, targets, every, pending
         self.gradients: dict[str, Gradients] = {}
         self.age: dict[str, int | None] = dict.fromkeys(targets)

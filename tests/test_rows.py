@@ -757,6 +757,31 @@ def test_a_model_that_sorts_its_samples_is_refused_or_scored_around(method):
     torch.testing.assert_close(values(through={"inner.*": ""}), expected, rtol=2e-2, atol=1e-7)
 
 
+@pytest.mark.parametrize("through", [{}, {"*": ""}], ids=["", "through the model"])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_model_that_returns_its_samples_sorted_is_refused_where_it_scores_itself(method, through):
+    """As by a parameter of its own: the model's rows are compared too."""
+
+    class Model(Sorted):
+        def __init__(self):
+            super().__init__(back=False)
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            y = self.out(self.inner(x).tanh())
+            return y[y[:, 0].argsort()] * self.scale.abs() + self.scale.sin()
+
+    model, x = Model(), torch.randn(B, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(x).square().mean(), through=through)
+    with (
+        pytest.raises(inrun.InRunError, match=r"model \(Model\): expected the samples .* in the order of the model's"),
+        tracker.step(range(B)),
+    ):
+        (model(x) * torch.arange(B)[:, None]).square().mean().backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("method", ["first", "path"])
 def test_a_layer_that_is_given_one_row_in_a_later_step_is_an_error(method):
     """It would be a row of all samples, and another model would train: so of what mixes them."""
