@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import functools
 import io
-import json
 import operator
 import os
 import sys
@@ -221,8 +220,8 @@ def _settings(argv: list[str]) -> TrainConfig:
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--out=") else [word])]
     given = [after for word, after in pairwise(words) if word == "--out"]
     folder = runfolder.choose(TrainConfig(out=Path(given[-1]) if given else None, resume=True))
-    path = folder / "config.json"
-    return TrainConfig.from_json(json.loads(path.read_text())["config"]) if path.exists() else TrainConfig()
+    known = (folder / "config.json").exists()
+    return TrainConfig.from_json(runfolder.settings(folder)["config"]) if known else TrainConfig()
 
 
 def _train(config: TrainConfig) -> None:

@@ -233,7 +233,8 @@ class Ledger(Reader):
             raise ValueError(f"expected rows >= 1, received {rows}")
         self.flush()
         if self.path is not None and self.path.is_dir():
-            with tqdm(total=len(self), unit="row", unit_scale=True, desc="compacting", disable=not progress) as bar:
+            bar = tqdm(total=len(self), unit="row", unit_scale=True, desc="compacting", disable=not progress)
+            with bar, shards.damage_told(shards.listing(self.path)):
                 shards.compact(self.path, rows, bar.update)
 
     def __getstate__(self) -> dict[str, Any]:

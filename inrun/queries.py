@@ -157,9 +157,9 @@ def _duckdb(rows: Rows, keys, target, sources, stretch, among, order, k) -> pa.T
         try:
             ranges = shards.id_ranges(rows.files, _PART) if keys[0] == "sample_id" else [(None, None)]
             parts = [part(low, high) for low, high in ranges]
-        except duckdb.IOException as error:
+        except duckdb.Error as error:
             missing = [file for file in rows.files if not file.exists()]
-            raise (FileNotFoundError(str(missing[0])) if missing else error) from error
+            raise (FileNotFoundError(str(missing[0])) if missing else OSError(str(error))) from error
     found = pa.concat_tables(parts)  # in order of ids, unless the best are asked for
     return found if len(parts) == 1 or k is None else found.sort_by(order).slice(0, k)
 

@@ -218,7 +218,8 @@ class Reader:
                 if self.path is not None and not table.num_rows and not self.path.is_dir():
                     what = shards.not_a_folder(self.path)
                     raise InRunError(f"expected a folder of shards, received {self.path}, which {what}")
-                return question(Rows(found, table))
+                with shards.damage_told(found):
+                    return question(Rows(found, table))
             except FileNotFoundError:
                 found, before = shards.listing(self.path), found
                 if found == before:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from inrun import shapley, shards
+from inrun import runfolder, shapley, shards
 from inrun.errors import InRunError
 from inrun.ledger import Ledger
 
@@ -52,22 +52,25 @@ def figures(folder: Path) -> dict[str, Any]:
         InRunError: see `write`.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if missing := [name for name in ("config.json", "samples.parquet") if not (folder / name).exists()]:
         raise InRunError(f"run: expected the folder of a run, got {folder}, which {_instead(folder, missing)}")
     metrics = read_metrics(folder)
-    if not metrics:
-        raise InRunError(f"run: expected at least one checkpointed step in {folder}, found none")
+    steps = [row for row in metrics if "loss" in row]
+    if not steps:
+        raise InRunError(f"run: expected at least one checkpointed step in {folder / 'metrics.jsonl'}, found none")
+    config = runfolder.settings(folder)["config"]
     ledger = Ledger(folder / "ledger")
     totals = ledger.totals()
-    table = pq.read_table(folder / "samples.parquet")
+    if not len(totals):
+        raise InRunError(f"run: expected values in {folder / 'ledger'}, found none")
+    table = runfolder.read_samples(folder / "samples.parquet")
     known = set(table["sample_id"].to_pylist())
     unknown = [{"sample_id": i} for i in totals["sample_id"].to_pylist() if i not in known]
     rest = {"source": "(unknown)", "planted": "", "text": ""}
     table = pa.concat_tables([table, pa.Table.from_pylist([row | rest for row in unknown], table.schema)])
     planted = table["planted"].to_pylist()
-    group = [f"{s}, {p}" if p else s for s, p in zip(table["source"].to_pylist(), planted, strict=True)]
+    group = runfolder.groups(table)
     groups = table.select(["sample_id"]).append_column("source", [group])
 
     where = {name: i for i, name in enumerate(table["sample_id"].to_pylist())}
@@ -93,12 +96,12 @@ def figures(folder: Path) -> dict[str, Any]:
     for row in sources:
         values = [over_time.get((row["source"], step), 0.0) for step in starts]
         cumulative[row["source"]] = (np.cumsum(values) / row["samples"]).tolist()
-    last = [row for row in metrics if "loss" in row][-1]
+    last = steps[-1]
     shown = metrics[:: -(-len(metrics) // 500)]
     return {
         "unit": "nats of validation loss",
         "sign": "value > 0: the sample lowered the validation loss",
-        "config": json.loads((folder / "config.json").read_text())["config"],
+        "config": config,
         "steps": last["step"] + 1,
         "samples": len(table),
         "samples_seen": len(totals),
@@ -125,9 +128,7 @@ def _instead(folder: Path, missing: list[str]) -> str:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`, in order of steps; not the one that a kill, or this moment, cut short."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for _, row in runfolder.metrics_of(folder / "metrics.jsonl")]
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> float:

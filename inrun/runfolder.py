@@ -6,14 +6,18 @@ run/ledger/           one value per sample and step
 run/metrics.jsonl     one line per step
 run/checkpoints/      the last two: weights, optimizer, step, random state
 run/report.html, report.json, report.png
+
+The commands that ask a ledger take any folder with ledger/ and a samples.parquet of sample_id, source and text; the
+latter two, and planted, may be left out.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +27,12 @@ from inrun.config import TrainConfig
 from inrun.data import Samples
 from inrun.errors import InRunError
 from inrun.shards import replace
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+OWN = ("config.json", "samples.parquet", "ledger", "metrics.jsonl", "checkpoints",
+       "report.html", "report.json", "report.png")  # fmt: skip
 
 
 def choose(config: TrainConfig) -> Path:
@@ -50,11 +60,11 @@ def begin(folder: Path, config: TrainConfig, training: Samples, validation: Samp
             else f"out: {folder} holds a run already; continue it with --resume, or choose another folder"
         )
     if config.resume:
-        saved = json.loads(path.read_text())
+        saved = settings(folder)
         changed = _differences(saved["config"], config.to_json())
         if changed:
             raise InRunError(f"resume: expected the settings of {path}, got others: " + "; ".join(changed))
-        if saved["samples"] != samples:
+        if saved.get("samples") != samples:
             raise InRunError(f"resume: the text has changed since the run in {folder} began; start a new run")
         return
     import pyarrow as pa
@@ -67,6 +77,57 @@ def begin(folder: Path, config: TrainConfig, training: Samples, validation: Samp
     versions = {"torch": torch.__version__, "numpy": np.__version__}
     run = {"config": config.to_json(), "samples": samples, "versions": versions}
     replace(path, lambda f: f.write(json.dumps(run, indent=2).encode()))
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """What `config.json` says.
+
+    Raises:
+        InRunError: it is no run's, or was cut short.
+    """
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text())
+        found["config"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InRunError(
+            f"run: expected the settings of a run in {path}, which lacks them or was cut: {error}"
+        ) from None
+    return found
+
+
+def read_samples(path: Path, text: bool = True, among: list[Any] | None = None) -> pa.Table:
+    """Of every sample, or those among, sample_id, source, planted and perhaps text; "(unknown)" for a source, and ""
+    for what there is none of.
+
+    Raises:
+        InRunError: there are no ids, or one of them twice.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    instead = {"source": "(unknown)", "planted": ""} | ({"text": ""} if text else {})
+    has = pq.read_schema(path).names
+    if "sample_id" not in has:
+        raise InRunError(f"samples: expected a column sample_id in {path}, got {', '.join(has)}")
+    only = None if among is None else [("sample_id", "in", among)]
+    table = pq.read_table(path, columns=["sample_id", *(name for name in instead if name in has)], filters=only)
+    ids = table["sample_id"]
+    if len(ids.unique()) < len(ids):
+        twice = [each["values"] for each in ids.value_counts().to_pylist() if each["counts"] > 1]
+        raise InRunError(f"samples: expected each sample once in {path}, got {len(twice)} twice: {twice[:10]}")
+    columns = {"sample_id": ids}
+    for name, otherwise in instead.items():
+        column = table[name] if name in table.column_names else pa.nulls(len(table))
+        columns[name] = pc.fill_null(column.cast(pa.string()), otherwise)
+    return pa.table(columns)
+
+
+def groups(samples: pa.Table) -> list[str]:
+    """Of each sample its source, what is planted apart: "python, shuffled"."""
+    pairs = zip(samples["source"].to_pylist(), samples["planted"].to_pylist(), strict=True)
+    return [f"{source}, {planted}" if planted else source for source, planted in pairs]
 
 
 def _differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
@@ -101,14 +162,33 @@ class Metrics:
 
     def resume(self, step: int) -> None:
         """Drop the rows of `step` and later, and a line that a kill cut short."""
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step]
-        replace(self.path, lambda f: f.writelines(whole))
+        kept = [line for line, row in metrics_of(self.path) if row["step"] < step]
+        replace(self.path, lambda f: f.writelines(kept))
+
+
+def metrics_of(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of `metrics.jsonl`, in order of steps, and what they say; not the one that a kill, or this moment, cut.
+
+    Raises:
+        InRunError: a line before it is none of a run's.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith(b"\n"):
+            try:
+                row = json.loads(line)
+                int(row["step"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InRunError(f"run: expected a step's figures in line {number} of {path}: {error}") from None
+            found.append((line, row))
+    return found
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*.pt"))
+    found = (folder / "checkpoints").glob("step-*.pt")
+    return sorted(path for path in found if re.fullmatch(r"step-\d+", path.stem))
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:

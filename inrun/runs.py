@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from inrun import results, shapley, shards
+from inrun import results, runfolder, shapley, shards
 from inrun.errors import InRunError
 from inrun.ledger import Ledger
 
@@ -45,25 +45,20 @@ class Run:
 
     def sources(self) -> pa.Table | None:
         """sample_id and source of every sample, what was planted among them apart, as in the report."""
-        import pyarrow.parquet as pq
-
         if self.samples is None:
             return None
-        table = pq.read_table(self.samples, columns=["sample_id", "source", "planted"])
-        groups = [_group(row) for row in table.to_pylist()]
-        return table.select(["sample_id"]).append_column("source", [groups])
+        table = runfolder.read_samples(self.samples, text=False)
+        return table.select(["sample_id"]).append_column("source", [runfolder.groups(table)])
 
     def describe(self, ids: list[Any]) -> dict[Any, tuple[str, str]]:
         """Source and the beginning of the text, in one line, of these samples."""
-        import pyarrow.parquet as pq
-
-        if self.samples is None:
+        if self.samples is None or not ids:
             return {}
-        rows = pq.read_table(self.samples, filters=[("sample_id", "in", ids)]).to_pylist() if ids else []
+        table = runfolder.read_samples(self.samples, among=ids)
         shown = {}
-        for row in rows:
+        for row, group in zip(table.to_pylist(), runfolder.groups(table), strict=True):
             text = "".join(c if c.isprintable() else " " for c in " ".join(row["text"].split()))
-            shown[row["sample_id"]] = (_group(row), text if len(text) <= TEXT else text[: TEXT - 1] + "…")
+            shown[row["sample_id"]] = (group, text if len(text) <= TEXT else text[: TEXT - 1] + "…")
         return shown
 
 
@@ -188,8 +183,7 @@ def export(
 
     if out is not None and not out.parent.is_dir():
         raise InRunError(f"out: expected a file in a folder, got {out}; {out.parent} {shards.not_a_folder(out.parent)}")
-    own = [path.resolve() for path in (run.ledger.path, run.samples) if path is not None]
-    if out is not None and (out.resolve() in own or (out.suffix == ".parquet" and out.parent.resolve() in own)):
+    if out is not None and _is_of(run, out.resolve()):
         raise InRunError(f"out: expected a file that is no part of the run, got {out}; its values are kept there")
     suffix = out.suffix.lower() if out is not None else ""
     kind = form or FORMS.get(suffix)
@@ -209,13 +203,22 @@ def export(
     if out is None:
         _write(table, sys.stdout.buffer, kind)
     else:
-        with out.open("wb") as file:
-            _write(table, file, kind)
+        shards.replace(out, lambda file: _write(table, file, kind))
     rows, targets = len(table), sorted(table["target"].unique().to_pylist())
     if len(targets) > 1:
         samples = pc.call_function("count_distinct", [table["sample_id"]]).as_py()
         return f"{rows} rows, one for each sample and target: {samples} samples, targets {', '.join(targets)}"
     return f"{rows} samples"
+
+
+def _is_of(run: Run, out: Path) -> bool:
+    """Whether a file of this path is, or would be taken for, the run's own."""
+    assert run.ledger.path is not None
+    ledger = run.ledger.path.resolve()
+    if out == ledger or (out.suffix == ".parquet" and out.parent == ledger):
+        return True
+    own = [ledger.parent / name for name in runfolder.OWN] if run.samples is not None else []
+    return any(path == out or path in out.parents for path in own)
 
 
 def _one_target(target: str | None, *asked: Run) -> str:
@@ -235,10 +238,6 @@ def _one_target(target: str | None, *asked: Run) -> str:
         raise InRunError(f"target: expected one that all runs have, got none: {each}")
     got = f"{target!r}" if target is not None else "none"
     raise InRunError(f"target: expected one of {shared}, named with --target, got {got}; {each}")
-
-
-def _group(sample: dict[str, Any]) -> str:
-    return f"{sample['source']}, {sample['planted']}" if sample["planted"] else sample["source"]
 
 
 def _write(table: pa.Table, file: IO[bytes], form: str) -> None:

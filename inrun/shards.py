@@ -15,7 +15,7 @@ import json
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -63,6 +63,8 @@ def as_ids(ids: Any) -> pa.Array:
 
     if hasattr(ids, "detach"):
         ids = ids.detach().cpu().numpy()
+    if hasattr(ids, "to_pylist"):  # pyarrow's
+        ids = ids.to_pylist()
     if isinstance(ids, np.ndarray):
         if ids.ndim != 1:
             raise ValueError(f"expected ids of shape [B], received shape {ids.shape}")
@@ -77,6 +79,9 @@ def as_ids(ids: Any) -> pa.Array:
             return pa.array(ids, pa.string())
         except UnicodeEncodeError as error:
             raise ValueError(f"expected ids that UTF-8 can hold, received {error.object!r}") from error
+    if ids and isinstance(ids[0], str):
+        other = next(each for each in ids if not isinstance(each, str))
+        raise TypeError(f"expected all ids to be str, as the first, received {other!r} among them")
     return pa.array([as_int(each, "each id (where not all are str)") for each in ids], pa.int64())
 
 
@@ -218,6 +223,39 @@ def listing(folder: Path | None, writer: str = "") -> list[Path]:
         if not kept or span(kept[-1])[0] != name or last > span(kept[-1])[2]:
             kept.append(shard)
     return kept
+
+
+@contextlib.contextmanager
+def damage_told(found: list[Path]) -> Iterator[None]:
+    """Where reading these shards fails in the block, raise `InRunError` with the one that is damaged."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        for shard in found:
+            if not _is_whole(shard):
+                raise InRunError(
+                    f"expected shards that can be read, received {shard}, which is damaged: restore it, or move it "
+                    "away (the values of its steps are then missing)"
+                ) from error
+        raise
+
+
+def _is_whole(shard: Path) -> bool:
+    """Whether all rows of a shard can be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(shard) as file:
+            for _ in file.iter_batches():
+                pass
+    except (OSError, pa.ArrowException):
+        return False
+    return True
 
 
 def not_a_folder(path: Path) -> str:

@@ -8,7 +8,9 @@ the same, to the bit on a CPU, as if it had never stopped.
 from __future__ import annotations
 
 import math
+import pickle
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +25,7 @@ from inrun import data, report, runfolder
 from inrun.check import Agenda
 from inrun.clock import Clock, now
 from inrun.config import TrainConfig
+from inrun.errors import InRunError
 from inrun.gpt import GPT
 from inrun.ledger import Ledger
 from inrun.restoring import random_kept
@@ -289,9 +292,7 @@ class _Run:
 
     def restore(self) -> None:
         """Load the last checkpoint (without one, begin anew) and cut ledger and metrics back to it."""
-        found = runfolder.checkpoints(self.folder)
-        if found:
-            state = torch.load(found[-1], map_location=self.device, weights_only=True)
+        if (state := self._last_whole()) is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"].cpu())
@@ -302,6 +303,23 @@ class _Run:
             self.step = self.saved = self.tracker.steps = state["step"]
         self.ledger.resume(self.step)
         self.metrics.resume(self.step)
+
+    def _last_whole(self) -> dict[str, Any] | None:
+        """The last checkpoint that can be read; None where the run has none."""
+        found, damaged = runfolder.checkpoints(self.folder), []
+        for path in reversed(found):
+            try:
+                state = torch.load(path, map_location=self.device, weights_only=True)
+            except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+                damaged.append(f"{path} ({repr(error).splitlines()[0]})")
+                continue
+            if damaged:
+                print(f"inrun: going on from {path}; what comes after it cannot be read: {'; '.join(damaged)}",
+                      file=sys.stderr)  # fmt: skip
+            return state
+        if damaged:
+            raise InRunError(f"resume: expected a checkpoint that can be read, got {'; '.join(damaged)}")
+        return None
 
 
 @contextmanager

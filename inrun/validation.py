@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -95,6 +96,13 @@ class Validation:
         for name in self.losses:
             age = self.age[name]
             due = age is None or age >= self.every or step % self.every == 0
+            if age is None and step % self.every:
+                warnings.warn(
+                    f"validate_every: the run goes on at step {step}, between two multiples of {self.every}; the "
+                    f"validation gradient of {name!r} is taken here, and the values up to the next multiple are others "
+                    "than those of a run without a stop. Checkpoint at multiples",
+                    stacklevel=4,
+                )
             if not self.is_of_these_weights(name) if age == 0 else due:
                 self.run(name)
 

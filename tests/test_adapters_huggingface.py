@@ -409,6 +409,23 @@ def test_a_resumed_run_neither_loses_nor_doubles_a_step(tmp_path):
     for step, scored in found.items():
         assert list(scored.values()) == pytest.approx(list(expected[step].values()), rel=1e-5, abs=1e-7)
 
+    # A checkpoint that a callback asks for after this library's is not ahead of the ledger either.
+    class Asks(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 2
+
+        def on_save(self, args, state, control, **kwargs):
+            assert sorted(by_step(inrun.Ledger(tmp_path / "asked"))) == [0, 1]
+            raise KeyboardInterrupt
+
+    asked, _, _ = build(tmp_path / "run of its own", options={"ledger": tmp_path / "asked"})
+    asked.add_callback(Asks())
+    waited, wait = [], asked.accelerator.wait_for_everyone
+    asked.accelerator.wait_for_everyone = lambda: waited.append(len(inrun.Ledger(tmp_path / "asked"))) or wait()
+    with pytest.raises(KeyboardInterrupt):
+        asked.train()
+    assert waited[0] == sum(map(len, list(expected.values())[:2]))  # of every process
+
     # The same trainer, after an exception.
     first.pop_callback(Killed)
     first.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))

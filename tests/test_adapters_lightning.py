@@ -241,6 +241,32 @@ def test_a_skipped_batch_has_no_values_and_the_others_have_theirs(skipped, last,
         assert (torch.tensor(list(of_ids.values())) - exact).abs().max() <= 2e-4 * exact.abs().max()
 
 
+def test_a_checkpoint_waits_for_the_ledger_of_every_process(tmp_path, monkeypatch):
+    """Each writes its own part."""
+    flushed = []
+    strategy = lightning.strategies.SingleDeviceStrategy
+    folder = tmp_path / "ledger"
+    monkeypatch.setattr(strategy, "barrier", lambda *_: flushed.append(folder.exists() and len(inrun.Ledger(folder))))
+    net = Net()
+    values = InRun(held_out_loss(net), ledger=folder)
+    fit(tmp_path, net, callbacks=[values], enable_checkpointing=True, max_epochs=1)
+    assert N in flushed
+
+
+def test_a_folder_is_the_ledger_of_the_rank_that_a_process_has_when_training_begins(tmp_path, monkeypatch):
+    """Lightning's own launcher tells it after the callback was made; one that was made by hand is an error."""
+    net = Net()
+    made = [
+        InRun(held_out_loss(net), ledger=ledger) for ledger in (tmp_path / "ledger", inrun.Ledger(tmp_path / "own"))
+    ]
+    for module in ("inrun.distributed", "inrun.adapters.lightning"):
+        monkeypatch.setattr(f"{module}.rank", lambda: 1)
+    fit(tmp_path, net, callbacks=made[:1])
+    assert made[0].ledger.rank == 1 and [p.name[:9] for p in (tmp_path / "ledger").iterdir()] == ["rank00001"]
+    with pytest.raises(InRunError, match=r"expected Ledger\(path, rank=1\), the number of this process, got rank=0"):
+        fit(tmp_path, net, callbacks=made[1:])
+
+
 def test_a_batch_without_ids_is_refused(tmp_path):
     net = Net()
     values = InRun(held_out_loss(net))

@@ -136,6 +136,18 @@ def test_figures_are_those_of_the_ledger():
         assert figures == pytest.approx({k: sum(v) / len(v) for k, v in expected.items()}, rel=1e-5)
 
 
+def test_samples_of_no_source_have_figures_too():
+    model, optimizer, held_out = made()
+    kept = Kept()
+    run(
+        Loop(model, optimizer, held_out, logger=kept, log_every=4, source_of={"s1": "a", "s2": "b"}.get),
+        model,
+        optimizer,
+    )
+    found = {name for _, figures in kept.logged for name in figures}
+    assert {"inrun/value/a", "inrun/value/b", "inrun/value/(unknown)"} <= found
+
+
 def test_several_targets_have_figures_of_their_own():
     model, optimizer, held_out = made()
     kept = Kept()

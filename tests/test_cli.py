@@ -234,11 +234,54 @@ def test_export_takes_the_format_of_the_suffix_where_none_is_given(run, tmp_path
         assert [row["value"] for row in rows] == list(TOTALS.values())
 
 
-@pytest.mark.parametrize("place", ["ledger/more.parquet", "samples.parquet"])
+@pytest.mark.parametrize(
+    "place", ["ledger/more.parquet", "samples.parquet", "config.json", "metrics.jsonl", "report.json", "ledger/x.csv"]
+)
 def test_export_into_the_run_itself_is_refused(run, place, capsys):
     before = len(Ledger(run / "ledger"))
     assert "no part of the run" in failed(capsys, "export", run, "-o", str(run / place))
     assert len(Ledger(run / "ledger")) == before
+
+
+def test_an_export_that_fails_leaves_the_one_before(run, monkeypatch, capsys):
+    out = run / "values.csv"
+    main(["export", str(run), "-o", str(out)])
+    before = out.read_bytes()
+
+    def full(table, file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(pyarrow.csv, "write_csv", full)
+    assert "no space left" in failed(capsys, "export", run, "-o", out)
+    assert out.read_bytes() == before and sorted(p.name for p in run.iterdir()) == sorted(
+        ["ledger", "samples.parquet", "values.csv"]
+    )
+
+
+def test_samples_of_ones_own_need_no_more_than_ids(run, capsys):
+    """Source and text are shown where they are known."""
+    ids = pq.read_table(run / "samples.parquet")["sample_id"]
+    pq.write_table(pa.table({"sample_id": ids, "source": ["web", None, *["web"] * (len(ids) - 2)]}),
+                   run / "samples.parquet")  # fmt: skip
+    assert "(unknown)" in said(capsys, "top", run, "-k", len(ids))
+    assert "(unknown)" in said(capsys, "export", run)
+    pq.write_table(pa.table({"sample_id": ids}), run / "samples.parquet")
+    assert "(unknown)" in said(capsys, "top", run)
+    pq.write_table(pa.table({"sample_id": pa.chunked_array([*ids.chunks, ids.chunk(0)[:1]])}), run / "samples.parquet")
+    for command in ("top", "export"):
+        assert f"expected each sample once in {run / 'samples.parquet'}, got 1 twice" in failed(capsys, command, run)
+    pq.write_table(pa.table({"name": ids}), run / "samples.parquet")
+    assert "expected a column sample_id in" in failed(capsys, "export", run)
+
+
+def test_a_damaged_shard_is_named(run, capsys):
+    shard = sorted((run / "ledger").glob("*.parquet"))[0]
+    content = bytearray(shard.read_bytes())
+    content[40:400] = bytes(360)  # of its pages
+    shard.write_bytes(content)
+    for command in (("top", run), ("export", run), ("compare", run, run), ("compact", run)):
+        assert f"received {shard}, which is damaged" in failed(capsys, *command)
 
 
 def test_export_into_a_suffix_that_says_nothing_is_refused(run, tmp_path, capsys):

@@ -724,12 +724,16 @@ def test_a_run_that_goes_on_validates_at_the_steps_that_it_would_have():
                   for name in ("a", "b")}  # fmt: skip
     tracker = inrun.track(model, optimizer, validation=validation, validate_every=3)
     tracker.steps = 7
-    for _ in range(6):
-        with tracker.step(range(B)):
-            loss_of(model, *data("mlp")).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            with tracker.step(range(B)):
+                loss_of(model, *data("mlp")).backward()
+                optimizer.step()
+                optimizer.zero_grad()
     assert calls == [(name, step) for step in (7, 9, 12) for name in ("a", "b")]
+    said = [str(w.message) for w in caught if w.filename == __file__]
+    assert len(said) == 2 and "the run goes on at step 7, between two multiples of 3; the validation" in said[0]
 
 
 def test_what_is_said_of_the_validation_side_is_looked_at():

@@ -252,6 +252,50 @@ def test_resuming_a_finished_run_changes_nothing(config):
     assert outcome(config.out) == before
 
 
+def test_a_checkpoint_that_was_cut_short_gives_way_to_the_one_before(config, capsys):
+    train(config)
+    before = outcome(config.out)
+    first, last = runfolder.checkpoints(config.out)
+    (config.out / "checkpoints" / "step-last.pt").write_bytes(b"of someone else")
+    last.write_bytes(last.read_bytes()[:1000])
+    train(replace(config, resume=True))
+    assert outcome(config.out) == before
+    assert f"going on from {first}; what comes after it cannot be read: {last}" in capsys.readouterr().err
+    for path in runfolder.checkpoints(config.out):
+        path.write_bytes(b"")
+    with pytest.raises(inrun.InRunError, match=r"resume: expected a checkpoint that can be read, got .*step-00000008"):
+        train(replace(config, resume=True))
+
+
+def test_a_damaged_run_folder_is_told_of(config, capsys):
+    train(config)
+
+    def refused(*command: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main([*command])
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    resume = ("train", "--resume", "--out", str(config.out))
+    settings, metrics = config.out / "config.json", config.out / "metrics.jsonl"
+    whole, lines = settings.read_text(), metrics.read_text()
+    for text in ("{}", whole[:50], "[]", ""):
+        settings.write_text(text)
+        for command in (("report", str(config.out)), resume):
+            assert f"inrun: run: expected the settings of a run in {settings}, which lacks them" in refused(*command)
+    settings.write_text(whole)
+    metrics.write_text(lines[:20] + "\n" + lines)
+    for command in (("report", str(config.out)), resume):
+        assert f"inrun: run: expected a step's figures in line 1 of {metrics}" in refused(*command)
+    metrics.unlink()
+    assert f"expected at least one checkpointed step in {metrics}" in refused("report", str(config.out))
+    assert f"expected at least one checkpointed step in {metrics}" in refused(*resume)  # a finished run's
+    metrics.write_text(lines)
+    for shard in (config.out / "ledger").iterdir():
+        shard.unlink()
+    assert f"run: expected values in {config.out / 'ledger'}, found none" in refused("report", str(config.out))
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(config):
     train(config)
     with pytest.raises(inrun.InRunError, match=r"holds a run already; continue it with --resume"):

@@ -268,16 +268,6 @@ class InRunCallback(TrainerCallback):
         assert self.loop is not None
         self.loop.end()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save:  # the checkpoint must not be ahead of the ledger
-            self.ledger.flush()
-
-    on_epoch_end = on_step_end
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self.loop is not None:  # a checkpoint of the best model may follow
-            self.ledger.flush()
-
     def on_train_end(self, args, state, control, **kwargs):
         loop, self.loop = self.loop, None
         if loop is not None:
@@ -295,6 +285,11 @@ class Tracked:
     """Mixin of an attached trainer, which announces the ids of every batch before its forward."""
 
     _inrun: InRunCallback
+
+    def _save_checkpoint(self: Any, *args, **kwargs):
+        self._inrun.ledger.flush()  # the checkpoint must not be ahead of the ledger, of any process
+        self.accelerator.wait_for_everyone()
+        return super()._save_checkpoint(*args, **kwargs)  # pyright: ignore
 
 
 class _Carried(Tracked):

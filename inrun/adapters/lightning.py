@@ -25,6 +25,7 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from ..distributed import rank
 from ..errors import InRunError
 from ..ledger import Ledger
 from ..tracker import as_ledger
@@ -60,7 +61,7 @@ class InRun(Callback):
         **options: Any,
     ) -> None:
         self.ids, self.options = ids, {"validation": validation, **options}
-        self.ledger = as_ledger(ledger)
+        self.ledger, self._opened = as_ledger(ledger), not isinstance(ledger, Ledger)
         self.loop: Loop | None = None
         self._steps_before = 0
         self._batches, self._ran = 0, True  # of the open step; whether the last of them had its backward
@@ -69,6 +70,8 @@ class InRun(Callback):
 
     def on_train_start(self, trainer, pl_module):
         self._ran, self._lost = True, False
+        if self._opened and self.ledger.rank != rank():  # Lightning's own launcher tells a process its rank by now
+            self.ledger = as_ledger(self.ledger.path)
         start = trainer.global_step
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         by_norm = trainer.gradient_clip_algorithm in (None, "norm") and not scaled
@@ -134,7 +137,8 @@ class InRun(Callback):
         self._evaluating.close()
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-        self.ledger.flush()  # the checkpoint must not be ahead of it
+        self.ledger.flush()  # the checkpoint must not be ahead of it, of any process
+        trainer.strategy.barrier()
 
     def on_train_end(self, trainer, pl_module):
         loop, self.loop = self.loop, None

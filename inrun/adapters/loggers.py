@@ -71,7 +71,7 @@ class Figures:
             figures[f"inrun/value{suffix}"] = float(column.mean())
             figures[f"inrun/negative{suffix}"] = float((column < 0).float().mean())
             if self.source_of is not None:
-                sources = [self.source_of(i) for i in ids]
+                sources = [str(source) if (source := self.source_of(i)) is not None else "(unknown)" for i in ids]
                 for source in sorted(set(sources)):
                     mine = torch.tensor([s == source for s in sources])
                     figures[f"inrun/value{suffix}/{source}"] = float(column[mine].mean())

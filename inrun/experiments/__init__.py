@@ -41,6 +41,7 @@ def run(name: str, out: Path, seed: int = 0) -> None:
     if name not in NAMES:
         raise ValueError(f"experiment: expected one of {', '.join(NAMES)}, got {name!r}")
     results.require_matplotlib()
+    out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     found: Finding = importlib.import_module(f".{name}", __name__).run(seed=seed)
     seconds = round(time.perf_counter() - start, 1)
