@@ -479,9 +479,9 @@ def _shorten(directions: Sequence[Tensor], moves: Iterable[Tensor], count: int, 
         size.addcmul_(move, move)
     size.div_(count).sqrt_()
     bound = bound * (1 + max(3e-5, 4 * torch.finfo(size.dtype).eps))  # and what rounding may have added
-    over = (bound / size).clamp(max=1.0)
+    shorter = torch.where(size > bound, bound / size, torch.ones_like(size))
     for direction in directions:
-        direction.mul_(over)
+        direction.mul_(shorter)
 
 
 def _mean(parts: list[tuple[float | Tensor, Tensor | None]]) -> Tensor | None:

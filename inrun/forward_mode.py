@@ -127,7 +127,7 @@ def _with_tangents(
 
 def _stopping(module: Any, args: tuple, kwargs: dict, m: int | None) -> Any:
     """One forward that carries tangents, up to a checkpoint."""
-    with _checkpoints(_stop), dual(module._inrun, m) as scale:
+    with checkpoints(_stop), dual(module._inrun, m) as scale:
         leaves, spec = pytree.tree_flatten(_run(module, args, kwargs))
         return [_unpacked(x, scale) for x in leaves], spec
 
@@ -141,7 +141,7 @@ def _stop() -> None:
 
 
 @contextlib.contextmanager
-def _checkpoints(met: Callable[[], None]) -> Iterator[None]:
+def checkpoints(met: Callable[[], None]) -> Iterator[None]:
     """What is checkpointed within is computed without a checkpoint, after a call of `met`."""
     module: Any = torch.utils.checkpoint
     before = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
@@ -232,7 +232,7 @@ def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list
     tap, versions = module._inrun, versions_of(args, kwargs)
 
     def run() -> list[Any]:
-        plain = _checkpoints(lambda: None)
+        plain = checkpoints(lambda: None)
         # With a graph, which takes memory, only where what is under `no_grad` inside must be told from the rest.
         grad_mode = torch.set_grad_enabled(tap.sets_grad_mode)
         muted = _others_muted(module) if tap.apart else contextlib.nullcontext()
@@ -347,6 +347,8 @@ class _AsBackward(TorchFunctionMode):
             v, g, dim = args if len(args) > 2 else (*args, kwargs.get("dim", 0))
             over = [i for i in range(v.dim()) if dim == -1 or i != dim]
             return v * (g / torch.linalg.vector_norm(v, dim=over, keepdim=True))
+        if func is _EMBEDDING:  # whose forward derivative knows no padding
+            return self._embedding(*args, **kwargs)
         if func not in _NORMS:
             return func(*args, **kwargs)
         place, by_channel = _NORMS[func]
@@ -363,7 +365,16 @@ class _AsBackward(TorchFunctionMode):
         y = normed if scale is None else normed * scale
         return (y if shift is None else y + shift).to(normed.dtype)
 
+    @staticmethod
+    def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        y = _EMBEDDING(input, weight, padding_idx, *args, **kwargs)
+        if padding_idx is None:
+            return y
+        pads = (input == padding_idx % len(weight)).unsqueeze(-1)
+        return torch.where(pads, y.detach(), y)
 
+
+_EMBEDDING = F.embedding
 # Where the weight stands among the arguments, the bias behind it, and whether they belong to dimension 1.
 _NORMS = {F.layer_norm: (2, False), F.group_norm: (2, True), F.batch_norm: (3, True), F.instance_norm: (3, True)}
 

@@ -2,8 +2,8 @@
 
 Kept tensors stay on their device, or go to (pinned) host memory; their bytes are counted and bounded. Layers with a
 rule need nothing else. A module scored by forward-mode AD is run again, with the random numbers, autocast state,
-weights and training mode it had. For one score per validation sample, the layers of the validation losses are kept
-too (`pairwise.py`).
+weights, buffers and training mode it had. For one score per validation sample, the layers of the validation losses are
+kept too (`pairwise.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from .restoring import (
     buffers_kept,
     in_modes,
     modes_of,
+    other_buffers,
     random_kept,
     random_state,
     replaced,
@@ -34,6 +35,20 @@ from .restoring import (
     set_random_state,
 )
 from .tap import SUFFIX, Layout, Tap, size_of
+
+
+class _Buffer(NamedTuple):
+    """A module's buffer at a moment."""
+
+    owner: Any
+    name: str
+    itself: Tensor
+    version: int
+    copy: Tensor
+
+    def changed(self) -> bool:
+        """Whether it has been written since, or another one stands in its place."""
+        return self.owner._buffers.get(self.name) is not self.itself or _version(self.itself) != self.version
 
 
 @dataclass
@@ -44,6 +59,7 @@ class Kept:
     grads: dict[int, Tensor] = field(default_factory=dict)  # output leaf -> gradient
     random: Any = None  # of a module that runs once more to be scored; as is the next
     autocast: Any = None  # as `torch.autocast` takes it
+    buffers: list[_Buffer] = field(default_factory=list)  # of it, as they were before its forward
     modes: list[tuple[Any, bool]] = field(init=False)  # modules, and whether they were in training mode
     trained: list[tuple[Any, str, bool]] = field(init=False)  # owner and name of its parameters, and whether they were
     accumulators: list[Any] = field(init=False)  # nodes of the graph that add to the gradients of its parameters
@@ -124,6 +140,7 @@ class Keeper:
         self._ends: dict[int, list[int]] = {}
         self.held: Keeper | None = None  # of the batch's last rows, where those are validation samples
         self._weights: dict[tuple[Any, str], Tensor] = {}  # by the module that holds them, and their name there
+        self._buffers: dict[tuple[Any, str], _Buffer] = {}  # the last ones, so
         for hook in self._hooks:  # a loss that the user holds on to holds the nodes of its graph
             hook.remove()
         self._hooks.clear()
@@ -194,6 +211,8 @@ class Keeper:
                             copies[id(p)] = torch.nn.Parameter(p.detach().clone(), requires_grad=False)
                             self._count(p)
                         self._weights[owner, local] = copies[id(p)]
+        held = ((m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None)
+        kept.buffers = [self._copied(*each) for each in held]
         leaves, spec = pytree.tree_flatten(plain(*inputs[0], **inputs[1]))
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.requires_grad and torch.is_grad_enabled():
@@ -203,6 +222,13 @@ class Keeper:
                 hook = _when_it_comes(leaves[i], lambda grad, i=i: self._arrived(kept, i, grad.clone()))
                 self._hooks.append(hook)
         return pytree.tree_unflatten(leaves, spec)
+
+    def _copied(self, owner: Any, name: str, buffer: Tensor) -> _Buffer:
+        known = self._buffers.get((owner, name))
+        if known is None or known.changed():
+            known = self._buffers[owner, name] = _Buffer(owner, name, buffer, _version(buffer), buffer.clone())
+            self._count(buffer)
+        return known
 
     def _arrived(self, kept: Kept, leaf: int, grad: Tensor) -> None:
         if not any(_runs(node) for node in kept.accumulators):  # torch.autograd.grad, which leaves no gradients
@@ -316,7 +342,8 @@ class Keeper:
             return
         args, kwargs = moved(kept.x, device)
         places = [(owner, local) for owner, local, trained in kept.trained if trained]
-        with self._as_it_was(kept), buffers_kept(module), torch.enable_grad():
+        # A checkpoint would compute its part again in the backward, where all of this is as it is now.
+        with self._as_it_was(kept), forward_mode.checkpoints(lambda: None), torch.enable_grad():
             params = [get_gradient_edge(owner._parameters[local]) for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
         names = [id(owner._siblings[local + SUFFIX]) for owner, local in places]
@@ -324,9 +351,14 @@ class Keeper:
             only = [torch.zeros_like(grad, memory_format=torch.contiguous_format) for grad in grads.values()]
             for zeros, grad in zip(only, rows.values(), strict=True):
                 of(zeros if ends is None else zeros.flatten(0, 1), v).copy_(of(grad, v))
-            outputs = [leaves[leaf] for leaf in grads]
-            one = torch.autograd.grad(outputs, params, only, retain_graph=True, allow_unused=True)
-            yield {name: g for name, g in zip(names, one, strict=True) if g is not None}
+            outputs = [(leaves[leaf], grad) for leaf, grad in zip(grads, only, strict=True)]
+            outputs = [(y, grad) for y, grad in outputs if y.requires_grad]  # by the module's own parameters
+            if outputs:
+                ys, along = zip(*outputs, strict=True)
+                one = torch.autograd.grad(ys, params, along, retain_graph=True, allow_unused=True)
+                yield {name: g for name, g in zip(names, one, strict=True) if g is not None}
+            else:
+                yield {}
 
     def _document_ends(self, batch: int) -> list[int] | None:
         """Offsets of a batch's documents into its tokens, read from the device once; None where rows are samples."""
@@ -339,8 +371,14 @@ class Keeper:
 
     @contextlib.contextmanager
     def _as_it_was(self, kept: Kept) -> Iterator[None]:
-        """Run a module with the random numbers, autocast state, weights and training mode of its step."""
-        with random_kept(), torch.autocast(*kept.autocast), self._weights_of(kept.module), kept.as_it_ran():
+        """Run a module with the random numbers, autocast state, weights, buffers and training mode of its step."""
+        with (
+            random_kept(),
+            torch.autocast(*kept.autocast),
+            self._weights_of(kept.module),
+            other_buffers(kept.module, [(b.owner, b.name, b.copy) for b in kept.buffers if b.changed()]),
+            kept.as_it_ran(),
+        ):
             set_random_state(kept.random)
             yield
 
@@ -378,6 +416,10 @@ def _when_it_comes(y: Tensor, arrived: Callable[[Tensor], None]) -> Any:
     node, place = y.grad_fn, y.output_nr
     assert node is not None
     return node.register_prehook(lambda grads: None if grads[place] is None else arrived(grads[place]))
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _runs(node: Any) -> bool:

@@ -110,6 +110,23 @@ def buffers_of(*modules: nn.Module) -> Callable[[], None]:
 
 
 @contextmanager
+def other_buffers(module: nn.Module, given: Iterable[tuple[Any, str, Tensor]]) -> Iterator[None]:
+    """Copies stand in the places of buffers for the block, or copies of those given by owner and name; a graph may hold
+    them after it."""
+    held = [(m._buffers, dict(m._buffers)) for m in module.modules() if m._buffers]
+    copies = {id(b): b.clone() for _, before in held for b in before.values() if b is not None}
+    try:
+        for buffers, before in held:
+            buffers.update({name: None if b is None else copies[id(b)] for name, b in before.items()})
+        for owner, name, buffer in given:
+            owner._buffers[name] = buffer.clone()
+        yield
+    finally:
+        for buffers, before in held:
+            buffers.update(before)
+
+
+@contextmanager
 def as_it_was(module: nn.Module) -> Iterator[None]:
     """What the block does to a module's attributes, modes and buffers is undone, and random numbers are drawn again."""
     before = [(m, dict(vars(m))) for m in module.modules()]

@@ -1,11 +1,11 @@
 """What became of the gradients between the backward and the update: clipping, unscaling, averaging.
 
 The dots are taken in the backward; the optimizer sees `c * gradient` for one common factor c. It is found by
-remembering a few gradients, small ones and large ones, as the backward left them, the large ones by sums over parts
-of them (of an embedding, most rows are zeros), and comparing when the update begins, so the user's loop needs no change
-and nothing need be declared. One that is written to by itself is remembered from the next step on. Gradients changed
-element by element, or some and not others, have no such factor. Of several processes' gradients, the optimizer sees c
-times their sum.
+remembering a few gradients, small ones and large ones and the first that comes (those of a closed branch are zeros), as
+the backward left them, the large ones by sums over parts of them (of an embedding, most rows are zeros), and comparing
+when the update begins, so the user's loop needs no change and nothing need be declared. One that is written to by
+itself is remembered from the next step on. Gradients changed element by element, or some and not others, have no such
+factor. Of several processes' gradients, the optimizer sees c times their sum.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Watch:
         self._slots: list[Any] = []
         self._watched: set[str] = set()
         self._written: dict[str, int] = {}  # how often each gradient had been written to when it last came
+        self._first: dict[int, Any] = {}  # `id` of an optimizer -> its slot whose gradient came first in the step
         self._handles: list[Any] = []
 
     def watch(self, slots: Sequence[Any]) -> None:
@@ -66,7 +67,9 @@ class Watch:
             if self.active and param.grad is not None:
                 self._reached[slot.name] = self._due[slot.name] = slot
                 self._written[slot.name] = param.grad._version
-                if slot.name in self._watched:
+                if self._ranks.size == 1:  # else the first may be another in each
+                    self._first.setdefault(id(slot.optimizer), slot)
+                if slot.name in self._watched or self._first.get(id(slot.optimizer)) is slot:
                     grad = local(param.grad)
                     seen = self._seen(grad)
                     self._raw[slot.name] = seen.clone() if grad.numel() < WATCHED_ELEMENTS else seen
@@ -109,6 +112,7 @@ class Watch:
         self._raw.clear()
         self._reached.clear()
         self._due.clear()
+        self._first.clear()
         self._to_clear.update(map(id, self.begun))
         self.begun, self.active = [], True
 
@@ -209,7 +213,8 @@ class Watch:
     def _came(self) -> list[Any]:
         """Watched slots with a gradient of the step."""
         # Another process may have had a backward through a parameter that had none here.
-        return [s for s in self._slots if s.grad is not None and (s.name in self._raw or self._ranks.size > 1)]
+        watched = [*self._slots, *(s for s in self._first.values() if s.name not in self._watched)]
+        return [s for s in watched if s.grad is not None and (s.name in self._raw or self._ranks.size > 1)]
 
     def _compared(self, optimizer: Optimizer, slots: Sequence[Any], factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """The common factor, if it is not known yet, and whether there is none."""
@@ -228,16 +233,19 @@ class Watch:
             change = torch.where(squared > 0, along / squared, torch.ones_like(squared))
         else:
             change = factor.to(device) * scale
-        uneven = self._uneven(now, raw, change, [len(part) for part in parts.values()], largest)
+        halves = [slot.param.numel() for slot in slots if slot.param.dtype == torch.float16]
+        uneven = self._uneven(now, raw, change, [len(part) for part in parts.values()], largest, halves)
         return skipped(optimizer, change / scale), uneven
 
-    def _uneven(self, now: Tensor, raw: Tensor, factor: Tensor, lengths: list[int], unit: Tensor) -> Tensor:
-        """Whether any parameter's part of `now` is not `factor` times that of `raw`, both in units of `unit`."""
+    def _uneven(
+        self, now: Tensor, raw: Tensor, factor: Tensor, lengths: list[int], unit: Tensor, halves: list[int]
+    ) -> Tensor:
+        """Whether any parameter's part of `now` is not `factor` times that of `raw`, both in units of `unit`; `halves`:
+        the sizes of those in float16."""
         parts = [part for x in (now - factor * raw, now) for part in x[1:].split(lengths)]
         norms = torch.stack(torch._foreach_norm(parts))  # pyright: ignore[reportPrivateImportUsage]
         apart, size = self._ranks.over_shards(norms.square().view(2, -1))
         # Numbers of float16 end at 6e-8, by which small ones may be off.
-        halves = [slot.param.numel() for slot in self._slots if slot.param.dtype == torch.float16]
         least = max(halves) * (6e-8 / unit).square() if halves else 0.0
         return (apart > EVEN * size + least).any() & factor.isfinite()  # of an overflow the optimizer will see itself
 

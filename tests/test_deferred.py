@@ -15,6 +15,7 @@ from models import B, Bypass, data, gradient, loss_of, make, oracle_values, samp
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import inrun
 from inrun import hessian, shapley, turning
@@ -1035,6 +1036,163 @@ def test_a_layer_may_be_left_out_of_a_batch_that_is_computed_again():
             loss(i).backward()
         optimizer.step()
     assert (step.values != 0).all()
+
+
+class Centred(nn.Module):
+    """Centres by a running mean, or one that it is given, and scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x, given=None):
+        if given is None and self.training:
+            with torch.no_grad():
+                self.mean.lerp_(x.mean(0), 0.5)
+        return (x - (self.mean if given is None else given)) * self.gain
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "options"),
+    [
+        ("path", torch.optim.SGD, {}),
+        ("path", torch.optim.AdamW, {}),
+        ("path", torch.optim.SGD, {"clip": 0.05}),
+        ("path_secant", torch.optim.SGD, {"pairwise": range(4)}),
+        ("monte_carlo", torch.optim.SGD, {}),
+    ],
+)
+def test_a_module_runs_again_with_the_buffers_that_it_had(method, kind, options):
+    """In each of the step's batches, and in the validation loss: as where they come with its input."""
+
+    def values(given):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"in": nn.Linear(4, 4), "centred": Centred(), "out": nn.Linear(4, 3)}).double()
+        x, y, mean = torch.randn(4, 4).double() + 1, torch.tensor([0, 1, 2, 0]), torch.zeros(4).double()
+
+        def loss(rows, targets):
+            h = model["in"](rows)
+            if given and model.training:
+                mean.lerp_(h.detach().mean(0), 0.5)
+            h = model["centred"](h, mean.expand(len(rows), -1).clone() if given else None)
+            return F.cross_entropy(model["out"](h.tanh()), targets)
+
+        def validation():
+            model.eval()
+            found = loss(x.flip(1), y)
+            model.train()
+            return found
+
+        optimizer = kind(model.parameters(), lr=1e-2)
+        tracker = inrun.track(model, optimizer, method, validation=validation, **options)
+        found = []
+        for _ in range(2):
+            with tracker.step() as step:
+                for part in torch.arange(4).split(2):
+                    step.batch(part)
+                    (loss(x[part], y[part]) / 2).backward()
+                if options.get("clip"):
+                    nn.utils.clip_grad_norm_(model.parameters(), options["clip"])
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append(step.values)
+        return torch.stack(found), model["centred"].mean if not given else mean
+
+    for own, given in zip(values(False), values(True), strict=True):
+        torch.testing.assert_close(own, given, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize(
+    ("method", "optimizer", "options"),
+    [
+        ("path", torch.optim.AdamW, {}),
+        ("path", torch.optim.SGD, {"clip": 0.1}),
+        ("first", torch.optim.SGD, {"pairwise": [0, 1]}),
+        ("path_secant", torch.optim.SGD, {"pairwise": [0, 1]}),
+        ("monte_carlo", torch.optim.SGD, {}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+def test_gradients_of_samples_where_parts_are_checkpointed_or_have_no_parameters(method, optimizer, options, reentrant):
+    """Of a class token beside a checkpointed block, which returns its input too."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.inner = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + F.gelu(self.inner(x)) * self.gain, x
+
+    class Model(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.token, self.block, self.head = nn.Parameter(torch.randn(1, 1, 4)), Block(), nn.Linear(4, 3)
+            self.how = how
+
+        def forward(self, x):
+            z = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+            z, skip = self.block(z) if self.how is None else checkpoint(self.block, z, use_reentrant=self.how)
+            return self.head((z + skip.tanh()).mean(1))
+
+    def values(how):
+        torch.manual_seed(0)
+        model = Model(how).double()
+        updates = optimizer(model.parameters(), lr=0.05)
+        x, y = torch.randn(5, 2, 4).double(), torch.tensor([0, 1, 2, 0, 1])
+        tracker = inrun.track(
+            model, updates, method, validation=lambda: F.cross_entropy(model(x[3:]), y[3:]), **options
+        )
+        with tracker.step(range(3)) as step:
+            F.cross_entropy(model(x[:3]), y[:3]).backward()
+            if "clip" in options:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            updates.step()
+        return step.values
+
+    found = values(reentrant)
+    assert (found != 0).all()
+    torch.testing.assert_close(found, values(None))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_secant_in_a_warm_up_from_a_rate_of_zero(kind):
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    optimizer = kind(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    tracker = inrun.track(model, optimizer, "secant", validation=lambda: model(x[3:]).square().mean())
+    for number in range(2):
+        with tracker.step(range(3)) as step:
+            model(x[:3]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        assert step.values.isfinite().all() and (step.values != 0).all() == bool(number)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+def test_second_order_of_a_loss_with_a_reentrant_checkpoint():
+    """By differences."""
+
+    def values(how):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(5, 4).double()
+
+        def loss(rows):
+            h = model[0](rows)
+            return model[2](model[1](h) if how is None else checkpoint(model[1], h, use_reentrant=how)).square().mean()
+
+        tracker = inrun.track(model, optimizer, "second", validation=lambda: loss(x[3:]))
+        with tracker.step(range(3)) as step:
+            loss(x[:3]).backward()
+            optimizer.step()
+        return step.values
+
+    torch.testing.assert_close(values(True), values(None), rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("many", [1, 2, 4])

@@ -736,6 +736,117 @@ def test_a_run_that_goes_on_validates_at_the_steps_that_it_would_have():
     assert len(said) == 2 and "the run goes on at step 7, between two multiples of 3; the validation" in said[0]
 
 
+class Gated(nn.Module):
+    """A deep branch that may be closed, beside the input; which of its heads answers is said with it."""
+
+    def __init__(self, heads=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.open, self.which = 1.0, 0
+        self.body = nn.Sequential(*[m for _ in range(10) for m in (nn.Linear(8, 8), nn.Tanh())])
+        self.heads = nn.ModuleList(nn.Linear(8, 3, bias=False) for _ in range(heads))
+
+    def forward(self, x):
+        return self.heads[self.which](x + self.open * self.body(x))
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_clipping_is_seen_where_a_branch_is_closed(method):
+    """Its gradients are zeros, whatever they are multiplied by."""
+    model, (x, y) = Gated(), (torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method)
+    for model.open in (0.0, 1.0, 0.0):
+        params = list(model.parameters())
+        along = torch.autograd.grad(F.cross_entropy(model(x.flip(0)), y), params)
+        ones = [torch.autograd.grad(F.cross_entropy(model(x[[k]]), y[[k]]) / 4, params) for k in range(4)]
+        size = torch.stack([sum(g).square().sum() for g in zip(*ones, strict=True)]).sum().sqrt()
+        expected = torch.stack([0.1 * sum((a * g).sum() for a, g in zip(along, one, strict=True)) for one in ones])
+        with tracker.validation():
+            F.cross_entropy(model(x.flip(0)), y).backward()
+        with tracker.step(range(4)) as step:
+            F.cross_entropy(model(x), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(step.values, expected * 0.01 / size, rtol=1e-3, atol=1e-8)
+
+
+def test_steps_may_train_one_of_many_heads_each():
+    model, x = Gated(12), torch.randn(4, 8)
+    model.body.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer)
+    for model.which in range(12):
+        with tracker.validation():
+            model(x).square().mean().backward()
+        with tracker.step(range(4)) as step:
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert (step.values > 0).all()
+
+
+def test_a_gradient_of_rounding_alone_is_none():
+    """As of a bias that a layer norm takes off again, which Adam makes as large as any."""
+
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return x + self.bias
+
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 16), Shift(), nn.LayerNorm(16), nn.Linear(16, 3))
+        optimizer, x = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.randn(4, 6, 4)
+        tracker = inrun.track(model, optimizer)
+        with tracker.validation():
+            model(x[:2] * 2).square().mean().backward()
+        with tracker.step(range(4)):
+            (model(x).mean(1) ** 2).mean().backward()
+            optimizer.step()
+        tracker.close()
+
+
+def test_padding_has_no_part_in_a_table_that_is_the_head_too():
+    """By forward-mode AD, in which the head's rows have a direction where the padding is."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(2)
+            self.embed, self.inner = nn.Embedding(20, 8, padding_idx=0), nn.Linear(8, 8)
+            self.bias = nn.Parameter(torch.zeros(20))
+
+        def forward(self, ids):
+            return F.linear(self.inner(self.embed(ids)).tanh(), self.embed.weight, self.bias)
+
+    def loss_of(model, ids):
+        return F.cross_entropy(model(ids).flatten(0, 1), ids.roll(-1, 1).flatten(), reduction="sum") / 40
+
+    model = Tied().double()
+    ids = torch.randint(1, 20, (5, 8))
+    ids[1, 5:], ids[2, 2:] = 0, 0
+    params = list(model.parameters())
+    along = torch.autograd.grad(loss_of(model, ids[3:]), params)
+    ones = [torch.autograd.grad(loss_of(model, ids[[k]]), params) for k in range(3)]
+    expected = [0.5 * sum((a * g).sum() for a, g in zip(along, one, strict=True)) for one in ones]
+    for method in ("first", "path"):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        copied = copy.deepcopy(model)
+        tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, ids[3:]))  # noqa: B023
+        with tracker.step(range(3)) as step:
+            loss_of(model, ids[:3]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(step.values.double(), torch.stack(expected).detach(), rtol=1e-6, atol=1e-9)
+        tracker.close()
+        model = copied
+
+
 def test_what_is_said_of_the_validation_side_is_looked_at():
     model = make("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
