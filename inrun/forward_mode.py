@@ -343,10 +343,8 @@ class _AsBackward(TorchFunctionMode):
                 torch._C._set_fwd_grad_enabled(*args)
         if func is Tensor.unflatten:  # whose Python code a graph cannot capture
             func = torch.unflatten
-        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage] - without a forward derivative
-            v, g, dim = args if len(args) > 2 else (*args, kwargs.get("dim", 0))
-            over = [i for i in range(v.dim()) if dim == -1 or i != dim]
-            return v * (g / torch.linalg.vector_norm(v, dim=over, keepdim=True))
+        if func is WEIGHT_NORM:  # without a forward derivative
+            return weight_norm(*args, **kwargs)
         if func is _EMBEDDING:  # whose forward derivative knows no padding
             return self._embedding(*args, **kwargs)
         if func not in _NORMS:
@@ -374,6 +372,13 @@ class _AsBackward(TorchFunctionMode):
         return torch.where(pads, y.detach(), y)
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`torch._weight_norm`, written out."""
+    over = [i for i in range(v.dim()) if dim == -1 or i != dim]
+    return v * (g / torch.linalg.vector_norm(v, dim=over, keepdim=True))
+
+
+WEIGHT_NORM = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
 _EMBEDDING = F.embedding
 # Where the weight stands among the arguments, the bias behind it, and whether they belong to dimension 1.
 _NORMS = {F.layer_norm: (2, False), F.group_norm: (2, True), F.batch_norm: (3, True), F.instance_norm: (3, True)}

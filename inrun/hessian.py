@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from .errors import InRunError
+from .forward_mode import WEIGHT_NORM, weight_norm
 from .restoring import requiring
 from .updates import weights_moved
 
@@ -33,7 +36,9 @@ def product(tracker: Tracker, name: str, vector: list[Tensor]) -> list[Tensor | 
         return _by_differences(tracker, name, vector)
     params = [s.param for s in tracker.slots]
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), requiring((p, True) for p in params):
+        normed = any(type(m).__name__ == "_WeightNorm" for m in tracker.model.modules())
+        written_out = _WrittenOut() if normed else nullcontext()
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), requiring((p, True) for p in params), written_out:
             loss = tracker.validations.loss(name)
             first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
             pairs = [(g, v) for g, v in zip(first, vector, strict=True) if g is not None and g.requires_grad]
@@ -47,6 +52,13 @@ def product(tracker: Tracker, name: str, vector: list[Tensor]) -> list[Tensor | 
     if tracker.first_check:
         _check(tracker, name, vector, found)
     return found
+
+
+class _WrittenOut(TorchFunctionMode):
+    """Weight norms, whose double backward is wrong in torch 2.13 (by a third and more, on a CPU)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (weight_norm if func is WEIGHT_NORM else func)(*args, **(kwargs or {}))
 
 
 def _check(tracker: Tracker, name: str, vector: list[Tensor], found: list[Tensor | None]) -> None:

@@ -1195,6 +1195,37 @@ def test_second_order_of_a_loss_with_a_reentrant_checkpoint():
     torch.testing.assert_close(values(True), values(None), rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_second_order_of_a_weight_norm(seed):
+    """Whose double backward is wrong in torch."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))).double()
+    optimizer, x, y = torch.optim.SGD(model.parameters(), lr=0.5), torch.randn(6, 4).double(), torch.arange(6) % 3
+    params = list(model.parameters())
+
+    def slopes(rows, reduction="mean"):
+        return torch.autograd.grad(F.cross_entropy(model(x[rows]), y[rows], reduction=reduction), params)
+
+    ones = [[g / 3 for g in slopes([k])] for k in range(3)]
+    middle = [-0.25 * sum(g) for g in zip(*ones, strict=True)]  # halfway along the step
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(params, middle, strict=True):
+                p.add_(sign * 1e-4 * d)
+        ends.append(slopes([3, 4, 5]))
+        with torch.no_grad():
+            for p, d in zip(params, middle, strict=True):
+                p.sub_(sign * 1e-4 * d)
+    along = [g + (a - b) / 2e-4 for g, a, b in zip(slopes([3, 4, 5]), *ends, strict=True)]
+    expected = torch.stack([0.5 * sum((d * g).sum() for d, g in zip(along, one, strict=True)) for one in ones])
+    tracker = inrun.track(model, optimizer, "second", validation=lambda: F.cross_entropy(model(x[3:]), y[3:]))
+    with tracker.step(range(3)) as step:
+        F.cross_entropy(model(x[:3]), y[:3]).backward()
+        optimizer.step()
+    torch.testing.assert_close(step.values.double(), expected, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("many", [1, 2, 4])
 def test_the_bound_on_secants_direction_takes_nothing_from_losses_that_do_not_bend(many):
     """There it is the first order's."""
