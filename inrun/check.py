@@ -23,7 +23,8 @@ from .slots import components
 # (eight times what rounding each product once to bfloat16 would make).
 SUM_TOLERANCE = 1e-2
 ROUNDING = 8 * 2.0**-8
-NOTHING = 1e-14, 1e-6  # what rounding alone leaves of a gradient that is zero; and beside the largest scores' sum
+NOTHING = 1e-14  # what rounding alone leaves of a gradient that is zero
+BESIDE = 1e-6  # the same where the optimizer has made it large, as a part of the largest layer's scores
 _BLOCK = 1 << 24  # elements
 _SHOWN = 10  # lines of a message
 
@@ -71,15 +72,15 @@ def efficiency(
     scores = ranks.sum(torch.stack(scored)).cpu()
     sums = ranks.over_shards(torch.stack([torch.stack(found) for found in expected.values()])).cpu()
     of_slot, none = dict(zip(expected, sums, strict=True)), none.cpu()
-    nothing = NOTHING[0] + NOTHING[1] * torch.stack([size for _, size, _ in scores]).amax(0)
+    beside = BESIDE * torch.stack([size for _, size, _ in scores]).amax(0)
     wrong: dict[str, list[Any]] = {}  # what is, of which slots
     tells = []
     for members, (total, size, count) in zip(groups, scores, strict=True):
         gradient = sum((of_slot[id(s)][0] for s in members), none)
         rounding = sum((of_slot[id(s)][1].sqrt() for s in members), none)
         shapes = few([f"{s.name} {tuple(s.param.shape)}" for s in members], 20)
-        tolerance = SUM_TOLERANCE * size + ROUNDING * rounding + nothing
-        if not bool(((total - gradient).abs() <= tolerance).all()):
+        tolerance = SUM_TOLERANCE * size + ROUNDING * rounding + NOTHING
+        if not bool(((total - gradient).abs() <= tolerance + beside).all()):
             wrong[f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}"] = members
         elif not count.any() and any(bool(of_slot[id(s)][2].any()) for s in members):
             wrong[f"{shapes}: not scored, though it has a gradient"] = members

@@ -352,7 +352,7 @@ def test_a_module_that_is_run_again_keeps_its_buffers_and_its_copied_weights_cou
     tracker = inrun.track(model, optimizer, "path", pairwise=range(5))
     with tracker.validation():
         model(x).square().sum().backward()
-    assert tracker.memory["kept"] == (2 * 40 + 8) * 4  # input, output gradient, and the weight as it was
+    assert tracker.memory["kept"] == (2 * 40 + 8 + 1) * 4  # input, output gradient, weight and buffer as they were
     with tracker.step(range(5)):
         model(x).square().sum().backward()
         optimizer.step()
