@@ -72,7 +72,8 @@ def efficiency(
     scores = ranks.sum(torch.stack(scored)).cpu()
     sums = ranks.over_shards(torch.stack([torch.stack(found) for found in expected.values()])).cpu()
     of_slot, none = dict(zip(expected, sums, strict=True)), none.cpu()
-    beside = BESIDE * torch.stack([size for _, size, _ in scores]).amax(0)
+    sizes = torch.stack([size for _, size, _ in scores])
+    beside = BESIDE * torch.where(sizes.isfinite(), sizes, torch.zeros_like(sizes)).amax(0)
     wrong: dict[str, list[Any]] = {}  # what is, of which slots
     tells = []
     for members, (total, size, count) in zip(groups, scores, strict=True):

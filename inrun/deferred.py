@@ -426,8 +426,10 @@ class Deferred:
             return -ranks.over_shards(torch.stack(parts).sum())
 
         def share(name: str, of: Tensor, instead: Tensor) -> Tensor:
-            """How much of a difference gives the drop; none where rounding hides it."""
-            return (drop[name] - of) * instead / (instead.square() + noise[name].square())
+            """How much of a difference gives the drop; none where rounding hides it, or the loss is the same whatever
+            its gradient says (as of a surrogate that is compared with itself)."""
+            found = (drop[name] - of) * instead / (instead.square() + noise[name].square())
+            return torch.where((drop[name] == 0) & (of.abs() > noise[name]), 0.0, found)
 
         means: dict[str, Tensor] = {}  # of both ends, what they take off
         shares: dict[str, Tensor] = {}  # how far from the middle between both ends' gradients

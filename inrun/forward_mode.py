@@ -374,7 +374,7 @@ class _AsBackward(TorchFunctionMode):
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`torch._weight_norm`, written out."""
-    over = [i for i in range(v.dim()) if dim == -1 or i != dim]
+    over = [i for i in range(v.dim()) if dim == -1 or i != dim % v.dim()]
     return v * (g / torch.linalg.vector_norm(v, dim=over, keepdim=True))
 
 

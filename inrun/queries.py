@@ -158,6 +158,8 @@ def _duckdb(rows: Rows, keys, target, sources, stretch, among, order, k) -> pa.T
             ranges = shards.id_ranges(rows.files, _PART) if keys[0] == "sample_id" else [(None, None)]
             parts = [part(low, high) for low, high in ranges]
         except duckdb.Error as error:
+            if type(error) not in (duckdb.Error, duckdb.IOException):  # of files, damaged ones are of the first
+                raise
             missing = [file for file in rows.files if not file.exists()]
             raise (FileNotFoundError(str(missing[0])) if missing else OSError(str(error))) from error
     found = pa.concat_tables(parts)  # in order of ids, unless the best are asked for

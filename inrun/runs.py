@@ -203,7 +203,12 @@ def export(
     if out is None:
         _write(table, sys.stdout.buffer, kind)
     else:
-        shards.replace(out, lambda file: _write(table, file, kind))
+        there = out.resolve()  # not the link
+        if there.exists() and not there.is_file():  # a pipe, or a device
+            with there.open("wb") as file:
+                _write(table, file, kind)
+        else:
+            shards.replace(there, lambda file: _write(table, file, kind))
     rows, targets = len(table), sorted(table["target"].unique().to_pylist())
     if len(targets) > 1:
         samples = pc.call_function("count_distinct", [table["sample_id"]]).as_py()
@@ -217,7 +222,9 @@ def _is_of(run: Run, out: Path) -> bool:
     ledger = run.ledger.path.resolve()
     if out == ledger or (out.suffix == ".parquet" and out.parent == ledger):
         return True
-    own = [ledger.parent / name for name in runfolder.OWN] if run.samples is not None else []
+    folder = ledger.parent
+    is_run = ledger.name == "ledger" and any((folder / name).exists() for name in ("config.json", "samples.parquet"))
+    own = [folder / name for name in runfolder.OWN] if is_run else []
     return any(path == out or path in out.parents for path in own)
 
 

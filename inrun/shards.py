@@ -253,8 +253,10 @@ def _is_whole(shard: Path) -> bool:
         with pq.ParquetFile(shard) as file:
             for _ in file.iter_batches():
                 pass
-    except (OSError, pa.ArrowException):
+    except pa.ArrowException:
         return False
+    except OSError as error:
+        return error.errno is not None  # too many open files, say, or another process has compacted it
     return True
 
 

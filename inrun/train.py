@@ -305,20 +305,21 @@ class _Run:
         self.metrics.resume(self.step)
 
     def _last_whole(self) -> dict[str, Any] | None:
-        """The last checkpoint that can be read; None where the run has none."""
-        found, damaged = runfolder.checkpoints(self.folder), []
+        """The last checkpoint that can be read; None where the run has none. Those after it go out of the way."""
+        found, damaged = runfolder.checkpoints(self.folder), {}
         for path in reversed(found):
             try:
-                state = torch.load(path, map_location=self.device, weights_only=True)
-            except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-                damaged.append(f"{path} ({repr(error).splitlines()[0]})")
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+                damaged[path] = repr(error).splitlines()[0]
                 continue
-            if damaged:
-                print(f"inrun: going on from {path}; what comes after it cannot be read: {'; '.join(damaged)}",
-                      file=sys.stderr)  # fmt: skip
+            for each, why in damaged.items():
+                print(f"inrun: going on from {path}; {each} cannot be read: {why}", file=sys.stderr)
+                each.rename(each.with_suffix(".damaged"))
             return state
         if damaged:
-            raise InRunError(f"resume: expected a checkpoint that can be read, got {'; '.join(damaged)}")
+            told = "; ".join(f"{path} ({why})" for path, why in damaged.items())
+            raise InRunError(f"resume: expected a checkpoint that can be read, got {told}")
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import types
 from types import MappingProxyType
 
 import pytest
@@ -415,16 +416,17 @@ def test_a_resumed_run_neither_loses_nor_doubles_a_step(tmp_path):
             control.should_save = state.global_step == 2
 
         def on_save(self, args, state, control, **kwargs):
-            assert sorted(by_step(inrun.Ledger(tmp_path / "asked"))) == [0, 1]
+            assert waited == [["rank00000-step000000000000.parquet"]]  # not asked of a ledger, which would write it
             raise KeyboardInterrupt
 
     asked, _, _ = build(tmp_path / "run of its own", options={"ledger": tmp_path / "asked"})
     asked.add_callback(Asks())
-    waited, wait = [], asked.accelerator.wait_for_everyone
-    asked.accelerator.wait_for_everyone = lambda: waited.append(len(inrun.Ledger(tmp_path / "asked"))) or wait()
+    waited = []
+    folder = tmp_path / "asked"
+    asked.accelerator.wait_for_everyone = lambda: waited.append([p.name for p in folder.glob("*")])  # every process
     with pytest.raises(KeyboardInterrupt):
         asked.train()
-    assert waited[0] == sum(map(len, list(expected.values())[:2]))  # of every process
+    assert sorted(by_step(inrun.Ledger(folder))) == [0, 1]
 
     # The same trainer, after an exception.
     first.pop_callback(Killed)
@@ -642,9 +644,9 @@ def generating(kind, folder, spied=None, eval_data=None, **settings):
         tokenizer_object=vocab, eos_token="t2", pad_token="t0", padding_side="left"
     )
     settings = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "save_strategy": "no",
-                "gradient_checkpointing": False} | settings  # fmt: skip
+                "gradient_checkpointing": False, "learning_rate": LR} | settings  # fmt: skip
     args = getattr(trl, f"{kind.upper()}Config")(
-        output_dir=folder, optim="sgd", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=0.0, seed=3,
+        output_dir=folder, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, seed=3,
         report_to="none", disable_tqdm=True, use_cpu=True, logging_strategy="no", bf16=False, num_train_epochs=1,
         num_generations=3, max_completion_length=5, temperature=0.8,
         per_device_eval_batch_size=3, **settings,
@@ -653,17 +655,21 @@ def generating(kind, folder, spied=None, eval_data=None, **settings):
     class Spied(getattr(trl, f"{kind.upper()}Trainer")):
         def compute_loss(self, model, inputs, *args, **kwargs):
             if spied is not None and model.training:
-                spied.append((self.state.global_step, copy.deepcopy(model), dict(inputs)))
+                copied = copy.deepcopy(model)
+                copied.forward = types.MethodType(self.own_forward, copied)
+                spied.append((self.state.global_step, copied, dict(inputs)))
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def reward(completions, **_):
         return [sum(len(token) for token in text.split()) + text.count("7") for text in completions]
 
     rows = [{"sample_id": f"p{i}", "prompt": f"t{i + 3} t{2 * i + 5}"} for i in range(6)]
-    return Spied(
+    trainer = Spied(
         TIED.built(), reward, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
         eval_dataset=eval_data,
     )  # fmt: skip
+    trainer.own_forward = trainer.model.forward.__func__  # TRL's, with the head that is not called
+    return trainer
 
 
 @pytest.mark.parametrize(
@@ -684,7 +690,8 @@ def test_a_completion_has_the_value_of_its_row(kind, settings, tmp_path):
     for a validation loss that is the trainer's of other rollouts."""
     adapter = pytest.importorskip("inrun.adapters.trl")
     trainer = generating(kind, tmp_path, spied := [], **settings)
-    rollouts = trainer._generate_and_score_completions([{"prompt": f"t{i // 3 + 20}"} for i in range(6)])
+    rollouts = adapter.rollouts(trainer, [{"prompt": f"t{i + 20}"} for i in range(2)])
+    assert len(rollouts["prompt_ids"]) == 6 and not trainer._metrics["eval"] and not trainer._logs["prompt"]
     values = adapter.attach(trainer, lambda: trainer.compute_loss(trainer.model, rollouts))
     trainer.train()
     prompts = {row["sample_id"]: row["prompt"] for row in trainer.train_dataset}
@@ -713,6 +720,53 @@ def test_a_completion_has_the_value_of_its_row(kind, settings, tmp_path):
                 alone = trainer._compute_loss(model, only) / (2 if kind == "rloo" else 1)
             dot = sum((g * t).sum() for g, t in zip(gradients(alone, model), target, strict=True))
             assert value == pytest.approx(LR * float(dot), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("grpo", {"entropy_coef": 0.5}), ("rloo", {"beta": 0.0})])
+@pytest.mark.filterwarnings("ignore")
+def test_training_on_completions_is_untouched(kind, settings, tmp_path):
+    """The entropy's gradient included."""
+    adapter, trained = pytest.importorskip("inrun.adapters.trl"), []
+    for attached in (False, True):
+        trainer = generating(kind, tmp_path, **settings)
+        model = trainer.model
+        if attached:
+            adapter.attach(trainer, functools.partial(lambda model: model(**HELD_OUT).loss, model))
+        trainer.train()
+        trained.append(list(model.parameters()))
+    for plain, scored in zip(*trained, strict=True):
+        torch.testing.assert_close(plain, scored, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_held_out_rollouts_measure_a_step(tmp_path):
+    """As they have the log-probabilities of the model that drew them."""
+    adapter, drops = pytest.importorskip("inrun.adapters.trl"), []
+    for fixed in (True, False):
+        trainer = generating("grpo", tmp_path, learning_rate=0.01)
+        trainer.model.get_input_embeddings().padding_idx = None  # it is drawn, and would have no gradient
+        held = adapter.rollouts(trainer, [{"prompt": f"t{i + 20}"} for i in range(2)])
+        if not fixed:  # a loss that is the same for every model, whose gradient still says what raises the reward
+            del held["old_per_token_logps"]
+        values = adapter.attach(trainer, functools.partial(trainer.compute_loss, trainer.model, held),
+                                method="path_secant")  # fmt: skip
+        steps = []
+        trainer.add_callback(of_steps(values, steps))
+        trainer.train()
+        drops.append([(float(step.drop["validation"]), float(step.values.sum())) for step in steps])
+    measured, constant = drops
+    assert all(drop == pytest.approx(total, rel=0.05, abs=1e-6) and abs(drop) > 1e-5 for drop, total in measured)
+    assert all(drop == 0 and abs(total) > 1e-5 for drop, total in constant)
+
+
+def of_steps(values, found):
+    """A callback that puts the steps of an attached trainer into the list, as they end."""
+
+    class Noted(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            found.append(values.loop.last)
+
+    return Noted()
 
 
 @pytest.mark.filterwarnings("ignore")

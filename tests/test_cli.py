@@ -239,7 +239,8 @@ def test_export_takes_the_format_of_the_suffix_where_none_is_given(run, tmp_path
 )
 def test_export_into_the_run_itself_is_refused(run, place, capsys):
     before = len(Ledger(run / "ledger"))
-    assert "no part of the run" in failed(capsys, "export", run, "-o", str(run / place))
+    for named in (run, run / "ledger"):
+        assert "no part of the run" in failed(capsys, "export", named, "-o", str(run / place))
     assert len(Ledger(run / "ledger")) == before
 
 
@@ -257,6 +258,19 @@ def test_an_export_that_fails_leaves_the_one_before(run, monkeypatch, capsys):
     assert out.read_bytes() == before and sorted(p.name for p in run.iterdir()) == sorted(
         ["ledger", "samples.parquet", "values.csv"]
     )
+
+
+def test_an_export_goes_through_links_and_pipes(run, tmp_path):
+    target, link, pipe = tmp_path / "target.csv", tmp_path / "link.csv", tmp_path / "pipe.csv"
+    target.write_text("old")
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    main(["export", str(run), "-o", str(link)])
+    assert link.is_symlink() and pyarrow.csv.read_csv(target)["value"].to_pylist() == list(TOTALS.values())
+    command = f"from inrun.cli import main; main(['export', {str(run)!r}, '-o', {str(pipe)!r}])"
+    writer = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL)
+    assert pipe.read_text() == target.read_text()
+    assert writer.wait(60) == 0 and pipe.is_fifo()
 
 
 def test_samples_of_ones_own_need_no_more_than_ids(run, capsys):

@@ -1157,6 +1157,47 @@ def test_gradients_of_samples_where_parts_are_checkpointed_or_have_no_parameters
     torch.testing.assert_close(found, values(None))
 
 
+@pytest.mark.parametrize(
+    ("method", "kind", "options"),
+    [
+        ("path", torch.optim.AdamW, {}),
+        ("path", torch.optim.SGD, {"clip": 0.1}),
+        ("first", torch.optim.SGD, {"pairwise": [0, 1]}),
+        ("monte_carlo", torch.optim.SGD, {}),
+    ],
+)
+def test_gradients_of_samples_through_a_module_that_returns_its_input_too(method, kind, options):
+    class Mix(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.full((4,), 0.7))
+
+        def forward(self, x, both):
+            y = (x.sin() * self.gain).cumsum(-1)
+            return (y, x) if both else y
+
+    def values(both):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"in": nn.Linear(4, 4), "mix": Mix(), "out": nn.Linear(4, 3)}).double()
+        optimizer = kind(model.parameters(), lr=0.05)
+        x, y = torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 0, 1])
+
+        def loss(rows):
+            z = model["in"](x[rows])
+            h, skip = model["mix"](z, True) if both else (model["mix"](z, False), z)
+            return F.cross_entropy(model["out"](h + skip.tanh()), y[rows])
+
+        tracker = inrun.track(model, optimizer, method, validation=lambda: loss(slice(3, 5)), **options)
+        with tracker.step(range(3)) as step:
+            loss(slice(3)).backward()
+            if "clip" in options:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+        return step.values
+
+    torch.testing.assert_close(values(True), values(False))
+
+
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 def test_secant_in_a_warm_up_from_a_rate_of_zero(kind):
     torch.manual_seed(0)

@@ -553,6 +553,7 @@ def test_a_step_is_recorded_once(tmp_path):
         ((0, [1, "a"], [1.0, 2.0]), TypeError, "received 'a'"),
         ((0, ["a", "b", None], [1.0, 2.0, 3.0]), TypeError, "all ids to be str, as the first, received None among"),
         ((0, ["a", 7], [1.0, 2.0]), TypeError, "received 7 among them"),
+        ((0, pa.array(["a", None]), [1.0, 2.0]), TypeError, "received None among them"),
         ((0, [0.5], [1.0]), TypeError, "received 0.5"),
         ((0, torch.tensor([0.5]), [1.0]), TypeError, "received 0.5"),
         ((0, torch.tensor([True]), [1.0]), TypeError, "received True"),

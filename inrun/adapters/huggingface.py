@@ -282,7 +282,7 @@ class InRunCallback(TrainerCallback):
 
 
 class Tracked:
-    """Mixin of an attached trainer, which announces the ids of every batch before its forward."""
+    """Mixin of an attached trainer, whose checkpoints wait for the ledger."""
 
     _inrun: InRunCallback
 

@@ -14,16 +14,17 @@ With GRPO and RLOO a sample is one completion, and has its value under its promp
 validation loss is a callable: of reference answers, or the trainer's own on held-out rollouts, the surrogate that it
 lowers to raise their reward:
 
-    rollouts = trainer._generate_and_score_completions(held_out_prompts)       # of every prompt `num_generations`
-    attach(trainer, validation=lambda: trainer.compute_loss(trainer.model, rollouts))
+    held = rollouts(trainer, held_out)
+    attach(trainer, validation=lambda: trainer.compute_loss(trainer.model, held))
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,9 +39,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..errors import InRunError
+from ..restoring import in_modes
 from . import huggingface
 
 GENERATING = (GRPOTrainer, RLOOTrainer)
+_IDS = "inrun_ids"  # beside the tensors of a batch of completions
 TRAINERS = (SFTTrainer, DPOTrainer, KTOTrainer, RewardTrainer, *GENERATING)
 
 
@@ -77,7 +80,7 @@ def attach(
             "{'skip_prepare_dataset': True})"
         )
     model = huggingface.base_of(trainer.model)
-    if hasattr(model, "_original_forward"):
+    if hasattr(model, "_original_forward") or getattr(trainer, "_buffered_inputs", None) is not None:
         raise InRunError("attach: expected a trainer before its first train() or evaluate(), got one that has run")
     named = validation if isinstance(validation, Mapping) else {"validation": validation}
     generates = isinstance(trainer, GENERATING)
@@ -98,8 +101,42 @@ def attach(
     callback = huggingface.attached(trainer, losses, id_column=id_column, mixin=mixin, **options)
     if not isinstance(trainer, RewardTrainer) and model.get_output_embeddings().weight.requires_grad:
         temperature = trainer.temperature if isinstance(trainer, GENERATING) else 1.0
-        _call_the_head(model, temperature, preferences=isinstance(trainer, DPOTrainer | KTOTrainer))
+        _call_the_head(
+            model,
+            temperature,
+            preferences=isinstance(trainer, DPOTrainer | KTOTrainer),
+            bonus=getattr(trainer, "_entropy_bonus_enabled", False),
+        )
     return callback
+
+
+@torch.no_grad()
+def rollouts(trainer: GRPOTrainer | RLOOTrainer, prompts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Completions that the model draws now, and their rewards: a batch for `trainer.compute_loss`.
+
+    The trainer's loss measures a later model by these, where it keeps near to this one; draw others from time to time.
+
+    Args:
+        trainer: of `GENERATING`.
+        prompts: held-out samples, as the training set's; each gets `num_generations_eval` completions.
+    """
+    model: Any = trainer.model
+    count: Any = trainer.num_generations_eval
+    repeated = [dict(prompt) for prompt in prompts for _ in range(count)]
+    with _apart(trainer), in_modes((module, False) for module in model.modules()):
+        before = trainer._logs
+        trainer._logs = copy.deepcopy(before)
+        try:
+            batch = trainer._generate_and_score_completions(repeated)
+        finally:
+            trainer._logs = before
+        if isinstance(trainer, GRPOTrainer) and batch.get("old_per_token_logps") is None:
+            # Else every model would be compared with itself: a loss that is the same for all.
+            ids, mask = (torch.cat([batch[f"{part}_{what}"] for part in ("prompt", "completion")], 1)
+                         for what in ("ids", "mask"))  # fmt: skip
+            kept = batch["completion_ids"].shape[1]
+            batch["old_per_token_logps"], *_ = trainer._get_per_token_logps_and_entropies(model, ids, mask, kept)
+    return batch
 
 
 def pack(dataset: Any, max_length: int, *, id_column: str = "sample_id", strategy: str = "bfd") -> Any:
@@ -133,12 +170,12 @@ class _Generated(huggingface.Tracked):
 
     def _generate_and_score_completions(self: Any, inputs):
         batch = super()._generate_and_score_completions(inputs)  # pyright: ignore
-        return {**batch, self._inrun.column: [example.get(self._inrun.column) for example in inputs]}
+        return {**batch, _IDS: [example.get(self._inrun.column) for example in inputs]}
 
     def _prepare_inputs(self: Any, inputs):
         batch = super()._prepare_inputs(inputs)  # pyright: ignore
         if self.model.training:
-            ids = batch[self._inrun.column]
+            ids = batch[_IDS]
             self._inrun.announce(None if None in ids else {"ids": ids, "segments": None})
         return batch
 
@@ -167,11 +204,12 @@ def _apart(trainer: Any) -> Iterator[None]:
         trainer._metrics["eval"] = before
 
 
-def _call_the_head(model: Any, temperature: float, preferences: bool) -> None:
+def _call_the_head(model: Any, temperature: float, preferences: bool, bonus: bool) -> None:
     """Give `model(fused_lm_head=True)`, which TRL has added, an output layer that is called as a module.
 
     Args:
-        temperature: what it divides logits by; preferences: whether their statistics are asked for too.
+        temperature: what it divides logits by.
+        preferences: whether statistics of the logits are asked for too; bonus: whether the loss has the entropy in it.
     """
     own = type(model).forward
 
@@ -184,9 +222,10 @@ def _call_the_head(model: Any, temperature: float, preferences: bool) -> None:
         logits, labels = outputs.logits[:, :-1].float() / temperature, labels[:, 1:]
         mask = labels != -100
         every = logits.log_softmax(-1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bonus):
+            entropy = -(every.exp() * every).sum(-1).masked_fill(~mask, 0.0)
         log_probs = every.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(~mask, 0.0)
         with torch.no_grad():
-            entropy = -(every.exp() * every).sum(-1).masked_fill(~mask, 0.0)
             more = (
                 {"mean_logits": logits.mean(-1), "log_sum_sq_probs": (2 * every).logsumexp(-1)} if preferences else {}
             )
