@@ -47,11 +47,17 @@ class Affine:
     def normed(self, module: Any, x: Tensor) -> Tensor:
         """`n(x)`, with `axis` last."""
         weight = module._parameters[self.weight]
-        values = {self.weight: torch.full_like(weight, 1 - self.offset)}
+        # Statistics in 16 bits take an input in those alone.
+        widened = self.wide and x.dtype.itemsize == 2 and not any(
+            b.is_floating_point() and b.dtype.itemsize == 2 for b in module._buffers.values() if b is not None
+        )  # fmt: skip
+        dtype = torch.float32 if widened and weight.dtype.itemsize == 2 else weight.dtype
+        values = {self.weight: torch.full_like(weight, 1 - self.offset, dtype=dtype)}
         if self.bias is not None:
-            values[self.bias] = torch.zeros_like(weight)
-        x = x.float() if self.wide and x.dtype.itemsize == 2 else x
-        return run_with(module, x, values).movedim(self.axis, -1)
+            values[self.bias] = torch.zeros_like(weight, dtype=dtype)
+        x = x.float() if widened else x
+        normed = run_with(module, x, values).movedim(self.axis, -1)
+        return normed.float() if self.wide and normed.dtype.itemsize == 2 else normed
 
     def factor(self, weight: Tensor) -> Tensor:
         weight = weight.float() if self.wide and weight.dtype.itemsize == 2 else weight

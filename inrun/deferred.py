@@ -143,6 +143,7 @@ class Deferred:
         """Raise `InRunError` where samples cannot be paired under `fully_shard`."""
         if self.pairs is not None:
             raise InRunError("pairwise: expected parameters that every process holds whole, as under DDP; got shards")
+        self.keeper.weights_move = True  # also of "second": modules hold shards when they are scored
 
     def begin(self, scale: float | Tensor) -> None:
         self._forget()
@@ -289,9 +290,10 @@ class Deferred:
         for shard, weight in self._weights:
             shard.data.copy_(weight)
         aside = tracker.ranks.aside([*(p for p, _ in batch.trained), *tracker.validations.outside])
+        unseen = tracker.ranks.unseen([p for p, _ in batch.trained])
         tracker.expect(layout)
         try:
-            with aside, torch.enable_grad(), random_kept(), in_modes(batch.modes), requiring(batch.trained):
+            with aside, torch.enable_grad(), random_kept(), in_modes(batch.modes), requiring(batch.trained), unseen:
                 set_random_state(batch.random)
                 yield
         finally:

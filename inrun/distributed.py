@@ -207,6 +207,43 @@ class Ranks:
                 if copy is not None and grad is not None:
                     grad.copy_(copy)
 
+    @contextmanager
+    def unseen(self, params: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Backward passes of the block past DDP's wrapper leave no mark in it.
+
+        DDP counts every parameter whose gradient stands when it comes as used, as between `no_sync()` and the next
+        synchronised backward; with `find_unused_parameters=True` it would then wait in vain for the gradient of one
+        that the step itself does not use. So gradients that come here wait elsewhere until the block ends.
+        """
+        if self.size == 1 or self.sharded:
+            yield
+            return
+        held: list[tuple[nn.Parameter, list[Tensor]]] = [(p, []) for p in params if p.requires_grad]
+        wrapped = False  # whether the block has called a wrapper, which reduces the gradients that stand
+
+        def called(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+            nonlocal wrapped
+            wrapped = True
+            return forward(self, *args, **kwargs)
+
+        def take(param: Tensor, apart: list[Tensor]) -> None:
+            if not wrapped and param.grad is not None:
+                apart[:] = [apart[0] + param.grad] if apart else [param.grad]
+                param.grad = None
+
+        forward = DistributedDataParallel._pre_forward
+        handles = [p.register_post_accumulate_grad_hook(lambda q, apart=apart: take(q, apart)) for p, apart in held]
+        DistributedDataParallel._pre_forward = called
+        try:
+            yield
+        finally:
+            DistributedDataParallel._pre_forward = forward
+            for handle in handles:
+                handle.remove()
+            for p, apart in held:
+                for grad in apart:
+                    p.grad = grad if p.grad is None else p.grad + grad
+
 
 @contextmanager
 def gathered(places: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:

@@ -30,7 +30,7 @@ from .factors import Factors, ends_of, joined, owners_of, split, summed, sums
 from .keep import Keeper, Kept
 from .restoring import no_autocast
 from .slots import components
-from .tap import Layout
+from .tap import SUFFIX, Layout
 
 Batches = Iterable[tuple[Keeper, Mapping[int, int]]]
 
@@ -72,7 +72,10 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
         for kept in keeper.kept:
             runs.setdefault(kept.module._inrun, []).append(kept)
         for members, taps in groups:
-            with gathered(place for tap in taps for place in tap.owned):
+            owners = dict.fromkeys(owner for tap in taps for owner, _ in tap.owned)
+            # Frozen ones too: a layer without factors runs once more.
+            names = [(owner, name) for owner in owners for name in owner._parameters if not name.endswith(SUFFIX)]
+            with gathered(names):
                 dtypes = [torch.promote_types(s.param.dtype, torch.float32) for s in members]
                 totals = {id(s.sibling): torch.zeros_like(s.param, dtype=d, memory_format=torch.contiguous_format)
                         for s, d in zip(members, dtypes, strict=True)}  # fmt: skip

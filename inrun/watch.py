@@ -57,6 +57,12 @@ class Watch:
             members.sort(key=lambda s: s.param.numel(), reverse=True)
             every = max(1, (len(members) - 1) / max(1, most - 1))
             self._slots += [members[round(k * every)] for k in range(min(len(members), most))]
+        if self._ranks.size > 1 and slots:  # the ends of the model: what comes first may be another in each process
+            for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
+                held = [s for s in slots if s.optimizer is optimizer]
+                for end in (held[0], held[-1]):
+                    if not any(end is other for other in self._slots):
+                        self._slots.append(end)
         self._watched = {slot.name for slot in self._slots}
         with requiring((slot.param, True) for slot in slots):  # one may be frozen for now
             self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s)) for s in slots]
@@ -230,7 +236,8 @@ class Watch:
         squared, along = ranks.over_shards(torch.stack([raw.square().sum(), (now * raw).sum()]))
         scale = 1.0 if scale is None else scale.to(device)  # which a fused optimizer divides out itself
         if factor is None:
-            change = torch.where(squared > 0, along / squared, torch.ones_like(squared))
+            # Of nothing but zeros, what averages the processes' gradients makes of their sum.
+            change = torch.where(squared > 0, along / squared, torch.full_like(squared, 1 / ranks.size))
         else:
             change = factor.to(device) * scale
         halves = [slot.param.numel() for slot in slots if slot.param.dtype == torch.float16]

@@ -240,6 +240,92 @@ def check_ddp_forward_mode():
     train_ddp("loose", "adamw", wrap_first=True, bare_validation=False, static_graph=True)
 
 
+class Branches(nn.Module):
+    """A branch of many layers that may be closed, and one that is open."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (5, 6, 7, 8, 9, 10, 11, 1, 1, 2, 2, 3, 3, 3)
+        self.branch = nn.ModuleList(nn.Linear(4, width, bias=False) for width in widths)
+        self.open, self.gate = nn.Linear(4, 4, bias=False), 1.0
+
+    def forward(self, x):
+        return self.open(x) + self.gate * sum(layer(x).tanh().sum(1, keepdim=True) for layer in self.branch)
+
+
+def check_ddp_sees_clipping_where_a_branch_is_closed():
+    """Whose gradients are zeros, whatever they are multiplied by."""
+    x, held = (torch.randn(8, 4, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    mine = slice(4 * RANK, 4 * RANK + 4)
+    for method in ("first", "path"):
+        torch.manual_seed(0)
+        model = Branches()
+        called, optimizer = DDP(model), torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker = inrun.track(called, optimizer, method)
+        params = list(model.parameters())
+        for model.gate in (1.0, 0.0, 0.0):
+            along = torch.autograd.grad(model(held).square().mean(), params)
+            ones = [torch.autograd.grad(model(x[[k]]).square().mean() / 8, params) for k in range(8)]
+            size = torch.stack([sum(g).square().sum() for g in zip(*ones, strict=True)]).sum().sqrt()
+            dots = [sum((a * g).sum() for a, g in zip(along, one, strict=True)) for one in ones]
+            with tracker.validation():
+                model(held).square().mean().backward()
+            with tracker.step(range(4)) as step:
+                called(x[mine]).square().mean().backward()
+                nn.utils.clip_grad_norm_(params, 0.05)
+                optimizer.step()
+                optimizer.zero_grad()
+            close(step.values, torch.stack(dots)[mine] * 0.1 * 0.05 / size, 1e-3)
+
+
+class Heads(nn.Module):
+    """Each step trains one of its heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.heads = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
+
+    def forward(self, x, which):
+        return self.heads[which](self.body(x).tanh())
+
+
+def check_ddp_that_finds_unused_parameters():
+    """A validation loss that reaches both heads, past DDP's wrapper or through it, leaves no mark in it."""
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))[4 * RANK : 4 * RANK + 4]
+
+    def trained(how, view, to_none):
+        torch.manual_seed(0)
+        model = Heads()
+        called = DDP(model, find_unused_parameters=True, gradient_as_bucket_view=view)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+
+        def loss(module, which):
+            return module(x, which).square().mean()
+
+        both = (lambda: loss(model, 0) + loss(model, 1)) if how == "callable" else None
+        tracker = inrun.track(model, optimizer, validation=both) if how else None
+        for number in range(3):
+            if how == "bare":
+                with tracker.validation():
+                    (loss(model, 0) + loss(model, 1)).backward()
+            if how == "wrapper":
+                with tracker.validation():
+                    loss(called, 0).backward()
+                    loss(called, 1).backward()
+            with tracker.step(range(4)) if how else contextlib.nullcontext() as step:
+                loss(called, number % 2).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=to_none)
+            assert how is None or (step.values != 0).all()
+        return [p.detach().clone() for p in model.parameters()]
+
+    for view, to_none in ((False, True), (True, False)):
+        plain = trained(None, view, to_none)
+        for how in ("callable", "bare", "wrapper"):
+            for a, b in zip(trained(how, view, to_none), plain, strict=True):
+                close(a, b, 1e-6)
+
+
 def prepared(name="gpt_tied", kind="sgd", **options):
     model = make(name)
     optimizer = OPTIMIZERS[kind](model.parameters())
@@ -634,6 +720,33 @@ def check_fully_shard_second():
     sharded_deferred("gpt_tied", "plain", "second", True)
 
 
+def check_fully_shard_second_by_forward_mode():
+    sharded_deferred("loose", "plain", "second", True)
+
+
+def check_fully_shard_beside_the_path_of_convolutions_that_are_frozen_in_part():
+    """Adam's first step, as under DDP."""
+
+    def values(shard, frozen):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(64, 2))
+        model.get_parameter(frozen).requires_grad_(False)
+        x = torch.randn(6, 2, 6, 6)[RANK * 3 : RANK * 3 + 3]
+        tracker = inrun.track(model, method="path")
+        called = fully_shard(model) if shard else DDP(model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        tracker.bind(optimizer)
+        with tracker.validation():
+            called(x).square().mean().backward()
+        with tracker.step(range(3)) as step:
+            called(x).square().mean().backward()
+            optimizer.step()
+        return step.values
+
+    for frozen in ("0.bias", "0.weight"):
+        close(values(True, frozen), values(False, frozen))
+
+
 def check_fully_shard_deferred_attention():
     sharded_deferred("attention", "adamw", "path_secant", True)
     in_half("attention", "sgd", "secant", False)
@@ -882,7 +995,8 @@ REFERENCES = [("gpt_tied", "sgd"), ("gpt_tied", "adamw"), ("loose", "adamw"), ("
     ("gpt_tied", "adamw", SPLITS, "secant", False, TWO), ("loose", "adamw", SPLITS, "secant"),
     ("gpt_tied", "adamw", SPLITS, "path"), ("gpt_tied", "adamw", IDLE, "path"),
     ("gpt_tied", "adamw", SPLITS, "path_secant", True), ("gpt_tied", "sgd", SPLITS, "path_secant", True),
-    ("loose", "sgd", SPLITS, "secant"), ("gpt_flat", "adamw"), ("gpt_tied", "sgd", SPLITS, "path_secant"),
+    ("loose", "sgd", SPLITS, "secant"), ("loose", "plain", SPLITS, "second", True),
+    ("gpt_flat", "adamw"), ("gpt_tied", "sgd", SPLITS, "path_secant"),
     ("attention", "adamw", SPLITS, "path_secant", True), ("attention", "sgd", SPLITS, "secant"),
     ("gpt_tied", "sgd", SPLITS, "path_simpson", True, TWO)]  # fmt: skip
 

@@ -772,6 +772,27 @@ def test_clipping_is_seen_where_a_branch_is_closed(method):
         torch.testing.assert_close(step.values, expected * 0.01 / size, rtol=1e-3, atol=1e-8)
 
 
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("norm", [nn.GroupNorm, nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_norms_over_channels_in_bfloat16(norm, method):
+    """Their kernels on a CPU take weights in float32 or in the input's dtype, and statistics so."""
+
+    def values(dtype):
+        torch.manual_seed(0)
+        layer = norm(2, 4) if norm is nn.GroupNorm else norm(4, affine=True)
+        model = nn.Sequential(nn.Conv2d(2, 4, 3), layer, nn.GELU(), nn.Flatten(), nn.Linear(64, 2)).to(dtype)
+        optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(3, 2, 6, 6).to(dtype)
+        tracker = inrun.track(model, optimizer, method)
+        with tracker.validation():
+            model(x).float().square().mean().backward()
+        with tracker.step(range(3)) as step:
+            model(x).float().square().mean().backward()
+            optimizer.step()
+        return step.values
+
+    torch.testing.assert_close(values(torch.bfloat16), values(torch.float32), rtol=0.05, atol=0.02)
+
+
 def test_steps_may_train_one_of_many_heads_each():
     model, x = Gated(12), torch.randn(4, 8)
     model.body.requires_grad_(False)
