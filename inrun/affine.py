@@ -51,7 +51,7 @@ class Affine:
         widened = self.wide and x.dtype.itemsize == 2 and not any(
             b.is_floating_point() and b.dtype.itemsize == 2 for b in module._buffers.values() if b is not None
         )  # fmt: skip
-        dtype = torch.float32 if widened and weight.dtype.itemsize == 2 else weight.dtype
+        dtype = torch.promote_types(weight.dtype, torch.float32) if widened else weight.dtype
         values = {self.weight: torch.full_like(weight, 1 - self.offset, dtype=dtype)}
         if self.bias is not None:
             values[self.bias] = torch.zeros_like(weight, dtype=dtype)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InRunError, few
-from .restoring import replaced
+from .restoring import replaced, setting
 
 
 def local(tensor: Any) -> Any:
@@ -218,31 +218,29 @@ class Ranks:
         if self.size == 1 or self.sharded:
             yield
             return
-        held: list[tuple[nn.Parameter, list[Tensor]]] = [(p, []) for p in params if p.requires_grad]
+        apart: dict[Tensor, Tensor] = {}  # parameter -> its gradients so far
         wrapped = False  # whether the block has called a wrapper, which reduces the gradients that stand
+        forward = DistributedDataParallel._pre_forward
 
         def called(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
             nonlocal wrapped
             wrapped = True
             return forward(self, *args, **kwargs)
 
-        def take(param: Tensor, apart: list[Tensor]) -> None:
+        def take(param: Tensor) -> None:
             if not wrapped and param.grad is not None:
-                apart[:] = [apart[0] + param.grad] if apart else [param.grad]
+                apart[param] = apart[param] + param.grad if param in apart else param.grad
                 param.grad = None
 
-        forward = DistributedDataParallel._pre_forward
-        handles = [p.register_post_accumulate_grad_hook(lambda q, apart=apart: take(q, apart)) for p, apart in held]
-        DistributedDataParallel._pre_forward = called
+        handles = [p.register_post_accumulate_grad_hook(take) for p in params if p.requires_grad]
         try:
-            yield
+            with setting("_pre_forward", [(DistributedDataParallel, called)]):
+                yield
         finally:
-            DistributedDataParallel._pre_forward = forward
             for handle in handles:
                 handle.remove()
-            for p, apart in held:
-                for grad in apart:
-                    p.grad = grad if p.grad is None else p.grad + grad
+            for param, grad in apart.items():
+                param.grad = grad if param.grad is None else param.grad + grad
 
 
 @contextmanager

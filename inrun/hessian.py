@@ -55,7 +55,7 @@ def product(tracker: Tracker, name: str, vector: list[Tensor]) -> list[Tensor | 
 
 
 class _WrittenOut(TorchFunctionMode):
-    """Weight norms, whose double backward is wrong in torch 2.13 (by a third and more, on a CPU)."""
+    """Weight norms, whose double backward torch 2.13 has wrong."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return (weight_norm if func is WEIGHT_NORM else func)(*args, **(kwargs or {}))

@@ -24,10 +24,10 @@ from .distributed import gathered
 from .errors import InRunError
 from .factors import Factors
 from .restoring import (
+    buffers_copied,
     buffers_kept,
     in_modes,
     modes_of,
-    other_buffers,
     random_kept,
     random_state,
     replaced,
@@ -43,12 +43,13 @@ class _Buffer(NamedTuple):
     owner: Any
     name: str
     itself: Tensor
-    version: int
+    versions: list[int]
     copy: Tensor
 
     def changed(self) -> bool:
         """Whether it has been written since, or another one stands in its place."""
-        return self.owner._buffers.get(self.name) is not self.itself or _version(self.itself) != self.version
+        now = self.owner._buffers.get(self.name)
+        return now is not self.itself or forward_mode.versions_of(now) != self.versions
 
 
 @dataclass
@@ -226,7 +227,9 @@ class Keeper:
     def _copied(self, owner: Any, name: str, buffer: Tensor) -> _Buffer:
         known = self._buffers.get((owner, name))
         if known is None or known.changed():
-            known = self._buffers[owner, name] = _Buffer(owner, name, buffer, _version(buffer), buffer.clone())
+            known = self._buffers[owner, name] = _Buffer(
+                owner, name, buffer, forward_mode.versions_of(buffer), buffer.clone()
+            )
             self._count(buffer)
         return known
 
@@ -343,7 +346,8 @@ class Keeper:
         args, kwargs = moved(kept.x, device)
         places = [(owner, local) for owner, local, trained in kept.trained if trained]
         # A checkpoint would compute its part again in the backward, where all of this is as it is now.
-        with self._as_it_was(kept), forward_mode.checkpoints(lambda: None), torch.enable_grad():
+        uncheckpointed = forward_mode.checkpoints(lambda: None)
+        with self._as_it_was(kept), buffers_copied(module), uncheckpointed, torch.enable_grad():
             params = [get_gradient_edge(owner._parameters[local]) for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
         names = [id(owner._siblings[local + SUFFIX]) for owner, local in places]
@@ -376,7 +380,7 @@ class Keeper:
             random_kept(),
             torch.autocast(*kept.autocast),
             self._weights_of(kept.module),
-            other_buffers(kept.module, [(b.owner, b.name, b.copy) for b in kept.buffers if b.changed()]),
+            replaced((b.owner, b.name, b.copy) for b in kept.buffers if b.changed()),
             kept.as_it_ran(),
         ):
             set_random_state(kept.random)
@@ -416,10 +420,6 @@ def _when_it_comes(y: Tensor, arrived: Callable[[Tensor], None]) -> Any:
     node, place = y.grad_fn, y.output_nr
     assert node is not None
     return node.register_prehook(lambda grads: None if grads[place] is None else arrived(grads[place]))
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
 
 
 def _runs(node: Any) -> bool:

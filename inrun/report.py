@@ -67,10 +67,10 @@ def figures(folder: Path) -> dict[str, Any]:
     table = runfolder.read_samples(folder / "samples.parquet")
     known = set(table["sample_id"].to_pylist())
     unknown = [{"sample_id": i} for i in totals["sample_id"].to_pylist() if i not in known]
-    rest = {"source": "(unknown)", "planted": "", "text": ""}
-    table = pa.concat_tables([table, pa.Table.from_pylist([row | rest for row in unknown], table.schema)])
+    rest = [row | runfolder.UNSAID for row in unknown]
+    table = pa.concat_tables([table, pa.Table.from_pylist(rest, table.schema)])
     planted = table["planted"].to_pylist()
-    group = runfolder.groups(table)
+    group = runfolder.groups(table["source"], planted)
     groups = table.select(["sample_id"]).append_column("source", [group])
 
     where = {name: i for i, name in enumerate(table["sample_id"].to_pylist())}

@@ -71,16 +71,17 @@ def setting(attribute: str, values: Iterable[tuple[Any, Any]]) -> Iterator[None]
 
 @contextmanager
 def replaced(places: Iterable[tuple[Any, str, Tensor | None]]) -> Iterator[None]:
-    """Other tensors in the place of parameters, by owner and name, for the block."""
+    """Other tensors in the place of parameters or buffers, by owner and name, for the block."""
     before = []
     try:
         for owner, name, tensor in places:
-            before.append((owner, name, owner._parameters[name]))
-            owner._parameters[name] = tensor
+            held = owner._parameters if name in owner._parameters else owner._buffers
+            before.append((held, name, held.get(name)))
+            held[name] = tensor
         yield
     finally:
-        for owner, name, param in reversed(before):
-            owner._parameters[name] = param
+        for held, name, tensor in reversed(before):
+            held[name] = tensor
 
 
 @contextmanager
@@ -110,16 +111,13 @@ def buffers_of(*modules: nn.Module) -> Callable[[], None]:
 
 
 @contextmanager
-def other_buffers(module: nn.Module, given: Iterable[tuple[Any, str, Tensor]]) -> Iterator[None]:
-    """Copies stand in the places of buffers for the block, or copies of those given by owner and name; a graph may hold
-    them after it."""
+def buffers_copied(module: nn.Module) -> Iterator[None]:
+    """Copies stand in the places of buffers for the block; a graph may hold them after it, as they are then."""
     held = [(m._buffers, dict(m._buffers)) for m in module.modules() if m._buffers]
     copies = {id(b): b.clone() for _, before in held for b in before.values() if b is not None}
     try:
         for buffers, before in held:
             buffers.update({name: None if b is None else copies[id(b)] for name, b in before.items()})
-        for owner, name, buffer in given:
-            owner._buffers[name] = buffer.clone()
         yield
     finally:
         for buffers, before in held:

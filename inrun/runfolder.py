@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from inrun.shards import replace
 if TYPE_CHECKING:
     import pyarrow as pa
 
+UNSAID = {"source": "(unknown)", "planted": "", "text": ""}  # of a sample of which nothing is said
 OWN = ("config.json", "samples.parquet", "ledger", "metrics.jsonl", "checkpoints",
        "report.html", "report.json", "report.png")  # fmt: skip
 
@@ -107,7 +109,7 @@ def read_samples(path: Path, text: bool = True, among: list[Any] | None = None) 
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    instead = {"source": "(unknown)", "planted": ""} | ({"text": ""} if text else {})
+    instead = {name: value for name, value in UNSAID.items() if text or name != "text"}
     has = pq.read_schema(path).names
     if "sample_id" not in has:
         raise InRunError(f"samples: expected a column sample_id in {path}, got {', '.join(has)}")
@@ -124,10 +126,10 @@ def read_samples(path: Path, text: bool = True, among: list[Any] | None = None) 
     return pa.table(columns)
 
 
-def groups(samples: pa.Table) -> list[str]:
+def groups(sources: Iterable[Any], planted: Iterable[Any]) -> list[str]:
     """Of each sample its source, what is planted apart: "python, shuffled"."""
-    pairs = zip(samples["source"].to_pylist(), samples["planted"].to_pylist(), strict=True)
-    return [f"{source}, {planted}" if planted else source for source, planted in pairs]
+    pairs = zip(map(str, sources), map(str, planted), strict=True)
+    return [f"{source}, {kind}" if kind else source for source, kind in pairs]
 
 
 def _differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:

@@ -48,7 +48,8 @@ class Run:
         if self.samples is None:
             return None
         table = runfolder.read_samples(self.samples, text=False)
-        return table.select(["sample_id"]).append_column("source", [runfolder.groups(table)])
+        groups = runfolder.groups(table["source"], table["planted"])
+        return table.select(["sample_id"]).append_column("source", [groups])
 
     def describe(self, ids: list[Any]) -> dict[Any, tuple[str, str]]:
         """Source and the beginning of the text, in one line, of these samples."""
@@ -56,7 +57,8 @@ class Run:
             return {}
         table = runfolder.read_samples(self.samples, among=ids)
         shown = {}
-        for row, group in zip(table.to_pylist(), runfolder.groups(table), strict=True):
+        groups = runfolder.groups(table["source"], table["planted"])
+        for row, group in zip(table.to_pylist(), groups, strict=True):
             text = "".join(c if c.isprintable() else " " for c in " ".join(row["text"].split()))
             shown[row["sample_id"]] = (group, text if len(text) <= TEXT else text[: TEXT - 1] + "…")
         return shown

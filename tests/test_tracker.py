@@ -868,6 +868,28 @@ def test_padding_has_no_part_in_a_table_that_is_the_head_too():
         model = copied
 
 
+def test_a_run_that_goes_on_unchecked_has_the_values_of_one_without_a_stop_to_the_bit():
+    def values(first, last, state=None, check=True):
+        model = make("gpt_tied")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        if state is not None:
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(copy.deepcopy(state[1]))
+        tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, *data("gpt", 4, 2)), check=check)
+        tracker.steps, found = first, []
+        for number in range(first, last):
+            with tracker.step(range(B)) as step:
+                loss_of(model, *data("gpt", B, number)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append(step.values)
+        return torch.stack(found), copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+    whole, (_, state) = values(0, 8)[0], values(0, 5)
+    assert torch.equal(values(5, 8, state, check=False)[0], whole[5:])
+    torch.testing.assert_close(values(5, 8, state)[0], whole[5:])
+
+
 def test_what_is_said_of_the_validation_side_is_looked_at():
     model = make("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import results
+from .. import results, runfolder
 from ..demo import demo_corpus
 from . import Finding, standard_error
 from .textrun import SMALL, train
@@ -31,7 +31,7 @@ def run(seed: int = 0, steps: int = 800, windows: int = 8, per_source: int = 240
     for s in range(seed, seed + repeats):
         corpus, validation = demo_corpus(SMALL.block_size, s, per_source, planted=max(per_source // 4, 1))
         record = train(corpus, seed=s, steps=steps, targets={"python": validation}, test=validation)
-        labels = np.array([f"{s}, {p}" if p else s for s, p in zip(corpus.sources, corpus.planted, strict=True)])
+        labels = np.array(runfolder.groups(corpus.sources, corpus.planted))
         for name in np.unique(labels):
             mine = (labels == name)[record.ids]  # [steps, batch]
             each = [record.values[low:high, :, 0][mine[low:high]] for low, high in bounds]
