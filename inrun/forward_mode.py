@@ -144,7 +144,7 @@ def _stop() -> None:
 def checkpoints(met: Callable[[], None]) -> Iterator[None]:
     """What is checkpointed within is computed without a checkpoint, after a call of `met`."""
     module: Any = torch.utils.checkpoint
-    before = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+    generators = [name for name in vars(module) if name.startswith("_checkpoint_without_reentrant_generator")]
 
     class Plain:
         @staticmethod
@@ -156,11 +156,11 @@ def checkpoints(met: Callable[[], None]) -> Iterator[None]:
         met()
         yield
 
-    module.CheckpointFunction, module._checkpoint_without_reentrant_generator = Plain, plain
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(setting("CheckpointFunction", [(module, Plain)]))
+        for name in generators:  # torch 2.14 has two of them
+            stack.enter_context(setting(name, [(module, plain)]))
         yield
-    finally:
-        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = before
 
 
 def by_sample(module: Any, leaf: int, out: Tensor, layout: Layout) -> Tensor:

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from .errors import InRunError
 
-_APPLY: Any = torch.autograd.Function.apply.__func__.__code__  # pyright: ignore[reportFunctionMemberAccess]
 SUFFIX = "_direction"  # a parameter's direction stands beside it under this name
 
 
@@ -86,9 +84,10 @@ def _will_have_a_graph() -> bool:
         return True
     frame: Any = sys._getframe()
     while frame is not None:
-        if frame.f_code is _APPLY:
-            inputs = pytree.tree_leaves((frame.f_locals["args"], frame.f_locals["kwargs"]))
-            if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            ctx = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(ctx, torch.autograd.function.BackwardCFunction) and any(ctx.needs_input_grad):
                 return True
         frame = frame.f_back
     return False
