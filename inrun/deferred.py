@@ -431,7 +431,8 @@ class Deferred:
             """How much of a difference gives the drop; none where rounding hides it, or the loss is the same whatever
             its gradient says (as of a surrogate that is compared with itself)."""
             found = (drop[name] - of) * instead / (instead.square() + noise[name].square())
-            return torch.where((drop[name] == 0) & (of.abs() > noise[name]), 0.0, found)
+            nothing = (instead == 0) | (drop[name] == 0) & (of.abs() > noise[name])  # a loss of 0 has no noise
+            return torch.where(nothing, 0.0, found)
 
         means: dict[str, Tensor] = {}  # of both ends, what they take off
         shares: dict[str, Tensor] = {}  # how far from the middle between both ends' gradients

@@ -109,7 +109,7 @@ class Rule(Holder):
         tap, layout = self._inrun, self._inrun.layout
         if layout is None or x.dim() < 4 or not self.may_fold:
             return False
-        first, second = (size == layout.tokens for size in x.shape[1:3])
+        first, second = (size == layout.like.shape[1] for size in x.shape[1:3])
         if first and second and tap.heads_first is None:
             raise InRunError(
                 f"{tap}: expected one dimension of {layout.tokens} tokens, got {tuple(x.shape)}: [B, T, H, ...] or "
@@ -165,7 +165,7 @@ class Rule(Holder):
 
     def placed(self, x: Tensor, layout: Layout) -> Tensor:
         """The input with its sample axis in front, `[B, ...]`, and where tokens count, `[B, T, ...]`."""
-        x = self.by_sample(x, layout.rows)
+        x = self.by_sample(x, layout.like.shape[0])
         if layout.segments is not None:
             layout.require(self._inrun, x, self.feature_dims())
         return x
@@ -404,7 +404,7 @@ class _RelativeBias(Part):
 
     def placed(self, x, layout):
         require_whole_rows(self.module, layout)
-        return self.by_sample(x, layout.rows)
+        return self.by_sample(x, layout.like.shape[0])
 
     def dots(self, x, grad, segments):
         tangents = self.tangents()

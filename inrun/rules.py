@@ -249,7 +249,7 @@ def _tracked_class(mixin: type[Holder], cls: type[nn.Module], under: type[nn.Mod
     namespace = {"__module__": __name__, "__doc__": cls.__doc__, "_inrun_class": cls}
     if hasattr(cls, "__deepcopy__"):
         namespace["__deepcopy__"] = mixin.deep_copied
-    return type(f"Tracked{cls.__name__}", bases, namespace)
+    return type(cls.__name__, bases, namespace)
 
 
 def _via(

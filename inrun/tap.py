@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,13 +85,23 @@ def _will_have_a_graph() -> bool:
         return True
     frame: Any = sys._getframe()
     while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount:
-            ctx = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(ctx, torch.autograd.function.BackwardCFunction) and any(ctx.needs_input_grad):
+        if frame.f_code.co_name == "forward":
+            names, others, _, values = inspect.getargvalues(frame)
+            given = [values.get(name) for name in names] + list(values.get(others or "", ()))
+            if given and isinstance(given[0], torch.autograd.function.BackwardCFunction):
+                if any(given[0].needs_input_grad):
+                    return True
+            elif any(isinstance(x, Tensor) and x.requires_grad for x in given) and _is_a_functions(frame.f_code):
                 return True
         frame = frame.f_back
     return False
+
+
+def _is_a_functions(code: Any, cls: type = torch.autograd.Function) -> bool:
+    """Whether this is the forward of an autograd function, which is given what it keeps in `setup_context`."""
+    return any(
+        getattr(each.forward, "__code__", None) is code or _is_a_functions(code, each) for each in cls.__subclasses__()
+    )
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,12 @@ class Layout:
     tokens: int | None = None
     segments: Tensor | None = None
     per_token: bool = False
+    # `[rows, tokens]` as the sizes of a tensor without memory, which a graph may leave open where it fixes numbers.
+    like: Tensor = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        device = None if self.segments is None else self.segments.device
+        object.__setattr__(self, "like", torch.empty(self.rows, self.tokens or 0, 0, device=device))
 
     @property
     def count(self) -> int:
@@ -125,7 +142,7 @@ class Layout:
 
     def require(self, tap: Tap, x: Tensor, feature_dims: int = 0) -> None:
         """Raise `InRunError` unless `x`, of a layer whose values belong to tokens or documents, is `[B, T, ...]`."""
-        if x.shape[: max(0, x.dim() - feature_dims)][:2] != (self.rows, self.tokens):
+        if x.shape[: max(0, x.dim() - feature_dims)][:2] != self.like.shape[:2]:
             raise InRunError(
                 f"{tap}: expected its input and output to be [B, T, ...] with B = {self.rows} rows of "
                 f"T = {self.tokens} tokens, to score tokens or documents; got {tuple(x.shape)}. Exclude its "
@@ -170,3 +187,13 @@ def eagerly(function: Callable, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return torch.compiler.disable(function)(*args, **kwargs)
     return function(*args, **kwargs)
+
+
+def leave_as_they_are(*functions: Any) -> None:
+    """Have Dynamo compile neither these functions nor what they call, also where a compiled function calls them: a
+    backward and an update in it call their hooks."""
+    from torch._C._dynamo import eval_frame
+
+    skip = eval_frame._FrameAction.SKIP
+    for function in functions:
+        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))

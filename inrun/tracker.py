@@ -40,7 +40,7 @@ from .montecarlo import MonteCarlo
 from .rows import Rows
 from .slots import Slot, places, require_all, sibling, trainable
 from .step import Step
-from .tap import Layout, Tap, size_of
+from .tap import Layout, Tap, leave_as_they_are, size_of
 from .updates import UpdateRule, as_optimizers
 from .validation import Validation, as_losses, as_samples, columns_of
 from .watch import Watch, skipped
@@ -296,6 +296,7 @@ class Tracker:
             directions.warn_of_own_step(optimizers)
         self.optimizers = optimizers
         self._come_last()
+        leave_as_they_are(Tracker._before_update)
         if not self.ranks.sharded:
             rules.set_apart(self.model)
         self._watch.watch(self.slots)
@@ -559,6 +560,8 @@ class Tracker:
         step.require_ids()
         self.ranks.settle()
         factor, step.uneven = self._watch.factor(optimizer)
+        if len(self.optimizers) > 1:  # of which a loss scaler skips those that overflow: the step has no values
+            factor = torch.where(factor.isfinite(), factor, torch.zeros_like(factor))
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
         unscale = 1.0 if scale is None else 1.0 / scale
         put_off = self.check_due and not bool(factor)  # an update that will be skipped tells nothing

@@ -122,7 +122,7 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
         options = [s.options for s in slots]
         return [rule(*args) for args in zip(grads, params, states, options, strict=True)]
     for p, grad in zip(params, grads, strict=True):
-        p.grad = grad
+        p.grad = grad.clone()  # a step may write into it, as that of foreach SGD with nesterov does
     for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
         held = [(p, state, s.group) for p, state, s in zip(params, states, slots, strict=True)
                 if s.optimizer is optimizer]  # fmt: skip
@@ -246,7 +246,7 @@ def joint_updates(optimizer: Optimizer, slots: Sequence[Any], grads: Sequence[Te
     """
     copies = [nn.Parameter(s.param.detach().clone()) for s in slots]
     for p, grad in zip(copies, grads, strict=True):
-        p.grad = grad.to(p.dtype)
+        p.grad = grad.to(p.dtype, copy=True)
     _twin(optimizer, {id(s.param): p for s, p in zip(slots, copies, strict=True)}).step()
     return [p.detach() - s.param.detach() for p, s in zip(copies, slots, strict=True)]
 

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from .distributed import Ranks, local
 from .errors import InRunError, Pending, few
 from .restoring import requiring
+from .tap import leave_as_they_are
 
 WATCHED_PER_GROUP, WATCHED = 8, 64  # parameters, the latter of all groups, but one of each
 # Of a parameter. A prime: elements so far apart lie in all columns of a weight, whose sums may cancel along a row
@@ -64,6 +65,7 @@ class Watch:
                     if not any(end is other for other in self._slots):
                         self._slots.append(end)
         self._watched = {slot.name for slot in self._slots}
+        leave_as_they_are(self._hook(None), Watch._require_kept)
         with requiring((slot.param, True) for slot in slots):  # one may be frozen for now
             self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s)) for s in slots]
             self._handles += [s.param.register_hook(functools.partial(self._require_kept, s)) for s in self._slots]
@@ -237,7 +239,7 @@ class Watch:
         scale = 1.0 if scale is None else scale.to(device)  # which a fused optimizer divides out itself
         if factor is None:
             # Of nothing but zeros, what averages the processes' gradients makes of their sum.
-            change = torch.where(squared > 0, along / squared, torch.full_like(squared, 1 / ranks.size))
+            change = torch.where(squared == 0, torch.full_like(squared, 1 / ranks.size), along / squared)
         else:
             change = factor.to(device) * scale
         halves = [slot.param.numel() for slot in slots if slot.param.dtype == torch.float16]

@@ -863,6 +863,8 @@ def test_bad_input_is_one_clear_error(tmp_path):
         attach(trainer, validation=lambda: torch.ones(()))
     with pytest.raises(TypeError, match=r"validation\['validation'\]: expected a dataset or a callable, got 'batch'"):
         build(tmp_path, options={"validation": "batch"})
+    with pytest.raises(TypeError, match=r"validation\['validation'\]: expected a dataset or a callable, got <torch"):
+        build(tmp_path, options={"validation": torch.utils.data.DataLoader(samples())})
     with pytest.raises(ValueError, match=r"validation\['a'\]: expected a dataset of at least one sample, got none"):
         build(tmp_path, options={"validation": {"a": []}})
     with pytest.raises(TypeError, match=r"validation\['validation'\]: expected samples with named columns, got 1"):
@@ -874,6 +876,67 @@ def test_bad_input_is_one_clear_error(tmp_path):
     datasets = pytest.importorskip("datasets")
     with pytest.raises(InRunError, match=r"id_column: expected a column of the training set \(input_ids\)"):
         build(tmp_path, datasets.Dataset.from_list(nameless))
+
+
+def test_a_tracked_root_is_called_what_it_is(tmp_path):
+    """The trainer goes by a model's class name: whether smoothed labels are shifted, and what a checkpoint is of."""
+    found = {}
+    for name, options in (("plain", None), ("root", {"through": {"model.embed_tokens.weight": ""}})):
+        trainer, _, _ = build(
+            tmp_path / name, options=options, case=TIED, label_smoothing_factor=0.1, max_steps=2, save_strategy="steps",
+            save_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        config = transformers.AutoConfig.from_pretrained(tmp_path / name / "checkpoint-1")
+        assert config.architectures == ["LlamaForCausalLM"]
+        found[name] = trainer.model.state_dict()
+    for key, expected in found["plain"].items():
+        torch.testing.assert_close(found["root"][key], expected)
+
+
+@pytest.mark.parametrize("order", ["longest first", "backwards", "as they come"])
+def test_a_collator_that_orders_its_examples_is_refused(order, tmp_path):
+    def collate(examples):
+        if order == "longest first":
+            examples.sort(key=lambda e: -len(e["input_ids"]))
+        return pad(examples[::-1] if order == "backwards" else examples)
+
+    trainer, values, before = build(tmp_path)
+    trainer.data_collator.collator = collate
+    if order == "as they come":
+        trainer.train()
+        compare(values, before)
+    else:
+        with pytest.raises(InRunError, match="leaves its examples in their order, got 'input_ids' with those of exam"):
+            trainer.train()
+
+
+def test_a_loss_function_that_divides_by_the_items_has_their_count_in_validation(tmp_path):
+    def loss(outputs, labels, num_items_in_batch):
+        flat = outputs.logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    def values(validation):
+        trainer, values, _ = build(tmp_path, options=None, max_steps=1)
+        trainer.compute_loss_func = loss
+        values = attach(trainer, **validation(trainer.model))
+        trainer.train()
+        return torch.tensor(values.ledger.rows()["value"].to_pylist())
+
+    held = samples(4)
+    every = sum(len(s["input_ids"]) - 1 for s in held)
+    expected = values(lambda model: {"validation": lambda: loss(model(**pad(held)), pad(held)["labels"], every)})
+    torch.testing.assert_close(values(lambda model: {"validation": held}), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_batches_that_one_process_sends_the_others_have_no_ids(tmp_path, monkeypatch):
+    """As accelerate does with an iterable dataset, unless it is told not to."""
+    monkeypatch.setattr(transformers.TrainingArguments, "world_size", 2)
+    datasets = pytest.importorskip("datasets")
+    streamed = datasets.Dataset.from_list(samples()).to_iterable_dataset()
+    with pytest.raises(InRunError, match=r"got dispatch_batches .* set TrainingArguments\(accelerator_config="):
+        build(tmp_path, streamed, max_steps=1)
+    build(tmp_path, streamed, max_steps=1, accelerator_config={"dispatch_batches": False})
 
 
 def test_the_norm_that_a_trainer_clips_to_is_known_to_the_methods_that_ask_for_it(tmp_path):

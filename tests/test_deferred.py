@@ -184,6 +184,73 @@ def test_path_secant_is_the_exact_shapley_value_of_the_real_update(kind):
     assert step.drop["validation"].item() == pytest.approx(total, rel=1e-6)
 
 
+class DecaysInPlace(torch.optim.Optimizer):
+    """Writes into the gradients that it takes, as SGD with Nesterov's momentum does in its foreach form."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            along = p.grad.add_(p, alpha=0.3)
+            p.sub_(along / (along.abs() + 0.01), alpha=self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("kind", ["nesterov", "its own", "a function"])
+def test_an_update_that_writes_into_its_gradient_leaves_the_methods_theirs(kind):
+    def function(grad, param, state, group):
+        along = grad + 0.3 * param
+        return -group["lr"] * along / (along.abs() + 0.01)
+
+    def step(in_place):
+        model, (x, y), validation = make("mlp").double(), data("mlp"), data("mlp", 4, 2)
+        options = {}
+        if kind == "nesterov":
+            momentum = {"momentum": 0.9, "nesterov": True, "foreach": in_place}
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, **momentum)
+        else:
+            optimizer = DecaysInPlace(model.parameters(), lr=0.01)
+            options["update"] = "elementwise" if in_place and kind == "its own" else function
+        taken = contextlib.nullcontext()
+        for i in range(3):
+            if i == 2:
+                loss = lambda: loss_of(model, validation[0].double(), validation[1])  # noqa: E731
+                taken = inrun.track(model, optimizer, "path_secant", validation=loss, clip=0.05, **options).step(
+                    range(B)
+                )
+            with taken as step:
+                loss_of(model, x.double(), y).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+                optimizer.step()
+                optimizer.zero_grad()
+        return step
+
+    warnings.simplefilter("error")  # as of a function that is not what the optimizer does
+    found = step(True)
+    torch.testing.assert_close(found.values, step(False).values, rtol=1e-6, atol=0)
+    assert found.values.sum().item() == pytest.approx(found.drop["validation"].item(), rel=1e-4)
+
+
+def test_a_validation_loss_of_zero_measures_nothing():
+    """A margin that is met, of two targets."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 2).double(), torch.randn(8, 4).double()
+    y, optimizer = (x[:, 0] > 0).long(), torch.optim.SGD(model.parameters(), lr=0.1)
+    targets = {
+        "met": lambda: F.multi_margin_loss(1e3 * model(x[:2]), model(x[:2]).argmax(1)),
+        "loss": lambda: F.cross_entropy(model(x), y),
+    }
+    tracker = inrun.track(model, optimizer, "path_secant", validation=targets)
+    for _ in range(2):
+        with tracker.step(range(8)) as step:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (step.values[:, 0] == 0).all()
+    assert step.values[:, 1].sum().item() == pytest.approx(step.drop["loss"].item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("lr", [0.05, 0.1])
 def test_path_secant_adds_up_to_the_measured_drop(lr):
     gaps = {}

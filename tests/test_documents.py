@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from models import VOCAB, WIDTH, B, Scale, T, data, gradient, loss_of, make, oracle_values
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import inrun
@@ -230,6 +231,28 @@ def test_documents_under_a_compiler():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     step, before, _ = packed_step(model, run=compiled)
     close(step.values, document_oracle(before, OFFSETS, *packed_data()))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "segments"])
+def test_a_graph_serves_all_lengths(kind):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(17, 8), nn.LayerNorm(8), nn.Linear(8, 17))
+    optimizer, graphs = torch.optim.SGD(model.parameters(), lr=0.1), CompileCounterWithBackend("eager")
+    tracker = inrun.track(model, optimizer, check=False)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    for rows, tokens in ((3, 4), (5, 7), (2, 9), (7, 6)):
+        x = torch.randint(17, (rows, tokens))
+        with tracker.validation():
+            F.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+        ids = range(rows) if kind == "tokens" else range(rows + 1)
+        cuts = None if kind == "tokens" else [0, 1, *range(tokens, rows * tokens + 1, tokens)]
+        with tracker.step(ids, tokens=tokens, segments=cuts) as step:
+            F.cross_entropy(compiled(x).flatten(0, 1), x.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert step.values.shape == ((rows, tokens) if kind == "tokens" else (rows + 1,))
+    assert graphs.frame_count <= 2
 
 
 class ByPosition(nn.Module):

@@ -399,6 +399,29 @@ def test_the_rms_norm_of_small_inputs_has_torchs_default_eps(dtype, frozen):
         torch.testing.assert_close(ours, torchs, rtol=tolerance, atol=tolerance * torchs.abs().max().item())
 
 
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize(("size", "eps"), [(1e15, 1e-6), (1e-14, 1e-30), (1e-14, 0.0)])
+def test_a_norm_of_very_large_or_small_inputs_is_as_exact(kind, size, eps):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(s, dtype=torch.float64, generator=generator) for s in ((2, 4, 64), 64, (2, 4, 64)))
+    x, along = (x * size).float(), torch.ones(64)
+
+    def run(dtype):
+        leaf, probe = x.to(dtype).requires_grad_(), torch.zeros(2, dtype=dtype, requires_grad=True)
+        scale = weight.float().to(dtype).requires_grad_()
+        if dtype == torch.float64:
+            y = F.rms_norm(leaf, (64,), scale, eps) if kind == "rms" else F.layer_norm(leaf, (64,), scale, None, eps)
+        elif kind == "rms":
+            y = IF.rms_norm(leaf, (64,), scale, eps, along, probe)
+        else:
+            y = IF.layer_norm(leaf, (64,), scale, None, eps, (along, None), probe)
+        y.backward(grad.float().to(dtype))
+        return leaf.grad.double()
+
+    exact = run(torch.float64)
+    assert (run(torch.float32) - exact).norm() < 1e-6 * exact.norm()
+
+
 def test_an_rms_norm_of_another_shape_than_its_weight_is_torchs_error():
     probe = torch.zeros(2, requires_grad=True)
     with pytest.raises(RuntimeError, match="weight"):

@@ -407,6 +407,43 @@ def test_compiled_whole_with_a_changing_batch():
     assert graphs.frame_count <= 5
 
 
+def test_a_compiled_update_takes_no_graph_for_what_sees_it():
+    """Nor does the whole step, as torch's own documentation compiles it."""
+
+    def graphs(tracked, whole):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, counter = nn.Sequential(*(nn.Linear(8, 8) for _ in range(9))), CompileCounterWithBackend("eager")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01))
+        tracker = inrun.track(model, optimizer, check=False) if tracked else None
+        x = torch.randn(3, 8)
+
+        def backward():
+            model(x).square().mean().backward()
+
+        def update():
+            optimizer.step()
+
+        def step():
+            backward()
+            update()
+
+        compiled = torch.compile(step if whole else update, backend=counter)
+        for _ in range(3):
+            if tracker:
+                with tracker.validation():
+                    backward()
+            with tracker.step(range(3)) if tracker else contextlib.nullcontext():
+                if not whole:
+                    backward()
+                compiled()
+                optimizer.zero_grad()
+        return counter.frame_count
+
+    for whole in (False, True):
+        assert graphs(True, whole) <= graphs(False, whole) + whole  # the forward once more, with its probe
+
+
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler for inductor")
 def test_compiled_by_inductor():
     """Generated code, of one graph for every batch size; above, graphs are only captured."""
@@ -615,6 +652,47 @@ def test_loss_scale_divides_out_and_a_skipped_update_is_worth_nothing(fused):
         with pytest.warns(UserWarning, match="did not run"):
             assert torch.equal(step(spoil=True), torch.zeros(B))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("overflow_at", [0, 2])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("method", ["first", "secant", "path_secant"])
+def test_of_several_optimizers_a_scaler_skips_one(method, first, overflow_at):
+    """Torch's scaler decides for each by itself: training goes on, and the step has no values."""
+
+    def train(tracked):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        optimizers = [torch.optim.AdamW(model[i].parameters(), lr=1e-2) for i in (first * 2, 2 - first * 2)]
+        scaler, x, y = torch.amp.GradScaler("cpu", init_scale=256.0), torch.randn(4, 4, 5), torch.tensor([0, 1, 2, 0])
+        tracker = (
+            inrun.track(model, optimizers, method, validation=lambda: loss_of(model, x[3], y)) if tracked else None
+        )
+        found = []
+        for i in range(4):
+            with tracker.step(range(4)) if tracker else contextlib.nullcontext() as step:
+                hidden = model[1](model[0](x[i]))
+                if i == overflow_at:
+                    hidden.register_hook(lambda grad: grad * torch.inf)
+                scaler.scale(F.cross_entropy(model[2](hidden), y)).backward()
+                for each in optimizers:
+                    scaler.unscale_(each)
+                for each in optimizers:
+                    scaler.step(each)
+                scaler.update()
+                for each in optimizers:
+                    each.zero_grad()
+            found.append(step)
+        if tracker:
+            tracker.close()
+            return [step.values for step in found], model
+        return model
+
+    with pytest.warns(UserWarning, match="did not run"):
+        values, model = train(tracked=True)
+    assert [bool(v.any()) for v in values] == [i != overflow_at for i in range(4)]
+    for name, weight in train(tracked=False).state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight)
 
 
 def test_a_scaled_validation_loss_that_overflows_says_what_to_do():

@@ -5,10 +5,11 @@
     values.ledger.bottom(10)
 
 Sample ids are a column of the training set (`id_column`). They go with their examples through sampler, shuffling and
-collator, and are taken out before the forward, so a score has the id of the example that earned it, whatever the
-trainer drops or reorders. A step is the trainer's own: accumulation, clipping, mixed precision and its rescaling of
-the loss are in the gradients that are scored. The trainer's evaluation is not scored; one of your own inside of a step
-(in `compute_loss`, say, or `on_substep_end`) goes into `torch.no_grad()` or `values.loop.tracker.paused()`.
+collator (which has to leave the examples in their order), and are taken out before the forward, so a score has the id
+of the example that earned it, whatever the trainer drops or reorders. A step is the trainer's own: accumulation,
+clipping, mixed precision and its rescaling of the loss are in the gradients that are scored. The trainer's evaluation
+is not scored; one of your own inside of a step (in `compute_loss`, say, or `on_substep_end`) goes into
+`torch.no_grad()` or `values.loop.tracker.paused()`.
 
 Where the collator flattens its examples into one row (`padding_free`), each document has its value. Rows that were
 packed before hold a list in the id column, one id per token. TRL's trainers have an `attach` of their own
@@ -24,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from ..errors import InRunError
@@ -97,6 +99,15 @@ def attached(
             f"attach: expected one GPU for each process, got {trainer.args.n_gpu} that the trainer would replicate the "
             "model on; make one visible with CUDA_VISIBLE_DEVICES"
         )
+    dispatched: Any = trainer.accelerator.dispatch_batches
+    if dispatched is None:  # accelerate's default
+        dispatched = isinstance(trainer.train_dataset, IterableDataset)
+    if dispatched and mixin is None and trainer.args.world_size > 1:
+        raise InRunError(
+            "attach: expected each process to load its own batches, got dispatch_batches (accelerate's default for an "
+            "IterableDataset), which sends tensors only, and no ids; set TrainingArguments(accelerator_config="
+            "{'dispatch_batches': False})"
+        )
     columns = getattr(trainer.train_dataset, "column_names", None)
     if columns is not None and id_column not in columns:
         raise InRunError(f"id_column: expected a column of the training set ({', '.join(columns)}), got {id_column!r}")
@@ -129,6 +140,7 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+_LOOKED_AT = 8  # first batches of each worker, held to their examples' order
 # Their losses leave out the first label of each row: of decoders alone, and by any name of a class made from these.
 _SHIFTING = ("ForCausalLM", "ForConditionalGeneration", "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "BertLMHeadModel",
              "CTRLLMHeadModel")  # fmt: skip
@@ -151,7 +163,8 @@ class SetLoss:
     """
 
     def __init__(self, trainer: Trainer, dataset: Any, name: str, id_column: str) -> None:
-        if isinstance(dataset, str) or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
+        samples = hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")
+        if isinstance(dataset, str | DataLoader) or not samples:
             raise TypeError(f"validation[{name!r}]: expected a dataset or a callable, got {dataset!r}")
         collator = trainer._get_collator_with_removed_columns(trainer.data_collator, description="validation")
 
@@ -191,7 +204,10 @@ class SetLoss:
         trainer = self.trainer
         with in_modes(modes_of(trainer.model)), trainer.compute_loss_context_manager():
             trainer.model.eval()
-            return trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+            inputs, counted = trainer._prepare_inputs(batch), {}
+            if trainer.compute_loss_func is not None:  # which may divide by it, and has it in an evaluation too
+                _, counted["num_items_in_batch"] = trainer.get_batch_samples(iter([inputs]), 1, trainer.args.device)
+            return trainer.compute_loss(trainer.model, inputs, **counted)
 
     def _terms(self, batch: Any) -> float:
         """Labels that count, as the trainer counts them where it does; or rows."""
@@ -214,6 +230,7 @@ class CarryIds:
 
     collator: Callable[[list[Any]], Any]
     column: str
+    looked_at: int = 0  # batches, of which the first are held to their examples' order
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Any:
         batch = self.collator([{k: v for k, v in example.items() if k != self.column} for example in examples])
@@ -226,6 +243,9 @@ class CarryIds:
         names = [cls.__name__ for cls in type(self.collator).__mro__]
         pairs = "DataCollatorForPreference" in names  # of TRL's: all chosen, then all rejected
         if not packed and rows[0] == len(examples) * (1 + pairs):
+            if self.looked_at < _LOOKED_AT and not pairs:
+                self._require_order(examples, batch)
+                self.looked_at += 1
             batch[self.column] = {"ids": found * (1 + pairs), "segments": None}
             return batch
         if rows[0] != 1:
@@ -241,6 +261,30 @@ class CarryIds:
         offsets[-1] = max(offsets[-1], rows[1])  # padding at the row's end, which has no gradient
         batch[self.column] = {"ids": [i for i, _ in runs], "segments": offsets}
         return batch
+
+    def _require_order(self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> None:
+        """Raise `InRunError` where the rows are plainly the examples, whole and perhaps padded, in another order."""
+        for name, rows in batch.items():
+            if not isinstance(rows, Tensor) or rows.dim() == 0 or any(name not in example for example in examples):
+                continue
+            try:
+                values = [torch.as_tensor(example[name], dtype=rows.dtype) for example in examples]
+            except (TypeError, ValueError, RuntimeError):
+                continue  # of text, say
+            order = [[i for i, value in enumerate(values) if _holds(row, value)] for row in rows]
+            if sorted(order) == [[i] for i in range(len(examples))] != order:
+                raise InRunError(
+                    f"{self.column}: expected a collator that leaves its examples in their order, got {name!r} with "
+                    f"those of examples {', '.join(str(i) for (i,) in order)}; let the sampler order them"
+                )
+
+
+def _holds(row: Tensor, value: Tensor) -> bool:
+    """Whether a batch's row is the value, padded at either end or not at all."""
+    row, value = torch.atleast_1d(row), torch.atleast_1d(value)
+    if value.shape[1:] != row.shape[1:] or not 0 < len(value) <= len(row):
+        return False
+    return torch.equal(row[: len(value)], value) or torch.equal(row[len(row) - len(value) :], value)
 
 
 class InRunCallback(TrainerCallback):

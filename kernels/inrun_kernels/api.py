@@ -393,7 +393,7 @@ def _short(acts, grads, val_grad, bias_val_grad, segments, form, grad_dtype, bac
     """What `ops.layer_wgrad_dot` has for the plainest of calls; None for all others, and where anything is wrong."""
     operands = (acts, grads, val_grad) if bias_val_grad is None else (acts, grads, val_grad, bias_val_grad)
     for x in operands:
-        if not (isinstance(x, Tensor) and x.is_cpu):
+        if not (isinstance(x, Tensor) and x.is_cpu) or x.is_nested:
             return None
     if not (segments is form is backend is None and grad_dtype in (None, torch.float32) and ops.unseen(*operands)):
         return None

@@ -167,7 +167,7 @@ def _per_token(grad_dots: Tensor, batch: int, tokens: int, segments: Tensor | No
     if segments is None:
         return grad_dots[:, None].expand(-1, tokens, -1)
     spread = grad_dots.repeat_interleave(segments.diff(), 0, output_size=batch * tokens)
-    return spread.view(batch, tokens, -1)
+    return spread.view(batch, tokens, grad_dots.shape[1])
 
 
 def save(tensors: int, ctx: Any, inputs: tuple, output: Any) -> None:

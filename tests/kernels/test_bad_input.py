@@ -194,6 +194,11 @@ BAD = {
         TypeError,
         r"val_acts: expected the dtype of acts \(torch.float32\), received torch.float16",
     ),
+    "nested, of the plainest call": (
+        lambda: k.ghost_wgrad_dot(torch.nested.nested_tensor([ACTS[0], ACTS[1]]), GRADS, MATRIX),
+        TypeError,
+        "acts: expected a dense tensor, received a nested one",
+    ),
     "backend": (
         lambda: k.ghost_dot(ACTS, GRADS, MATRIX, backend="cuda"),
         ValueError,

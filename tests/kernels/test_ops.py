@@ -81,6 +81,24 @@ def test_derivatives_of_every_order(name):
     assert gradcheck(run, inputs) and gradgradcheck(run, inputs, fast_mode=True)
 
 
+def test_derivatives_without_tokens_are_zero():
+    acts, grads = (torch.randn(3, 0, n, requires_grad=True) for n in (IN, OUT))
+    matrix, row, segments = (
+        torch.randn(OUT, IN).requires_grad_(),
+        torch.randn(OUT).requires_grad_(),
+        torch.zeros(3).int(),
+    )
+    for dots in (
+        k.ghost_dot(acts, grads, matrix, segments=segments),
+        k.linear_wgrad_dot(acts, grads, matrix, row, segments=segments)[2],
+        k.embedding_dot(torch.zeros(3, 0).int(), grads, matrix.T, segments=segments),
+        k.norm_dot(grads * 2, grads, row, segments=segments),
+    ):
+        assert dots.shape == (2,)
+        for given in torch.autograd.grad(dots.sum(), (acts, grads, matrix, row), allow_unused=True):
+            assert given is None or not given.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", list(calls(torch.float32, None)))
 def test_half_precision_derivatives_follow_float64(name, dtype):

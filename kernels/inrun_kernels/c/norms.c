@@ -44,7 +44,8 @@ static void norm_row(const product *p, const norm *n, int64_t row, float *weight
         }
         n->row_dots[row * p->directions + m] = total_of(scaled * rstd + shifted);
     }
-    float shared = n->mean ? rstd * total_of(h) / width : 0, along = rstd * rstd * rstd * total_of(h_centred) / width;
+    float shared = n->mean ? rstd * total_of(h) / width : 0;
+    float along = total_of(h_centred) / width * rstd * rstd * rstd; /* from left to right: rstd^3 itself may overflow */
     for (int64_t i = 0; i < width; i += LANES) {
         vec g = at(grads, i), centred = at(x, i) - mean;
         *(loose *)(out + i) = g * at(n->weight, i) * rstd - shared - centred * along;
