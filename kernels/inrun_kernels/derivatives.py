@@ -1,12 +1,10 @@
-"""Second derivatives: the gradient of every product with respect to its inputs, in plain torch ops.
+"""Second derivatives: the gradient of every product with respect to its inputs.
 
-A dot is linear in each of its inputs, so with `u` the incoming gradient of the dots, spread over tokens,
-
-    d/d acts = sum_m u_m (grads @ D_m)    d/d grads = sum_m u_m (acts @ D_m^T)    d/d D_m = (u_m grads)^T acts
-
-Nothing is stored per sample here either. Gradients come back in the dtype of their input.
+By autograd of what an op computes, written out in plain torch operations; of squares and pairs by hand, one sample at a
+time. Nothing is stored per sample here either. Gradients come back in the dtype of their input.
 """
 
+from collections.abc import Callable
 from itertools import pairwise as neighbours
 from typing import Any
 
@@ -14,24 +12,68 @@ import torch
 from torch import Tensor
 
 
-def ghost_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
-    acts, grads, val_grad, segments = ctx.saved_tensors
-    found = _linear(ctx.needs_input_grad, acts, grads, val_grad, segments, None, grad_dots)
-    return (*_like(ctx.needs_input_grad, found, (acts, grads, val_grad)), None, None, None)
+def of(written_out: Callable[..., Any]) -> Callable[..., tuple]:
+    """The backward of an op that computes this."""
+
+    def backward(ctx: Any, *of_outputs: Tensor | None) -> tuple:
+        saved, again = ctx.saved_tensors, torch.is_grad_enabled()
+        needed = [i for i in range(len(saved)) if ctx.needs_input_grad[i]]
+        found = dict.fromkeys(range(len(saved) + len(ctx.options)))
+        with torch.enable_grad():
+            inputs = list(saved)
+            for i in needed:  # each by itself, should two of them be one tensor
+                inputs[i] = inputs[i].view_as(inputs[i]) if again else inputs[i].detach().requires_grad_()
+            outputs = written_out(*map(_widen, inputs), *ctx.options)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = [(y, g) for y, g in zip(outputs, of_outputs, strict=True) if y.requires_grad and g is not None]
+        if pairs:
+            moving, (ys, gs) = [inputs[i] for i in needed], zip(*pairs, strict=True)
+            found |= zip(
+                needed, torch.autograd.grad(ys, moving, gs, create_graph=again, allow_unused=True), strict=True
+            )
+        return tuple(found.values())
+
+    return backward
 
 
-def ghost_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_bias: Tensor | None, grad_dots: Tensor | None) -> tuple:
-    *inputs, segments = ctx.saved_tensors
-    acts, grads, val_grad, bias_val_grad = inputs
-    of_acts, of_grads, of_direction = _linear(
-        ctx.needs_input_grad, acts, grads, val_grad, segments, grad_weight, grad_dots
-    )
-    of_bias = None
+def ghost_dot(acts, grads, val_grad, segments, per_token, _) -> Tensor:
+    return _grouped(_of_tokens(acts, grads, val_grad), segments, per_token)
+
+
+def ghost_wgrad_dot(acts, grads, val_grad, bias_val_grad, segments, *_) -> tuple[Tensor, Tensor, Tensor]:
+    dots, bias_grad = _of_tokens(acts, grads, val_grad), grads.new_zeros(0)
     if bias_val_grad is not None:
-        _, through_bias, of_bias = _rows(None, grads, bias_val_grad, segments, grad_bias, grad_dots)
-        of_grads = through_bias if of_grads is None else of_grads + through_bias
-    found = (of_acts, of_grads, of_direction, of_bias)
-    return (*_like(ctx.needs_input_grad, found, tuple(inputs)), None, None, None, None)
+        dots, bias_grad = dots + grads @ bias_val_grad.T, grads.sum((0, 1))
+    return grads.flatten(0, 1).T @ acts.flatten(0, 1), bias_grad, _grouped(dots, segments)
+
+
+def embedding_dot(ids, grads, val_grad, segments, per_token, padding_idx, _) -> Tensor:
+    dots = torch.stack([(direction[ids] * grads).sum(-1) for direction in val_grad.unbind(0)], -1)
+    dots = dots if padding_idx is None else dots.masked_fill((ids == padding_idx)[..., None], 0)
+    return _grouped(dots, segments, per_token)
+
+
+def row_dot(normed, grads, val_grad, segments, per_token, _) -> Tensor:
+    return _grouped((grads if normed is None else normed * grads) @ val_grad.T, segments, per_token)
+
+
+def row_wgrad_dot(normed, grads, val_grad, segments, _) -> tuple[Tensor, Tensor]:
+    products = grads if normed is None else normed * grads
+    return products.sum((0, 1)), _grouped(products @ val_grad.T, segments)
+
+
+def _of_tokens(acts: Tensor, grads: Tensor, val_grad: Tensor) -> Tensor:
+    """Dots of a linear layer's tokens, `[B, T, M]`."""
+    return torch.stack([((acts @ direction.T) * grads).sum(-1) for direction in val_grad.unbind(0)], -1)
+
+
+def _grouped(dots: Tensor, segments: Tensor | None, per_token: bool = False) -> Tensor:
+    """`[B, T, M]` -> itself, `[S, M]` or `[B, M]`."""
+    if per_token or segments is None:
+        return dots if per_token else dots.sum(1)
+    count, tokens = len(segments) - 1, dots.flatten(0, 1)
+    owners = torch.arange(count, device=dots.device).repeat_interleave(segments.diff(), output_size=len(tokens))
+    return dots.new_zeros(count, dots.shape[2]).index_add(0, owners, tokens)
 
 
 def ghost_square(ctx: Any, of_squares: Tensor | None, of_norms: Tensor | None) -> tuple:
@@ -89,87 +131,6 @@ def pairwise(ctx: Any, grad_dots: Tensor | None) -> tuple:
     return (*_like(ctx.needs_input_grad, found, inputs), None)
 
 
-def embedding_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
-    ids, grads, val_grad, segments = ctx.saved_tensors
-    if grad_dots is None:
-        return (None,) * 7
-    weights = _per_token(grad_dots, ids.shape[0], ids.shape[1], segments)
-    if ctx.options[1] is not None:
-        weights = weights.masked_fill((ids == ctx.options[1])[..., None], 0)
-    _, need_grads, need_direction, *_ = ctx.needs_input_grad
-    grads_grad = direction_grad = None
-    if need_grads:
-        grads_grad = sum(weights[..., m : m + 1] * d[ids] for m, d in enumerate(_widen(val_grad).unbind(0)))
-    if need_direction:
-        zero = torch.zeros_like(_widen(val_grad)[0])
-        flat_ids, wide = ids.flatten(), _widen(grads)
-        direction_grad = torch.stack(
-            [
-                zero.index_add(0, flat_ids, (weights[..., m : m + 1] * wide).flatten(0, 1))
-                for m in range(val_grad.shape[0])
-            ]
-        )
-    found = _like((need_grads, need_direction), (grads_grad, direction_grad), (grads, val_grad))
-    return (None, *found, None, None, None, None)
-
-
-def row_dot(ctx: Any, grad_dots: Tensor | None) -> tuple:
-    normed, grads, val_grad, segments = ctx.saved_tensors
-    found = _rows(normed, grads, val_grad, segments, None, grad_dots)
-    return (*_like(ctx.needs_input_grad, found, (normed, grads, val_grad)), None, None, None)
-
-
-def row_wgrad_dot(ctx: Any, grad_weight: Tensor | None, grad_dots: Tensor | None) -> tuple:
-    normed, grads, val_grad, segments = ctx.saved_tensors
-    found = _rows(normed, grads, val_grad, segments, grad_weight, grad_dots)
-    return (*_like(ctx.needs_input_grad, found, (normed, grads, val_grad)), None, None)
-
-
-def _linear(
-    needed: tuple, acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None,
-    grad_weight: Tensor | None, grad_dots: Tensor | None,
-) -> tuple:  # fmt: skip
-    """Wide gradients of (acts, grads, val_grad), given those of the weight gradient and of the dots."""
-    a, g, direction_grad = _widen(acts), _widen(grads), None
-    terms = [] if grad_weight is None else [(a, g, _widen(grad_weight))]  # terms <y^T x, matrix>, as (x, y, matrix)
-    if grad_dots is not None:
-        weights = _per_token(grad_dots, acts.shape[0], acts.shape[1], segments)
-        for m, direction in enumerate(_widen(val_grad).unbind(0)):
-            terms.append((a * weights[..., m : m + 1], g * weights[..., m : m + 1], direction))
-        if needed[2]:
-            of_dots = terms[-val_grad.shape[0] :]
-            direction_grad = torch.stack([g.flatten(0, 1).T @ x.flatten(0, 1) for x, _, _ in of_dots])
-    acts_grad = sum(y @ matrix for _, y, matrix in terms) if terms and needed[0] else None
-    grads_grad = sum(x @ matrix.T for x, _, matrix in terms) if terms and needed[1] else None
-    return acts_grad, grads_grad, direction_grad
-
-
-def _rows(
-    normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None,
-    grad_weight: Tensor | None, grad_dots: Tensor | None,
-) -> tuple:  # fmt: skip
-    """Wide gradients of (normed, grads, val_grad) of the norm (or, without `normed`, bias) products."""
-    g = _widen(grads)
-    row = g.new_zeros(grads.shape[2]) if grad_weight is None else _widen(grad_weight)  # what multiplies normed * grads
-    product, direction_grad = g if normed is None else g * normed, None
-    if grad_dots is not None:
-        weights = _per_token(grad_dots, grads.shape[0], grads.shape[1], segments)
-        row = row + weights @ _widen(val_grad)
-        direction_grad = weights.flatten(0, 1).T @ product.flatten(0, 1)
-    normed_grad, grads_grad = (None, row.expand_as(g)) if normed is None else (row * g, row * normed)
-    return normed_grad, grads_grad, direction_grad
-
-
-def _per_token(grad_dots: Tensor, batch: int, tokens: int, segments: Tensor | None) -> Tensor:
-    """Spread the gradient of dots (`[B,T,M]`, `[B,M]` or `[S,M]`) over tokens: `[B, T, M]`."""
-    if grad_dots.dim() == 3:
-        return grad_dots
-    if segments is None:
-        return grad_dots[:, None].expand(-1, tokens, -1)
-    spread = grad_dots.repeat_interleave(segments.diff(), 0, output_size=batch * tokens)
-    return spread.view(batch, tokens, grad_dots.shape[1])
-
-
 def save(tensors: int, ctx: Any, inputs: tuple, output: Any) -> None:
     """Of an op's inputs the first `tensors`, and its other options."""
     ctx.save_for_backward(*inputs[:tensors])
@@ -177,8 +138,8 @@ def save(tensors: int, ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _widen(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _like(needed: tuple, found: tuple, inputs: tuple) -> tuple:

@@ -250,13 +250,13 @@ def _outside_autocast(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 for _op, _tensors, _backward in (
-    (ghost_dot, 4, derivatives.ghost_dot),
-    (ghost_wgrad_dot, 5, derivatives.ghost_wgrad_dot),
+    (ghost_dot, 4, derivatives.of(derivatives.ghost_dot)),
+    (ghost_wgrad_dot, 5, derivatives.of(derivatives.ghost_wgrad_dot)),
     (ghost_square, 3, derivatives.ghost_square),
     (ghost_dot_pairwise, 4, derivatives.pairwise),
-    (embedding_dot, 4, derivatives.embedding_dot),
-    (row_dot, 4, derivatives.row_dot),
-    (row_wgrad_dot, 4, derivatives.row_wgrad_dot),
+    (embedding_dot, 4, derivatives.of(derivatives.embedding_dot)),
+    (row_dot, 4, derivatives.of(derivatives.row_dot)),
+    (row_wgrad_dot, 4, derivatives.of(derivatives.row_wgrad_dot)),
 ):
     _op.register_autograd(_outside_autocast(_backward), setup_context=partial(derivatives.save, _tensors))
 
