@@ -47,7 +47,6 @@ from .probing import (
     autocasts,
     bias_gradient,
     by_row,
-    flat,
     ids_by_sample,
     placed,
     require_probe,
@@ -164,7 +163,9 @@ def bias(
     if probe is None or direction is None:
         return x + bias
     require_probe(probe, segments, (direction, bias.dim()))
-    return apply(_Bias, placed(x, probe, segments), bias, direction, probe, segments)
+    y, lead = placed(x, probe, segments) + bias, direction.shape[: direction.dim() - bias.dim()]
+    tangents = direction.view(*lead, *[1] * (y.dim() - bias.dim()), *bias.shape).expand(*lead, *y.shape)
+    return attach(y, tangents, probe, segments)
 
 
 # Each layer is one autograd function. `written_out` is the layer with its probe in place, in plain torch operations:
@@ -257,31 +258,6 @@ class _Embedding(torch.autograd.Function):
             segments = by_row(segments, ids, tokens)
             dots = embedding_dot(tokens, rows(grad, 1), direction, segments=segments, padding_idx=pad_row)
         return None, grad_weight, None, added(dots, None, probe), None, None
-
-
-class _Bias(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, bias, direction, probe, segments):
-        ctx.save_for_backward(x, bias, direction, probe, segments)
-        return x + bias
-
-    @staticmethod
-    def written_out(x, bias, direction, probe, segments):
-        y = x + bias
-        return y + shifted(probe, lambda d: d.expand(y.shape), direction, bias.dim(), segments)
-
-    @staticmethod
-    def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            return written_out_backward(_Bias.written_out, ctx.saved_tensors, ctx.needs_input_grad, grad)
-        x, bias, direction, probe, segments = ctx.saved_tensors
-        need_x, need_bias, _, need_probe, _ = ctx.needs_input_grad
-        last = bias.dim()
-        along = flat(direction, last) if need_probe else None
-        grads = rows(grad, last)
-        grad_bias, dots = bias_gradient(grads, along, need_bias, bias.dtype, by_row(segments, grad, grads))
-        grad_bias = None if grad_bias is None else grad_bias.view(bias.shape)
-        return grad.to(x.dtype) if need_x else None, grad_bias, None, added(dots, None, probe), None
 
 
 def _weight_gradient(acts, grads, direction, need_weight, dtype, segments):
