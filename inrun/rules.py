@@ -14,7 +14,7 @@ import fnmatch
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -56,41 +56,10 @@ _BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 @dataclass
-class Site:
-    """A module that will be tracked: its rule, and where the parameters it covers live.
-
-    Attributes:
-        owned: of each parameter: owner, local name, full name.
-        under: the class of layer beneath the module's own that the rule stands for; None for the module's own.
-        form: of a module known by running it, what it computes.
-        flat: whether its rows are the tokens of all samples, flattened.
-        tokens_first: whether it is given `[T, B, ...]`.
-        apart: whether others that forward-mode AD scores are inside, so that it has a pass of its own.
-    """
-
-    name: str
-    module: nn.Module
-    rule: type[Holder]
-    owned: list[tuple[nn.Module, str, str]] = field(default_factory=list)
-    under: type[nn.Module] | None = None
-    form: Any = None
-    flat: bool = False
-    tokens_first: bool = False
-    apart: bool = False
-
-    @property
-    def takes_one_sample(self) -> bool:
-        """Whether the module computes each row of a batch by itself, and holds it at dimension 0."""
-        if self.rule is RelativeBiasRule or self.flat or isinstance(self.module, nn.modules.batchnorm._BatchNorm):
-            return False
-        return sample_axis(self.module, 0) == 0 and not isinstance(self.module, nn.RNNBase)
-
-
-@dataclass
 class Plan:
     """Which module scores which parameters of a model; names are `named_parameters()`' own."""
 
-    sites: list[Site]
+    taps: list[Tap]  # of the modules that will be tracked
     tracked: list[str]
     excluded: list[str]
     frozen: list[str]
@@ -130,34 +99,38 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
             others = [p for p in owned if is_inside(p, path) and modules[p] not in known]
             via |= {p: path for p in others if p not in via}
     tables = {p: p.rpartition(".")[0] for p in owned if p not in via and _is_relative_bias(p, modules)}
-    sites = {
-        path: _site(path, modules[path], {local for _, local, _ in found})
+    taps = {
+        path: _tap(path, modules[path], {local for _, local, _ in found})
         for path, found in owned.items()
         if path not in via and path not in tables
     }
-    for path in [p for p, found in sites.items() if found.rule is ForwardModeRule]:
-        if _is_held_by_a_child(path, owned, sites):
-            del owned[path], sites[path]
+    for path in [p for p, found in taps.items() if found.rule is ForwardModeRule]:
+        if _is_held_by_a_child(path, owned, taps):
+            del owned[path], taps[path]
         else:
             via[path] = path
     wholes, whole_of = _wholes(via, owned, modules, flat)
-    sites = {path: site for path, site in sites.items() if path not in via} | wholes
-    sites |= {path: Site(path, modules[path], RelativeBiasRule) for path in tables.values()}
-    for path, site in sites.items():
-        site.flat, site.tokens_first = modules[path] in flat, modules[path] in tokens_first
-        if "forward" in vars(site.module):
+    taps = {path: tap for path, tap in taps.items() if path not in via} | wholes
+    taps |= {path: Tap(path, modules[path], RelativeBiasRule) for path in tables.values()}
+    for path, tap in taps.items():
+        tap.flat = tap.routed = tap.module in flat
+        tap.tokens_first = tap.module in tokens_first
+        tap.by_row = _takes_one_sample(tap)
+        if "forward" in vars(tap.module):
             raise InRunError(
-                f"{path or 'model'}: expected {type(site.module).__name__}'s own forward, got one that was set on the "
+                f"{path or 'model'}: expected {type(tap.module).__name__}'s own forward, got one that was set on the "
                 "module (by accelerate's hooks, say, or kernels that replace it), which no rule sees. Track the model "
                 "before that, or name a module around it, track(..., through={parameter: module})"
             )
     for path, found in owned.items():
-        sites[whole_of.get(path, tables.get(path, path))].owned.extend(found)
+        tap = taps[whole_of.get(path, tables.get(path, path))]
+        tap.owned += [(owner, local) for owner, local, _ in found]
+        tap.parameters += [full for _, _, full in found]
     tracked = list(dict.fromkeys(full for found in owned.values() for _, _, full in found))
     if not tracked:
         raise InRunError("model: expected at least one trainable parameter that is not excluded, found none")
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
-    return Plan([sites[path] for path in modules if path in sites], tracked, sorted(excluded), frozen)
+    return Plan([taps[path] for path in modules if path in taps], tracked, sorted(excluded), frozen)
 
 
 def _given_tokens_first(block: nn.Module) -> list[nn.Module]:
@@ -174,7 +147,7 @@ def _given_tokens_first(block: nn.Module) -> list[nn.Module]:
 
 def _wholes(
     via: dict[str, str], owned: dict[str, Any], modules: dict[str, nn.Module], flat: set[nn.Module]
-) -> tuple[dict[str, Site], dict[str, str]]:
+) -> tuple[dict[str, Tap], dict[str, str]]:
     """The modules that score parameters inside them, and by the owners of those which of them does.
 
     One forward-mode pass, the outermost's, carries the tangents of all that lies inside it; but not of what has a
@@ -188,37 +161,32 @@ def _wholes(
         for p, kind in kinds.items()
         if kind is not ForwardModeRule or not any(is_inside(p, other) for other in taking)
     ]
-    sites = {path: Site(path, modules[path], kinds[path]) for path in outermost}
+    taps = {path: Tap(path, modules[path], kinds[path]) for path in outermost}
     for path in numbers.intersection(outermost):
-        sites[path].apart = any(is_inside(p, path) and kinds[p] is ForwardModeRule for p in outermost)
-    return sites, {
+        taps[path].apart = any(is_inside(p, path) and kinds[p] is ForwardModeRule for p in outermost)
+    return taps, {
         path: next(p for p in outermost if p == via[path] or (p in taking and is_inside(via[path], p)))
         for path in owned
         if path in via
     }
 
 
-def install(site: Site, directions: dict[str, nn.Parameter]) -> Tap:
-    """Change a site's module into its tracked class and put the directions beside their parameters."""
-    tap = Tap(site.name)
-    tap.form, tap.flat, tap.routed, tap.by_row = site.form, site.flat, site.flat, site.takes_one_sample
-    tap.tokens_first, tap.apart = site.tokens_first, site.apart
-    tap.owned, tap.parameters = [one[:2] for one in site.owned], [full for _, _, full in site.owned]
-    for owner, local, full in site.owned:
+def install(tap: Tap, directions: dict[str, nn.Parameter]) -> None:
+    """Change a tap's module into its tracked class and put the directions beside their parameters."""
+    for (owner, local), full in zip(tap.owned, tap.parameters, strict=True):
         if not isinstance(owner, Holder):
-            _adopt(owner, Holder if owner is not site.module else site.rule, tap, site.under)
+            _adopt(owner, Holder if owner is not tap.module else tap.rule, tap, tap.under)
         owner._siblings[local + SUFFIX] = directions[full]  # pyright: ignore
-    if not isinstance(site.module, site.rule):
-        _adopt(site.module, site.rule, tap, None)
-    if issubclass(site.rule, ForwardModeRule):
+    if not isinstance(tap.module, tap.rule):
+        _adopt(tap.module, tap.rule, tap, None)
+    if issubclass(tap.rule, ForwardModeRule):
         tap.forward_mode = True
-        tap.norms = any(isinstance(m, _NORMS) for m in site.module.modules())
+        tap.norms = any(isinstance(m, _NORMS) for m in tap.module.modules())
         configs = {
-            id(config): config for m in site.module.modules() if (config := getattr(m, "config", None)) is not None
+            id(config): config for m in tap.module.modules() if (config := getattr(m, "config", None)) is not None
         }
         tap.configs = [config for config in configs.values() if hasattr(config, "_experts_implementation")]
-    tap.names = tuple(name for name in site.module.__dict__ if name != "_siblings")
-    return tap
+    tap.names = tuple(name for name in tap.module.__dict__ if name != "_siblings")
 
 
 def set_apart(model: nn.Module) -> None:
@@ -281,22 +249,22 @@ def _via(
     return via
 
 
-def _site(path: str, module: nn.Module, scored: set[str]) -> Site:
+def _tap(path: str, module: nn.Module, scored: set[str]) -> Tap:
     """How a module scores these parameters, which it holds directly."""
     cls = type(module)
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
-        return Site(path, module, Conv1dRule)
+        return Tap(path, module, Conv1dRule)
     for base, rule in RULES.items():
         if isinstance(module, base) and scored <= {"weight", "bias"} and not _pads_otherwise(module):
             under = None if cls.forward is base.forward else base
             if under is None or _calls_super(cls, base):
                 if base is nn.Embedding:
                     _require_plain_embedding(module, path)
-                return Site(path, module, rule, under=under)
+                return Tap(path, module, rule, under=under)
     for kind, rule in ((affine, affine.AffineRule), (projection, projection.ProjectionRule)):
         if (form := kind.recognise(module)) is not None:
-            return Site(path, module, rule, form=form)
-    return Site(path, module, ForwardModeRule)
+            return Tap(path, module, rule, form=form)
+    return Tap(path, module, ForwardModeRule)
 
 
 def _whole_rule(module: nn.Module, flat: set[nn.Module]) -> type[Holder]:
@@ -304,6 +272,13 @@ def _whole_rule(module: nn.Module, flat: set[nn.Module]) -> type[Holder]:
     if attention.is_attention(module):
         return attention.AttentionRule
     return experts.ExpertsRule if module in flat and experts.is_experts(module) else ForwardModeRule
+
+
+def _takes_one_sample(tap: Tap) -> bool:
+    """Whether the module computes each row of a batch by itself, and holds it at dimension 0."""
+    if tap.rule is RelativeBiasRule or tap.flat or isinstance(tap.module, nn.modules.batchnorm._BatchNorm):
+        return False
+    return sample_axis(tap.module, 0) == 0 and not isinstance(tap.module, nn.RNNBase)
 
 
 def _is_number(one: tuple[nn.Module, str, str]) -> bool:
@@ -333,13 +308,13 @@ def _calls_super(cls: type, base: type) -> bool:
     return all(code and "__class__" in code.co_freevars and "forward" in code.co_names for code in codes)
 
 
-def _is_held_by_a_child(path: str, owned: dict[str, Any], sites: dict[str, Site]) -> bool:
+def _is_held_by_a_child(path: str, owned: dict[str, Any], taps: dict[str, Tap]) -> bool:
     """Whether a module's own parameters are biases that layers inside it hold too, and score (BERT's prediction head).
 
     Should the module use them itself as well, the efficiency check says so.
     """
-    inside = [sites[p] for p in sites if is_inside(p, path) and issubclass(sites[p].rule, Rule)]
-    theirs = {full for site in inside for _, _, full in owned[site.name]}
+    inside = [taps[p] for p in taps if is_inside(p, path) and issubclass(taps[p].rule, Rule)]
+    theirs = {full for tap in inside for _, _, full in owned[tap.name]}
     return all(full in theirs and owner._parameters[local].dim() == 1 for owner, local, full in owned[path])
 
 

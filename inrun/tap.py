@@ -24,13 +24,16 @@ class Tap:
     neither it runs as if it were not tracked.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self, name: str, module: Any, rule: Any, under: type[nn.Module] | None = None, form: Any = None
+    ) -> None:
         # What the module is.
-        self.name = name
+        self.name, self.module, self.rule = name, module, rule
+        self.under = under  # the class of layer beneath the module's own that the rule stands for
         self.owned: list[tuple[nn.Module, str]] = []  # the parameters that it scores: owner and local name
         self.parameters: list[str] = []  # their full names
         self.forward_mode = False  # whether by forward-mode AD
-        self.form: Any = None  # of a module known by running it, what it computes
+        self.form = form  # of a module known by running it, what it computes
         self.names: tuple[str, ...] = ()  # of the module's attributes
         self.norms = False  # whether any of torch's norms is inside
         self.apart = False  # whether its tangents have a pass of their own, as checkpoints and others inside need

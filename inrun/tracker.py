@@ -238,12 +238,12 @@ class Tracker:
         params = dict(self.model.named_parameters())
         siblings = {name: sibling(params[name], self.many) for name in plan.tracked}
         slots: dict[str, Slot] = {}
-        for site in plan.sites:
-            tap = rules.install(site, siblings)
+        for tap in plan.taps:
+            rules.install(tap, siblings)
             tap.pending = self._pending
             tap.rows = None if self.in_batch else self._rows  # where others' rows follow
             self.taps.append(tap)
-            for owner, local, full in site.owned:
+            for (owner, local), full in zip(tap.owned, tap.parameters, strict=True):
                 slots.setdefault(full, Slot(full, owner, local, [])).taps.append(tap)
         self.slots.extend(slots.values())
 
@@ -658,7 +658,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def _require_one_by_one(plan: rules.Plan, what: str) -> None:
     """Raise `InRunError` unless one sample's gradient can be had of each layer alone."""
-    others = [full for site in plan.sites if not site.takes_one_sample for _, _, full in site.owned]
+    others = [full for tap in plan.taps if not tap.by_row for full in tap.parameters]
     if others:
         raise InRunError(
             f"{what}: expected layers that compute each row of a batch by itself, with the sample axis in front; got "
@@ -669,7 +669,7 @@ def _require_one_by_one(plan: rules.Plan, what: str) -> None:
 
 def _require_rules(plan: rules.Plan) -> None:
     """Raise `InRunError` unless the validation rows of a batch can be kept from every trainable parameter."""
-    others = [full for site in plan.sites if issubclass(site.rule, rules.ForwardModeRule) for _, _, full in site.owned]
+    others = [full for tap in plan.taps if issubclass(tap.rule, rules.ForwardModeRule) for full in tap.parameters]
     if others or plan.excluded:
         raise InRunError(
             "validation='batch': expected every trainable parameter in a layer with a rule of its own, so that the "
