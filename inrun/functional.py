@@ -163,6 +163,8 @@ def bias(
     if probe is None or direction is None:
         return x + bias
     require_probe(probe, segments, (direction, bias.dim()))
+    if direction.shape[direction.dim() - bias.dim() :] != bias.shape:
+        raise ValueError(f"direction: expected {tuple(bias.shape)}, as the bias, got {tuple(direction.shape)}")
     y, lead = placed(x, probe, segments) + bias, direction.shape[: direction.dim() - bias.dim()]
     tangents = direction.view(*lead, *[1] * (y.dim() - bias.dim()), *bias.shape).expand(*lead, *y.shape)
     return attach(y, tangents, probe, segments)

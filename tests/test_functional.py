@@ -506,6 +506,8 @@ def test_a_probe_has_an_entry_for_each_direction_and_document():
         IF.linear(x, w, None, (d, None), torch.zeros(3, 2, requires_grad=True))
     with pytest.raises(ValueError, match=r"for each of 2 documents, got \(3,\)"):
         IF.linear(x, w, None, (d, None), probe, torch.tensor([0, 5, 12]))
+    with pytest.raises(ValueError, match=r"direction: expected \(8,\), as the bias, got \(5,\)"):
+        IF.bias(torch.ones(3, 2, 8), torch.ones(8), torch.ones(5), probe)
     with pytest.raises(ValueError, match=r"direction: expected \(5, 8\), as the weight, got \(9, 8\)"):
         IF.embedding(torch.zeros(3, 2, dtype=torch.int64), d, table, probe)
     with pytest.raises(ValueError, match=r"expected \[B, T, ..., I\] with segments"):
