@@ -265,14 +265,18 @@ class CarryIds:
     def _require_order(self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> None:
         """Raise `InRunError` where the rows are plainly the examples, whole and perhaps padded, in another order."""
         for name, rows in batch.items():
-            if not isinstance(rows, Tensor) or rows.dim() == 0 or any(name not in example for example in examples):
+            if not isinstance(rows, Tensor) or rows.shape[:1] != (len(examples),):
+                continue
+            if any(name not in example for example in examples):
                 continue
             try:
                 values = [torch.as_tensor(example[name], dtype=rows.dtype) for example in examples]
             except (TypeError, ValueError, RuntimeError):
                 continue  # of text, say
+            if all(map(_holds, rows, values)):
+                continue
             order = [[i for i, value in enumerate(values) if _holds(row, value)] for row in rows]
-            if sorted(order) == [[i] for i in range(len(examples))] != order:
+            if sorted(order) == [[i] for i in range(len(examples))]:
                 raise InRunError(
                     f"{self.column}: expected a collator that leaves its examples in their order, got {name!r} with "
                     f"those of examples {', '.join(str(i) for (i,) in order)}; let the sampler order them"
