@@ -134,7 +134,7 @@ class Coupled:
         param, state = slot.shard.detach().to(dtype, copy=True), copied(slot.state, slot.shard, dtype)
         group = dict(slot.options)
         copies = [param, *(value for value in state.values() if isinstance(value, Tensor))]
-        return lambda grad: rule(grad, param, state, group), copies, dtype
+        return lambda grad: rule(grad.clone(), param, state, group), copies, dtype
 
     def hold(self, i: int, slot: Any, grad: Tensor, moved: Tensor) -> None:
         """Hold a parameter, its state and its gradient, and what they will move it by, until G is known.

@@ -170,9 +170,10 @@ def bias(
     return attach(y, tangents, probe, segments)
 
 
-# Each layer is one autograd function. `written_out` is the layer with its probe in place, in plain torch operations:
-# the fast backward is its gradient at probe = 0, and what a derivative of the backward goes through. (Forwards take
-# `ctx`: with `setup_context` torch binds the arguments by inspection at every call, which costs as much as a layer.)
+# Each layer but `bias` is one autograd function. `written_out` is the layer with its probe in place, in plain torch
+# operations: the fast backward is its gradient at probe = 0, and what a derivative of the backward goes through.
+# (Forwards take `ctx`: with `setup_context` torch binds the arguments by inspection at every call, which costs as much
+# as a layer.)
 
 
 class _Linear(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """The tracked classes: how each kind of layer scores its samples.
 
-A tracked module changes class in place: `TrackedLinear` is a `Linear` in every other respect, with the same
+A tracked module changes class in place: to one of the same name, a `Linear` in every other respect, with the same
 parameters, `state_dict()` and `isinstance`. Beside each covered parameter it holds a frozen sibling, its direction
 (`weight_direction`), which is no parameter unless `fully_shard` is to split it. With neither a probe nor a deferred
 step that keeps what it does, it runs its original forward.

@@ -214,7 +214,9 @@ def _adopt(module: nn.Module, mixin: type[Holder], tap: Tap, under: type[nn.Modu
 def _tracked_class(mixin: type[Holder], cls: type[nn.Module], under: type[nn.Module] | None) -> type[nn.Module]:
     # Beneath a subclass, the rule stands between it and the layer that its super().forward() means.
     bases = (mixin, cls) if under is None else (cls, type(f"Tracked{under.__name__}", (mixin, under), {}))
-    namespace = {"__module__": __name__, "__doc__": cls.__doc__, "_inrun_class": cls}
+    # Others go by a class's name and module, as transformers' records of outputs do; Dynamo looks into none of torch's.
+    module = __name__ if cls.__module__.partition(".")[0] == "torch" else cls.__module__
+    namespace = {"__module__": module, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "_inrun_class": cls}
     if hasattr(cls, "__deepcopy__"):
         namespace["__deepcopy__"] = mixin.deep_copied
     return type(cls.__name__, bases, namespace)

@@ -61,6 +61,7 @@ class Step:
         self.ids: list[int | str] = []
         self.factor: Tensor | None = None  # of the dots; set when the (first) optimizer begins its update
         self.uneven: Tensor | None = None  # whether there is no such factor
+        self.lost: Tensor | None = None  # with several optimizers, whether the gradients were not finite
 
     def __enter__(self) -> Step:
         self._tracker.begin(self)

@@ -88,9 +88,11 @@ def _will_have_a_graph() -> bool:
         return True
     frame: Any = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "forward":
+        if frame.f_code.co_name == "forward" and not isinstance(frame.f_locals.get("self"), nn.Module):
             names, others, _, values = inspect.getargvalues(frame)
-            given = [values.get(name) for name in names] + list(values.get(others or "", ()))
+            given = [values.get(name) for name in names]
+            if isinstance(more := values.get(others or ""), tuple):  # or the forward has put another thing in its place
+                given += more
             if given and isinstance(given[0], torch.autograd.function.BackwardCFunction):
                 if any(given[0].needs_input_grad):
                     return True

@@ -555,13 +555,15 @@ class Tracker:
             assert step.uneven is not None
             step.uneven = step.uneven | self._watch.uneven(optimizer)
             step.factor = skipped(optimizer, step.factor)
+            step.lost = None if step.lost is None else skipped(optimizer, step.lost)
             self._watch.updated(optimizer)
             return
         step.require_ids()
         self.ranks.settle()
         factor, step.uneven = self._watch.factor(optimizer)
         if len(self.optimizers) > 1:  # of which a loss scaler skips those that overflow: the step has no values
-            factor = torch.where(factor.isfinite(), factor, torch.zeros_like(factor))
+            step.lost = ~factor.isfinite()
+            factor = torch.where(step.lost, torch.zeros_like(factor), factor)
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
         unscale = 1.0 if scale is None else 1.0 / scale
         put_off = self.check_due and not bool(factor)  # an update that will be skipped tells nothing
@@ -612,6 +614,11 @@ class Tracker:
             warnings.warn(f"step {step.number}: optimizer.step() did not run in the step block for {missing} of "
                           f"{len(self.optimizers)} optimizers; its values are zero", stacklevel=4)  # fmt: skip
             step.factor = torch.zeros_like(step.factor)
+        elif step.lost is not None:
+            self._pending.ask(step.lost, lambda: InRunError(
+                f"step {step.number}: expected finite gradients, or a loss scaler that skips an optimizer for them; "
+                "got NaN or infinity, and all optimizers ran"
+            ))  # fmt: skip
         if not self._method.ends_with_validation or step.factor is None:
             self._record(step)
             self.steps = step.number + 1

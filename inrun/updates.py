@@ -118,11 +118,12 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
         return [moved]
     params = [local(s.param).detach().to(torch.float64, copy=True) for s in slots]
     states = [copied(s.state, local(s.param), torch.float64) for s in slots]
+    grads = [grad.clone() for grad in grads]  # an update may write into them, as foreach SGD with nesterov does
     if callable(rule):
         options = [s.options for s in slots]
         return [rule(*args) for args in zip(grads, params, states, options, strict=True)]
     for p, grad in zip(params, grads, strict=True):
-        p.grad = grad.clone()  # a step may write into it, as that of foreach SGD with nesterov does
+        p.grad = grad
     for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
         held = [(p, state, s.group) for p, state, s in zip(params, states, slots, strict=True)
                 if s.optimizer is optimizer]  # fmt: skip

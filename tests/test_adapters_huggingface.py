@@ -17,6 +17,7 @@ from inrun import InRunError
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+from inrun.adapters import huggingface  # noqa: E402
 from inrun.adapters.huggingface import attach  # noqa: E402
 
 TIED = Case(decoder("Llama", tie_word_embeddings=True))
@@ -890,6 +891,7 @@ def test_a_tracked_root_is_called_what_it_is(tmp_path):
         config = transformers.AutoConfig.from_pretrained(tmp_path / name / "checkpoint-1")
         assert config.architectures == ["LlamaForCausalLM"]
         found[name] = trainer.model.state_dict()
+        assert len(trainer.model(**HELD_OUT, output_hidden_states=True).hidden_states) > 1
     for key, expected in found["plain"].items():
         torch.testing.assert_close(found["root"][key], expected)
 
@@ -909,6 +911,25 @@ def test_a_collator_that_orders_its_examples_is_refused(order, tmp_path):
     else:
         with pytest.raises(InRunError, match="leaves its examples in their order, got 'input_ids' with those of exam"):
             trainer.train()
+
+
+@pytest.mark.parametrize("in_front", [False, True])
+def test_rows_are_held_to_their_examples(in_front):
+    """Wherever they are padded; of single numbers, as labels are, another order says nothing."""
+
+    def collate(examples):
+        rows = [torch.tensor(e["x"]) for e in examples]
+        padding = [(3 - len(r), 0) if in_front else (0, 3 - len(r)) for r in rows]
+        x = torch.stack([torch.nn.functional.pad(r, p) for r, p in zip(rows, padding, strict=True)])
+        turned = examples[0]["x"] == [9, 9]
+        return {"x": x.flip(0) if turned else x, "labels": torch.tensor([1 - e["labels"] for e in examples])}
+
+    carry = huggingface.CarryIds(collate, "id")
+    rows = ([5, 6, 7], [8], [9, 9])
+    examples = [{"id": str(i), "x": x, "labels": i % 2} for i, x in enumerate(rows)]
+    assert carry(examples)["id"]["ids"] == ["0", "1", "2"]
+    with pytest.raises(InRunError, match="got 'x' with those of examples 2, 1, 0"):
+        carry(examples[::-1])
 
 
 def test_a_loss_function_that_divides_by_the_items_has_their_count_in_validation(tmp_path):

@@ -558,7 +558,15 @@ class Inline(torch.autograd.Function):
         return None, x.grad, None
 
 
-@pytest.mark.parametrize("how", ["nested", "of one's own"])
+class Later(Inline):
+    """Made from another, as of any class."""
+
+    @staticmethod
+    def forward(run: Any, *others: Any) -> Tensor:
+        return Inline.forward(run, *others)
+
+
+@pytest.mark.parametrize("how", ["nested", "of one's own", "of another's"])
 def test_forwards_that_will_have_a_graph_are_scored(how):
     """Their random numbers are those of the one that has it: positions, which all samples share, have rows there."""
 
@@ -580,7 +588,7 @@ def test_forwards_that_will_have_a_graph_are_scored(how):
                 torch.manual_seed(3)
                 inner = lambda z: checkpoint(self.block, z * 1, use_reentrant=True)  # noqa: E731
                 return self.head(checkpoint(inner, h, use_reentrant=True))
-            return self.head(Inline.apply(self.block, h, 3))
+            return self.head((Inline if how == "of one's own" else Later).apply(self.block, h, 3))
 
     found = []
     for plain in (True, False):
@@ -588,6 +596,34 @@ def test_forwards_that_will_have_a_graph_are_scored(how):
         model.plain = plain
         found.append(step(model, ids(B, 1, T + 1)))
     torch.testing.assert_close(*found)
+
+
+def test_an_evaluation_of_what_has_a_gradient_is_none_of_a_functions():
+    """Its forwards are a module's, which may put what they like in the place of their arguments, and one's own."""
+
+    class Starred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 2)
+
+        def forward(self, *given: Any) -> Tensor:
+            x, given = given[0], 3  # pyright: ignore
+            return self.head(x if x.is_floating_point() else self.token(x).mean(1))
+
+    model, x = made(Starred), ids(B, 1, T + 1)
+
+    def forward(h: Tensor) -> Tensor:
+        return model(h)
+
+    want = expected(model, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, ids(3, 2)))
+    with tracker.step(range(B)) as taken:
+        loss_of(model, x).backward()
+        with torch.no_grad():
+            assert len(forward(torch.randn(B + 2, WIDTH, dtype=torch.float64, requires_grad=True))) == B + 2
+        optimizer.step()
+    torch.testing.assert_close(taken.values.double(), want, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("given", ["a list of one", "how many there are"])

@@ -695,6 +695,29 @@ def test_of_several_optimizers_a_scaler_skips_one(method, first, overflow_at):
         torch.testing.assert_close(model.state_dict()[name], weight)
 
 
+@pytest.mark.parametrize("method", ["first", "secant", "path", "path_secant"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_gradient_that_is_no_number_is_told_of_in_its_step(method, count):
+    """Without a scaler all optimizers take it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    parts = [model] if count == 1 else [model[0], model[2]]
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts]
+    x, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 0])
+    tracker = inrun.track(model, optimizers, method, validation=lambda: loss_of(model, x, y))
+    with pytest.raises(inrun.InRunError, match="finite"):
+        for i in range(3):
+            with tracker.step(range(4)):
+                hidden = model[1](model[0](x))
+                if i == 1:
+                    hidden.register_hook(lambda grad: grad * torch.nan)
+                F.cross_entropy(model[2](hidden), y).backward()
+                for each in optimizers:
+                    each.step()
+                    each.zero_grad()
+    assert i == 1
+
+
 def test_a_scaled_validation_loss_that_overflows_says_what_to_do():
     """A GradScaler begins at 65536 and backs off; a validation gradient that is lost is no step skipped."""
     model, train, validation = make("mlp"), data("mlp"), data("mlp", 4, 2)

@@ -265,28 +265,32 @@ class CarryIds:
     def _require_order(self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> None:
         """Raise `InRunError` where the rows are plainly the examples, whole and perhaps padded, in another order."""
         for name, rows in batch.items():
-            if not isinstance(rows, Tensor) or rows.shape[:1] != (len(examples),):
-                continue
+            if not isinstance(rows, Tensor) or rows.dim() < 2 or len(rows) != len(examples):
+                continue  # of single numbers, as labels are, others may be right in another order
             if any(name not in example for example in examples):
                 continue
             try:
-                values = [torch.as_tensor(example[name], dtype=rows.dtype) for example in examples]
+                values = [torch.as_tensor(example[name], dtype=rows.dtype, device=rows.device) for example in examples]
             except (TypeError, ValueError, RuntimeError):
                 continue  # of text, say
             if all(map(_holds, rows, values)):
                 continue
-            order = [[i for i, value in enumerate(values) if _holds(row, value)] for row in rows]
-            if sorted(order) == [[i] for i in range(len(examples))]:
+            order: list[int] = []
+            for row in rows:
+                whose = [i for i, value in enumerate(values) if _holds(row, value)]
+                if len(whose) != 1:
+                    break
+                order += whose
+            if sorted(order) == list(range(len(examples))):
                 raise InRunError(
                     f"{self.column}: expected a collator that leaves its examples in their order, got {name!r} with "
-                    f"those of examples {', '.join(str(i) for (i,) in order)}; let the sampler order them"
+                    f"those of examples {', '.join(map(str, order))}; let the sampler order them"
                 )
 
 
 def _holds(row: Tensor, value: Tensor) -> bool:
     """Whether a batch's row is the value, padded at either end or not at all."""
-    row, value = torch.atleast_1d(row), torch.atleast_1d(value)
-    if value.shape[1:] != row.shape[1:] or not 0 < len(value) <= len(row):
+    if value.dim() != row.dim() or value.shape[1:] != row.shape[1:] or not 0 < len(value) <= len(row):
         return False
     return torch.equal(row[: len(value)], value) or torch.equal(row[len(row) - len(value) :], value)
 

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import inrun_kernels as k
 from inrun_kernels import ops
@@ -79,6 +80,29 @@ def test_derivatives_of_every_order(name):
 
     inputs = tuple(arguments[i] for i in moving)
     assert gradcheck(run, inputs) and gradgradcheck(run, inputs, fast_mode=True)
+
+
+def test_derivatives_of_padding_and_of_a_tensor_that_stands_twice():
+    ids, grads = torch.tensor([[0, 1, 3], [2, 1, 1]]), torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    kept = (ids != 1)[..., None]
+    of_grads, of_table = torch.autograd.grad(k.embedding_dot(ids, grads, table, padding_idx=1).sum(), (grads, table))
+    torch.testing.assert_close(of_grads, table.detach()[ids] * kept)
+    expected = torch.zeros_like(table).index_add(0, ids.flatten(), (grads.detach() * kept).flatten(0, 1))
+    torch.testing.assert_close(of_table, expected)
+
+    square = torch.randn(4, 4, dtype=torch.float64)
+    (found,) = torch.autograd.grad(k.ghost_dot(grads, grads, square).sum(), grads, create_graph=True)
+    torch.testing.assert_close(found, grads @ (square + square.T))
+
+
+def test_derivatives_within_a_checkpoint():
+    acts, grads = torch.randn(2, 3, 4), torch.randn(2, 3, 5, requires_grad=True)
+    run = lambda g: k.ghost_dot(acts, g, torch.ones(5, 4))  # noqa: E731
+    found = [
+        torch.autograd.grad(f(grads).sum(), grads)[0] for f in (run, lambda g: checkpoint(run, g, use_reentrant=False))
+    ]
+    torch.testing.assert_close(*found)
 
 
 def test_derivatives_without_tokens_are_zero():
