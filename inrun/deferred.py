@@ -46,7 +46,17 @@ from .keep import Budget, Keeper
 from .method import Options
 from .pairwise import Pairs
 from .path import Path
-from .restoring import in_modes, modes_of, random_kept, random_state, requiring, set_random_state
+from .restoring import (
+    attributes_kept,
+    attributes_of,
+    buffers_of,
+    in_modes,
+    modes_of,
+    random_kept,
+    random_state,
+    requiring,
+    set_random_state,
+)
 from .tap import Layout, size_of, together
 from .updates import ELEMENTWISE, counts_read, require_known, require_no_closure, updates, weights_moved
 from .validation import Gradients
@@ -62,12 +72,15 @@ Part = tuple[float | dict[str, Tensor], dict[str, Gradients]]  # of each target,
 
 
 class _Again(NamedTuple):
-    """How a batch is computed once more, and the random state, the modules' modes and what trained in its forward."""
+    """How a batch is computed once more; and the random state, the modules' modes, what trained and what puts the
+    buffers back as they were in its forward."""
 
     run: Callable[[], Tensor]
     random: Any
     modes: list[tuple[Any, bool]]
     trained: list[tuple[nn.Parameter, bool]]
+    put_buffers_back: Callable[[], None]
+    put_attributes_back: Callable[[], None]
 
 
 class Deferred:
@@ -165,7 +178,8 @@ class Deferred:
         else:
             model = self.tracker.model
             trained = [(p, p.requires_grad) for p in model.parameters()]
-            self._again.append(_Again(recompute, random_state(), modes_of(model), trained))
+            put_back = buffers_of(model), attributes_of(model, tensors=False)
+            self._again.append(_Again(recompute, random_state(), modes_of(model), trained, *put_back))
             self.keeper.skip_batch(layout)
 
     def end(self) -> None:
@@ -286,19 +300,26 @@ class Deferred:
     def _as_it_was(self, batch: _Again, layout: Layout) -> Iterator[None]:
         """Compute a batch again with the weights, random numbers and modes that it had; no gradient or buffer stays."""
         tracker = self.tracker
-        after = [(t, t.detach().clone()) for t in (*(p for p, _ in self._weights), *tracker.model.buffers())]
+        after = [(p, p.detach().clone()) for p, _ in self._weights]
         for shard, weight in self._weights:
             shard.data.copy_(weight)
         aside = tracker.ranks.aside([*(p for p, _ in batch.trained), *tracker.validations.outside])
         unseen = tracker.ranks.unseen([p for p, _ in batch.trained])
         tracker.expect(layout)
+        put_buffers_back = buffers_of(tracker.model)
+        batch.put_buffers_back()
         try:
-            with aside, torch.enable_grad(), random_kept(), in_modes(batch.modes), requiring(batch.trained), unseen:
+            with (
+                aside, torch.enable_grad(), random_kept(), attributes_kept(tracker.model), in_modes(batch.modes),
+                requiring(batch.trained), unseen,
+            ):  # fmt: skip
                 set_random_state(batch.random)
+                batch.put_attributes_back()
                 yield
         finally:
             tracker.expect(None)
             tracker.ranks.settle()
+            put_buffers_back()
             for tensor, value in after:
                 tensor.data.copy_(value)
 

@@ -182,8 +182,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, direction, bias_direction, probe, segments):
         cast = weight if weight.dtype is x.dtype or not autocasts(x) else weight.to(x.dtype)  # as `linear` cast x
+        y = F.linear(x, cast, bias)
+        if direction is None and not ctx.needs_input_grad[1]:  # of a frozen weight: its size is all that is asked for
+            x = x.new_zeros(()).expand(x.shape)
         ctx.save_for_backward(x, weight, bias, direction, bias_direction, probe, segments, cast)
-        return F.linear(x, cast, bias).detach()  # with a bias a view, which could not be changed in place
+        return y.detach()  # with a bias a view, which could not be changed in place
 
     @staticmethod
     def written_out(x, weight, bias, direction, bias_direction, probe, segments):
@@ -198,7 +201,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
-            return written_out_backward(_Linear.written_out, ctx.saved_tensors[:-1], ctx.needs_input_grad, grad)
+            x, *others = ctx.saved_tensors[:-1]
+            if ctx.needs_input_grad[0] and not x.requires_grad:  # the stand-in
+                x = x.detach().requires_grad_()
+            return written_out_backward(_Linear.written_out, (x, *others), ctx.needs_input_grad, grad)
         x, weight, bias, direction, bias_direction, probe, segments, cast = ctx.saved_tensors
         need_x, need_weight, need_bias, _, _, need_probe, _ = ctx.needs_input_grad
         direction, bias_direction = (direction, bias_direction) if need_probe else (None, None)

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import InRunError
 from .forward_mode import WEIGHT_NORM, weight_norm
-from .restoring import requiring
+from .restoring import buffers_kept, requiring
 from .updates import weights_moved
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def product(tracker: Tracker, name: str, vector: list[Tensor]) -> list[Tensor | 
     try:
         normed = any(type(m).__name__ == "_WeightNorm" for m in tracker.model.modules())
         written_out = _WrittenOut() if normed else nullcontext()
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), requiring((p, True) for p in params), written_out:
+        trained, buffers = requiring((p, True) for p in params), buffers_kept(tracker.model)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), trained, buffers, written_out:
             loss = tracker.validations.loss(name)
             first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
             pairs = [(g, v) for g, v in zip(first, vector, strict=True) if g is not None and g.requires_grad]

@@ -24,6 +24,8 @@ from .distributed import gathered
 from .errors import InRunError
 from .factors import Factors
 from .restoring import (
+    attributes_kept,
+    attributes_of,
     buffers_copied,
     buffers_kept,
     in_modes,
@@ -61,6 +63,7 @@ class Kept:
     random: Any = None  # of a module that runs once more to be scored; as is the next
     autocast: Any = None  # as `torch.autocast` takes it
     buffers: list[_Buffer] = field(default_factory=list)  # of it, as they were before its forward
+    put_attributes_back: Any = None
     modes: list[tuple[Any, bool]] = field(init=False)  # modules, and whether they were in training mode
     trained: list[tuple[Any, str, bool]] = field(init=False)  # owner and name of its parameters, and whether they were
     accumulators: list[Any] = field(init=False)  # nodes of the graph that add to the gradients of its parameters
@@ -214,6 +217,7 @@ class Keeper:
                         self._weights[owner, local] = copies[id(p)]
         held = ((m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None)
         kept.buffers = [self._copied(*each) for each in held]
+        kept.put_attributes_back = attributes_of(module, tensors=False)
         leaves, spec = pytree.tree_flatten(plain(*inputs[0], **inputs[1]))
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.requires_grad and torch.is_grad_enabled():
@@ -378,12 +382,14 @@ class Keeper:
         """Run a module with the random numbers, autocast state, weights, buffers and training mode of its step."""
         with (
             random_kept(),
+            attributes_kept(kept.module),
             torch.autocast(*kept.autocast),
             self._weights_of(kept.module),
             replaced((b.owner, b.name, b.copy) for b in kept.buffers if b.changed()),
             kept.as_it_ran(),
         ):
             set_random_state(kept.random)
+            kept.put_attributes_back()
             yield
 
     def _contract(self, module: Any, kept: Kept, tangents: list[Any], device: torch.device) -> Tensor:

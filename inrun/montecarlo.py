@@ -45,6 +45,7 @@ from .coalitions import Coalitions, gray
 from .errors import InRunError
 from .keep import Budget, Keeper
 from .method import Options
+from .restoring import buffers_kept
 from .tap import Layout, size_of
 from .updates import (
     ELEMENTWISE,
@@ -227,7 +228,8 @@ class MonteCarlo:
         tracker, validations = self.tracker, self.tracker.validations
         with weights_moved(tracker.slots, tracker.ranks, self._moves(gradient_of), self._weights):
             if slopes is None:
-                found = [validations.loss(name) for name in tracker.targets]
+                with buffers_kept(tracker.model):
+                    found = [validations.loss(name) for name in tracker.targets]
             else:
                 found = []
                 for i, slot in self._moving:

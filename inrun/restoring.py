@@ -12,28 +12,44 @@ import torch
 from torch import Tensor, nn
 
 
-def random_state() -> tuple[Tensor, list[Tensor]]:
-    """What a later forward needs to draw the same random numbers."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+def random_state() -> tuple[Any, ...]:
+    """What a later forward needs to draw the same random numbers: torch's, Python's and numpy's."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), gpus, random.getstate(), np.random.get_state()
 
 
-def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+def set_random_state(state: tuple[Any, ...]) -> None:
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])
+    random.setstate(state[2])
+    np.random.set_state(state[3])
 
 
-def drew_since(state: tuple[Tensor, list[Tensor]]) -> bool:
-    """Whether random numbers were drawn since that was the `random_state`."""
-    return not all(map(torch.equal, *([cpu, *gpus] for cpu, gpus in (state, random_state()))))
+def drew_since(state: tuple[Any, ...]) -> bool:
+    """Whether random numbers of torch's were drawn since that was the `random_state`."""
+    return not all(map(torch.equal, *([cpu, *gpus] for cpu, gpus, *_ in (state, random_state()))))
 
 
-def random_kept() -> AbstractContextManager:
-    """The block's random numbers are drawn once more after it. Torch warns where several GPUs are not named, and to ask
-    one that nothing uses would start it."""
+def torch_random_kept() -> AbstractContextManager:
+    """The block's random numbers, of torch's, are drawn once more after it. Torch warns where several GPUs are not
+    named, and to ask one that nothing uses would start it."""
     if not torch.cuda.is_available():
         return torch.random.fork_rng()
     return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
+
+
+@contextmanager
+def random_kept() -> Iterator[None]:
+    """The block's random numbers, of torch's, Python's and numpy's, are drawn once more after it."""
+    drawn = None if torch.compiler.is_compiling() else (random.getstate(), np.random.get_state())
+    try:
+        with torch_random_kept():
+            yield
+    finally:
+        if drawn is not None:
+            random.setstate(drawn[0])
+            np.random.set_state(drawn[1])
 
 
 def modes_of(module: Any) -> list[tuple[Any, bool]]:
@@ -110,6 +126,57 @@ def buffers_of(*modules: nn.Module) -> Callable[[], None]:
     return put_back
 
 
+_OWN = frozenset(vars(nn.Module())) | {"_inrun", "_siblings"}  # of every module, and of those that are tracked
+
+
+def attributes_of(module: nn.Module, tensors: bool = True) -> Callable[[], None]:
+    """What puts back what a module and those inside it hold beside parameters and buffers, as it is now: a count of its
+    calls, say, and what stands in its lists, dicts and sets.
+
+    Args:
+        tensors: whether attributes that are tensors are put back too, and held until then; and those that are new go.
+    """
+    if torch.compiler.is_compiling():
+        return lambda: None
+    before = [
+        (m, {k: v for k, v in vars(m).items() if k not in _OWN and (tensors or not isinstance(v, Tensor))})
+        for m in module.modules()
+    ]
+    put_contents_back = _contents_of(x for _, found in before for x in found.values())
+
+    def put_back() -> None:
+        for m, found in before:
+            if tensors:
+                for name in vars(m).keys() - _OWN - found.keys():
+                    del vars(m)[name]
+            vars(m).update(found)
+        put_contents_back()
+
+    return put_back
+
+
+def _contents_of(values: Iterable[Any]) -> Callable[[], None]:
+    """What puts back what now stands in the lists, dicts and sets among these."""
+    held = [(x, x.copy()) for x in values if type(x) in (list, dict, set)]
+
+    def put_back() -> None:
+        for x, copied in held:
+            x.clear()
+            (x.extend if isinstance(x, list) else x.update)(copied)
+
+    return put_back
+
+
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """What the block does to attributes of a module, and of those inside it, is undone."""
+    put_back = attributes_of(module)
+    try:
+        yield
+    finally:
+        put_back()
+
+
 @contextmanager
 def buffers_copied(module: nn.Module) -> Iterator[None]:
     """Copies stand in the places of buffers for the block; a graph may hold them after it, as they are then."""
@@ -129,21 +196,16 @@ def as_it_was(module: nn.Module) -> Iterator[None]:
     """What the block does to a module's attributes, modes and buffers is undone, and random numbers are drawn again."""
     before = [(m, dict(vars(m))) for m in module.modules()]
     values = [value for _, attributes in before for value in attributes.values()]
-    held = [(x, x.copy()) for x in values if type(x) in (list, dict, set)]
+    put_contents_back = _contents_of(values)
     tensors = [(x, x._version, x.detach().clone()) for x in values if isinstance(x, Tensor) and not x.is_inference()]
-    drawn = random.getstate(), np.random.get_state()
     try:
         with random_kept(), buffers_kept(module):
             yield
     finally:
-        random.setstate(drawn[0])
-        np.random.set_state(drawn[1])
         for m, attributes in before:
             vars(m).clear()
             vars(m).update(attributes)
-        for x, kept in held:
-            x.clear()
-            (x.extend if isinstance(x, list) else x.update)(kept)
+        put_contents_back()
         for x, version, kept in tensors:
             if x._version != version:
                 x.data.copy_(kept)

@@ -74,7 +74,8 @@ class Tracker:
             others can be held to (see `inrun.montecarlo`).
         validation: returns the validation loss (a scalar); or a dict of names and such callables. The tracker runs
             it when it is due, with the model as it then is: in training mode, unless it calls `model.eval()` itself
-            (and `model.train()` after). Without it, validation losses are run in `Tracker.validation()` blocks.
+            (and `model.train()` after). Buffers and torch's random numbers are then as before it. Without it,
+            validation losses are run in `Tracker.validation()` blocks.
             "batch", with `pairwise`: the validation samples are the last rows of every batch, after those that
             `step(ids)` names; the loop adds their loss to the batch's, and the parameters get no gradient from it.
         validate_every: a validation gradient serves this many steps; a callable runs at their multiples.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .distributed import Ranks, local
 from .errors import InRunError, Pending, few
-from .restoring import random_kept, requiring
+from .restoring import buffers_kept, requiring, torch_random_kept
 
 Gradients = list[Tensor | None]
 
@@ -84,7 +84,7 @@ class Validation:
 
     def loss_and_gradient(self, name: str) -> tuple[Tensor, Gradients]:
         """A target's loss at the weights as they are, and its gradient, whatever it is; without a graph none."""
-        with self._gradients() as found:
+        with self._gradients() as found, buffers_kept(self.model):
             loss = self.loss(name)
             if loss.requires_grad:
                 loss.backward()
@@ -136,7 +136,7 @@ class Validation:
 
     def loss(self, name: str) -> Tensor:
         """The scalar loss of a target's callable, with its graph; random numbers are left as they were."""
-        with random_kept():
+        with torch_random_kept():
             loss = self.losses[name]()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -144,11 +144,12 @@ class Validation:
         return loss
 
     def _backward(self, name: str) -> Tensor:
-        loss = self.loss(name)
-        if not loss.requires_grad:
-            raise InRunError(f"validation loss {name!r}: expected one with a graph, to be differentiated; got a tensor "
-                             "without (of a block under torch.no_grad(), or detached?)")  # fmt: skip
-        loss.backward()
+        with buffers_kept(self.model):  # of running statistics, say, which the training has from its own batches
+            loss = self.loss(name)
+            if not loss.requires_grad:
+                raise InRunError(f"validation loss {name!r}: expected one with a graph, to be differentiated; got a "
+                                 "tensor without (of a block under torch.no_grad(), or detached?)")  # fmt: skip
+            loss.backward()
         # A copy: what a captured CUDA graph returned is overwritten by its next run.
         return self.ranks.mean(loss.detach().clone())
 

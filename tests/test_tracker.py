@@ -9,6 +9,7 @@ import gc
 import io
 import math
 import os
+import random
 import re
 import shutil
 import sys
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -652,6 +654,145 @@ def test_loss_scale_divides_out_and_a_skipped_update_is_worth_nothing(fused):
         with pytest.warns(UserWarning, match="did not run"):
             assert torch.equal(step(spoil=True), torch.zeros(B))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Annealed(nn.Module):
+    """Without a rule; counts, lists, replaces a buffer and draws numbers in its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale, self.calls, self.seen = nn.Linear(6, 6), nn.Parameter(torch.randn(6)), 0, []
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        y = self.inner(x) - self.mean
+        if not self.training:
+            return y * self.scale
+        kept = torch.from_numpy(np.random.rand(6) < 0.7)
+        self.mean, self.calls = 0.5 * (self.mean + y.detach().mean(0)), self.calls + 1
+        self.seen.append(self.calls)
+        return y * self.scale * kept * (random.random() + 1 / self.calls)
+
+
+class CountedNorm(nn.Module):
+    """Is found by running it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias, self.calls = nn.Parameter(torch.ones(6)), nn.Parameter(torch.zeros(6)), 0
+
+    def forward(self, x):
+        self.calls += self.training
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * self.weight + self.bias
+
+
+def test_what_modules_hold_and_draw_is_what_it_is_without_a_tracker():
+    x, y = torch.randn(3, 4, 6).double(), torch.tensor([0, 1, 2, 0])
+
+    def train(method=None, targets=1, recompute=False):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        model = nn.Sequential(Annealed(), CountedNorm(), nn.Linear(6, 3)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def validation():
+            model.eval()
+            loss = loss_of(model, x[0], y)
+            model.train()
+            return loss
+
+        tracker = method and inrun.track(
+            model, optimizer, method, validation={str(i): validation for i in range(targets)}
+        )  # fmt: skip
+        values = []
+        for each in x:
+            loss = lambda each=each: loss_of(model, each, y)  # noqa: E731
+            taken = tracker.step(range(4), recompute=loss if recompute else None) if tracker else None
+            with taken or contextlib.nullcontext():
+                loss().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if tracker and method != "secant":
+                values.append(taken.values.view(4, -1)[:, 0])
+        if tracker:
+            tracker.close()
+        held = [model[0].calls, model[0].seen, model[1].calls, random.random(), np.random.rand()]
+        return held, model.state_dict(), values
+
+    held, state, _ = train()
+    _, _, expected = train("first")
+    for options in (("first",), ("first", 2), ("path",), ("secant",), ("path", 2), ("path", 1, True)):
+        found = train(*options)
+        assert found[0] == held, options
+        for name, tensor in found[1].items():
+            torch.testing.assert_close(tensor, state[name], msg=lambda m, o=options, n=name: f"{o}, {n}: {m}")
+        for got, want in zip(found[2], expected, strict=False):  # of SGD the path's values are those of first order
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", inrun.tracker.METHODS)
+def test_a_validation_loss_leaves_running_statistics_to_training(method):
+    x, y = torch.randn(3, 4, 6).double(), torch.tensor([0, 1, 2, 0])
+
+    def train(tracked):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker = tracked and inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x[0] + 3, y))
+        for each in x:
+            with tracker.step(range(4)) if tracker else contextlib.nullcontext():
+                loss_of(model, each, y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return model.state_dict()
+
+    if method == "monte_carlo":  # takes one sample's gradient at a time
+        with pytest.raises(inrun.InRunError, match="by itself"):
+            train(True)
+        return
+    for found, expected in zip(train(True).values(), train(False).values(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_input_of_a_frozen_weight_is_not_kept():
+    """Nor is it when only its bias trains: the model may write into it."""
+
+    class Biases(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(64, 64), nn.Linear(64, 2)
+            for layer in (self.inner, self.head):
+                layer.weight.requires_grad_(False)
+
+        def forward(self, x):
+            x = x * 2
+            y = self.inner(x)
+            x.add_(y.detach())
+            return self.head(y + x)
+
+    def saved(model):
+        seen = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: seen.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+        ):
+            loss = loss_of(model, x, y)
+        loss.backward()
+        return sum(seen.values())
+
+    torch.manual_seed(0)
+    model, x, y = Biases(), torch.randn(500, 64), torch.zeros(500, dtype=torch.int64)
+    plain = saved(model)
+    model.zero_grad()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    want = oracle_values(model, lambda n, g: 0.1 * g, (x, y), (x[:9], y[:9]))
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x[:9], y[:9]))
+    with tracker.step(range(500)) as step:
+        tracked = saved(model)
+        optimizer.step()
+    close(step.values, want)
+    assert tracked < plain + x.nbytes // 4
 
 
 @pytest.mark.parametrize("overflow_at", [0, 2])

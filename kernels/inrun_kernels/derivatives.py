@@ -104,11 +104,9 @@ def ghost_square(ctx: Any, of_squares: Tensor | None, of_norms: Tensor | None) -
     return (*_like(ctx.needs_input_grad, shaped, (acts, grads)), None, None)
 
 
-def pairwise(ctx: Any, grad_dots: Tensor | None) -> tuple:
+def pairwise(ctx: Any, grad_dots: Tensor) -> tuple:
     """One validation sample at a time: token-pair products `[B*T, S]`, weighted by that sample's gradient."""
     inputs = ctx.saved_tensors
-    if grad_dots is None:
-        return (None,) * 5
     acts, grads, val_acts, val_grads = inputs
     tokens = acts.shape[1]
     flat_acts, flat_grads = _widen(acts).flatten(0, 1), _widen(grads).flatten(0, 1)

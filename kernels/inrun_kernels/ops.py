@@ -243,7 +243,10 @@ def _outside_autocast(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """A derivative in the dtypes that it is written in, wherever it is asked for."""
 
     def run(ctx: Any, *grads: Tensor | None) -> tuple:
-        with launch_context(next(x for x in grads if x is not None)):  # what is saved a checkpoint gives out once
+        given = next((x for x in grads if x is not None), None)  # what is saved a checkpoint gives out once
+        if given is None:
+            return (None,) * len(ctx.needs_input_grad)
+        with launch_context(given):
             return backward(ctx, *grads)
 
     return run
