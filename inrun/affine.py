@@ -23,7 +23,7 @@ from . import functional
 from .errors import InRunError
 from .factors import Factors
 from .layers import Rule, affine_dots, affine_factors, require_whole_rows
-from .restoring import attributes_kept, buffers_kept, random_kept, tried
+from .restoring import random_kept, state_kept, tried
 from .tap import Layout, along
 
 OFF = 1e-2  # of an output, by which that of a module which is found by running it may be off in half precision
@@ -83,7 +83,7 @@ class AffineRule(Rule):
         y = y.movedim(-1, affine.axis)
         y = y.to(x.dtype) if affine.wide else y
         if not torch.compiler.is_compiling() and self._inrun.compared and affine.axis == -1:
-            with torch.no_grad(), random_kept(), buffers_kept(self), attributes_kept(self):
+            with torch.no_grad(), random_kept(), state_kept(self):
                 own = self.plain(x).float()
             if (y - own).norm() > OFF * own.norm():
                 raise InRunError(
@@ -105,7 +105,7 @@ class AffineRule(Rule):
     def _rescaled(self: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """`n(x)` and the gradient, of its dtype, with the features last."""
         affine: Affine = self._inrun.form
-        with buffers_kept(self), attributes_kept(self):  # running statistics have taken this input in already
+        with state_kept(self):  # running statistics have taken this input in already
             normed = affine.normed(self, x)
         return normed, grad.movedim(affine.axis, -1).to(normed.dtype)
 

@@ -47,15 +47,14 @@ from .method import Options
 from .pairwise import Pairs
 from .path import Path
 from .restoring import (
-    attributes_kept,
-    attributes_of,
-    buffers_of,
     in_modes,
     modes_of,
     random_kept,
     random_state,
     requiring,
     set_random_state,
+    state_kept,
+    state_of,
 )
 from .tap import Layout, size_of, together
 from .updates import ELEMENTWISE, counts_read, require_known, require_no_closure, updates, weights_moved
@@ -72,15 +71,14 @@ Part = tuple[float | dict[str, Tensor], dict[str, Gradients]]  # of each target,
 
 
 class _Again(NamedTuple):
-    """How a batch is computed once more; and the random state, the modules' modes, what trained and what puts the
-    buffers back as they were in its forward."""
+    """How a batch is computed once more; and the random state, the modules' modes, what trained, and what puts back all
+    else that the modules hold, as they were in its forward."""
 
     run: Callable[[], Tensor]
     random: Any
     modes: list[tuple[Any, bool]]
     trained: list[tuple[nn.Parameter, bool]]
-    put_buffers_back: Callable[[], None]
-    put_attributes_back: Callable[[], None]
+    put_back: Callable[[], None]
 
 
 class Deferred:
@@ -178,8 +176,8 @@ class Deferred:
         else:
             model = self.tracker.model
             trained = [(p, p.requires_grad) for p in model.parameters()]
-            put_back = buffers_of(model), attributes_of(model, tensors=False)
-            self._again.append(_Again(recompute, random_state(), modes_of(model), trained, *put_back))
+            put_back = state_of(model, tensors=False)
+            self._again.append(_Again(recompute, random_state(), modes_of(model), trained, put_back))
             self.keeper.skip_batch(layout)
 
     def end(self) -> None:
@@ -306,20 +304,17 @@ class Deferred:
         aside = tracker.ranks.aside([*(p for p, _ in batch.trained), *tracker.validations.outside])
         unseen = tracker.ranks.unseen([p for p, _ in batch.trained])
         tracker.expect(layout)
-        put_buffers_back = buffers_of(tracker.model)
-        batch.put_buffers_back()
         try:
             with (
-                aside, torch.enable_grad(), random_kept(), attributes_kept(tracker.model), in_modes(batch.modes),
+                aside, torch.enable_grad(), random_kept(), state_kept(tracker.model), in_modes(batch.modes),
                 requiring(batch.trained), unseen,
             ):  # fmt: skip
                 set_random_state(batch.random)
-                batch.put_attributes_back()
+                batch.put_back()
                 yield
         finally:
             tracker.expect(None)
             tracker.ranks.settle()
-            put_buffers_back()
             for tensor, value in after:
                 tensor.data.copy_(value)
 

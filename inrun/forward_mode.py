@@ -21,16 +21,7 @@ from torch.utils import _pytree as pytree
 
 from . import probing
 from .errors import InRunError, few
-from .restoring import (
-    attributes_kept,
-    attributes_of,
-    buffers_kept,
-    buffers_of,
-    random_kept,
-    random_state,
-    set_random_state,
-    setting,
-)
+from .restoring import random_kept, random_state, set_random_state, setting, state_kept, state_of
 from .tap import Layout, Tap, along
 
 
@@ -104,9 +95,7 @@ def _with_tangents(
     if not tap.apart:
         mode = (module.training, torch.is_grad_enabled())
         known = mode in tap.without
-        begun = (
-            None if known else (random_state(), [buffers_of(module), attributes_of(module)], versions_of(args, kwargs))
-        )
+        begun = None if known else (random_state(), state_of(module), versions_of(args, kwargs))
         autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
         # An outer checkpoint counts what is saved: a run that stops is none of it.
         apart = begun is not None and autograd._top_saved_tensors_default_hooks(True) is not None
@@ -127,8 +116,7 @@ def _with_tangents(
         random, put_back, versions = begun
         _require_unchanged(module, args, kwargs, versions)
         set_random_state(random)
-        for each in put_back:
-            each()
+        put_back()
         if not tap.apart:
             return _stopping(module, args, kwargs, m)
     # What a checkpoint computes again in the backward would carry no tangents, and save other tensors than it had.
@@ -248,8 +236,7 @@ def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list
         # With a graph, which takes memory, only where what is under `no_grad` inside must be told from the rest.
         grad_mode = torch.set_grad_enabled(tap.sets_grad_mode)
         muted = _others_muted(module) if tap.apart else contextlib.nullcontext()
-        kept = attributes_kept(module)
-        with grad_mode, random_kept(), kept, buffers_kept(module), muted, plain, dual(tap, m) as scale:
+        with grad_mode, random_kept(), state_kept(module), muted, plain, dual(tap, m) as scale:
             return [_unpacked(x, scale)[1] for x in pytree.tree_leaves(_run(module, args, kwargs))]
 
     told = tap.sets_grad_mode

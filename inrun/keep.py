@@ -24,7 +24,6 @@ from .distributed import gathered
 from .errors import InRunError
 from .factors import Factors
 from .restoring import (
-    attributes_kept,
     attributes_of,
     buffers_copied,
     buffers_kept,
@@ -35,6 +34,7 @@ from .restoring import (
     replaced,
     requiring,
     set_random_state,
+    undone,
 )
 from .tap import SUFFIX, Layout, Tap, size_of
 
@@ -382,7 +382,7 @@ class Keeper:
         """Run a module with the random numbers, autocast state, weights, buffers and training mode of its step."""
         with (
             random_kept(),
-            attributes_kept(kept.module),
+            undone(attributes_of(kept.module)),
             torch.autocast(*kept.autocast),
             self._weights_of(kept.module),
             replaced((b.owner, b.name, b.copy) for b in kept.buffers if b.changed()),

@@ -101,13 +101,17 @@ def replaced(places: Iterable[tuple[Any, str, Tensor | None]]) -> Iterator[None]
 
 
 @contextmanager
-def buffers_kept(*modules: nn.Module) -> Iterator[None]:
-    """Buffers that the block writes, or puts others in the place of, stand again after it."""
-    put_back = buffers_of(*modules)
+def undone(put_back: Callable[[], None]) -> Iterator[None]:
+    """Called when the block ends, however it does."""
     try:
         yield
     finally:
         put_back()
+
+
+def buffers_kept(*modules: nn.Module) -> AbstractContextManager:
+    """Buffers that the block writes, or puts others in the place of, stand again after it."""
+    return undone(buffers_of(*modules))
 
 
 def buffers_of(*modules: nn.Module) -> Callable[[], None]:
@@ -167,14 +171,20 @@ def _contents_of(values: Iterable[Any]) -> Callable[[], None]:
     return put_back
 
 
-@contextmanager
-def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """What the block does to attributes of a module, and of those inside it, is undone."""
-    put_back = attributes_of(module)
-    try:
-        yield
-    finally:
-        put_back()
+def state_of(module: nn.Module, tensors: bool = True) -> Callable[[], None]:
+    """What puts back all that a module and those inside it hold beside parameters: `buffers_of` and `attributes_of`."""
+    put_back = buffers_of(module), attributes_of(module, tensors)
+
+    def both() -> None:
+        for each in put_back:
+            each()
+
+    return both
+
+
+def state_kept(module: nn.Module) -> AbstractContextManager:
+    """What the block does to all that is not a parameter of a module, and of those inside it, is undone."""
+    return undone(state_of(module))
 
 
 @contextmanager
