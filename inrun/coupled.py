@@ -1,4 +1,4 @@
-"""Path values through an update that is not elementwise: Muon's, or a user's own.
+"""Path values through an update that is not elementwise: Muon's, Adafactor's, or a user's own.
 
 Where an update moves a coordinate by the gradient of others too, there is no K to multiply the validation gradient G
 by. But a path value asks for the transpose of the update's Jacobian alone, and autograd gives that product as it is:
@@ -12,50 +12,18 @@ parameter add up to -<u(g_B) - u(0), G>, whatever the number of nodes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, optim
+from torch import Tensor
 
+from . import formulas
 from .errors import InRunError
-from .updates import ELEMENTWISE, UpdateRule, chunks, copied, updates
+from .updates import ELEMENTWISE, UpdateRule, chunks, copied, pinned, updates
 
 NODES = 4  # of the integral
-
-
-def muon(
-    grad: Tensor, param: Tensor, state: dict[str, Any], group: dict[str, Any], dtype: torch.dtype | None = None
-) -> Tensor:
-    """`torch.optim.Muon`'s update of a matrix, or of each in a stack of them.
-
-    Args:
-        dtype: of the iteration, which torch has in bfloat16; None for the gradient's.
-
-    Source: Jordan et al., Muon (2024), and torch.optim.Muon.
-    """
-    momentum, lr = group["momentum"], group["lr"]
-    average = torch.lerp(state.get("momentum_buffer", torch.zeros_like(grad)), grad, 1 - momentum)
-    x = torch.lerp(grad, average, momentum) if group["nesterov"] else average
-    rows, columns = x.shape[-2:]
-    x = x.mT if rows > columns else x
-    x = x.reshape(-1, *x.shape[-2:]).to(dtype or x.dtype)
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
-    a, b, c = group["ns_coefficients"]
-    for _ in range(group["ns_steps"]):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    x = x.mT if rows > columns else x
-    if group["adjust_lr_fn"] in (None, "original"):
-        ratio = math.sqrt(max(1, rows / columns))
-    else:
-        ratio = 0.2 * math.sqrt(max(rows, columns)) if group["adjust_lr_fn"] == "match_rms_adamw" else 1.0
-    return -lr * ratio * x.reshape(grad.shape).to(grad.dtype) - lr * group["weight_decay"] * param
-
-
-KNOWN: dict[type, UpdateRule] = {optim.Muon: muon}
 
 
 class Coupled:
@@ -101,7 +69,7 @@ class Coupled:
     def _known(self, slot: Any) -> bool | None:
         if callable(self._rule):
             return None
-        return True if type(slot.optimizer) in KNOWN else False if type(slot.optimizer) in ELEMENTWISE else None
+        return False if type(slot.optimizer) in ELEMENTWISE else True if formulas.of(slot.optimizer) else None
 
     def _tried(self, slots: Sequence[Any], unscale: Any) -> list[bool]:
         generator = torch.Generator("cpu").manual_seed(0)
@@ -130,9 +98,9 @@ class Coupled:
     def _function(self, slot: Any) -> tuple[Callable[[Tensor], Tensor], list[Tensor], torch.dtype]:
         """The update as a function of the gradient alone, copies of all else as it is now, and their dtype."""
         dtype = torch.promote_types(slot.param.dtype, torch.float32)
-        rule: Any = self._rule if callable(self._rule) else KNOWN[type(slot.optimizer)]
+        rule: Any = self._rule if callable(self._rule) else formulas.of(slot.optimizer)
         param, state = slot.shard.detach().to(dtype, copy=True), copied(slot.state, slot.shard, dtype)
-        group = dict(slot.options)
+        group = pinned(slot.options)
         copies = [param, *(value for value in state.values() if isinstance(value, Tensor))]
         return lambda grad: rule(grad.clone(), param, state, group), copies, dtype
 

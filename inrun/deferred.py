@@ -37,8 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from . import directions, hessian
-from .coupled import KNOWN
+from . import directions, formulas, hessian
 from .distributed import local
 from .errors import InRunError
 from .inline import Inline
@@ -147,7 +146,8 @@ class Deferred:
         if self.name in ("first", "secant"):
             directions.require_supported(optimizer)
         if self.name.startswith("path"):
-            require_known(optimizer, self.update, (*ELEMENTWISE, *KNOWN))
+            if formulas.of(optimizer) is None:
+                require_known(optimizer, self.update, (*ELEMENTWISE, *formulas.KNOWN))
             require_no_closure(optimizer)
 
     def require_shards_do(self) -> None:

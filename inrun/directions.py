@@ -39,7 +39,7 @@ def require_supported(optimizer: Optimizer) -> None:
         names = ", ".join(c.__name__ for c in SUPPORTED)
         raise InRunError(
             f"optimizer: expected one of torch.optim's {names} (or a subclass), got {type(optimizer).__name__}; method "
-            "'path_secant' knows every elementwise optimizer, Muon, and any whose update you give it"
+            "'path_secant' knows every elementwise optimizer, Muon, Adafactor, and any whose update you give it"
         )
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, optim
 
 from .coalitions import gray
-from .coupled import muon
+from .formulas import muon
 from .updates import ELEMENTWISE, UpdateRule, is_known, repeated, updates
 
 # Beyond so many samples the 2^B updates take longer than all the losses of a few orders. Those that are had one at a

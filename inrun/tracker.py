@@ -63,8 +63,8 @@ class Tracker:
             or after (before, if on another process group than the default one); `fully_shard` comes after.
         optimizer: over every tracked parameter, or several that are so together and each step once in a step's block;
             or later, by `Tracker.bind`, as with `fully_shard`. "first" and "secant" know SGD, Adam and AdamW,
-            "second" SGD, the path methods every optimizer that updates coordinate by coordinate, and Muon, and
-            "monte_carlo" every one whose `step()` needs no closure.
+            "second" SGD, the path methods every optimizer that updates coordinate by coordinate, Muon and Adafactor
+            (torch's and transformers'), and "monte_carlo" every one whose `step()` needs no closure.
         method: "first": the first-order value with the optimizer's state frozen, scored within the backward. Of Adam
             the validation gradient's square stands in for the batch's in the second moment, also for "secant": the
             validation loss has to be a mean, and several targets of one scale.

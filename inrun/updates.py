@@ -120,7 +120,7 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
     states = [copied(s.state, local(s.param), torch.float64) for s in slots]
     grads = [grad.clone() for grad in grads]  # an update may write into them, as foreach SGD with nesterov does
     if callable(rule):
-        options = [s.options for s in slots]
+        options = [pinned(s.options) for s in slots]
         return [rule(*args) for args in zip(grads, params, states, options, strict=True)]
     for p, grad in zip(params, grads, strict=True):
         p.grad = grad
@@ -186,6 +186,14 @@ def _reshaped(slot: Any, change: Callable[[Tensor], Tensor]) -> Any:
     )
 
 
+def pinned(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a group's options; what an eps of None takes from the parameters' dtype is that of the real ones."""
+    eps = group.get("eps")
+    if not isinstance(eps, (tuple, list)) or eps[0] is not None:
+        return dict(group)
+    return {**group, "eps": (torch.finfo(group["params"][0].dtype).eps, *eps[1:])}
+
+
 def _has_tensor_rates(group: dict[str, Any]) -> bool:
     """Whether the learning rate or betas are tensors, which `foreach` takes of a capturable optimizer alone."""
     return any(isinstance(rate, Tensor) for rate in (group.get("lr"), *group.get("betas", ())))
@@ -199,7 +207,7 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
     plain = {"fused": False, "capturable": False, "differentiable": False}
     twin.param_groups = [
         {
-            **group,
+            **pinned(group),
             **{k: v for k, v in plain.items() if k in group},
             **({"foreach": False} if _has_tensor_rates(group) else {}),
             "params": [p for p, _, number in held if number == i],

@@ -1,4 +1,4 @@
-"""Several optimizers over one model, and updates that are not elementwise: Muon's, and a user's own."""
+"""Several optimizers over one model, and updates that are not elementwise: Muon's, Adafactor's, and a user's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models import VOCAB, WIDTH, B, data, gradient, loss_of, make, oracle_values
 from torch import nn
 
 import inrun
-from inrun import coupled, inline, shapley, updates
+from inrun import coupled, formulas, inline, shapley, updates
 from inrun_kernels import adam, native
 
 
@@ -272,7 +272,7 @@ def test_muons_update_is_torchs(shape, options):
         param.grad = grad.clone()
         optimizer.step()
         group = optimizer.param_groups[0]
-        found = coupled.muon(grad, before, state, group)
+        found = formulas.muon(grad, before, state, group)
         moved = param.detach() - before
         assert (found - moved).norm() < 0.03 * moved.norm()  # torch orthogonalizes in bfloat16
         average = 0.95 * state.get("momentum_buffer", 0.0) + 0.05 * grad
@@ -282,15 +282,95 @@ def test_muons_update_is_torchs(shape, options):
         torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
 
 
+def adafactor(params, lr=0.01, **options):
+    return torch.optim.Adafactor(params, lr=lr, **options)
+
+
+def adafactor_of_transformers(params, lr=0.01, **options):
+    kind = pytest.importorskip("transformers").Adafactor
+    return kind(params, lr=lr, **{"relative_step": False, "scale_parameter": False, **options})
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-9], ids=["", "tiny"])
+@pytest.mark.parametrize("shape", [(6, 4), (5,), (3, 2, 4), ()], ids=str)
+@pytest.mark.parametrize(
+    "optimizer, options",
+    [
+        (adafactor, {}),
+        (adafactor, {"weight_decay": 0.1, "maximize": True, "d": 1.5, "eps": (1e-3, 1e-2)}),
+        (adafactor, {"foreach": True, "beta2_decay": -0.5}),
+        (adafactor_of_transformers, {}),
+        (adafactor_of_transformers, {"scale_parameter": True, "beta1": 0.9, "weight_decay": 0.1}),
+        (adafactor_of_transformers, {"lr": None, "relative_step": True, "warmup_init": True, "clip_threshold": 0.7}),
+    ],
+)
+def test_adafactors_update_is_that_of_its_steps(optimizer, options, shape, size):
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    optimizer = optimizer([param], **options)
+    for _ in range(3):
+        before, state = param.detach().clone(), copy.deepcopy(optimizer.state.get(param, {}))
+        param.grad = size * torch.randn(shape, dtype=torch.float64)
+        optimizer.step()
+        group = updates.pinned(optimizer.param_groups[0])
+        found = formulas.of(optimizer)(param.grad.clone(), before, state, group)
+        torch.testing.assert_close(found, param.detach() - before, rtol=1e-9, atol=1e-12)
+
+
+def test_an_eps_that_goes_by_the_dtype_is_that_of_the_real_parameters():
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(6, 4))
+    optimizer = adafactor([param], lr=1.0)
+    slot = SimpleNamespace(param=param, optimizer=optimizer, group=0, options=optimizer.param_groups[0], state={})
+    param.grad = 1e-8 * torch.randn(6, 4)  # below float32's eps, above float64's
+    (twin,) = updates.updates([slot], [param.grad.double()])
+    (rule,) = updates.updates([slot], [param.grad.double()], formulas.adafactor)
+    before = param.detach().clone()
+    optimizer.step()
+    for found in (twin, rule):
+        torch.testing.assert_close(found.float(), param.detach() - before, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (5,)], ids=str)
+@pytest.mark.parametrize("kind", [adafactor, adafactor_of_transformers])
+def test_adafactors_update_has_a_derivative_where_the_gradient_is_zero(kind, shape):
+    param = nn.Parameter(torch.randn(shape))
+    optimizer = kind([param])
+    grad = torch.randn(shape).triu(1) if param.dim() == 2 else torch.zeros(shape)  # a row and a column of zeros
+    grad.requires_grad_()
+    moved = formulas.of(optimizer)(grad, param.detach(), {}, updates.pinned(optimizer.param_groups[0]))
+    moved.backward(torch.ones(shape))
+    assert moved.dtype == torch.float32 and moved.isfinite().all() and grad.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [adafactor, adafactor_of_transformers])
+def test_adafactors_values_are_near_the_exact_ones_and_leave_training_alone(kind):
+    step, utility, model = exact_step("path_secant", lambda model: [kind(model.parameters(), 0.005)])
+    exact, total = shapley.exact(utility, 6)
+    fidelity = shapley.fidelity(step.values.double().numpy(), exact, total)
+    assert fidelity["efficiency_gap"] < 1e-5
+    assert fidelity["pearson"] > 0.999, fidelity
+    plain = exact_step(None, lambda model: [kind(model.parameters(), 0.005)])[2].state_dict()
+    assert all(torch.equal(v, plain[k]) for k, v in model.state_dict().items())
+
+
 def muon_step(method, warm=20, dtype=torch.float64, **options):
     """A tracked step of Muon and AdamW on a wider classifier, and the game it plays."""
+    return exact_step(method, lambda model: muon_and_adamw(model, 0.01), warm, dtype, **options)
+
+
+def exact_step(method, make_optimizers, warm=20, dtype=torch.float64, **options):
+    """A tracked step (untracked, if `method` is None) on a wider classifier, and the game it plays."""
     torch.manual_seed(0)
     x, mixing = torch.randn(200, 16, dtype=dtype), torch.randn(16, 10, dtype=dtype)
     y = (x @ mixing).argmax(1)
     model = nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 48), nn.GELU(), nn.Linear(48, 10)).to(dtype)
-    optimizers = muon_and_adamw(model, 0.01)
+    optimizers = make_optimizers(model)
     for t in range(warm):
         train(model, optimizers, (x[4 * t : 4 * t + 4], y[4 * t : 4 * t + 4]))
+    if method is None:
+        train(model, optimizers, (x[100:106], y[100:106]))
+        return None, None, model
     before = copy.deepcopy((model.state_dict(), [o.state_dict() for o in optimizers]))
     held = (x[110:], y[110:])
     tracker = inrun.track(model, optimizers, method, validation=lambda: loss_of(model, *held), **options)
@@ -301,7 +381,7 @@ def muon_step(method, warm=20, dtype=torch.float64, **options):
 
     def utility(members):
         again.load_state_dict(before[0])
-        others = muon_and_adamw(again, 0.01)
+        others = make_optimizers(again)
         for optimizer, state in zip(others, copy.deepcopy(before[1]), strict=True):
             optimizer.load_state_dict(state)
         chosen = torch.arange(100, 106)[torch.from_numpy(members)]
