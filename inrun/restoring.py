@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -109,15 +109,15 @@ def undone(put_back: Callable[[], None]) -> Iterator[None]:
         put_back()
 
 
-def buffers_kept(*modules: nn.Module) -> AbstractContextManager:
+def buffers_kept(module: nn.Module) -> AbstractContextManager:
     """Buffers that the block writes, or puts others in the place of, stand again after it."""
-    return undone(buffers_of(*modules))
+    return undone(buffers_of(module))
 
 
-def buffers_of(*modules: nn.Module) -> Callable[[], None]:
-    """What puts the modules' buffers back, as they are now."""
-    holders = [(m._buffers, dict(m._buffers)) for module in modules for m in module.modules() if m._buffers]
-    copies = [(b, b.clone()) for module in modules for b in module.buffers()]
+def buffers_of(module: nn.Module) -> Callable[[], None]:
+    """What puts a module's buffers back, as they are now."""
+    holders = [(m._buffers, dict(m._buffers)) for m in module.modules() if m._buffers]
+    copies = [(b, b.clone()) for b in module.buffers()]
 
     def put_back() -> None:
         if not torch.compiler.is_compiling():
@@ -133,38 +133,30 @@ def buffers_of(*modules: nn.Module) -> Callable[[], None]:
 _OWN = frozenset(vars(nn.Module())) | {"_inrun", "_siblings"}  # of every module, and of those that are tracked
 
 
-def attributes_of(module: nn.Module, tensors: bool = True) -> Callable[[], None]:
+def attributes_of(module: nn.Module, tensors: bool = True, apart: Set[str] = _OWN) -> Callable[[], None]:
     """What puts back what a module and those inside it hold beside parameters and buffers, as it is now: a count of its
     calls, say, and what stands in its lists, dicts and sets.
 
     Args:
         tensors: whether attributes that are tensors are put back too, and held until then; and those that are new go.
+        apart: names of attributes that are left alone.
     """
     if torch.compiler.is_compiling():
         return lambda: None
     before = [
-        (m, {k: v for k, v in vars(m).items() if k not in _OWN and (tensors or not isinstance(v, Tensor))})
+        (m, {k: v for k, v in vars(m).items() if k not in apart and (tensors or not isinstance(v, Tensor))})
         for m in module.modules()
     ]
-    put_contents_back = _contents_of(x for _, found in before for x in found.values())
+    values = (x for _, found in before for x in found.values())
+    contents = [(x, x.copy()) for x in values if type(x) in (list, dict, set)]
 
     def put_back() -> None:
         for m, found in before:
             if tensors:
-                for name in vars(m).keys() - _OWN - found.keys():
+                for name in vars(m).keys() - apart - found.keys():
                     del vars(m)[name]
             vars(m).update(found)
-        put_contents_back()
-
-    return put_back
-
-
-def _contents_of(values: Iterable[Any]) -> Callable[[], None]:
-    """What puts back what now stands in the lists, dicts and sets among these."""
-    held = [(x, x.copy()) for x in values if type(x) in (list, dict, set)]
-
-    def put_back() -> None:
-        for x, copied in held:
+        for x, copied in contents:
             x.clear()
             (x.extend if isinstance(x, list) else x.update)(copied)
 
@@ -204,18 +196,12 @@ def buffers_copied(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def as_it_was(module: nn.Module) -> Iterator[None]:
     """What the block does to a module's attributes, modes and buffers is undone, and random numbers are drawn again."""
-    before = [(m, dict(vars(m))) for m in module.modules()]
-    values = [value for _, attributes in before for value in attributes.values()]
-    put_contents_back = _contents_of(values)
+    values = [x for m in module.modules() for x in vars(m).values()]
     tensors = [(x, x._version, x.detach().clone()) for x in values if isinstance(x, Tensor) and not x.is_inference()]
     try:
-        with random_kept(), buffers_kept(module):
+        with random_kept(), buffers_kept(module), undone(attributes_of(module, apart=frozenset())):
             yield
     finally:
-        for m, attributes in before:
-            vars(m).clear()
-            vars(m).update(attributes)
-        put_contents_back()
         for x, version, kept in tensors:
             if x._version != version:
                 x.data.copy_(kept)
