@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,12 @@ _STYLE: dict[Any, Any] = {
 
 def svgs(found: dict[str, Any]) -> dict[str, str]:
     """The pictures of `report.figures`, each as one <svg> element."""
-    drawn = {"sources": _sources, "distribution": _distribution, "efficiency": _efficiency, "losses": _losses}
-    return {name: _svg(name, draw, found) for name, draw in drawn.items()}
+    return {
+        "sources": _svg("sources", 4.2, _draw_sources, found),
+        "distribution": _svg("distribution", 3.6, _draw_distribution, found),
+        "efficiency": _svg("efficiency", 3.8, _draw_efficiency, found, panels=2),
+        "losses": _svg("losses", 3.2, _draw_losses, found),
+    }
 
 
 def save_png(found: dict[str, Any], path: Path) -> None:
@@ -48,24 +53,14 @@ def save_png(found: dict[str, Any], path: Path) -> None:
         figure.savefig(path, dpi=160, facecolor="white")
 
 
-def _svg(name: str, draw: Any, found: dict[str, Any]) -> str:
+def _svg(name: str, height: float, draw: Any, found: dict[str, Any], panels: int = 1) -> str:
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = draw(found)
+        figure = Figure(figsize=(9, height), layout="constrained")
+        draw(figure.subplots(1, panels), found)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :].replace(_INK, "currentColor")
-
-
-def _one_axes(height: float = 3.6) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(9, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _sources(found: dict[str, Any]) -> Figure:
-    figure, axes = _one_axes(4.2)
-    _draw_sources(axes, found)
-    return figure
 
 
 def _draw_sources(axes: Axes, found: dict[str, Any]) -> None:
@@ -109,12 +104,6 @@ def _apart(heights: list[float], gap: float) -> list[float]:
     return result.tolist()
 
 
-def _distribution(found: dict[str, Any]) -> Figure:
-    figure, axes = _one_axes()
-    _draw_distribution(axes, found)
-    return figure
-
-
 def _draw_distribution(axes: Axes, found: dict[str, Any]) -> None:
     """Counts on a log scale: the planted samples as outlines over the filled rest."""
     edges, counts = found["distribution"]["edges"], found["distribution"]["counts"]
@@ -132,11 +121,9 @@ def _draw_distribution(axes: Axes, found: dict[str, Any]) -> None:
         axes.legend(frameon=False, loc="upper right")
 
 
-def _efficiency(found: dict[str, Any]) -> Figure:
-    efficiency = found["efficiency"]
+def _draw_efficiency(panels: Sequence[Axes], found: dict[str, Any]) -> None:
+    efficiency, (left, right) = found["efficiency"], panels
     values, drops = np.array(efficiency["value_sum"]), np.array(efficiency["batch_drop"])
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
     left.scatter(drops, values, s=14, color=_COLOURS[0], alpha=0.8, linewidths=0)
     both = np.concatenate([values, drops, [0.0]])
     ends = [both.min(), both.max()]
@@ -150,11 +137,9 @@ def _efficiency(found: dict[str, Any]) -> Figure:
         right.plot(efficiency["step"], np.cumsum(series), color=colour, label=label)
     right.set(xlabel="step", ylabel="cumulative, measured steps (nats)")
     right.legend(frameon=False, labelcolor="linecolor")
-    return figure
 
 
-def _losses(found: dict[str, Any]) -> Figure:
-    figure, axes = _one_axes(3.2)
+def _draw_losses(axes: Axes, found: dict[str, Any]) -> None:
     losses = found["losses"]
     for name, label, colour in (
         ("loss", "training batch", _REST),
@@ -164,4 +149,3 @@ def _losses(found: dict[str, Any]) -> Figure:
         axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.2)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.legend(frameon=False)
-    return figure
