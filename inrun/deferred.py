@@ -42,7 +42,7 @@ from .distributed import local
 from .errors import InRunError
 from .inline import Inline
 from .keep import Budget, Keeper
-from .method import Options
+from .method import Method, Options
 from .pairwise import Pairs
 from .path import Path
 from .restoring import (
@@ -80,7 +80,7 @@ class _Again(NamedTuple):
     put_back: Callable[[], None]
 
 
-class Deferred:
+class Deferred(Method):
     """Keeps a step until its direction is known, then scores it.
 
     Args:
@@ -88,9 +88,6 @@ class Deferred:
         name: one of `METHODS`; of `PAIRWISE`, where the tracker scores each validation sample.
         options: where activations wait, and the update.
     """
-
-    standard_error: Tensor | None = None
-    scores_in_backward = False
 
     def __init__(self, tracker: Tracker, name: str, options: Options) -> None:
         update, clip = options.update, options.clip

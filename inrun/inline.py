@@ -14,6 +14,7 @@ from inrun_kernels.adam import write_adam_directions
 
 from . import directions
 from .errors import InRunError, Pending, few
+from .method import Method
 from .tap import Layout, Tap, together
 
 if TYPE_CHECKING:
@@ -23,12 +24,10 @@ MADE_OF = ("momentum", "dampening", "nesterov", "betas", "eps", "amsgrad", "maxi
 NEAR = 1e-6  # relative difference up to which the factors of two groups count as one
 
 
-class Inline:
+class Inline(Method):
     """Directions are written when a step begins; probes collect the dots; nothing is kept."""
 
-    starts_with_validation, ends_with_validation = True, False
-    scores_in_backward = True
-    standard_error: Tensor | None = None
+    starts_with_validation = True
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
@@ -39,9 +38,6 @@ class Inline:
 
     def require_supported(self, optimizer: Optimizer) -> None:
         directions.require_supported(optimizer)
-
-    def require_shards_do(self) -> None:
-        """The directions are gathered with their weights."""
 
     def begin(self, scale: float | Tensor) -> None:
         """Write the step's directions, from the validation gradients and the optimizer's state as it is."""

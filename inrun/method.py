@@ -45,16 +45,14 @@ class Method(Protocol):
     Attributes:
         drop: target -> what the step took off the validation loss, where the method measures it.
         standard_error: of the values, where the method draws samples.
-        scores_in_backward: whether gradients are scored as they come.
         starts_with_validation, ends_with_validation: whether a step needs the validation gradient at the weights it
             begins with; whether its values wait for that at the weights it ends with.
     """
 
     drop: dict[str, Tensor]
-    standard_error: Tensor | None
-    scores_in_backward: bool
+    standard_error: Tensor | None = None
     starts_with_validation: bool
-    ends_with_validation: bool
+    ends_with_validation = False
 
     def require_supported(self, optimizer: Optimizer) -> None:
         """Raise `InRunError` unless the method knows what this optimizer does."""

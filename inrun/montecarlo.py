@@ -44,7 +44,7 @@ from . import quadratic, shapley
 from .coalitions import Coalitions, gray
 from .errors import InRunError
 from .keep import Budget, Keeper
-from .method import Options
+from .method import Method, Options
 from .restoring import buffers_kept
 from .tap import Layout, size_of
 from .updates import (
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 SEED = 0  # of the orders, with the step's number
 
 
-class MonteCarlo:
+class MonteCarlo(Method):
     """Keeps a step's layers, and when the update begins takes it for one coalition after the other.
 
     Args:
@@ -73,7 +73,7 @@ class MonteCarlo:
         permutations: orders that are sampled, even.
     """
 
-    starts_with_validation = ends_with_validation = scores_in_backward = False
+    starts_with_validation = False
 
     def __init__(self, tracker: Tracker, options: Options, permutations: int) -> None:
         update, clip = options.update, options.clip
@@ -129,7 +129,7 @@ class MonteCarlo:
         """Forget the last step."""
         self.keeper.reset()
         self.drop: dict[str, Tensor] = {}
-        self.standard_error: Tensor | None = None
+        self.standard_error = None
         self._values: list[Tensor | None] | None = None
         self._coalitions: Any = None  # `Coalitions`
         self._moving: list[tuple[int, Any]] = []  # numbered slots that the update moves

@@ -202,7 +202,7 @@ class Tracker:
         self._shared_due = check  # whether outputs that samples share are still watched: until a batch has several
         self._largest = 0  # rows of this step's largest batch
         self._unscored: dict[int, nn.Parameter] = {}  # excluded ones that train, by `id`
-        self._watch = Watch(self.ranks, self._pending, self._method.scores_in_backward)
+        self._watch = Watch(self.ranks, self._pending, scored=inline)
         self._rows = Rows(model, through, not (self.samples or sampled), self.paused, self.ranks)
         self._install(planned)
         self._step: Step | None = None
