@@ -371,21 +371,8 @@ class RelativeBiasRule(Rule):
         return self._inrun_class.forward(self, *args, **kwargs)
 
     def compute_bias(self, *args, **kwargs):
-        tap = self._inrun
         one = _RelativeBias(self, args, kwargs)
-        bias = one.computed()
-        if not tap.scores():
-            return bias
-        if tap.keep is not None:
-            return eagerly(tap.keep, one, one.plain, bias)
-        assert tap.probe is not None
-        if tap.layout is not None:
-            require_whole_rows(self, tap.layout)
-        size = tap.probe.shape[0]
-        tangents = one.tangents()
-        shape = tangents.shape[: tangents.dim() - bias.dim()]
-        tangents = tangents.expand(*shape, size, *bias.shape[1:])
-        return functional.attach(bias.expand(size, *bias.shape[1:]), tangents, tap.probe)
+        return one.scored(one.computed())
 
 
 class _RelativeBias(Part):
@@ -395,6 +382,8 @@ class _RelativeBias(Part):
         module: the attention; args, kwargs: what its bias is computed for.
     """
 
+    may_fold = False
+
     def __init__(self, module: Any, args: tuple, kwargs: dict) -> None:
         super().__init__(module._inrun, module)
         self.call = args, kwargs
@@ -402,9 +391,16 @@ class _RelativeBias(Part):
     def plain(self, x):
         return x
 
+    def scored(self, x):
+        return self._scored(x) if self._inrun.scores() else x
+
     def placed(self, x, layout):
         require_whole_rows(self.module, layout)
         return self.by_sample(x, layout.like.shape[0])
+
+    def probed(self, x, probe, segments):
+        x, tangents = probing.by_sample(x, len(probe)), self.tangents()
+        return functional.attach(x, tangents.expand(*tangents.shape[: tangents.dim() - x.dim()], *x.shape), probe)
 
     def dots(self, x, grad, segments):
         tangents = self.tangents()
