@@ -42,8 +42,7 @@ class Watch:
         self.begun: list[Optimizer] = []  # of the step, whose updates have
         self._to_clear: set[int] = set()  # `id` of optimizers of earlier steps, to whose gradients none has come since
         self._factor = torch.ones(())  # of the first
-        self._slots: list[Any] = []
-        self._watched: set[str] = set()
+        self._watched: dict[str, Any] = {}  # those that are watched, by name
         self._written: dict[str, int] = {}  # how often each gradient had been written to when it last came
         self._first: dict[int, Any] = {}  # `id` of an optimizer -> its slot whose gradient came first in the step
         self._handles: list[Any] = []
@@ -57,18 +56,17 @@ class Watch:
         for members in groups.values():
             members.sort(key=lambda s: s.param.numel(), reverse=True)
             every = max(1, (len(members) - 1) / max(1, most - 1))
-            self._slots += [members[round(k * every)] for k in range(min(len(members), most))]
+            some = [members[round(k * every)] for k in range(min(len(members), most))]
+            self._watched |= {slot.name: slot for slot in some}
         if self._ranks.size > 1 and slots:  # the ends of the model: what comes first may be another in each process
             for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
                 held = [s for s in slots if s.optimizer is optimizer]
-                for end in (held[0], held[-1]):
-                    if not any(end is other for other in self._slots):
-                        self._slots.append(end)
-        self._watched = {slot.name for slot in self._slots}
+                self._watched |= {end.name: end for end in (held[0], held[-1])}
         leave_as_they_are(self._hook(None), Watch._require_kept)
         with requiring((slot.param, True) for slot in slots):  # one may be frozen for now
             self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s)) for s in slots]
-            self._handles += [s.param.register_hook(functools.partial(self._require_kept, s)) for s in self._slots]
+            for s in self._watched.values():
+                self._handles.append(s.param.register_hook(functools.partial(self._require_kept, s)))
 
     def _hook(self, slot: Any) -> Callable[[Tensor], None]:
         def remember(param: Tensor) -> None:
@@ -197,8 +195,7 @@ class Watch:
         usual = max(set(times), key=times.count, default=0)
         for (slot, _), count in zip(came, times, strict=True):
             if count != usual and slot.name not in self._watched:
-                self._watched.add(slot.name)
-                self._slots.append(slot)
+                self._watched[slot.name] = slot
                 self._handles.append(slot.param.register_hook(functools.partial(self._require_kept, slot)))
 
     @torch.no_grad()
@@ -221,8 +218,8 @@ class Watch:
     def _came(self) -> list[Any]:
         """Watched slots with a gradient of the step."""
         # Another process may have had a backward through a parameter that had none here.
-        watched = [*self._slots, *(s for s in self._first.values() if s.name not in self._watched)]
-        return [s for s in watched if s.grad is not None and (s.name in self._raw or self._ranks.size > 1)]
+        watched = self._watched | {s.name: s for s in self._first.values()}
+        return [s for s in watched.values() if s.grad is not None and (s.name in self._raw or self._ranks.size > 1)]
 
     def _compared(self, optimizer: Optimizer, slots: Sequence[Any], factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """The common factor, if it is not known yet, and whether there is none."""
