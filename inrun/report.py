@@ -55,7 +55,7 @@ def figures(folder: Path) -> dict[str, Any]:
 
     if missing := [name for name in ("config.json", "samples.parquet") if not (folder / name).exists()]:
         raise InRunError(f"run: expected the folder of a run, got {folder}, which {_instead(folder, missing)}")
-    metrics = read_metrics(folder)
+    metrics = [row for _, row in runfolder.metrics_of(folder / "metrics.jsonl")]
     steps = [row for row in metrics if "loss" in row]
     if not steps:
         raise InRunError(f"run: expected at least one checkpointed step in {folder / 'metrics.jsonl'}, found none")
@@ -124,11 +124,6 @@ def _instead(folder: Path, missing: list[str]) -> str:
     if any(folder.glob("rank*.parquet")) or any(folder.glob("ledger/rank*.parquet")):
         return f"{what} but a ledger: `inrun top` and `inrun export` answer it"
     return f"{what}; `inrun train` makes one under runs/"
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, in order of steps; not the one that a kill, or this moment, cut short."""
-    return [row for _, row in runfolder.metrics_of(folder / "metrics.jsonl")]
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> float:

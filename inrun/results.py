@@ -64,14 +64,15 @@ def in_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell, the first one flush left, the others right."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: bool = False) -> str:
+    """Columns as wide as their widest cell, the first one flush left, the others right, or with `left` all left."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in [head, *rows]
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    lines = []
+    for first, *others in [head, *rows]:
+        cells = zip(others, widths[1:], strict=True)
+        aligned = [first.ljust(widths[0]), *(c.ljust(w) if left else c.rjust(w) for c, w in cells)]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def write(out: Path, name: str, found: dict[str, Any], figures: dict[str, Any]) -> list[Path]:

@@ -274,8 +274,4 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> str:
 def _left(head: list[str], rows: list[list[str]]) -> str:
     """A table with columns of numbers first and words after them, flush left; a row may lack its last cells."""
     rows = [[*map(results.in_line, row), *[""] * (len(head) - len(row))] for row in rows]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return results.table(head, rows, left=True)
