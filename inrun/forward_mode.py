@@ -91,29 +91,28 @@ def _with_tangents(
     module: Any, args: tuple, kwargs: dict, m: int | None
 ) -> tuple[list[tuple[Any, Tensor | None]], Any]:
     """The outputs, each with its tangent along direction m (None: the only one), and how they were nested."""
-    tap = module._inrun
+    tap, mode = module._inrun, (module.training, torch.is_grad_enabled())
+    if mode in tap.without and not tap.apart:
+        try:
+            return _stopping(module, args, kwargs, m)
+        except _Met:
+            raise InRunError(
+                f"{tap}: expected checkpoints inside of it from the first step on, or none; track the model after "
+                "they are switched on"
+            ) from None
     if not tap.apart:
-        mode = (module.training, torch.is_grad_enabled())
-        known = mode in tap.without
-        begun = None if known else (random_state(), state_of(module), versions_of(args, kwargs))
+        random, put_back, versions = random_state(), state_of(module), versions_of(args, kwargs)
         autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
         # An outer checkpoint counts what is saved: a run that stops is none of it.
-        apart = begun is not None and autograd._top_saved_tensors_default_hooks(True) is not None
+        trial = autograd._top_saved_tensors_default_hooks(True) is not None
         try:
-            with torch.no_grad() if apart else contextlib.nullcontext():
+            with torch.no_grad() if trial else contextlib.nullcontext():
                 found = _stopping(module, args, kwargs, m)
             tap.without.add(mode)
-            if not apart:
+            if not trial:
                 return found
         except _Met:
-            if known:
-                raise InRunError(
-                    f"{tap}: expected checkpoints inside of it from the first step on, or none; track the model after "
-                    "they are switched on"
-                ) from None
             tap.apart = True
-        assert begun is not None
-        random, put_back, versions = begun
         _require_unchanged(module, args, kwargs, versions)
         set_random_state(random)
         put_back()
