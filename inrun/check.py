@@ -25,6 +25,7 @@ SUM_TOLERANCE = 1e-2
 ROUNDING = 8 * 2.0**-8
 NOTHING = 1e-14  # what rounding alone leaves of a gradient that is zero
 BESIDE = 1e-6  # the same where the optimizer has made it large, as a part of the largest layer's scores
+CHECKS, APART = 3, 8  # at least so many, so many steps apart: in one alone, what samples' scores miss may cancel
 _BLOCK = 1 << 24  # elements
 _SHOWN = 10  # lines of a message
 
@@ -107,7 +108,7 @@ def efficiency(
 @dataclass
 class Agenda:
     """When there is a check again: after one that could not tell of every parameter (by a learning rate or a gradient
-    of zero, or a layer that had nothing to do) one step later, then two, four.
+    of zero, or a layer that had nothing to do) one step later, then two, four; else `APART`, until there were `CHECKS`.
 
     Attributes:
         certain: the parameters of which a check could tell.
@@ -121,8 +122,9 @@ class Agenda:
 
     def made_at(self, step: int, certain: set[str], every: Iterable[str]) -> None:
         self.certain |= certain
-        self.due = math.inf if self.certain.issuperset(every) else step + (1 << self.made)
         self.made += 1
+        told = self.certain.issuperset(every)
+        self.due = step + (APART if told else 1 << (self.made - 1)) if self.made < CHECKS or not told else math.inf
 
 
 def _require_every_batch(batches: Sequence[Mapping[Any, Tensor | None]]) -> None:

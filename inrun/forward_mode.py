@@ -7,7 +7,8 @@ whose output rows belong to samples, at the price of a second forward through it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -58,6 +60,8 @@ def forward_mode(module: Any, args: tuple, kwargs: dict, uncaptured: bool = Fals
             by_sample(module, i, primal, layout),
             tangents[0] if single else torch.stack(tangents), probe, layout.segments,
         )  # fmt: skip
+        if uncaptured and scored.grad_fn is not None:  # whose tangents have no graph
+            scored.grad_fn.register_prehook(functools.partial(_require_no_losses, tap, get_gradient_edge(probe).node))
         outputs.append(scored.flatten(0, 1) if tap.flat else scored.movedim(0, sample_axis(module, i)))
     return pytree.tree_unflatten(outputs, spec)
 
@@ -251,6 +255,34 @@ def _others_muted(module: Any) -> contextlib.AbstractContextManager[None]:
     tap = module._inrun
     inside = {getattr(each, "_inrun", tap) for each in module.modules()} - {tap}
     return setting("probe", [(other, None) for other in inside if other.forward_mode])
+
+
+def refuse_losses_of(grad: Tensor, tap: Tap, nodes: Sequence[Any]) -> Any:
+    """Have a backward raise `InRunError` that comes through this gradient of a layer's output (made by
+    `create_graph=True`) to `nodes`: it brings weights a part that no gradient of the output shows."""
+
+    def came(_: Tensor) -> None:
+        if any(runs(node) for node in nodes):
+            raise InRunError(
+                f"{tap}: expected a loss of the model's outputs, got one of their gradients too (a gradient penalty, "
+                "create_graph=True), which goes with method 'first' without pairwise= only, and with layers that have "
+                "a rule of their own; or detach them"
+            )
+
+    return grad.register_hook(came)
+
+
+def _require_no_losses(tap: Tap, node: Any, grads: Sequence[Tensor | None]) -> None:
+    if grads[0] is not None and grads[0].requires_grad:
+        refuse_losses_of(grads[0], tap, [node])
+
+
+def runs(node: Any) -> bool:
+    """Whether the backward that is going on comes to a node of a parameter, to add to its gradient."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch.autograd.grad with the parameter among its inputs
+        return False
 
 
 def versions_of(*inputs: Any) -> list[int]:

@@ -191,7 +191,7 @@ class Keeper:
         """Keep these rows of a layer's input, and of the gradient of its output when it comes."""
         if y.requires_grad:
             kept = Kept(module, len(self.layouts) - 1, _unaliased(x)[rows].detach())
-            self._hooks.append(_when_it_comes(y, lambda grad: self._arrived(kept, 0, grad[rows])))
+            self._hooks.append(_when_it_comes(y, lambda grad: self._arrived(kept, 0, grad, rows)))
 
     def _run_module(self, module: Any, plain: Callable, inputs: tuple[tuple, dict]) -> Any:
         if cache := [v for v in pytree.tree_leaves(inputs) if hasattr(v, "get_seq_length")]:
@@ -223,8 +223,7 @@ class Keeper:
             if isinstance(leaf, Tensor) and leaf.requires_grad and torch.is_grad_enabled():
                 # An alias: where one output is made from another, each has the gradient that came from outside.
                 leaves[i] = leaf.view_as(leaf) if _is_parameter(leaf) else probing.Alias.apply(leaf)
-                # A copy: a parameter that is an output, or a term of one, may take this memory for its own gradient.
-                hook = _when_it_comes(leaves[i], lambda grad, i=i: self._arrived(kept, i, grad.clone()))
+                hook = _when_it_comes(leaves[i], lambda grad, i=i: self._arrived(kept, i, grad))
                 self._hooks.append(hook)
         return pytree.tree_unflatten(leaves, spec)
 
@@ -237,9 +236,13 @@ class Keeper:
             self._count(buffer)
         return known
 
-    def _arrived(self, kept: Kept, leaf: int, grad: Tensor) -> None:
-        if not any(_runs(node) for node in kept.accumulators):  # torch.autograd.grad, which leaves no gradients
+    def _arrived(self, kept: Kept, leaf: int, grad: Tensor, rows: slice | None = None) -> None:
+        if grad.requires_grad:
+            self._hooks.append(forward_mode.refuse_losses_of(grad, kept.module._inrun, kept.accumulators))
+        if not any(forward_mode.runs(node) for node in kept.accumulators):  # torch.autograd.grad leaves no gradients
             return
+        # A copy: a parameter that is an output, or a term of one, may take this memory for its own gradient.
+        grad = grad.clone() if rows is None else grad[rows]
         if not kept.grads:
             if kept.module._inrun.forward_mode:  # of any other, autograd has looked at what it needs
                 kept.require_unchanged()
@@ -426,14 +429,6 @@ def _when_it_comes(y: Tensor, arrived: Callable[[Tensor], None]) -> Any:
     node, place = y.grad_fn, y.output_nr
     assert node is not None
     return node.register_prehook(lambda grads: None if grads[place] is None else arrived(grads[place]))
-
-
-def _runs(node: Any) -> bool:
-    """Whether the backward that is going on comes to a node of a parameter, to add to its gradient."""
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # torch.autograd.grad with the parameter among its inputs
-        return False
 
 
 def _unaliased(x: Tensor) -> Tensor:

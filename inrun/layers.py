@@ -90,6 +90,7 @@ class Rule(Holder):
         tap = self._inrun
         if not tap.scores():
             return self.plain(x)
+        require_unmapped(tap, x)
         watched = not torch.compiler.is_compiling() and (
             tap.watched or isinstance(x, Shared) or self._is_first_of_all(x)
         )
@@ -272,12 +273,17 @@ class EmbeddingRule(Rule):
         # Positions once are positions still, and ids that were no run of numbers once are the samples' own. A GPU tells
         # later, and goes on.
         found = probing.may_be_positions(x)
-        said = f"{tap}: ids: {probing.positions(batch)}"
+
+        def refused() -> InRunError:
+            error = InRunError(f"{tap}: ids: {probing.positions(batch)}")
+            error.suspected = {tap.name}
+            return error
+
         if tap.takes_positions:
-            tap.pending.ask(~found, lambda: InRunError(said))
+            tap.pending.ask(~found, refused)
             return probing.by_sample(x[None], batch)
         tap.positions = found if tap.positions is None else tap.positions & found
-        tap.pending.ask(tap.positions, lambda: InRunError(said))
+        tap.pending.ask(tap.positions, refused)
         return x
 
     def feature_dims(self):
@@ -432,6 +438,7 @@ class ForwardModeRule(Holder):
         tap, rows = self._inrun, self._inrun.rows
         if not tap.scores():
             return self.plain(*args, **kwargs)
+        require_unmapped(tap, args, kwargs)
         watched = tap.watched and not torch.compiler.is_compiling()
         if watched:
             if rows is not None:
@@ -456,6 +463,18 @@ class ForwardModeRule(Holder):
                 "got none, so its output has no rows of theirs. Name an enclosing module whose outputs are [B, ...] "
                 "with track(..., through={parameter: module}), or exclude its parameters"
             )
+
+
+def require_unmapped(tap: Tap, *inputs: Any) -> None:
+    """Raise `InRunError` within `torch.vmap`, which takes an axis away: dimension 0 is another one there."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if torch.compiler.is_compiling() or functorch.maybe_current_level() is None:
+        return
+    if any(isinstance(x, Tensor) and functorch.is_batchedtensor(x) for x in pytree.tree_leaves(inputs)):
+        raise InRunError(
+            f"{tap}: expected to be called with a batch, got one of its slices within torch.vmap. Name the module that "
+            "calls it so, or one around it, track(..., through={parameter: module}), or exclude its parameters"
+        )
 
 
 def require_whole_rows(module: Any, layout: Layout) -> None:

@@ -73,6 +73,8 @@ class Alias(torch.autograd.Function):
 
 def written_out_backward(written_out, inputs, needs_input_grad, grad):
     wanted = [i for i, needed in enumerate(needs_input_grad) if needed]
+    # Views: an input may come from the same probe, or weight, by earlier layers, to which autograd would go on.
+    inputs = [x.view_as(x) if needed else x for x, needed in zip(inputs, needs_input_grad, strict=True)]
     y = written_out(*inputs)
     found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True, materialize_grads=True)
     by_index = dict(zip(wanted, found, strict=True))

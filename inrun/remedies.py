@@ -39,6 +39,7 @@ def remedies(
         LookupError: a layer is to be scored by the model itself, which returns nothing of `[B, ...]`.
     """
     modules = dict(model.named_modules())
+    alike = {_template(name) for name in suspected}  # the same layer of other blocks will be so too
 
     def outputs_follow(path: str, enough: Callable[[Iterable[bool]], bool] = all) -> bool:
         for one, other in _pairs(whole, more, module := modules[path]):
@@ -50,11 +51,12 @@ def remedies(
     def is_scored(path: str, layer: Rule) -> bool:
         for one, other in _pairs(whole, more, layer):
             before, after = shapes = one.get(None, ()), other.get(None, ())  # subclasses may take other things
-            shared = all(shape[:1] == (1,) or len(shape) < 1 + isinstance(layer, EmbeddingRule) for shape in shapes)
-            shared = shared and path not in suspected
+            ids = isinstance(layer, EmbeddingRule)  # `[T]`; a single one has no rows
+            shared = all(shape[:1] == (1,) or (ids and len(shape) == 1) for shape in shapes) or None not in one
+            shared = shared and _template(path) not in alike
             each, rest = divmod(before[0] if before else 0, rows)
             folded = (
-                path not in suspected
+                _template(path) not in alike
                 and layer.may_fold
                 and not rest
                 and each in tokens

@@ -196,6 +196,7 @@ class Tracker:
         self.coverage = {"tracked": planned.tracked, "excluded": planned.excluded, "frozen": planned.frozen}
         self.ledger = as_ledger(ledger)
         self.steps = 0
+        self._checked = check
         self.check_due = check  # in this step, or the next one
         self.first_check = False  # whether this step's is the first
         self.agenda = Agenda()
@@ -462,7 +463,9 @@ class Tracker:
             self.validations.run_due(self.steps)
             self.validations.require_fresh()
         self._largest = 0
-        self.check_due = self.check_due or self.steps >= self.agenda.due
+        self.check_due = self.check_due or (
+            self._checked and (self.steps >= self.agenda.due or self._watch.has_company(self.slots))
+        )
         self.first_check = self.check_due and not self.agenda.made
         with self._timed("direction"):
             self._method.begin(step.scale)

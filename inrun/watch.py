@@ -68,6 +68,13 @@ class Watch:
             for s in self._watched.values():
                 self._handles.append(s.param.register_hook(functools.partial(self._require_kept, s)))
 
+    def has_company(self, slots: Iterable[Any]) -> bool:
+        """Whether others have hooks on gradients too. A mask, which they make of the validation gradient too, leaves
+        values right; of what else they may do, only a check of the step can tell."""
+        ours = {handle.id for handle in self._handles}
+        hooks = (on for s in slots for on in (s.param._backward_hooks, s.param._post_accumulate_grad_hooks) if on)
+        return any(not on.keys() <= ours for on in hooks)
+
     def _hook(self, slot: Any) -> Callable[[Tensor], None]:
         def remember(param: Tensor) -> None:
             if self.active and param.grad is not None:

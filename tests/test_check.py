@@ -98,6 +98,83 @@ def test_checks_end_once_they_could_tell_of_all():
     assert [k for k, due in enumerate(checked) if due] == [0, 1, 3, 7]
 
 
+class TiedAutoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.inner(self.outer(x)).tanh(), self.inner.weight.T)
+
+
+def test_what_one_check_lets_pass_by_chance_another_sees():
+    """What is missing of the samples' scores may nearly cancel in one batch."""
+    passed, caught = 0, 0
+    for seed in range(24):
+        torch.manual_seed(seed)
+        model = TiedAutoencoder().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        held = torch.randn(B, 5, WIDTH).double(), torch.rand(B, 1, 1)
+        tracker = inrun.track(
+            model, optimizer, validation=lambda m=model, held=held: (m(held[0]) + held[1]).sin().mean()
+        )
+        try:
+            for k in range(17):
+                with tracker.step(range(8)):
+                    (1.5 * model(torch.randn(8, 5, WIDTH).double()) + 6 * torch.rand(8, 1, 1)).sin().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                passed += k == 0
+        except inrun.InRunError as error:
+            assert "do not add up" in str(error)
+            caught += k > 0
+    assert passed and caught == passed
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("after", [False, True], ids=["tensor hook", "after accumulation"])
+def test_hooks_on_gradients_are_held_to_the_scores_in_every_step(method, after):
+    """A mask is a part of both gradients; a clamp is not, in the step in which it does something."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, VOCAB)).double()
+    bound, masks = [1e9], {p: torch.rand(p.shape) < 0.5 for p in model[2].parameters()}
+
+    def change(p):
+        p.grad.mul_(masks[p]).clamp_(-bound[0], bound[0])
+
+    for p, mask in masks.items():
+        if after:
+            p.register_post_accumulate_grad_hook(change)
+        else:
+            p.register_hook(lambda g, mask=mask: (g * mask).clamp(-bound[0], bound[0]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    held, steps = next(batches(1)), batches()
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, held[0].double(), held[1]))
+    params = list(model.parameters())
+
+    def gradient(x, y):
+        found = torch.autograd.grad(F.cross_entropy(model(x.double()), y), params)
+        return [g * masks[p] if p in masks else g for p, g in zip(params, found, strict=True)]
+
+    def step(x, y):
+        with tracker.step(range(B)) as step:
+            loss_of(model, x.double(), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return step.values.double()
+
+    for _ in range(4):
+        x, y = next(steps)
+        with tracker.paused():
+            rows = [gradient(x[z : z + 1], y[z : z + 1]) for z in range(B)]
+            target = gradient(*held)
+        dots = [sum((g * t).sum() for g, t in zip(row, target, strict=True)) for row in rows]
+        torch.testing.assert_close(step(x, y), torch.stack(dots) * LR / B, rtol=1e-5, atol=1e-9)
+    bound[0] = 0.01
+    with pytest.raises(inrun.InRunError, match=r"do not add up to the gradients|changed element by element"):
+        step(*next(steps))
+
+
 class Words(nn.Module):
     """An embedding of which a batch sees few rows, none of the first."""
 

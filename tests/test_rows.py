@@ -178,6 +178,74 @@ def test_other_sizes_are_errors_that_propose_the_same(kind, method):
     assert proposed(error) == {"head.*": "", **PROPOSED[kind]}
 
 
+class Steps(nn.Module):
+    """An embedding of single numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.step, self.head = nn.Embedding(11, WIDTH), nn.Embedding(3, WIDTH), nn.Linear(WIDTH, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for k in range(3):
+            h = (h + self.step(torch.tensor(k))).tanh()
+        return self.head(h)
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(11, WIDTH), nn.Embedding(32, WIDTH)
+        self.head = nn.Linear(WIDTH, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.embed(x) + self.positions(torch.arange(x.shape[1]))).tanh())
+
+
+class Mapped(nn.Module):
+    """Samples one by one, beside a parameter that no module holds alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.scale, self.head = nn.Parameter(torch.rand(WIDTH)), nn.Linear(WIDTH, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.vmap(lambda one: self.inner(one * self.scale).tanh())(self.embed(x)))
+
+
+class Biases(nn.Module):
+    """The same small net of positions in every block, whose rows are picked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11)
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, WIDTH)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for net in self.nets:
+            table = net(torch.linspace(0, 1, x.shape[1], dtype=h.dtype)[None, :, None])
+            h = (h + table.view(-1, WIDTH)[torch.arange(x.shape[1]).flip(0)]).tanh()
+        return self.head(h)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize(
+    "kind, layer", [(Steps, "step.*"), (Positions, "positions.*"), (Mapped, "inner.*"), (Biases, "nets.*")]
+)
+def test_what_is_no_batch_proposes_a_module_that_is_given_one(kind, layer, method):
+    """As many tokens as samples."""
+    model, x = made(kind), ids(B, 1)
+    want = expected(model, x)
+    with pytest.raises((inrun.InRunError, ValueError)) as error:
+        step(model, x, method)
+    through = proposed(error)
+    assert layer in through
+    torch.testing.assert_close(step(kind().double(), x, method, through=through).shape, want.shape)
+    torch.testing.assert_close(step(made(kind), x, method, through=through), want, rtol=1e-5, atol=1e-9)
+
+
 class LossAlone(TokensFirst):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).square().mean()

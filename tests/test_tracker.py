@@ -2012,6 +2012,96 @@ def test_a_module_that_differentiates_within(method):
     torch.testing.assert_close(step.values.double(), expected, rtol=1e-4, atol=1e-7)
 
 
+class Repeated(nn.Module):
+    """One layer so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.a, self.b, self.times = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).tanh()
+        for _ in range(self.times):
+            x = self.b(x).tanh()
+        return x
+
+
+def penalised(loss, params):
+    gradients = torch.autograd.grad(loss, params, create_graph=True)
+    return loss + 0.1 * sum(g.square().sum() for g in gradients)
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("kind", ["graph", "penalty"])
+def test_gradients_and_scores_of_a_backward_that_makes_a_graph(kind, times, check):
+    model, _, x, y, _ = classifying(lambda: Repeated(times), lambda: nn.Linear(WIDTH, VOCAB))
+    model, x = model.double(), x.double()
+    plain = copy.deepcopy(model)
+    optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain))
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x[1], y[1]), check=check)
+
+    def backward(m):
+        loss = loss_of(m, x[0], y[0])
+        if kind == "graph":
+            loss.backward(create_graph=True)
+        else:
+            penalised(loss, list(m.parameters())).backward()
+
+    for _ in range(3):
+        params = list(plain.parameters())
+        held = torch.autograd.grad(loss_of(plain, x[1], y[1]), params)
+        backward(plain)
+        grads = [p.grad.detach().clone() for p in params]
+        expected = 0.1 * sum((g * d).sum() for g, d in zip(grads, held, strict=True))
+        if kind == "graph":
+            each = [loss_of(plain, x[0, z : z + 1], y[0, z : z + 1]) / B for z in range(B)]
+            rows = [torch.autograd.grad(loss, params) for loss in each]
+            expected = torch.stack([0.1 * sum((g * d).sum() for g, d in zip(r, held, strict=True)) for r in rows])
+        other.step()
+        other.zero_grad()
+        with tracker.step(range(B)) as step:
+            backward(model)
+            for p, g in zip(model.parameters(), grads, strict=True):
+                torch.testing.assert_close(p.grad.detach(), g, rtol=1e-9, atol=1e-12)
+            optimizer.step()
+            optimizer.zero_grad()
+        found = step.values.double() if kind == "graph" else step.values.double().sum()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["path", "path_secant", "monte_carlo", "first"])
+def test_a_gradient_penalty_is_refused_in_its_step_where_scores_would_miss_it(method):
+    """However small, and however late it begins; gradients that are only looked at, or multiplied, are none."""
+    inner = (lambda: Differentiates()) if method == "first" else (lambda: Repeated(1))  # one without a rule
+    model, optimizer, x, y, _ = classifying(inner, lambda: nn.Linear(WIDTH, VOCAB))
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x[1], y[1]))
+    params = list(model.parameters())
+
+    def step(backward):
+        with tracker.step(range(B)) as step:
+            backward(loss_of(model, x[0], y[0]))
+            optimizer.step()
+            optimizer.zero_grad()
+        return step.values
+
+    def logged(loss):
+        torch.autograd.grad(loss, params, create_graph=True)
+        loss.backward()
+
+    def hessian(loss):
+        loss.backward(create_graph=True)
+        torch.autograd.grad(sum(p.grad.square().sum() for p in params), params)
+
+    values = [step(backward) for backward in (torch.Tensor.backward, logged, hessian)]
+    assert all(v.isfinite().all() and v.any() for v in values)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(inrun.InRunError, match="got one of their gradients too"):
+        step(lambda loss: (loss + 1e-3 * (penalised(loss, params) - loss)).backward())
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
 def test_what_the_ledger_would_refuse_is_said_before_the_update(tmp_path):
     torch.manual_seed(0)
     model, x, y = nn.Linear(WIDTH, VOCAB), torch.randn(2, WIDTH), torch.randint(VOCAB, (2,))
