@@ -43,10 +43,10 @@ class Clipping:
         if self.clip is None:
             others = self.tracker.coverage["excluded"] or self.tracker.validations.outside
             if self.tracker.first_check and not (self.tracker.samples or others):
-                self._warn_of_none(float(factor) * float(scale) * self.tracker.ranks.size, max(1e-4, rounding))
+                self._warn_of_none(float(factor) * float(scale) * self.tracker.ranks.divisor, max(1e-4, rounding))
             return None
         norm = self.tracker.ranks.total_norm(s.grad.double() * unscale for s in slots)
-        shrunk = float(factor) * float(scale) * self.tracker.ranks.size  # of the mean over the processes
+        shrunk = float(factor) * float(scale) * self.tracker.ranks.divisor  # of the mean over the processes
         if not 0 < shrunk < 1 - 1e-6:  # 0: a fused optimizer will skip the update
             return None
         if norm > self.clip * (1 + 1e-2 + rounding):

@@ -76,6 +76,8 @@ class Ranks:
             InRunError: in any other way than by DDP or `fully_shard`, or not all in the same way, or inside of a module
                 that forward-mode AD scores.
         """
+        for slot in slots:
+            _require_no_flat(slot.name, slot.owner._parameters.get(slot.local))
         sharded = [s for s in slots if hasattr(s.param, "placements")]
         if not sharded:
             return
@@ -105,6 +107,26 @@ class Ranks:
                     f"{few(inside)}. Call fully_shard on that module as a whole, exclude what has no rule of its own "
                     f"({few(tap.parameters, 20)}), or hold it in a module whose output is [B, ...]"
                 )
+
+    @property
+    def divisor(self) -> float:
+        """What the sum of the processes' gradients is divided by: how many they are, unless the user has set another
+        number for the shards (`set_gradient_divide_factor`, as torchtitan does).
+
+        Raises:
+            InRunError: modules divide by different numbers.
+        """
+        if not self.sharded:
+            return self.size
+        states = [module._get_fsdp_state() for module in self.fully_sharded()]
+        groups = [g for s in states for g in getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] if g]
+        found = {self.size if g.gradient_divide_factor is None else float(g.gradient_divide_factor) for g in groups}
+        if len(found) > 1:
+            raise InRunError(
+                "set_gradient_divide_factor: expected one number for all modules that fully_shard was called with, got "
+                f"{few(sorted(map(str, found)))}; call it on each of them"
+            )
+        return found.pop() if found else self.size
 
     def settle(self) -> None:
         """Put the shards in place, where a forward or the user's settings left gathered parameters."""
@@ -136,7 +158,7 @@ class Ranks:
 
     def added(self, grad: Tensor) -> Tensor:
         """What the processes' gradients add up to, given this one's as the backward left it."""
-        return grad * self.size if self.sharded else self.sum(grad)
+        return grad * self.divisor if self.sharded else self.sum(grad)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over the processes."""
@@ -168,7 +190,8 @@ class Ranks:
             InRunError: some processes have gradients and others have none, or theirs must be alike and are not.
         """
         if self.size == 1 or self.sharded:
-            return [local(g) for g in grads]
+            times = self.divisor / self.size  # 1 where shards hold the mean
+            return [g if g is None or times == 1 else g * times for g in map(local, grads)]
         count = self.sum(torch.tensor([any(g is not None for g in grads), *(g is not None for g in grads)],
                                       dtype=torch.int32, device=like[0].device)).tolist()  # fmt: skip
         if 0 < count[0] < self.size:
@@ -265,11 +288,20 @@ def shard_of(whole: Tensor, param: Any) -> Tensor:
 def require_whole(names: Iterable[tuple[str, Any]]) -> None:
     """Raise `InRunError` where a parameter is spread over processes already."""
     for name, param in names:
+        _require_no_flat(name, param)
         if hasattr(param, "placements"):
             raise InRunError(
                 f"{name}: expected a whole parameter, got one with placements {param.placements}; call track before "
                 "fully_shard, and bind(optimizer) after it (tensor parallelism is not supported)"
             )
+
+
+def _require_no_flat(name: str, param: Any) -> None:
+    """Raise `InRunError` where a parameter has gone into one of FullyShardedDataParallel's, or is one."""
+    if param is None or getattr(param, "_fsdp_flattened", False) or hasattr(param, "_is_flat_param"):
+        raise InRunError(
+            f"{name}: expected a parameter of its own, got a part of one of FullyShardedDataParallel's; use fully_shard"
+        )
 
 
 def _require_fully_sharded(slot: Any, mesh: Any) -> None:

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+    from inrun.queries import Rows
+
 _SETTLE_STEPS = 32  # values on a GPU are read back once in so many steps: no synchronisation at each step
 _WRITING = threading.RLock()  # of any ledger: to open one writes what others of its folder hold, from any thread
 
@@ -106,14 +108,10 @@ class Ledger(Reader):
             if self.path is not None and other.path == self.path:
                 _flush_forgotten(other)
         _OPEN.add(self)
-        found = self._ask(lambda rows: rows.files) if self.path is not None and self.path.is_dir() else []
-        own = [shard for shard in found if shard.name.startswith(self._prefix)]
+        if self.path is not None and self.path.is_dir():
+            self.metadata, self.last_step = self._ask(self._left_off)
         if metadata is not None:
             self.metadata = dict(metadata)
-        elif found:
-            self.metadata = shards.read_metadata((own or found)[-1])
-        if own:
-            self.last_step = self._last_of(own)
 
     # ------------------------------------------------------------------ writing
 
@@ -280,7 +278,8 @@ class Ledger(Reader):
         if self.last_step is None:
             self._id_type = None
         if self.path is not None and step and self.last_step != step - 1:
-            held = shards.steps_of(shards.listing(self.path))  # another process may have had all of the last samples
+            # Another process may have had all of the last samples.
+            held = self._ask(lambda rows: shards.steps_of(rows.files)) if self.path.is_dir() else None
             last = max((each for each in (self.last_step, held and held[1]) if each is not None), default=-1)
             if last < step - 1:
                 end = f"ends at step {last}" if last >= 0 else "has no step"
@@ -295,6 +294,12 @@ class Ledger(Reader):
     @property
     def _prefix(self) -> str:
         return _prefix_of(self.rank)
+
+    def _left_off(self, rows: Rows) -> tuple[dict[str, Any], int | None]:
+        """What this writer's last shard (or another's) holds beside the values, and this writer's last step."""
+        own = [shard for shard in rows.files if shard.name.startswith(self._prefix)]
+        facts = shards.read_metadata((own or rows.files)[-1]) if rows.files else {}
+        return facts, self._last_of(own) if own else None
 
     @staticmethod
     def _last_of(own: list[Path]) -> int | None:

@@ -51,7 +51,7 @@ class Step:
         if ids is not None and not self._idle:
             ids = as_ids(ids)
             self._first = (ids, _layout(len(ids), segments, tokens), recompute)
-        elif recompute is not None or segments is not None or tokens is not None:
+        elif not self._idle and (recompute is not None or segments is not None or tokens is not None):
             raise ValueError("step: expected recompute, segments and tokens with their ids, or in batch(); got no ids")
         self._tokens: int | None = None  # per row, where each has a value
         self.drop: dict[str, Tensor] = {}

@@ -323,6 +323,11 @@ class Tracker:
 
     def _require_supported(self, optimizers: Sequence[Optimizer]) -> None:
         for optimizer in optimizers:
+            if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+                raise InRunError(
+                    "optimizer: expected one that holds the state of all its process's parameters, got "
+                    "ZeroRedundancyOptimizer, which spreads it over the processes; take fully_shard in its place"
+                )
             self._method.require_supported(optimizer)
 
     @contextmanager
@@ -369,7 +374,8 @@ class Tracker:
                 has no samples left, and only takes part.
             segments, tokens: one value for each document of packed rows, or for each token; see `Step.batch`.
             recompute: for deferred methods: returns the batch's loss once more, exactly as the block computes
-                it, so that nothing need be kept. Path methods call it twice, and keep that batch for as long, in
+                it (times a loss scaler's factor as it was then: `scaler.update()` comes before the callable does), so
+                that nothing need be kept. Path methods call it twice, and keep that batch for as long, in
                 steps whose gradient was clipped or whose update turns at once (see `inrun.turning`).
             scale: for path methods and "monte_carlo" with `clip`, and for validation="batch": what the loss is
                 multiplied by (a loss scaler's factor).

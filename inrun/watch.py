@@ -243,7 +243,7 @@ class Watch:
         scale = 1.0 if scale is None else scale.to(device)  # which a fused optimizer divides out itself
         if factor is None:
             # Of nothing but zeros, what averages the processes' gradients makes of their sum.
-            change = torch.where(squared == 0, torch.full_like(squared, 1 / ranks.size), along / squared)
+            change = torch.where(squared == 0, torch.full_like(squared, 1 / ranks.divisor), along / squared)
         else:
             change = factor.to(device) * scale
         halves = [slot.param.numel() for slot in slots if slot.param.dtype == torch.float16]

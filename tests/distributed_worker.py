@@ -33,7 +33,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
@@ -380,6 +381,23 @@ def check_a_rank_without_samples_and_one_ledger():
     raises("rank=", lambda: inrun.track(make("mlp"), None, ledger=inrun.Ledger(folder, rank=RANK + 1)))
 
 
+def check_a_rank_without_samples_of_tokens():
+    model, optimizer, tracker, wrapped = prepared()
+    for (x, y), split in zip(batches("gpt_tied", IDLE), IDLE, strict=True):
+        validate(tracker, model)
+        x, y = mine(x, split), mine(y, split)
+        with tracker.step(range(len(x)), tokens=y.shape[1]) as step:
+            (loss_of(wrapped, x, y) if len(x) else 0 * loss_of(wrapped, *data("gpt_tied", 1))).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+        values = step.values
+    tracker.close()
+    assert len(values) == IDLE[1][RANK]
+    if len(values):
+        close(values.sum(-1), mine(alone("gpt_tied", "sgd", IDLE)[0][1], IDLE[1]))
+
+
 def check_targets_callables_and_validation_that_serves_two_steps():
     """Two named callables, one of them of an equal loss in every rank; the accumulated p.grad stands through it."""
     model = make("gpt_tied")
@@ -490,6 +508,10 @@ def check_what_is_refused():
 
     raises("in each of 2 processes, got 1", only_first)
     tracker.close()
+    model = make("gpt_tied")
+    spread = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW)
+    for method, options in (("first", {}), ("path", {"update": lambda grad, param, state, group: -grad})):
+        raises("got ZeroRedundancyOptimizer", lambda m=method, o=options: inrun.track(DDP(model), spread, m, **o))
     samples = {"validation": "batch", "pairwise": [0]}
     model, optimizer, tracker, wrapped = prepared(kind="plain", **samples)
     raises("expected one process, got 2", lambda: step(wrapped, tracker, optimizer))
@@ -680,6 +702,54 @@ def check_fully_shard_clips_a_weight_whose_shards_are_small():
         close(step.values, torch.stack(dots)[ours])
 
 
+def check_fully_shard_that_divides_gradients_by_another_number():
+    """As where losses are divided by the tokens of all processes: values are those of the mean."""
+
+    def values(method, clip, divisor):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        tracker = inrun.track(model, method=method, clip=clip if method == "path" else None)
+        for layer in (model[0], model[2], model):
+            fully_shard(layer)
+            if divisor is not None:
+                layer.set_gradient_divide_factor(divisor)
+                layer.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        tracker.bind(optimizer)
+        found = []
+        for seed in range(3):
+            x, held = (torch.randn(4, 8, generator=torch.Generator().manual_seed(s + RANK)) for s in (2 * seed, 9))
+            with tracker.validation():
+                model(held).square().mean().backward()
+            optimizer.zero_grad()
+            with tracker.step(range(4)) as step:
+                (model(x).square().mean() * ((divisor or WORLD) / WORLD)).backward()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append(step.values)
+        return torch.cat(found)
+
+    for method, clip in (("first", None), ("first", 0.05), ("path", None), ("path", 0.05)):
+        expected = values(method, clip, None)
+        for divisor in (1.0, 3.0):
+            close(values(method, clip, divisor), expected)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    tracker = inrun.track(model)
+    for layer, divisor in ((model[0], 1.0), (model, 3.0)):
+        fully_shard(layer)
+        layer.set_gradient_divide_factor(divisor)
+        layer.set_force_sum_reduction_for_comms(True)
+    tracker.bind(torch.optim.SGD(model.parameters()))
+
+    def validated():
+        with tracker.validation():
+            model(torch.randn(2, 8)).sum().backward()
+
+    raises("expected one number for all modules", validated)
+
+
 def check_fully_shard_of_several_targets():
     for name in ("gpt_tied", "loose"):
         model, optimizer, tracker = sharded(name, targets=TWO)
@@ -859,6 +929,10 @@ def check_a_rank_without_any_shard():
     raises("NaN", spoiled)
 
 
+def flattened(model, original):
+    return FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+
+
 def check_what_is_refused_of_shards():
     raises("pairwise", lambda: sharded(method="secant", pairwise=["a"]))
 
@@ -882,6 +956,16 @@ def check_what_is_refused_of_shards():
 
     def by_columns(param):
         return Shard(param.dim() - 1 if param.dim() == 2 else 0)
+
+    for original in (False, True):
+        model = make("gpt_tied")
+        raises(
+            "use fully_shard",
+            lambda o=original: inrun.track(flattened(make("gpt_tied"), o)),
+        )
+    tracker = inrun.track(model)
+    flat = flattened(model, True)
+    raises("use fully_shard", lambda: tracker.bind(OPTIMIZERS["sgd"](flat.parameters())))
 
     raises("sharded alike", lambda: sharded(targets=TWO, placement=by_columns))
     model = make("gpt_tied")

@@ -936,3 +936,36 @@ def test_a_second_ledger_of_a_folder_sees_what_the_first_has_not_written(tmp_pat
     del copied  # nobody's
     del first
     assert steps_of(Ledger(tmp_path)) == sorted([*range(4)] * 4)
+
+
+@pytest.mark.parametrize("done", ["compacted", "resumed"])
+def test_shards_that_go_while_a_ledger_is_opened_or_resumed_are_looked_for_again(tmp_path, monkeypatch, done):
+    """As another process drops or compacts its own at the same moment."""
+    first = Ledger(tmp_path, rank=0)
+    for step in range(4):
+        fill(first, [step])
+        first.flush()
+    others = {"compacted": lambda: first.compact(), "resumed": lambda: first.resume(3)}
+    held, plain = 3 if done == "resumed" else 4, {name: getattr(shards, name) for name in ("read_metadata", "steps_of")}
+
+    def meanwhile(name):
+        def read(*args):
+            if args[0]:  # some shards
+                for each, function in plain.items():
+                    monkeypatch.setattr(shards, each, function)
+                others[done]()
+            return plain[name](*args)
+
+        monkeypatch.setattr(shards, name, read)
+
+    meanwhile("read_metadata")
+    opened = Ledger(tmp_path, rank=1)
+    assert steps_of(opened) == sorted([*range(held)] * 4) and opened.metadata["rank"] == 0
+    first.resume(held)
+    for step in range(held, 5):
+        fill(first, [step])
+        first.flush()
+    held = 3 if done == "resumed" else 5
+    meanwhile("steps_of")
+    opened.resume(held)
+    assert steps_of(opened) == sorted([*range(held)] * 4)
