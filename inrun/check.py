@@ -75,6 +75,8 @@ def efficiency(
     of_slot, none = dict(zip(expected, sums, strict=True)), none.cpu()
     sizes = torch.stack([size for _, size, _ in scores])
     beside = BESIDE * torch.where(sizes.isfinite(), sizes, torch.zeros_like(sizes)).amax(0)
+    if numbers := [s.name for s in slots if s.grad is not None and not of_slot[id(s)][2].isfinite().all()]:
+        raise InRunError(f"the loss or its gradients: expected finite numbers, got NaN or infinity for {few(numbers)}")
     wrong: dict[str, list[Any]] = {}  # what is, of which slots
     tells = []
     for members, (total, size, count) in zip(groups, scores, strict=True):

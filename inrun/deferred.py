@@ -79,6 +79,11 @@ class _Again(NamedTuple):
     trained: list[tuple[nn.Parameter, bool]]
     put_back: Callable[[], None]
 
+    def backward(self) -> None:
+        if not isinstance(loss := self.run(), Tensor):
+            raise TypeError(f"recompute: expected a function that returns the batch's loss, got one that gave {loss!r}")
+        loss.backward()
+
 
 class Deferred(Method):
     """Keeps a step until its direction is known, then scores it.
@@ -265,7 +270,7 @@ class Deferred(Method):
         with self._as_it_was(again, layout):
             try:
                 inline.batch(layout)
-                again.run().backward()
+                again.backward()
             finally:
                 inline.end()
         if self.tracker.first_check:
@@ -284,7 +289,7 @@ class Deferred(Method):
             with self._as_it_was(again, self.keeper.layouts[i]):
                 try:
                     keeper.begin_batch(self.keeper.layouts[i])
-                    again.run().backward()
+                    again.backward()
                 finally:
                     keeper.pause()
             self.budget.peak = max(self.budget.peak, self.budget.bytes + budget.peak)

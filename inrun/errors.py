@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,6 +19,12 @@ class InRunError(RuntimeError):
     """
 
     suspected: Collection[str] = ()  # names of layers or parameters that are to be scored otherwise
+
+
+def require_scale(scale: Any) -> None:
+    """Raise `ValueError` unless a loss can have been multiplied by this."""
+    if not isinstance(scale, Tensor) and not (isinstance(scale, Real) and 0 < float(scale) < math.inf):
+        raise ValueError(f"scale: expected a finite number above 0, or a tensor of one, got {scale!r}")
 
 
 def few(names: Sequence[object], most: int = 5) -> str:

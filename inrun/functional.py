@@ -13,7 +13,8 @@ Autograd itself then adds layers, reuses, tied weights and microbatches up. Noth
 Shapes: `x` is `[B, ..., I]`, dimension 0 being the sample (a leading 1 is broadcast over the samples). With one
 direction, `probe` is `[B]` and a direction has its parameter's shape; with M of them, `[B, M]` and `[M, *shape]`.
 `directions` pairs the weight's with the bias's; either may be None. Gradients have the dtypes torch would give
-them; the probe's is float32 (float64 for float64 layers). With `probe=None` each function is exactly torch's own.
+them; the probe's is the probe's: float32, or float64, loses nothing. With `probe=None` each function but `affine` and
+`attach` is exactly torch's own.
 
 Packed documents: with `segments`, int64 offsets `[S + 1]` into the B*T tokens of an `x` that is `[B, T, ...]`, the
 probe is `[S]` (or `[S, M]`) and each document has a dot; offsets 0, 1, ..., B*T give every token its own.
@@ -91,6 +92,9 @@ def linear(
     if probe is None or directions is None:
         return F.linear(x, weight, bias)
     require_probe(probe, segments, (directions[0], 2), (directions[1], 1))
+    if directions[0] is not None and directions[0].shape[-2:] != weight.shape:
+        got = tuple(directions[0].shape)
+        raise ValueError(f"directions[0]: expected {tuple(weight.shape)}, as the weight, got {got}")
     if segments is not None and x.dim() < 3:
         raise ValueError(f"x: expected [B, T, ..., I] with segments, got {tuple(x.shape)}")
     (x,) = autocast(placed(x, probe, segments))

@@ -32,6 +32,9 @@ class Options:
             raise ValueError(f"update: expected 'elementwise', a function or None, got {self.update!r}")
         if self.keep not in ("device", "host"):
             raise ValueError(f"keep: expected 'device' or 'host', got {self.keep!r}")
+        bound = self.keep_bytes
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or bound < 0):
+            raise ValueError(f"keep_bytes: expected a number of at least 0 or None, got {bound!r}")
         if self.clip is not None and not (isinstance(self.clip, int | float) and self.clip > 0):
             raise ValueError(f"clip: expected a number above 0 or None, got {self.clip!r}")
 

@@ -40,8 +40,8 @@ def layer_norm(
     Args, returns and errors as in `linear`; weight, bias and their directions are `normalized_shape`-shaped.
     """
     shape = tuple(normalized_shape)
-    if probe is None or directions is None or weight is None:
-        return F.layer_norm(x, shape, weight, bias, eps)
+    if probe is None or directions is None or weight is None or weight.shape != shape:
+        return F.layer_norm(x, shape, weight, bias, eps)  # of another shape, torch's error
     require_probe(probe, segments, (directions[0], weight.dim()), (directions[1], weight.dim()))
     x = placed(x, probe, segments)
     if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:  # the cast autocast makes

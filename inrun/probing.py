@@ -32,6 +32,11 @@ def attach(out: Tensor, tangents: Tensor, probe: Tensor, segments: Tensor | None
         ValueError: the probe has another number of documents or directions.
     """
     require_probe(probe, segments, (tangents, out.dim()))
+    if tangents.shape[-out.dim() :] != out.shape or (segments is None and len(probe) != len(out)):
+        raise ValueError(
+            f"attach: expected an entry of the probe for each of {len(out)} samples, and tangents [..., "
+            f"{', '.join(map(str, out.shape))}]; got {tuple(probe.shape)} and {tuple(tangents.shape)}"
+        )
     return apply(_Attach, out, tangents, probe, segments)
 
 

@@ -117,6 +117,8 @@ class Reader:
             ValueError, TypeError: `sources` is none of these, lacks a column, has ids of the other kind or names an id
                 twice.
         """
+        if sources is None:
+            raise TypeError("sources: expected a function, a mapping or a table, received None")
         sources = self._named(sources)
         table = self._ask(lambda rows: sum_values(rows, ["source", "target"], target, sources=sources))
         mean = table["value"].to_numpy() / table["count"].to_numpy()
@@ -148,8 +150,8 @@ class Reader:
         """The rows of a Hugging Face dataset whose samples have a total value of `at_least` or more.
 
         Args:
-            dataset: a `datasets.Dataset`, `IterableDataset` (streaming: rows are looked at as they pass) or a dict of
-                them: anything with their `filter`.
+            dataset: a `datasets.Dataset`, `IterableDataset` (streaming: rows are looked at as they pass) or
+                `DatasetDict`: anything with their `filter`.
             column: the column with the sample ids.
             unscored: what becomes of rows whose id is not in this ledger.
             at_least: nats; 0 leaves out what raised the validation loss.
@@ -169,6 +171,8 @@ class Reader:
 
         if unscored not in ("keep", "drop"):
             raise ValueError(f"expected unscored to be 'keep' or 'drop', received {unscored!r}")
+        if not hasattr(dataset, "filter"):
+            raise TypeError(f"dataset: expected a Hugging Face dataset, received {type(dataset).__name__}")
         self._require_one_target(target)
         totals = self.totals(target)
         good, keep = pc.field("value") >= at_least, unscored == "keep"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import InRunError
+from .errors import InRunError, require_scale
 from .tap import Layout
 from .validation import as_ids
 
@@ -45,6 +45,7 @@ class Step:
         segments: Any,
         tokens: int | None,
     ) -> None:
+        require_scale(scale)
         self._tracker, self.scale = tracker, scale
         self._first = None
         self._idle = ids is not None and tracker.ranks.size > 1 and hasattr(ids, "__len__") and len(ids) == 0
@@ -103,6 +104,8 @@ class Step:
         self._announce(ids, _layout(len(ids), segments, tokens), recompute)
 
     def _announce(self, ids: list[int | str], layout: Layout, recompute: Callable[[], Tensor] | None) -> None:
+        if recompute is not None and not callable(recompute):
+            raise TypeError(f"recompute: expected a function that returns the batch's loss, got {recompute!r}")
         tokens = layout.tokens if layout.per_token else None
         if self.ids and tokens != self._tokens:
             raise InRunError(f"tokens: expected {self._tokens} as in this step's other batches, got {tokens}")

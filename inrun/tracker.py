@@ -142,6 +142,8 @@ class Tracker:
         pairwise: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
         permutations: int = 8,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         options, through = Options(keep, keep_bytes, update, clip), through or {}
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
@@ -149,11 +151,16 @@ class Tracker:
             raise ValueError(f"validate_every: expected an integer of at least 1, got {validate_every!r}")
         self.in_batch = isinstance(validation, str) and validation == "batch"
         losses = {} if self.in_batch else as_losses(validation)
-        self.targets = tuple(losses) if losses else tuple(targets)
-        if losses and tuple(targets) not in (("validation",), self.targets):
+        named: tuple[str, ...] = (
+            tuple(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else ()
+        )
+        self.targets: tuple[str, ...] = tuple(losses) if losses else named
+        if losses and named not in (("validation",), self.targets):
             raise ValueError(f"targets: expected those of validation, {self.targets}, or none; got {targets!r}")
-        if not self.targets or len(set(self.targets)) < len(self.targets) or isinstance(targets, str):
-            raise ValueError(f"targets: expected a sequence of distinct names, got {targets!r}")
+        distinct = {name for name in self.targets if isinstance(name, str)}
+        if not self.targets or len(distinct) < len(self.targets):
+            got = self.targets if losses else targets
+            raise ValueError(f"targets: expected a sequence of distinct names, got {got!r}")
         self.samples = as_samples(pairwise, self.targets)
         self.columns = columns_of(self.samples, self.targets)
         self.tail = (len(self.columns),) if self.samples or len(self.columns) > 1 else ()

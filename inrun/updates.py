@@ -53,7 +53,10 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
     if given is None:
         return ()
     given = getattr(given, "optimizers", given)
-    return (given,) if isinstance(given, Optimizer) else tuple(given)
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    if others := [each for each in found if not isinstance(each, Optimizer)]:
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, or several, got {type(others[0]).__name__}")
+    return found
 
 
 def is_known(optimizer: Optimizer, rule: UpdateRule | str | None, known: Sequence[type]) -> bool:
@@ -121,7 +124,15 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
     grads = [grad.clone() for grad in grads]  # an update may write into them, as foreach SGD with nesterov does
     if callable(rule):
         options = [pinned(s.options) for s in slots]
-        return [rule(*args) for args in zip(grads, params, states, options, strict=True)]
+        found = [rule(*args) for args in zip(grads, params, states, options, strict=True)]
+        for slot, moved, p in zip(slots, found, params, strict=True):
+            if not isinstance(moved, Tensor) or moved.shape != p.shape:
+                got = tuple(moved.shape) if isinstance(moved, Tensor) else moved
+                raise InRunError(
+                    "update: expected what the step adds to the parameter, a tensor of its shape "
+                    f"{tuple(slot.param.shape)}, got {got}"
+                )
+        return found
     for p, grad in zip(params, grads, strict=True):
         p.grad = grad
     for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():

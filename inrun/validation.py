@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import Ranks, local
-from .errors import InRunError, Pending, few
+from .errors import InRunError, Pending, few, require_scale
 from .restoring import buffers_kept, requiring, torch_random_kept
 
 Gradients = list[Tensor | None]
@@ -62,6 +62,7 @@ class Validation:
         name = self.targets[0] if target is None and len(self.targets) == 1 else target
         if name is None or name not in self.targets:
             raise ValueError(f"target: expected one of {', '.join(self.targets)}, got {target!r}")
+        require_scale(scale)
         with self.watch(name, scale), self._gradients() as found:
             yield
         self.gradients[name] = self._checked(name, found, scale)

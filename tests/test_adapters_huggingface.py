@@ -550,6 +550,20 @@ def unpaired(count, seed):
             for i, row in enumerate(rows)]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "kind, loss, said", [("dpo", ["sigmoid", "sft"], True), ("dpo", ["sigmoid"], False), ("kto", "kto", True)]
+)
+def test_a_loss_that_couples_a_batch_is_told_of_where_validation_has_several(kind, loss, said, tmp_path, recwarn):
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    held = datasets.Dataset.from_list((unpaired if kind == "kto" else preferences)(3, 1))
+    for size, count in ((2, 2), (3, 1)):
+        settings = {"loss_type": loss, "per_device_eval_batch_size": size}
+        adapter.attach(of_preferences(kind, tmp_path, **settings), held)
+        found = [str(w.message) for w in recwarn if "couples the samples" in str(w.message)]
+        assert len(found) == (said and count == 2) and all("there are 2" in each for each in found)
+        recwarn.clear()
+
+
 @pytest.mark.parametrize("kind", ["dpo", "reward"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_pair_of_preferences_has_the_value_of_its_two_rows(kind, tmp_path):

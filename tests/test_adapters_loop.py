@@ -225,6 +225,22 @@ def test_wandb(tmp_path, monkeypatch):
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"validation": None}, "validation: expected a function that returns the loss"),
+        ({"logger": "x"}, r"logger: expected one with log\(values, step\), got str"),
+        ({"source_of": {"a": "b"}}, "source_of: expected a function of a sample id or None"),
+    ],
+)
+def test_what_a_loop_cannot_use_is_said_at_once(options, message):
+    model, optimizer, validation = made()
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(TypeError, match=message):
+        Loop(model, optimizer, **{"validation": validation, **options})
+    assert [type(m) for m in model.modules()] == classes
+
+
 def test_a_folder_is_written_by_this_process(tmp_path, monkeypatch):
     """Each process of several has shards of its own, whoever opens the ledger."""
     monkeypatch.setenv("RANK", "3")

@@ -555,3 +555,15 @@ def test_a_second_derivative_where_autocast_ran_the_layer():
             loss = IF.linear(x, w, None, (d, None), probe).float().square().sum()
         found.append(torch.autograd.grad(loss, probe, create_graph=again)[0])
     torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2 * float(found[0].detach().abs().max()))
+
+
+def test_a_probe_direction_or_shape_of_another_size_is_said_in_the_forward():
+    x, weight, shape = torch.randn(5, 6), torch.randn(3, 6), torch.ones(6)
+    with pytest.raises(ValueError, match=r"directions\[0\]: expected \(3, 6\), as the weight, got \(6, 3\)"):
+        IF.linear(x, weight, None, (weight.T, None), torch.zeros(5, requires_grad=True))
+    for probe, tangents in ((torch.zeros(1), x), (torch.zeros(7), x), (torch.zeros(5), torch.randn(5, 4))):
+        with pytest.raises(ValueError, match=r"attach: expected an entry of the probe for each of 5 samples"):
+            IF.attach(x, tangents, probe.requires_grad_())
+    probe = torch.zeros(5, requires_grad=True)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        IF.layer_norm(x, (7,), shape, None, directions=(shape, None), probe=probe)

@@ -630,6 +630,20 @@ def test_a_ledger_without_tokens_is_read_and_gone_on_with(tmp_path):
     assert [row["value"] for row in Ledger(tmp_path).rows().to_pylist()] == [1.0]
 
 
+def test_what_is_no_ledger_or_no_dataset(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InRunError, match=r"a folder of shards, or a new one, received .*file, which is a file"):
+        Ledger(tmp_path / "file")
+    with pytest.raises((TypeError, ValueError), match="rank"):
+        Ledger(rank=1.5)
+    ledger = Ledger()
+    fill(ledger, range(1))
+    with pytest.raises(TypeError, match="sources: expected a function, a mapping or a table, received None"):
+        ledger.by_source(None)
+    with pytest.raises(TypeError, match="dataset: expected a Hugging Face dataset, received list"):
+        ledger.filter([1], column="id", unscored="drop")
+
+
 def test_bad_questions(tmp_path):
     ledger = Ledger()
     assert ledger.targets() == []

@@ -1620,6 +1620,72 @@ def test_bad_input_that_came_late_is_clear_at_once(tmp_path):
     tracker.close()
 
 
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"model": None}, TypeError, r"model: expected a torch\.nn\.Module, got NoneType"),
+        ({"optimizer": 3}, TypeError, "optimizer: expected a torch.optim.Optimizer, or several, got int"),
+        ({"optimizer": ["sgd"]}, TypeError, "optimizer: expected .* got str"),
+        ({"targets": None}, ValueError, "targets: expected a sequence of distinct names, got None"),
+        ({"targets": (1, 2)}, ValueError, r"targets: expected a sequence of distinct names, got \(1, 2\)"),
+        ({"validation": {3: lambda: None}}, ValueError, r"targets: expected .* distinct names, got \(3,\)"),
+        ({"keep_bytes": "1GB"}, ValueError, "keep_bytes: expected a number of at least 0 or None, got '1GB'"),
+        ({"keep_bytes": -1}, ValueError, "keep_bytes: expected a number of at least 0 or None, got -1"),
+    ],
+)
+def test_arguments_that_are_none_of_what_track_takes(arguments, error, message):
+    model = make("mlp")
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), **arguments}
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(error, match=message):
+        inrun.track(**given)
+    assert [type(m) for m in model.modules()] == classes
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, math.inf, math.nan, None, "2"])
+def test_a_scale_that_no_loss_was_multiplied_by(scale):
+    model = make("mlp")
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="scale: expected a finite number above 0"), tracker.validation(scale=scale):
+        raise AssertionError
+    with pytest.raises(ValueError, match="scale: expected a finite number above 0"):
+        tracker.step([1], scale=scale)
+
+
+def test_functions_of_the_user_that_return_nothing_are_named():
+    model, (x, y), held = make("mlp"), data("mlp"), data("mlp", 4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(recompute=None, **options):
+        optimizer.zero_grad()
+        with (
+            inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *held), **options) as tracker,
+            tracker.step(range(len(x)), recompute=recompute),
+        ):
+            loss_of(model, x, y).backward()
+            optimizer.step()
+
+    with pytest.raises(TypeError, match="recompute: expected a function that returns the batch's loss, got 3"):
+        step(recompute=3)
+    with pytest.raises(TypeError, match=r"recompute: expected .* got one that gave None"):
+        step(recompute=lambda: None)
+    with pytest.raises(inrun.InRunError, match=r"update: expected what the step adds .* shape \(.*\), got None"):
+        step(update=lambda *args: None)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_first_loss_that_is_no_number_is_said(method):
+    model, (x, y), held = make("mlp"), data("mlp"), data("mlp", 4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *held))
+    with (
+        pytest.raises(inrun.InRunError, match="the loss or its gradients: expected finite numbers, got NaN"),
+        tracker.step(range(len(x))),
+    ):
+        (loss_of(model, x, y) * torch.nan).backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("wrap", ["submodule", "compile", "ddp-like"])
 def test_a_teacher_that_follows_a_module_or_wrapper_sees_weights_and_no_directions(wrap):
     """As a mean teacher's loop, or an AveragedModel, pairs parameters: by their order."""

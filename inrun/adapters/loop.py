@@ -67,6 +67,14 @@ class Loop:
         ledger: Ledger | str | Path | None = None,
         **options: Any,
     ) -> None:
+        if not as_losses(validation):
+            raise TypeError(
+                "validation: expected a function that returns the loss, or a dict of names and such, got None"
+            )
+        if logger is not None and not callable(getattr(logger, "log", None)):
+            raise TypeError(f"logger: expected one with log(values, step), got {type(logger).__name__}")
+        if source_of is not None and not callable(source_of):
+            raise TypeError(f"source_of: expected a function of a sample id or None, got {source_of!r}")
         self.ledger = as_ledger(ledger)
         held = self.ledger.last_step
         if start == 0 and held is not None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -58,6 +59,8 @@ def attach(
 
     A validation dataset is prepared (formatted, tokenized, cut, with `precompute_ref_log_probs` run through the
     reference model) as the trainer's own are, and not packed. Trainers that generate their samples take a callable.
+    DPO's "sft" and KTO's "kto" losses couple the samples of a batch: of several batches the validation loss is the mean
+    of theirs, and a warning says so.
 
     TRL computes the loss from the output layer's weight without calling the layer. Where that weight is trained, the
     layer is called instead, so that it is scored: the same loss, to rounding, from logits held in full.
@@ -94,6 +97,11 @@ def attach(
     losses = huggingface.losses_of(trainer, prepared, id_column)
     for name, loss in losses.items():
         if isinstance(loss, huggingface.SetLoss):
+            if _couples(trainer) and loss.loaded > 1:
+                warnings.warn(
+                    f"validation[{name!r}]: loss_type={args.loss_type!r} couples the samples of a batch, and there are "
+                    f"{loss.loaded}: the validation loss is the mean of theirs. To have that of the whole, let "
+                    "per_device_eval_batch_size hold all of it", stacklevel=2)  # fmt: skip
             loss.of_batch = _apart(trainer)(loss.of_batch)  # which a checkpoint runs in the backward
         else:
             losses[name] = _apart(trainer)(loss)
@@ -108,6 +116,13 @@ def attach(
             bonus=getattr(trainer, "_entropy_bonus_enabled", False),
         )
     return callback
+
+
+def _couples(trainer: Any) -> bool:
+    """Whether the loss of a batch is no mean over its rows: of its tokens, or with a divergence estimated from all."""
+    args: Any = trainer.args
+    kinds = args.loss_type if isinstance(trainer, DPOTrainer | KTOTrainer) else []
+    return not {"sft", "kto"}.isdisjoint([kinds] if isinstance(kinds, str) else kinds)
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ def ghost_dot(
         acts: `[B, T, I]`, the layer's input.
         grads: `[B, T, O]`, the loss's gradient at the layer's output; dtype of `acts`.
         val_grad: `[O, I]`, the direction, shaped like the weight; or `[M, O, I]` for M directions. Dtype of
-            `acts`, or float32, which in Triton is rounded to it (of float16 after scaling).
+            `acts`, or float32 with 16-bit ones, which in Triton is rounded to them (of float16 after scaling).
         segments: int32 or int64 `[S + 1]` offsets into the B*T flattened tokens, from 0 to B*T, never
             decreasing (as `cu_seqlens`): one dot per segment in place of one per row.
         per_token: one dot per token. Excludes `segments`.
@@ -276,8 +276,8 @@ def embedding_dot(
     Args:
         ids: int32 or int64 `[B, T]`, from 0 to V - 1.
         grads: `[B, T, I]`, the loss's gradient at the embedding's output.
-        val_grad: `[V, I]` or `[M, V, I]`; dtype of `grads`, or float32.
-        padding_idx: the id whose row gets no gradient, as in `torch.nn.Embedding`.
+        val_grad: `[V, I]` or `[M, V, I]`; dtype of `grads`, or float32 with 16-bit ones.
+        padding_idx: the id, from 0 to V - 1, whose row gets no gradient, as in `torch.nn.Embedding`.
         segments, per_token, backend: as in `ghost_dot`.
 
     Returns, Raises: as `ghost_dot`.
@@ -314,7 +314,7 @@ def norm_dot(
     Args:
         normed: `[B, T, I]`, the normalised input before the affine map.
         grads: `[B, T, I]`, the loss's gradient at the norm's output; dtype of `normed`.
-        val_grad: `[I]` or `[M, I]`; dtype of `grads`, or float32.
+        val_grad: `[I]` or `[M, I]`; dtype of `grads`, or float32 with 16-bit ones.
         segments, per_token, backend: as in `ghost_dot`.
 
     Returns, Raises: as `ghost_dot`.
@@ -359,7 +359,7 @@ def bias_dot(
 
     Args:
         grads: `[B, T, O]`, the loss's gradient where the bias is added.
-        val_grad: `[O]` or `[M, O]`; dtype of `grads`, or float32.
+        val_grad: `[O]` or `[M, O]`; dtype of `grads`, or float32 with 16-bit ones.
         segments, per_token, backend: as in `ghost_dot`.
 
     Returns, Raises: as `ghost_dot`.
