@@ -121,6 +121,7 @@ class Deferred(Method):
         self.pairs = Pairs(tracker, self.budget) if pairwise else None
         self._path = Path(tracker, update, clip)
         self.drop: dict[str, Tensor] = {}  # target -> loss at w + u(0) less the loss at w + u(g_B)
+        self._seen: dict[str, Tensor] = {}  # of gradients that were computed again, by parameter
         self._forget()
 
     def _forget(self) -> None:
@@ -262,7 +263,13 @@ class Deferred(Method):
         """Of each batch, the dots by tap; of one that is computed again as `Inline` has them."""
         kept = self.keeper.dots(self.tracker.many)
         batches = zip(kept, self._again, self.keeper.layouts, strict=True)
-        return [dots if again is None else self._recomputed(again, layout) for dots, again, layout in batches]
+        self._seen.clear()
+        found: list[Mapping[Any, Tensor | None]] = [
+            dots if again is None else self._recomputed(again, layout) for dots, again, layout in batches
+        ]
+        if self._again and all(self._again) and self.tracker.ranks.size == 1:
+            self.tracker.require_same(self._seen)
+        return found
 
     def _recomputed(self, again: _Again, layout: Layout) -> dict[Any, Tensor | None]:
         """Score a batch by computing its loss and backward once more, with probes."""
@@ -271,6 +278,8 @@ class Deferred(Method):
             try:
                 inline.batch(layout)
                 again.backward()
+                for name, seen in self.tracker.seen().items():
+                    self._seen[name] = self._seen[name] + seen if name in self._seen else seen
             finally:
                 inline.end()
         if self.tracker.first_check:

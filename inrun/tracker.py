@@ -600,6 +600,14 @@ class Tracker:
         self.check_due, self.first_check = put_off, False
         self._shared_due = self._shared_due and self._largest < 2
 
+    def seen(self) -> dict[str, Tensor]:
+        """What now stands in some parameters' gradients, by name."""
+        return self._watch.seen()
+
+    def require_same(self, again: Mapping[str, Tensor]) -> None:
+        """Of a step whose batches were all computed again, whose gradients were these: they must be the step's."""
+        self._watch.require_same(again)
+
     def lost(self) -> list[str]:
         """Parameters whose gradient of this step's backward is gone before the update."""
         return self._watch.lost()

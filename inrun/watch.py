@@ -11,7 +11,7 @@ factor. Of several processes' gradients, the optimizer sees c times their sum.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ WATCHED_PER_GROUP, WATCHED = 8, 64  # parameters, the latter of all groups, but 
 # (behind a layer norm) or a column (of logits).
 WATCHED_ELEMENTS = 4093
 EVEN = 1e-4  # of a gradient's square
+SAME = 2.5e-3  # the same of one that is computed again, by kernels that need not add up in one order
 
 
 class Watch:
@@ -120,6 +121,22 @@ class Watch:
         rest = flat[WATCHED_ELEMENTS * count :]
         sums[: len(rest)] += rest
         return sums
+
+    def seen(self) -> dict[str, Tensor]:
+        """What now stands in the gradients of watched parameters, by name."""
+        return {name: self._seen(slot.grad).double() for name, slot in self._watched.items() if slot.grad is not None}
+
+    def require_same(self, again: Mapping[str, Tensor]) -> None:
+        """Raise `InRunError` (on a GPU later) where a step's batches had other gradients when computed again."""
+        pairs = [(self._raw[name].double(), seen) for name, seen in again.items() if name in self._raw]
+        apart = sum((torch.dist(a, b).square().to(pairs[0][0].device) for a, b in pairs), torch.zeros(()))
+        size = sum((a.square().sum().to(pairs[0][0].device) for a, _ in pairs), torch.zeros(()))
+        self._pending.ask(apart > SAME * size, lambda: InRunError(
+            "recompute: expected the loss of the batch as the step computed it, got one with other "
+            "gradients. It is called after the block (with 'secant' and 'path_secant' perhaps in the next validation "
+            "block): names that it uses must not have been given to the next batch by then, as a loop's variables are "
+            "(lambda x=x, y=y: ...), nor the loss another scale (scaler.update())"
+        ))  # fmt: skip
 
     def begin(self) -> None:
         self._raw.clear()

@@ -1356,3 +1356,59 @@ def test_the_bound_on_secants_direction_takes_nothing_from_losses_that_do_not_be
         return step.values
 
     torch.testing.assert_close(values("secant"), values("first"))
+
+
+@pytest.mark.parametrize("method", ["path", "secant", "path_secant"])
+def test_a_batch_that_is_another_when_it_is_computed_again_is_an_error(method):
+    """A name that the loop has given to the next batch by then, as where values wait for the next validation block."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    xs, y, held = torch.randn(4, 6, 5), torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(6, 5)
+
+    def run(late):
+        tracker = inrun.track(model, optimizer, method)
+        for k in range(3):
+            x = xs[k]
+            again = (lambda: F.cross_entropy(model(x), y)) if late else lambda x=x: F.cross_entropy(model(x), y)  # noqa: B023
+            with tracker.validation():
+                F.cross_entropy(model(held), y).backward()
+            with tracker.step(range(6), recompute=again):
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if late and method == "path" and k == 1:
+                    x = xs[3]
+        tracker.close()
+
+    run(late=False)
+    with pytest.raises(inrun.InRunError, match="recompute: expected the loss of the batch as the step computed it"):
+        run(late=True)
+
+
+def test_a_loss_scale_that_grows_before_the_batch_is_computed_again_is_an_error():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y, held = torch.randn(6, 5), torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(6, 5)
+
+    def run(fixed):
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+        tracker = inrun.track(model, optimizer, "path", validation=lambda: F.cross_entropy(model(held), y))
+        for _ in range(4):
+            scale = scaler.get_scale()
+
+            def again(scale=scale, scaler=scaler):
+                loss = F.cross_entropy(model(x), y)
+                return loss * scale if fixed else scaler.scale(loss)
+
+            with tracker.step(range(6), recompute=again):
+                scaler.scale(F.cross_entropy(model(x), y)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        tracker.close()
+
+    run(fixed=True)
+    with pytest.raises(inrun.InRunError, match=r"another scale \(scaler.update"):
+        run(fixed=False)
