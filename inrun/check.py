@@ -126,7 +126,9 @@ class Agenda:
         self.certain |= certain
         self.made += 1
         told = self.certain.issuperset(every)
-        self.due = step + (APART if told else 1 << (self.made - 1)) if self.made < CHECKS or not told else math.inf
+        self.due = (
+            step + (APART if told else 1 << min(self.made - 1, 30)) if self.made < CHECKS or not told else math.inf
+        )
 
 
 def _require_every_batch(batches: Sequence[Mapping[Any, Tensor | None]]) -> None:

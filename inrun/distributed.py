@@ -120,6 +120,7 @@ class Ranks:
             return self.size
         states = [module._get_fsdp_state() for module in self.fully_sharded()]
         groups = [g for s in states for g in getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] if g]
+        groups = [g for g in groups if any(p.sharded_param.requires_grad for p in g.fsdp_params)]  # others reduce none
         found = {self.size if g.gradient_divide_factor is None else float(g.gradient_divide_factor) for g in groups}
         if len(found) > 1:
             raise InRunError(
@@ -297,8 +298,13 @@ def require_whole(names: Iterable[tuple[str, Any]]) -> None:
 
 
 def _require_no_flat(name: str, param: Any) -> None:
-    """Raise `InRunError` where a parameter has gone into one of FullyShardedDataParallel's, or is one."""
-    if param is None or getattr(param, "_fsdp_flattened", False) or hasattr(param, "_is_flat_param"):
+    """Raise `InRunError` where a parameter is gone, or has gone into one of FullyShardedDataParallel's, or is one."""
+    if param is None:
+        raise InRunError(
+            f"{name}: expected the parameter where it was tracked, got none there: it was taken away, or went into a "
+            "parametrization (track after that) or into FullyShardedDataParallel (use fully_shard)"
+        )
+    if getattr(param, "_fsdp_flattened", False) or hasattr(param, "_is_flat_param"):
         raise InRunError(
             f"{name}: expected a parameter of its own, got a part of one of FullyShardedDataParallel's; use fully_shard"
         )

@@ -22,8 +22,10 @@ class InRunError(RuntimeError):
 
 
 def require_scale(scale: Any) -> None:
-    """Raise `ValueError` unless a loss can have been multiplied by this."""
-    if not isinstance(scale, Tensor) and not (isinstance(scale, Real) and 0 < float(scale) < math.inf):
+    """Raise `ValueError` unless a loss can have been multiplied by this (a GPU's number is not waited for)."""
+    if isinstance(scale, Tensor):
+        scale = scale.item() if scale.is_cpu and scale.numel() == 1 else 1.0
+    if not (isinstance(scale, Real) and 0 < float(scale) < math.inf):
         raise ValueError(f"scale: expected a finite number above 0, or a tensor of one, got {scale!r}")
 
 

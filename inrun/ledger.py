@@ -91,7 +91,7 @@ class Ledger(Reader):
         flush_rows: int = 1 << 18,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        if shards.as_int(rank, "rank") < 0 or shards.as_int(flush_rows, "flush_rows") < 1:
+        if shards.as_int(rank, "rank") < 0 or flush_rows < 1:
             raise ValueError(f"expected rank >= 0 and flush_rows >= 1, received {rank=}, {flush_rows=}")
         super().__init__(path)
         if self.path is not None and self.path.exists() and not self.path.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -33,7 +34,7 @@ class Options:
         if self.keep not in ("device", "host"):
             raise ValueError(f"keep: expected 'device' or 'host', got {self.keep!r}")
         bound = self.keep_bytes
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or bound < 0):
+        if bound is not None and not (isinstance(bound, Real) and not isinstance(bound, bool) and float(bound) >= 0):
             raise ValueError(f"keep_bytes: expected a number of at least 0 or None, got {bound!r}")
         if self.clip is not None and not (isinstance(self.clip, int | float) and self.clip > 0):
             raise ValueError(f"clip: expected a number above 0 or None, got {self.clip!r}")

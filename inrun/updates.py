@@ -315,10 +315,12 @@ def weights_moved(
 
 
 def copied(state: dict[str, Any], param: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """A copy of a parameter's state, what is of the parameter's shape in this dtype."""
+    """A copy of a parameter's state, in this dtype what is of the parameter's shape, or of its rows or columns."""
 
     def widened(key: str, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.shape == param.shape and key not in _SCALARS:
+        if not isinstance(value, Tensor) or key in _SCALARS:
+            return copy.deepcopy(value)
+        if value.shape == param.shape or (value.dim() and value.is_floating_point()):
             return value.to(dtype, copy=True)
         return copy.deepcopy(value)
 

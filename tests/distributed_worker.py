@@ -440,6 +440,30 @@ def check_checks_of_later_steps():
     assert torch.equal(agenda[:2], agenda[2:]) and agenda[1] > 0
 
 
+def check_hooks_on_gradients_in_one_process_alone():
+    """As one that only the first process has, to log gradients."""
+
+    def run(hooked):
+        model, optimizer, tracker, wrapped = prepared("mlp", "plain")
+        if hooked and RANK == 0:
+            next(model.parameters()).register_hook(lambda grad: None)
+        checked, values = [], []
+        for t in range(11):
+            validate(tracker, model, "mlp")
+            with tracker.step(range(3)) as step:
+                checked += [t] if tracker.check_due else []
+                loss_of(wrapped, *data("mlp", 3, seed=RANK + 2 * t)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            values.append(step.values)
+        tracker.close()
+        return checked, torch.stack(values)
+
+    (plain, expected), (hooked, found) = run(False), run(True)
+    assert plain == [0, 8] and hooked == [*range(11)]
+    close(found, expected)
+
+
 def check_rows_of_flattened_tokens():
     train_ddp("gpt_flat", "adamw", wrap_first=True, bare_validation=False)
     options = {"through": {"inner.*": ""}}
@@ -735,19 +759,24 @@ def check_fully_shard_that_divides_gradients_by_another_number():
         expected = values(method, clip, None)
         for divisor in (1.0, 3.0):
             close(values(method, clip, divisor), expected)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    tracker = inrun.track(model)
-    for layer, divisor in ((model[0], 1.0), (model, 3.0)):
-        fully_shard(layer)
-        layer.set_gradient_divide_factor(divisor)
-        layer.set_force_sum_reduction_for_comms(True)
-    tracker.bind(torch.optim.SGD(model.parameters()))
+    for frozen in (False, True):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        model[0].requires_grad_(not frozen)
+        tracker = inrun.track(model)
+        for layer, divisor in ((model[0], 1.0), (model, 3.0)):
+            fully_shard(layer)
+            layer.set_gradient_divide_factor(divisor)
+            layer.set_force_sum_reduction_for_comms(True)
+        tracker.bind(torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
 
-    def validated():
-        with tracker.validation():
-            model(torch.randn(2, 8)).sum().backward()
+        def validated(model=model, tracker=tracker):
+            with tracker.validation():
+                model(torch.randn(2, 8)).sum().backward()
 
-    raises("expected one number for all modules", validated)
+        if frozen:
+            validated()
+        else:
+            raises("expected one number for all modules", validated)
 
 
 def check_fully_shard_of_several_targets():

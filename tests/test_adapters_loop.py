@@ -228,7 +228,7 @@ def test_wandb(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"validation": None}, "validation: expected a function that returns the loss"),
+        ({"validation": None}, "validation: expected a function that returns the loss, or a dict of such, got None"),
         ({"logger": "x"}, r"logger: expected one with log\(values, step\), got str"),
         ({"source_of": {"a": "b"}}, "source_of: expected a function of a sample id or None"),
     ],

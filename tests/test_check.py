@@ -98,6 +98,25 @@ def test_checks_end_once_they_could_tell_of_all():
     assert [k for k, due in enumerate(checked) if due] == [0, 1, 3, 7]
 
 
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_which_steps_are_checked(check, hooked):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, VOCAB))
+    if hooked:
+        model[0].weight.register_hook(lambda grad: grad)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    held, steps, checked = next(batches(1)), batches(), []
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, *held), check=check)
+    for k in range(20):
+        with tracker.step(range(B)):
+            checked += [k] if tracker.check_due else []
+            loss_of(model, *next(steps)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert checked == (([*range(20)] if hooked else [0, 8, 16]) if check else [])
+
+
 class TiedAutoencoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()

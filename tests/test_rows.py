@@ -214,6 +214,26 @@ class Mapped(nn.Module):
         return self.head(torch.vmap(lambda one: self.inner(one * self.scale).tanh())(self.embed(x)))
 
 
+class Loose(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight).tanh()
+
+
+class MappedLoose(nn.Module):
+    """A module without a rule, for samples one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(11, WIDTH), Loose(), nn.Linear(WIDTH, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.vmap(self.inner)(self.embed(x)))
+
+
 class Biases(nn.Module):
     """The same small net of positions in every block, whose rows are picked."""
 
@@ -232,7 +252,8 @@ class Biases(nn.Module):
 
 @pytest.mark.parametrize("method", ["first", "path"])
 @pytest.mark.parametrize(
-    "kind, layer", [(Steps, "step.*"), (Positions, "positions.*"), (Mapped, "inner.*"), (Biases, "nets.*")]
+    "kind, layer",
+    [(Steps, "step.*"), (Positions, "positions.*"), (Mapped, "inner.*"), (MappedLoose, "inner.*"), (Biases, "nets.*")],
 )
 def test_what_is_no_batch_proposes_a_module_that_is_given_one(kind, layer, method):
     """As many tokens as samples."""

@@ -1642,7 +1642,15 @@ def test_arguments_that_are_none_of_what_track_takes(arguments, error, message):
     assert [type(m) for m in model.modules()] == classes
 
 
-@pytest.mark.parametrize("scale", [0, -1.0, math.inf, math.nan, None, "2"])
+def test_a_parameter_that_is_gone_when_the_optimizer_is_bound():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    tracker = inrun.track(model)
+    model[0].bias = None
+    with pytest.raises(inrun.InRunError, match=r"0\.bias: expected the parameter where it was tracked, got none there"):
+        tracker.bind(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, torch.tensor(-2.0), torch.tensor(0.0), math.inf, math.nan, None, "2"])
 def test_a_scale_that_no_loss_was_multiplied_by(scale):
     model = make("mlp")
     tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1))

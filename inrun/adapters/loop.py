@@ -69,7 +69,7 @@ class Loop:
     ) -> None:
         if not as_losses(validation):
             raise TypeError(
-                "validation: expected a function that returns the loss, or a dict of names and such, got None"
+                f"validation: expected a function that returns the loss, or a dict of such, got {validation!r}"
             )
         if logger is not None and not callable(getattr(logger, "log", None)):
             raise TypeError(f"logger: expected one with log(values, step), got {type(logger).__name__}")
