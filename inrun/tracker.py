@@ -156,9 +156,7 @@ class Tracker:
         )
         self.targets: tuple[str, ...] = tuple(losses) if losses else named
         if losses and named not in (("validation",), self.targets):
-            raise ValueError(
-                f"targets: expected those of validation, {self.targets}, or to be left out; got {targets!r}"
-            )
+            raise ValueError(f"targets: expected those of validation, {self.targets}, or none; got {targets!r}")
         distinct = {name for name in self.targets if isinstance(name, str)}
         if not self.targets or len(distinct) < len(self.targets):
             got = self.targets if losses else targets
@@ -479,7 +477,7 @@ class Tracker:
             self.validations.require_fresh()
         self._largest = 0
         self.check_due = self.check_due or (
-            self._checked and (self.steps >= self.agenda.due or (self.ranks.size == 1 and self._has_company()))
+            self._checked and (self.steps >= self.agenda.due or (self.ranks.size == 1 and self._has_company))
         )
         self.first_check = self.check_due and not self.agenda.made
         with self._timed("direction"):
@@ -620,13 +618,17 @@ class Tracker:
         """The check of `check.efficiency`, which says when the next one is due."""
         certain = efficiency(self.slots, dots, along, factor, unscale, self.ranks, self.first_check)
         self.agenda.made_at(self.steps, certain, [s.name for s in self.slots if s.param.requires_grad])
-        if self.ranks.size > 1 and self._has_company():  # in any process: all of them check, or none
-            self.agenda.due = self.steps + 1
+        if self.ranks.size > 1:  # all of them check, or none
+            company = torch.tensor(float(self._has_company), device=self.slots[0].param.device)
+            self.agenda.due = self.steps + 1 if self.ranks.sum(company) else self.agenda.due
 
+    @property
     def _has_company(self) -> bool:
-        """Whether others have hooks on gradients too, in any process."""
-        found = torch.tensor(float(self._watch.has_company(self.slots)), device=self.slots[0].param.device)
-        return bool(self.ranks.sum(found))
+        """Whether others have hooks on gradients too. A mask, which they make of the validation gradient too, leaves
+        values right; of what else they may do, only a check of the step can tell."""
+        ours = self._watch.hooks
+        hooks = (on for s in self.slots for on in (s.param._backward_hooks, s.param._post_accumulate_grad_hooks) if on)
+        return any(not on.keys() <= ours for on in hooks)
 
     def end(self, step: Step, error: BaseException | None = None, failed: bool = False) -> None:
         """The block is over, whatever ended it; a validation gradient has served it even if an exception did."""

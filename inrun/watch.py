@@ -69,12 +69,10 @@ class Watch:
             for s in self._watched.values():
                 self._handles.append(s.param.register_hook(functools.partial(self._require_kept, s)))
 
-    def has_company(self, slots: Iterable[Any]) -> bool:
-        """Whether others have hooks on gradients too. A mask, which they make of the validation gradient too, leaves
-        values right; of what else they may do, only a check of the step can tell."""
-        ours = {handle.id for handle in self._handles}
-        hooks = (on for s in slots for on in (s.param._backward_hooks, s.param._post_accumulate_grad_hooks) if on)
-        return any(not on.keys() <= ours for on in hooks)
+    @property
+    def hooks(self) -> set[int]:
+        """The numbers of its hooks on gradients."""
+        return {handle.id for handle in self._handles}
 
     def _hook(self, slot: Any) -> Callable[[Tensor], None]:
         def remember(param: Tensor) -> None:
@@ -124,7 +122,8 @@ class Watch:
 
     def seen(self) -> dict[str, Tensor]:
         """What now stands in the gradients of watched parameters, by name."""
-        return {name: self._seen(slot.grad).double() for name, slot in self._watched.items() if slot.grad is not None}
+        grads = {name: slot.grad for name, slot in self._watched.items() if slot.grad is not None}
+        return {name: self._seen(grad).to(torch.float64, copy=True) for name, grad in grads.items()}
 
     def require_same(self, again: Mapping[str, Tensor]) -> None:
         """Raise `InRunError` (on a GPU later) where a step's batches had other gradients when computed again."""
