@@ -126,9 +126,10 @@ class Agenda:
         self.certain |= certain
         self.made += 1
         told = self.certain.issuperset(every)
-        self.due = (
-            step + (APART if told else 1 << min(self.made - 1, 30)) if self.made < CHECKS or not told else math.inf
-        )
+        if not told:
+            self.due = step + (1 << min(self.made - 1, 30))
+        else:
+            self.due = step + APART if self.made < CHECKS else math.inf
 
 
 def _require_every_batch(batches: Sequence[Mapping[Any, Tensor | None]]) -> None:

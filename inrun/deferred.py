@@ -121,7 +121,6 @@ class Deferred(Method):
         self.pairs = Pairs(tracker, self.budget) if pairwise else None
         self._path = Path(tracker, update, clip)
         self.drop: dict[str, Tensor] = {}  # target -> loss at w + u(0) less the loss at w + u(g_B)
-        self._seen: dict[str, Tensor] = {}  # of gradients that were computed again, by parameter
         self._forget()
 
     def _forget(self) -> None:
@@ -263,23 +262,24 @@ class Deferred(Method):
         """Of each batch, the dots by tap; of one that is computed again as `Inline` has them."""
         kept = self.keeper.dots(self.tracker.many)
         batches = zip(kept, self._again, self.keeper.layouts, strict=True)
-        self._seen.clear()
+        seen: list[Mapping[str, Tensor]] = []  # of each batch that was computed again, some gradients
         found: list[Mapping[Any, Tensor | None]] = [
-            dots if again is None else self._recomputed(again, layout) for dots, again, layout in batches
+            dots if again is None else self._recomputed(again, layout, seen) for dots, again, layout in batches
         ]
-        if self._again and all(self._again) and self.tracker.ranks.size == 1:
-            self.tracker.require_same(self._seen)
+        if seen and len(seen) == len(self._again):  # else the step's gradients are not of these alone
+            self.tracker.require_same(seen)
         return found
 
-    def _recomputed(self, again: _Again, layout: Layout) -> dict[Any, Tensor | None]:
-        """Score a batch by computing its loss and backward once more, with probes."""
+    def _recomputed(self, again: _Again, layout: Layout, seen: list[Mapping[str, Tensor]]) -> dict[Any, Tensor | None]:
+        """Score a batch by computing its loss and backward once more, with probes; `seen` takes some of its gradients,
+        where no other process has a part in the step's."""
         inline = Inline(self.tracker)
         with self._as_it_was(again, layout):
             try:
                 inline.batch(layout)
                 again.backward()
-                for name, seen in self.tracker.seen().items():
-                    self._seen[name] = self._seen[name] + seen if name in self._seen else seen
+                if self.tracker.ranks.size == 1:
+                    seen.append(self.tracker.seen())
             finally:
                 inline.end()
         if self.tracker.first_check:

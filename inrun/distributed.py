@@ -77,7 +77,12 @@ class Ranks:
                 that forward-mode AD scores.
         """
         for slot in slots:
-            _require_no_flat(slot.name, slot.owner._parameters.get(slot.local))
+            if (param := slot.owner._parameters.get(slot.local)) is None:
+                raise InRunError(
+                    f"{slot.name}: expected the parameter where it was tracked, got none there: it was taken away, or "
+                    "went into a parametrization (track after that) or into FullyShardedDataParallel (use fully_shard)"
+                )
+            _require_no_flat(slot.name, param)
         sharded = [s for s in slots if hasattr(s.param, "placements")]
         if not sharded:
             return
@@ -298,12 +303,7 @@ def require_whole(names: Iterable[tuple[str, Any]]) -> None:
 
 
 def _require_no_flat(name: str, param: Any) -> None:
-    """Raise `InRunError` where a parameter is gone, or has gone into one of FullyShardedDataParallel's, or is one."""
-    if param is None:
-        raise InRunError(
-            f"{name}: expected the parameter where it was tracked, got none there: it was taken away, or went into a "
-            "parametrization (track after that) or into FullyShardedDataParallel (use fully_shard)"
-        )
+    """Raise `InRunError` where a parameter has gone into one of FullyShardedDataParallel's, or is one."""
     if getattr(param, "_fsdp_flattened", False) or hasattr(param, "_is_flat_param"):
         raise InRunError(
             f"{name}: expected a parameter of its own, got a part of one of FullyShardedDataParallel's; use fully_shard"

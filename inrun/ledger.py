@@ -95,7 +95,8 @@ class Ledger(Reader):
             raise ValueError(f"expected rank >= 0 and flush_rows >= 1, received {rank=}, {flush_rows=}")
         super().__init__(path)
         if self.path is not None and self.path.exists() and not self.path.is_dir():
-            raise InRunError(f"expected a folder of shards, or a new one, received {self.path}, which is a file")
+            what = shards.not_a_folder(self.path)
+            raise InRunError(f"expected a folder of shards, or a new one, received {self.path}, which {what}")
         self.rank = rank
         self.writers: int | None = None
         self.flush_rows = flush_rows

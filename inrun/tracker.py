@@ -604,8 +604,8 @@ class Tracker:
         """What now stands in some parameters' gradients, by name."""
         return self._watch.seen()
 
-    def require_same(self, again: Mapping[str, Tensor]) -> None:
-        """Of a step whose batches were all computed again, whose gradients were these: they must be the step's."""
+    def require_same(self, again: Sequence[Mapping[str, Tensor]]) -> None:
+        """Of a step whose batches were all computed again, each with these gradients: their sums must be the step's."""
         self._watch.require_same(again)
 
     def lost(self) -> list[str]:

@@ -125,11 +125,15 @@ class Watch:
         grads = {name: slot.grad for name, slot in self._watched.items() if slot.grad is not None}
         return {name: self._seen(grad).to(torch.float64, copy=True) for name, grad in grads.items()}
 
-    def require_same(self, again: Mapping[str, Tensor]) -> None:
-        """Raise `InRunError` (on a GPU later) where a step's batches had other gradients when computed again."""
-        pairs = [(self._raw[name].double(), seen) for name, seen in again.items() if name in self._raw]
-        apart = sum((torch.dist(a, b).square().to(pairs[0][0].device) for a, b in pairs), torch.zeros(()))
-        size = sum((a.square().sum().to(pairs[0][0].device) for a, _ in pairs), torch.zeros(()))
+    def require_same(self, again: Sequence[Mapping[str, Tensor]]) -> None:
+        """Raise `InRunError` (on a GPU later) where what was `seen` as each of a step's batches was computed again does
+        not add up to the step's."""
+        apart, size = torch.zeros(2, dtype=torch.float64)
+        for name, raw in self._raw.items():
+            if parts := [seen[name] for seen in again if name in seen]:
+                raw = raw.double()
+                apart = apart.to(raw.device) + (sum(parts) - raw).square().sum()
+                size = size.to(raw.device) + raw.square().sum()
         self._pending.ask(apart > SAME * size, lambda: InRunError(
             "recompute: expected the loss of the batch as the step computed it, got one with other "
             "gradients. It is called after the block (with 'secant' and 'path_secant' perhaps in the next validation "

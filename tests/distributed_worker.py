@@ -464,6 +464,29 @@ def check_hooks_on_gradients_in_one_process_alone():
     close(found, expected)
 
 
+def check_a_communication_hook_that_leaves_the_sum():
+    """With "first", of a loss that is divided by the processes instead."""
+
+    def run(summed):
+        model, optimizer, tracker, wrapped = prepared("mlp", "adamw")
+        if summed:
+            wrapped.register_comm_hook(None, lambda _, bucket: dist.all_reduce(
+                bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0]))  # fmt: skip
+        values = []
+        for t in range(3):
+            validate(tracker, model, "mlp")
+            with tracker.step(range(3)) as step:
+                (loss_of(wrapped, *data("mlp", 3, seed=RANK + 2 * t)) / (WORLD if summed else 1)).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+                optimizer.step()
+                optimizer.zero_grad()
+            values.append(step.values)
+        tracker.close()
+        return torch.stack(values)
+
+    close(run(True), run(False))
+
+
 def check_rows_of_flattened_tokens():
     train_ddp("gpt_flat", "adamw", wrap_first=True, bare_validation=False)
     options = {"through": {"inner.*": ""}}
@@ -777,6 +800,31 @@ def check_fully_shard_that_divides_gradients_by_another_number():
             validated()
         else:
             raises("expected one number for all modules", validated)
+
+
+def check_fully_shard_where_a_rank_has_a_batch_less():
+    """It runs some other samples first, so that all are in step."""
+    held, (x, y) = data("gpt_tied", 4, seed=2), data("gpt_tied", 10)
+    plain, parts = make("gpt_tied"), ([[0, 1], [2, 3], [4, 5]], [None, [6, 7], [8, 9]])  # each process's batches
+    rows = [(x[z : z + 1], y[z : z + 1]) for z in range(10)]
+    target, *each = (torch.autograd.grad(loss_of(plain, *row), list(plain.parameters())) for row in (held, *rows))
+    expected = torch.stack([sum((g * t).sum() for g, t in zip(row, target, strict=True)) / 100 for row in each])
+    for method in ("first", "path"):
+        model, optimizer, tracker = sharded("gpt_tied", "plain", method)
+        with tracker.validation():
+            loss_of(model, *held).backward()
+        with tracker.step() as step:
+            for k, ids in enumerate(parts[RANK]):
+                model.set_requires_gradient_sync(k == 2)
+                if ids is None:
+                    with tracker.paused():
+                        (0 * loss_of(model, *data("gpt_tied", 1))).backward()
+                else:
+                    step.batch(ids)
+                    (loss_of(model, x[ids], y[ids]) * (len(ids) / 10 * WORLD)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        close(step.values, expected[[i for ids in parts[RANK] if ids for i in ids]])
 
 
 def check_fully_shard_of_several_targets():

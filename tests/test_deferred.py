@@ -1412,3 +1412,23 @@ def test_a_loss_scale_that_grows_before_the_batch_is_computed_again_is_an_error(
     run(fixed=True)
     with pytest.raises(inrun.InRunError, match=r"another scale \(scaler.update"):
         run(fixed=False)
+
+
+def test_weights_that_the_block_moves_after_the_update_count_as_the_steps():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y, held = torch.randn(6, 5).double(), torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(6, 5).double()
+    before = F.cross_entropy(model(held), y).item()
+    tracker = inrun.track(model, optimizer, "path_secant", validation=lambda: F.cross_entropy(model(held), y))
+    with tracker.step(range(6)) as step:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        updated = F.cross_entropy(model(held).detach(), y).item()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.clamp_(-0.05, 0.05)
+    tracker.close()
+    after = F.cross_entropy(model(held), y).item()
+    assert abs(after - updated) > 1e-3
+    assert step.drop["validation"].item() == pytest.approx(before - after, rel=1e-9)
