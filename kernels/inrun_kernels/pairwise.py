@@ -16,6 +16,8 @@ a second stage sums in a fixed order.
 # Launches go through triton's JIT, whose signature pyright cannot see.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -41,6 +43,8 @@ from inrun_kernels.tiles import (
 )
 
 _CACHED = 32 << 20  # bytes that a last cache keeps, beside what passes through
+_COPIED = 1 << 27  # elements of either side that are copied to aligned rows at a time: 256 MB
+_FEW = 256  # tokens of a side, for which the other's are read as they are
 
 
 @triton.jit
@@ -155,6 +159,33 @@ def _pairwise_kernel(
 
 def launch_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor) -> Tensor:
     """`acts [B,T,I]`, `grads [B,T,O]`, `val_acts [V,S,I]`, `val_grads [V,S,O]` -> `[B,V]`, float32."""
+    readable = copyable if chip(acts.device).copies else aligned
+    copied = [not readable(*of_both) for of_both in ((acts, val_acts), (grads, val_grads))]
+    few = min(len(x) * x.shape[1] for x in (acts, val_acts)) < _FEW
+    if acts.dtype == torch.float32 or few or not any(copied):
+        return _launch(acts, grads, val_acts, val_grads)
+    # As of a head with an odd vocabulary, which read an element at a time has less than half the rate. A copy of one
+    # side's element (6 bytes) takes by count a part of its product with the other's tokens (2 FLOPs with each).
+    columns = []
+    for val in _copies(val_acts, val_grads, copied):
+        columns.append(torch.cat([_launch(*train, *val) for train in _copies(acts, grads, copied)]))
+    return torch.cat(columns, 1)
+
+
+def _copies(acts: Tensor, grads: Tensor, copied: list[bool]) -> Iterator[list[Tensor]]:
+    """The samples of one side, some at a time; of what is `copied` rows are aligned, with zeros at the ends."""
+    elements = sum(x[0].numel() for x, copy in zip((acts, grads), copied, strict=True) if copy)
+    for part in zip(*(x.split(max(1, _COPIED // elements)) for x in (acts, grads)), strict=True):
+        yield [_aligned_copy(x) if copy else x for x, copy in zip(part, copied, strict=True)]
+
+
+def _aligned_copy(x: Tensor) -> Tensor:
+    out = x.new_zeros(*x.shape[:2], ceil_div(x.shape[2], 16) * 16)
+    out[..., : x.shape[2]] = x
+    return out
+
+
+def _launch(acts: Tensor, grads: Tensor, val_acts: Tensor, val_grads: Tensor) -> Tensor:
     (batch, tokens, inputs), outputs = acts.shape, grads.shape[2]
     (n_val, val_tokens, _), n_tokens = val_acts.shape, batch * tokens
     operands, where = rounded(acts, grads, val_acts, val_grads), chip(acts.device)
