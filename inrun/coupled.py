@@ -76,7 +76,16 @@ class Coupled:
         full = [slot.grad.double() * unscale for slot in slots]
         kept = [torch.rand(g.shape, generator=generator, device="cpu").to(g.device) < 0.5 for g in full]
         half = [torch.where(k, g, 0.0) for g, k in zip(full, kept, strict=True)]
-        ends = zip(updates(slots, full, self._rule), updates(slots, half, self._rule), kept, strict=True)
+        try:
+            ends = zip(updates(slots, full, self._rule), updates(slots, half, self._rule), kept, strict=True)
+        except Exception as error:
+            if self._rule != "elementwise" or isinstance(error, (InRunError, torch.OutOfMemoryError)):
+                raise
+            raise InRunError(
+                "update: expected an elementwise one, as update='elementwise' says, whose step can be taken for copies "
+                f"of some parameters in float64; that of {type(slots[0].optimizer).__name__} says {error!r}. Give it "
+                "as a function: update=lambda grad, param, state, group: <what it adds to param>"
+            ) from error
         found = [not torch.allclose(a[k], b[k], rtol=1e-9, atol=0.0, equal_nan=True) for a, b, k in ends]
         if any(found) and not callable(self._rule):
             slot = slots[found.index(True)]

@@ -94,7 +94,7 @@ class Path:
         held = [slot for _, slot in moving]
         clipped = self._clipping.of(held, factor, unscale, scale)
         coupled = {i for i, _ in self._among_coupled(moving, unscale)}
-        if tracker.first_check and callable(self.update) and not tracker.ranks.sharded:
+        if tracker.first_check and self.update is not None and not tracker.ranks.sharded:
             compare(held, unscale, self.update)
         linear = self.update is None and all(type(slot.optimizer) is SGD for slot in held)
         size = _size_of_gradients(held, unscale)

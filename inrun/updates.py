@@ -225,14 +225,17 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
         }
         for i, group in enumerate(optimizer.param_groups)
     ]
-    twin.state = defaultdict(dict, {p: state for p, state, _ in held if state})
+    of_all = {
+        k: copy.deepcopy(v) for k, v in optimizer.state.items() if not isinstance(k, Tensor)
+    }  # as MADGRAD's count
+    twin.state = defaultdict(dict, {p: state for p, state, _ in held if state} | of_all)
     twin.step()
 
 
 @torch.no_grad()
-def compare(slots: Sequence[Any], unscale: Any, rule: UpdateRule) -> None:
-    """Warn where a user's update function does not give what the optimizer's own step adds, if a copy of the optimizer
-    can take one."""
+def compare(slots: Sequence[Any], unscale: Any, rule: UpdateRule | str) -> None:
+    """Warn where the update that a user gave, or says of, does not add what the optimizer's own step does, if a copy of
+    the whole optimizer can take one."""
     for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
         ours = [slot for slot in slots if slot.optimizer is optimizer]
         try:

@@ -190,6 +190,21 @@ class Signed(torch.optim.Optimizer):
             p.sub_(self.rate["lr"] / self.steps[0] * p.grad.abs().sqrt() * p.grad.sign())
 
 
+class Counted(Signed):
+    """Keeps one count for all parameters in its state, as MADGRAD does, and may share its rate among them."""
+
+    shares = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps[0] += 1
+        self.state["k"] = self.state.get("k", 0) + 1
+        params = self.param_groups[0]["params"]
+        for p in params:
+            by = self.state["k"] * (len(params) if self.shares else 1)
+            p.sub_(self.rate["lr"] / by * p.grad.abs().sqrt() * p.grad.sign())
+
+
 @pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", updates.ELEMENTWISE, ids=lambda kind: kind.__name__)
@@ -216,10 +231,11 @@ def test_an_update_in_pieces_is_the_whole_one(kind, dtype, stepped, monkeypatch)
         assert len(steps) == (3 if whole else 1)
 
 
-def test_an_elementwise_optimizer_may_keep_attributes_of_its_own():
+@pytest.mark.parametrize("kind", [Signed, Counted])
+def test_an_elementwise_optimizer_may_keep_attributes_of_its_own(kind):
     def values(**options):
         model, batch, validation = double("mlp")
-        optimizer = Signed(model.parameters(), 0.1)
+        optimizer = kind(model.parameters(), 0.1)
         tracker = inrun.track(
             model, optimizer, "path_secant", validation=lambda: loss_of(model, *validation), **options
         )
@@ -234,6 +250,28 @@ def test_an_elementwise_optimizer_may_keep_attributes_of_its_own():
     close(values(update=written_out), values(update="elementwise"), 1e-6)
     with pytest.raises(ValueError, match="expected 'elementwise', a function or None, got 'elementwize'"):
         values(update="elementwize")
+
+
+def test_an_elementwise_update_that_is_another_for_some_parameters_alone_is_said(monkeypatch):
+    def step(kind):
+        model, batch, validation = double("mlp")
+        optimizer = kind(model.parameters(), 0.1)
+        losses = {"validation": lambda: loss_of(model, *validation)}
+        tracker = inrun.track(model, optimizer, "path", validation=losses, update="elementwise")
+        with tracker.step(range(B)):
+            train(model, [optimizer], batch)
+
+    class Narrow(Signed):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.lerp_(p.grad.float(), 0.1)
+
+    with pytest.raises(inrun.InRunError, match=r"taken for copies .* in float64; that of Narrow says .*RuntimeError"):
+        step(Narrow)
+    monkeypatch.setattr(Counted, "shares", True)
+    with pytest.warns(UserWarning, match="update: expected what the step adds to a parameter.* by Counted"):
+        step(Counted)
 
 
 def test_a_mixed_rule_scores_several_targets_as_each_alone():
