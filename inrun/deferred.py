@@ -54,6 +54,7 @@ from .restoring import (
     set_random_state,
     state_kept,
     state_of,
+    surely,
 )
 from .tap import Layout, size_of, together
 from .updates import ELEMENTWISE, counts_read, require_known, require_no_closure, updates, weights_moved
@@ -182,8 +183,12 @@ class Deferred(Method):
             self._again.append(_Again(recompute, random_state(), modes_of(model), trained, put_back))
             self.keeper.skip_batch(layout)
 
-    def end(self) -> None:
+    def end(self, failed: bool = False) -> None:
         self.keeper.pause()
+        if failed:  # what it kept is not to stand in the way of a smaller batch
+            self._forget()
+            if self.pairs is not None:
+                self.pairs.start = {}
 
     def memory(self) -> dict[str, int]:
         """Bytes kept now and at most, and those of copied weights and what stands for the update."""
@@ -310,12 +315,19 @@ class Deferred(Method):
         """Compute a batch again with the weights, random numbers and modes that it had; no gradient or buffer stays."""
         tracker = self.tracker
         after = [(p, p.detach().clone()) for p, _ in self._weights]
-        for shard, weight in self._weights:
-            shard.data.copy_(weight)
         aside = tracker.ranks.aside([*(p for p, _ in batch.trained), *tracker.validations.outside])
         unseen = tracker.ranks.unseen([p for p, _ in batch.trained])
         tracker.expect(layout)
+
+        def put_back() -> None:
+            tracker.expect(None)
+            tracker.ranks.settle()
+            for tensor, value in after:
+                tensor.data.copy_(value)
+
         try:
+            for shard, weight in self._weights:
+                shard.data.copy_(weight)
             with (
                 aside, torch.enable_grad(), random_kept(), state_kept(tracker.model), in_modes(batch.modes),
                 requiring(batch.trained), unseen,
@@ -324,10 +336,7 @@ class Deferred(Method):
                 batch.put_back()
                 yield
         finally:
-            tracker.expect(None)
-            tracker.ranks.settle()
-            for tensor, value in after:
-                tensor.data.copy_(value)
+            surely(put_back)
 
     def _require_alike(self) -> None:
         """Raise `InRunError` where one process computes other batches again than another, which would wait for it."""

@@ -112,7 +112,7 @@ class Inline(Method):
     def release(self) -> None:
         self.probes = []
 
-    def end(self) -> None:
+    def end(self, failed: bool = False) -> None:
         for tap in self.tracker.taps:
             tap.probe = tap.layout = None
 

@@ -78,7 +78,8 @@ class Method(Protocol):
         """
         ...
 
-    def end(self) -> None: ...
+    def end(self, failed: bool = False) -> None:
+        """The block is over; of one that failed nothing is held any longer."""
 
     def finish(self) -> list[Tensor | None]:
         """The dots of each batch, `[count]` or `[count, M]`; None where no backward reached a tracked layer."""

@@ -113,8 +113,10 @@ class MonteCarlo(Method):
             raise InRunError(f"{got}: expected None with method 'monte_carlo', whose players are whole samples, kept")
         self.keeper.begin_batch(layout)
 
-    def end(self) -> None:
+    def end(self, failed: bool = False) -> None:
         self.keeper.pause()
+        if failed:
+            self.release()
 
     def memory(self) -> dict[str, int]:
         """Bytes kept now and at most; while coalitions are gone through, also of the weights' copies and of g_S."""

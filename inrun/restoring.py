@@ -67,6 +67,15 @@ def requiring(params: Iterable[tuple[Tensor, bool]]) -> AbstractContextManager[N
     return setting("requires_grad", params)
 
 
+def surely(put_back: Callable[[], None]) -> None:
+    """Call what puts things back, and once more where it was interrupted, as by Ctrl-C."""
+    try:
+        put_back()
+    except BaseException:
+        put_back()
+        raise
+
+
 @contextmanager
 def setting(attribute: str, values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
     """Each object has the given value of an attribute in the block."""
@@ -82,13 +91,18 @@ def setting(attribute: str, values: Iterable[tuple[Any, Any]]) -> Iterator[None]
         assign(values)
         yield
     finally:
-        assign(before)
+        surely(lambda: assign(before))
 
 
 @contextmanager
 def replaced(places: Iterable[tuple[Any, str, Tensor | None]]) -> Iterator[None]:
     """Other tensors in the place of parameters or buffers, by owner and name, for the block."""
     before = []
+
+    def put_back() -> None:
+        for held, name, tensor in reversed(before):
+            held[name] = tensor
+
     try:
         for owner, name, tensor in places:
             held = owner._parameters if name in owner._parameters else owner._buffers
@@ -96,8 +110,7 @@ def replaced(places: Iterable[tuple[Any, str, Tensor | None]]) -> Iterator[None]
             held[name] = tensor
         yield
     finally:
-        for held, name, tensor in reversed(before):
-            held[name] = tensor
+        surely(put_back)
 
 
 @contextmanager
@@ -106,7 +119,7 @@ def undone(put_back: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        put_back()
+        surely(put_back)
 
 
 def buffers_kept(module: nn.Module) -> AbstractContextManager:

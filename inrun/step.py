@@ -70,7 +70,7 @@ class Step:
             if self._first is not None:
                 self._announce(*self._first)
         except BaseException:
-            self._tracker.end(self)
+            self._tracker.end(self, failed=True)
             raise
         return self
 

@@ -361,6 +361,8 @@ class Tracker:
             raise InRunError("validation: expected in the batches, as validation='batch' says; got a block")
         with self.validations.block(target, scale):
             yield
+        if self._waiting is not None and self._waiting.number != self.steps - 1:
+            self._waiting = None  # the loop has gone back to a checkpoint before it
         if self._waiting is not None and all(age == 0 for age in self.validations.age.values()):
             self._record(self._waiting)
 
@@ -416,6 +418,7 @@ class Tracker:
         After `fully_shard` its modules stay as they are, since the directions are a part of the shards.
         """
         if self._closed:
+            self.ledger.flush()  # of which the first call may have failed, as on a full disk
             return
         if self._step is not None:
             raise InRunError("close: expected outside of a step block, got inside one")
@@ -480,15 +483,19 @@ class Tracker:
             self._checked and (self.steps >= self.agenda.due or (self.ranks.size == 1 and self._has_company))
         )
         self.first_check = self.check_due and not self.agenda.made
-        with self._timed("direction"):
-            self._method.begin(step.scale)
-        self._watch.begin()
-        watched = self.check_due or self._shared_due
-        eager = watched and (not any(_is_compiled(m) for m in self.model.modules()) or _runs_eagerly())
-        for tap in self.taps:
-            tap.watched, tap.compared = eager and self._shared_due, eager and self.check_due
-            tap.passed_by = tap.met = False
         self._step = step
+        try:
+            with self._timed("direction"):
+                self._method.begin(step.scale)
+            self._watch.begin()
+            watched = self.check_due or self._shared_due
+            eager = watched and (not any(_is_compiled(m) for m in self.model.modules()) or _runs_eagerly())
+            for tap in self.taps:
+                tap.watched, tap.compared = eager and self._shared_due, eager and self.check_due
+                tap.passed_by = tap.met = False
+        except BaseException:  # the directions may have taken the place of some validation gradients
+            self.end(step, failed=True)
+            raise
 
     def _require_no_others(self, training: Mapping[int, nn.Parameter]) -> None:
         """Raise `InRunError` where a parameter trains that did not when they were tracked: it would have no score."""
@@ -632,19 +639,23 @@ class Tracker:
 
     def end(self, step: Step, error: BaseException | None = None, failed: bool = False) -> None:
         """The block is over, whatever ended it; a validation gradient has served it even if an exception did."""
-        if isinstance(error, Exception) and step.factor is None and self.ranks.size == 1:  # the update has not begun
-            self._rows.explain(error)
-        if failed and step.factor is not None:
-            self.steps = step.number + 1  # its update has begun: a step without values
-        self._step = None
-        self._watch.active = False
-        self.expect(None)
-        self._rows.forget()
-        self._method.end()
-        self.validations.count_step()
+        try:
+            if isinstance(error, Exception) and step.factor is None and self.ranks.size == 1:  # no update has begun
+                self._rows.explain(error)
+        finally:
+            if failed and step.factor is not None:
+                self.steps = step.number + 1  # its update has begun: a step without values
+            self._step = None
+            self._watch.active = False
+            self.expect(None)
+            self._rows.forget()
+            self._method.end(failed)
+            if not failed or step.factor is not None or self.validations.every == 1:  # else it is as if it had not been
+                self.validations.count_step()
 
     def finish(self, step: Step) -> None:
         """Record and count a step that has ended; its values may wait for their last validation gradient."""
+        self.steps = step.number + 1  # whatever becomes of its values: a full disk, say
         self._watch.require_in_time()
         if step.factor is not None and (missing := len(self.optimizers) - len(self._watch.begun)):
             warnings.warn(f"step {step.number}: optimizer.step() did not run in the step block for {missing} of "
@@ -657,9 +668,7 @@ class Tracker:
             ))  # fmt: skip
         if not self._method.ends_with_validation or step.factor is None:
             self._record(step)
-            self.steps = step.number + 1
             return
-        self.steps = step.number + 1
         for name in self.validations.losses:
             self.validations.run(name)
         if self.validations.losses:
@@ -676,8 +685,8 @@ class Tracker:
                 self._watch.require_even(step.number, step.uneven)
             if self.validations.excluded_share is not None:
                 self.ledger.metadata["excluded_share"] = self.validations.excluded_share
+            step.settle(values, self._method.drop, self._method.standard_error)
             self.ledger.append(step.number, step.ids, values, self.columns, per_token=step.per_token)
-        step.settle(values, self._method.drop, self._method.standard_error)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

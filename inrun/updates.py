@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from .distributed import Ranks, local
 from .errors import InRunError
-from .restoring import random_kept
+from .restoring import random_kept, surely
 
 # Exactly these classes: a subclass may override what its base does coordinate by coordinate.
 ELEMENTWISE = (
@@ -286,6 +286,8 @@ def _twin(optimizer: Any, instead: dict[int, Tensor], without: tuple[str, ...] =
     twin = object.__new__(type(optimizer))
     try:
         twin.__dict__.update(copy.deepcopy(held, dict(instead)))
+    except torch.OutOfMemoryError:  # which the loop may know what to do about
+        raise
     except (TypeError, RuntimeError) as error:
         raise InRunError(
             f"optimizer: expected one that can be copied, to take its step for other gradients, got "
@@ -305,6 +307,12 @@ def weights_moved(
         moves: numbers of slots, and what their weights move by.
         before: takes copies of the weights that it has none of.
     """
+
+    def put_back() -> None:
+        ranks.settle()
+        for i, weight in before.items():
+            slots[i].shard.copy_(weight)
+
     try:
         for i, move in moves:
             if i not in before:
@@ -312,9 +320,7 @@ def weights_moved(
             slots[i].shard.add_(move)
         yield
     finally:
-        ranks.settle()
-        for i, weight in before.items():
-            slots[i].shard.copy_(weight)
+        surely(put_back)
 
 
 def copied(state: dict[str, Any], param: Tensor, dtype: torch.dtype) -> dict[str, Any]:

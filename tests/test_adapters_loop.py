@@ -252,3 +252,10 @@ def test_a_folder_is_written_by_this_process(tmp_path, monkeypatch):
         optimizer.zero_grad()
     loop.close()
     assert [shard.name.split("-")[0] for shard in tmp_path.iterdir()] == ["rank00003"]
+
+
+def test_a_loop_that_cannot_begin_leaves_the_model_as_it_was():
+    model, optimizer, held_out = made()
+    with pytest.raises(ValueError, match="log_every"):
+        Loop(model, optimizer, held_out, log_every=0)
+    Loop(model, optimizer, held_out).close()

@@ -13,7 +13,7 @@ from models import Bypass, data, loss_of, make, sample_gradients
 from torch import nn
 
 import inrun
-from inrun import montecarlo, quadratic, shapley
+from inrun import montecarlo, quadratic, shapley, updates
 from inrun.tasks import Lion
 
 N, T, VOCAB = 5, 3, 7
@@ -580,3 +580,16 @@ def test_a_sample_without_a_gradient_is_worth_nothing_in_float64_too():
         (losses[:2].sum() + losses[3:].sum()).div(5).backward()
         optimizer.step()
     assert step.values[2] == 0 and (step.values[[0, 1, 3, 4]] != 0).all()
+
+
+def test_memory_that_runs_out_in_a_copy_of_the_optimizer_is_told_as_such(monkeypatch):
+    """A loop that takes a smaller batch then waits for that error."""
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adafactor([parameter])
+    monkeypatch.setattr(copy, "deepcopy", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        updates._twin(optimizer, {})

@@ -29,8 +29,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import inrun
-from inrun import inline
+from inrun import inline, shards
+from inrun.distributed import Ranks
 from inrun.errors import Pending
+from inrun.updates import weights_moved
 
 NAMES = list(MODELS)
 
@@ -2636,3 +2638,135 @@ def test_secants_direction_is_bounded_where_the_gradient_was_small():
         optimizer.step()
     assert tracker.slots[0].direction.abs().max() <= 0.01 * (1 + 1e-4)
     assert step.values.abs().max() < 0.1
+
+
+def stepped(model, tracker, number=0):
+    with tracker.step(range(B * number, B * number + B)) as step:
+        loss_of(model, *data("mlp")).backward()
+        tracker.optimizers[0].step()
+        tracker.optimizers[0].zero_grad()
+    return step
+
+
+def validated_mlp(method="first", **options):
+    model, validation = make("mlp"), data("mlp", 4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    return model, inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *validation), **options)
+
+
+def no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_step_that_fails_as_it_begins_has_used_its_validation_gradient(monkeypatch):
+    """The directions that were written have taken the place of gradients by then."""
+    model, tracker = validated_mlp(check=False)
+    expected = oracle_values(model, lambda n, g: 0.3 * g, data("mlp"), data("mlp", 4, 2))
+    written, write = [], inline.write_direction
+
+    def out_of_memory(slot, gradients):
+        written.append(slot)
+        if len(written) == 3:
+            raise torch.OutOfMemoryError
+        write(slot, gradients)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(inline, "write_direction", out_of_memory)
+        stepped(model, tracker)
+    close(stepped(model, tracker).values, expected)
+    assert tracker.steps == 1
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_step_whose_values_cannot_be_written_is_counted_and_has_them(method, tmp_path, monkeypatch):
+    model, tracker = validated_mlp(method, ledger=inrun.Ledger(tmp_path, flush_rows=1))
+    stepped(model, tracker)
+    failing = tracker.step(range(B))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(shards, "write", no_space)
+        with failing:
+            loss_of(model, *data("mlp")).backward()
+            tracker.optimizers[0].step()
+            tracker.optimizers[0].zero_grad()
+    assert failing.values.shape == (B,) and tracker.steps == 2
+    stepped(model, tracker)
+    tracker.close()
+    assert inrun.Ledger(tmp_path).rows()["step"].to_pylist() == [0] * B + [1] * B + [2] * B
+
+
+def test_a_second_close_writes_what_the_first_could_not(tmp_path, monkeypatch):
+    model, tracker = validated_mlp(ledger=tmp_path)
+    stepped(model, tracker)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(shards, "write", no_space)
+        tracker.close()
+    assert not list(tmp_path.glob("*.parquet"))
+    tracker.close()
+    assert len(list(tmp_path.glob("*.parquet"))) == 1
+
+
+@pytest.mark.parametrize("method", ["first", "path", "monte_carlo"])
+def test_a_failed_step_holds_nothing(method):
+    model, tracker = validated_mlp(method)
+    with pytest.raises(torch.OutOfMemoryError), tracker.step(range(B)):
+        loss_of(model, *data("mlp")).backward()
+        raise torch.OutOfMemoryError
+    assert tracker.memory["kept"] == 0
+
+
+def test_a_step_that_waits_is_forgotten_where_the_loop_goes_back_before_it():
+    model = make("mlp")
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.3), "secant")
+
+    def validated():
+        with tracker.validation():
+            loss_of(model, *data("mlp", 4, 2)).backward()
+
+    for number in range(3):
+        validated()
+        stepped(model, tracker, number)
+    tracker.steps = 1
+    tracker.ledger.resume(1)
+    for number in (1, 2):
+        validated()
+        stepped(model, tracker, number)
+    validated()
+    assert tracker.ledger.rows()["step"].to_pylist() == [0] * B + [1] * B + [2] * B
+
+
+def test_weights_are_put_back_where_that_is_interrupted():
+    moved = []
+
+    class Slot:
+        weight = torch.zeros(3)
+
+        @property
+        def shard(self):
+            if moved == ["back"]:
+                moved.append("again")
+                raise KeyboardInterrupt
+            return self.weight
+
+    slots = [Slot(), Slot()]
+    slots[1].weight = torch.zeros(3)
+    with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
+        with weights_moved(slots, Ranks(nn.Linear(1, 1)), [(0, torch.ones(3)), (1, torch.ones(3))], {}):
+            assert slots[0].weight.all() and slots[1].weight.all()
+            moved.append("back")
+    assert "again" in moved and not slots[0].weight.any() and not slots[1].weight.any()
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_validation_gradient_of_several_steps_does_not_serve_one_that_failed_before_its_update(method):
+    model = make("mlp")
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.3), method, validate_every=4)
+    for number in range(9):
+        if tracker.steps % 4 == 0:
+            with tracker.validation():
+                loss_of(model, *data("mlp", 4, 2)).backward()
+        if number == 1:
+            with pytest.raises(KeyError), tracker.step(range(B)):
+                raise KeyError
+        else:
+            stepped(model, tracker)
+    assert tracker.steps == 8

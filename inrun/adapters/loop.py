@@ -92,11 +92,15 @@ class Loop:
             optimizer = [getattr(each, "optimizer", each) for each in optimizer]
         losses = {name: _in_eval_mode(model, loss) for name, loss in as_losses(validation).items()}
         self.tracker = track(model, optimizer, validation=losses, ledger=self.ledger, **options)
-        self.tracker.steps = start
-        self.ledger.resume(start)
         self.step: Step | None = None
         self.last: Step | None = None
-        self._logger, self._figures = logger, Figures(self.tracker.columns, log_every, source_of)
+        try:
+            self.tracker.steps = start
+            self.ledger.resume(start)
+            self._logger, self._figures = logger, Figures(self.tracker.columns, log_every, source_of)
+        except BaseException:  # bad input: the model is as before
+            self.tracker.close()
+            raise
 
     def announce(self, ids: Any, **layout: Any) -> None:
         """The next forward sees these samples; a step begins if none is open. Arguments as `Step.batch`."""
