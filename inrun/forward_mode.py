@@ -376,6 +376,8 @@ class _AsBackward(TorchFunctionMode):
             func = torch.unflatten
         if func is WEIGHT_NORM:  # without a forward derivative
             return weight_norm(*args, **kwargs)
+        if func in _RECURRENT and getattr(args[0], "is_cuda", False):
+            return _recurrent(func, *args, **kwargs)
         if func is _EMBEDDING:  # whose forward derivative knows no padding
             return self._embedding(*args, **kwargs)
         if func not in _NORMS:
@@ -409,6 +411,30 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.linalg.vector_norm(v, dim=over, keepdim=True))
 
 
+def _recurrent(func: Any, x: Tensor, hx: Any, params: Any, *args: Any) -> Any:
+    """LSTMs, GRUs and their cells, written out: a GPU's have no forward derivative, without cuDNN either."""
+    from torch._decomp.decompositions import gru_impl, lstm_impl  # pyright: ignore[reportPrivateImportUsage]
+
+    if torch.is_autocast_enabled("cuda"):  # as it has them
+        to = torch.get_autocast_dtype("cuda")
+        x, hx, params, args = pytree.tree_map(
+            lambda y: y.to(to) if isinstance(y, Tensor) and y.is_floating_point() else y, (x, hx, params, args)
+        )
+    whole = {torch.lstm: lstm_impl, torch.gru: gru_impl}
+    if func in whole:  # of packed sequences, which are refused, weights come later
+        return whole[func](x, hx, params, *args) if isinstance(params, (list, tuple)) else func(x, hx, params, *args)
+    biases = args[1:] or (None, None)
+    inner = F.linear(x, params, biases[0])
+    if func is torch.gru_cell:
+        (r, z, n), (hr, hz, hn) = inner.chunk(3, -1), F.linear(hx, args[0], biases[1]).chunk(3, -1)
+        new = (n + (r + hr).sigmoid() * hn).tanh()
+        return new + (z + hz).sigmoid() * (hx - new)
+    enters, stays, cell, leaves = (inner + F.linear(hx[0], args[0], biases[1])).chunk(4, -1)
+    kept = stays.sigmoid() * hx[1] + enters.sigmoid() * cell.tanh()
+    return leaves.sigmoid() * kept.tanh(), kept
+
+
+_RECURRENT = {torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell}
 WEIGHT_NORM = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
 _EMBEDDING = F.embedding
 # Where the weight stands among the arguments, the bias behind it, and whether they belong to dimension 1.

@@ -72,11 +72,11 @@ class ProjectionRule(LinearRule):
 
 def recognise(module: nn.Module) -> Projection | None:
     """How `module` projects, if that is the first thing it does and all its parameters do; it is left as it was."""
-    params = {name: p for name, p in module._parameters.items() if p is not None}
+    params = dict(module.named_parameters())
     weight = params.get("weight")
     if weight is None or weight.dim() != 2 or weight.is_meta or weight.shape[0] > weight.shape[1]:
         return None
-    if set(params) - {"weight", "bias"} or any(module.children()):
+    if set(params) - {"weight", "bias"}:
         return None
     if len(inspect.signature(type(module).forward).parameters) != 2:  # self and x
         return None

@@ -165,7 +165,7 @@ def _wholes(
     for path in numbers.intersection(outermost):
         taps[path].apart = any(is_inside(p, path) and kinds[p] is ForwardModeRule for p in outermost)
     return taps, {
-        path: next(p for p in outermost if p == via[path] or (p in taking and is_inside(via[path], p)))
+        path: via[path] if via[path] in taps else next(p for p in taps if p in taking and is_inside(via[path], p))
         for path in owned
         if path in via
     }

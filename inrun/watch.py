@@ -128,7 +128,8 @@ class Watch:
     def require_same(self, again: Sequence[Mapping[str, Tensor]]) -> None:
         """Raise `InRunError` (on a GPU later) where what was `seen` as each of a step's batches was computed again does
         not add up to the step's."""
-        apart, size = torch.zeros(2, dtype=torch.float64)
+        device = next((raw.device for raw in self._raw.values()), None)  # to bring zeros there would be to wait for it
+        apart, size = torch.zeros(2, dtype=torch.float64, device=device)
         for name, raw in self._raw.items():
             if parts := [seen[name] for seen in again if name in seen]:
                 raw = raw.double()

@@ -74,12 +74,20 @@ def _wait(what: str) -> None:
 def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     """An operator with a tensor or the device of the GPU among its arguments."""
     name, schema = op._schema.name, op._schema.arguments
-    args = tuple(torch.tensor(x) if type(x) in (int, float) and str(a.type) == "Tensor" else x
-                 for x, a in zip(args, schema, strict=False))  # fmt: skip
+    args = tuple(
+        torch.tensor(x, dtype=torch.float64 if type(x) is float else None)
+        if type(x) in (int, float) and str(a.type) == "Tensor"
+        else x
+        for x, a in zip(args, schema, strict=False)
+    )
     if name == "aten::set_":
         return _set(*args)
     if op in (torch.ops.aten.mm.dtype, torch.ops.aten.bmm.dtype):  # of a GPU alone
         return op.overloadpacket(*(x.to(args[2]) for x in args[:2]))
+    if name in _CELLS:
+        return _CELLS[name](*args)
+    if name == "aten::histc" and not args[0].is_floating_point():  # of a GPU alone
+        return op(args[0].float(), *args[1:]).to(args[0].dtype)
     leaves = list(_leaves((args, kwargs)))
     ours = [x for x in leaves if isinstance(x, Tensor) and x.is_cuda]
     to = kwargs.get("device")
@@ -117,6 +125,44 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
         return gpu.to_gpu(y) if base is None else gpu.within(base, y)
 
     return _changed(result, of_gpu)
+
+
+def _lstm_cell(inner: Tensor, hidden: Tensor, c: Tensor, *biases: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As a GPU has it where cuDNN is not: of derivatives the backward alone."""
+    i, f, g, o = sum((b for b in biases if b is not None), inner + hidden).chunk(4, 1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    return o * (f * c + i * g).tanh(), f * c + i * g, torch.cat([i, f, g, o], 1)
+
+
+def _lstm_cell_backward(hy: Any, cy: Any, c: Tensor, new: Tensor, gates: Tensor, has_bias: bool) -> tuple:
+    (i, f, g, o), t = gates.chunk(4, 1), new.tanh()
+    of_new = (0 if hy is None else hy * o * (1 - t * t)) + (0 if cy is None else cy)
+    of_o = torch.zeros_like(o) if hy is None else hy * t * o * (1 - o)
+    of_gates = torch.cat([of_new * g * i * (1 - i), of_new * c * f * (1 - f), of_new * i * (1 - g * g), of_o], 1)
+    return of_gates, of_new * f, of_gates.sum(0) if has_bias else None
+
+
+def _gru_cell(inner: Tensor, hidden: Tensor, h: Tensor, b: Any = None, hb: Any = None) -> tuple[Tensor, Tensor]:
+    (r, z, n), (hr, hz, hn) = ((x if y is None else x + y).chunk(3, 1) for x, y in ((inner, b), (hidden, hb)))
+    r, z = (r + hr).sigmoid(), (z + hz).sigmoid()
+    n = (n + r * hn).tanh()
+    return n + z * (h - n), torch.cat([r, z, n, h, hn], 1)
+
+
+def _gru_cell_backward(grad: Tensor, seen: Tensor, has_bias: bool) -> tuple:
+    r, z, n, h, hn = seen.chunk(5, 1)
+    of_n, of_z = grad * (1 - z) * (1 - n * n), grad * (h - n) * z * (1 - z)
+    of_r = of_n * hn * r * (1 - r)
+    inner, hidden = torch.cat([of_r, of_z, of_n], 1), torch.cat([of_r, of_z, of_n * r], 1)
+    return inner, hidden, grad * z, *((x.sum(0) if has_bias else None) for x in (inner, hidden))
+
+
+_CELLS = {
+    "aten::_thnn_fused_lstm_cell": _lstm_cell,
+    "aten::_thnn_fused_lstm_cell_backward_impl": _lstm_cell_backward,
+    "aten::_thnn_fused_gru_cell": _gru_cell,
+    "aten::_thnn_fused_gru_cell_backward": _gru_cell_backward,
+}
 
 
 def _leaves(x: Any) -> Iterator[Any]:

@@ -251,6 +251,41 @@ def test_an_attention_of_which_a_part_is_named_goes_there_whole(named):
     close(found[1], found[0])
 
 
+class Tied(nn.Module):
+    """Positions of its own, attention, and a head that is the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.position, self.embed = nn.Parameter(torch.randn(S, E)), nn.Embedding(7, E)
+        self.attention = nn.MultiheadAttention(E, HEADS, batch_first=True)
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.position
+        return F.linear(x + self.attention(x, x, x, need_weights=False)[0], self.embed.weight)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_an_attention_within_what_uses_a_childs_weight_keeps_its_rule(method):
+    torch.manual_seed(0)
+    model, ids, held = Tied(), torch.randint(7, (B, S)), torch.randint(7, (B, S))
+    classes, double = [type(m) for m in model.modules()], copy.deepcopy(model).double()
+    gradient = lambda x: torch.autograd.grad(double(x).square().sum(), list(double.parameters()))  # noqa: E731
+    direction = gradient(held)
+    expected = [sum((LR * g * d).sum() for g, d in zip(gradient(x), direction, strict=True)) for x in ids.split(1)]
+    tracker = inrun.track(model, optimizer := torch.optim.SGD(model.parameters(), lr=LR), method)
+    assert {tap.name: len(tap.parameters) for tap in tracker.taps} == {"": 2, "attention": 4}
+    with tracker.validation():
+        model(held).square().sum().backward()
+    with tracker.step(range(B)) as step:
+        model(ids).square().sum().backward()
+        copied = copy.deepcopy(model)
+        optimizer.step()
+    close(step.values, torch.stack(expected))
+    tracker.close()
+    assert [type(m) for m in copied.modules()] == [type(m) for m in model.modules()] == classes
+    inrun.track(model, optimizer).close()
+
+
 @pytest.mark.parametrize("method", ["first", "path"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_number_of_the_models_own_leaves_what_is_inside_its_own_rows(method, compiled):

@@ -92,13 +92,34 @@ class Counting(Router):
         return super().logits(x)
 
 
+class Scored(Router):
+    """Of an activation that is a module, as DeepSeek-V4's."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.Softplus()
+
+    def logits(self, x):
+        return self.act(super().logits(x)).sqrt()
+
+
+class Deep(Scored):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.Linear(E, E)
+
+    def logits(self, x):
+        return self.act(super(Scored, self).logits(x))
+
+
 NARROW, WIDE = Projection(), Projection(wide=True)
 
 
 @pytest.mark.parametrize(
     ("made", "form"),
     [(Router, NARROW), (Wide, WIDE), (RoundedThenWide, NARROW), (Noisy, NARROW), (Counting, NARROW), (Jittered, None),
-     (WideThenRounded, None), (Normed, None), (Masked, None), (Residual, None), (lambda: Router(bias=True), NARROW)],
+     (WideThenRounded, None), (Normed, None), (Masked, None), (Residual, None), (lambda: Router(bias=True), NARROW),
+     (Scored, NARROW), (Deep, None)],
 )  # fmt: skip
 def test_which_modules_project_first(made, form):
     module = made()
@@ -121,7 +142,7 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize("method", ["first", "secant"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("made", [Router, Wide, Counting, lambda: Router(bias=True)])
+@pytest.mark.parametrize("made", [Router, Wide, Counting, Scored, lambda: Router(bias=True)])
 def test_values_without_a_second_forward(made, dtype, method):
     torch.manual_seed(0)
     model: Any = Model(made()).to(dtype)

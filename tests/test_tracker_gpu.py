@@ -160,8 +160,14 @@ def test_values_are_those_of_a_cpu(case):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "options",
-    [{}, {"method": "secant"}, {"documents": True}, {"method": "secant", "name": "loose"}],
-    ids=["first", "secant", "documents", "loose"],
+    [
+        {},
+        {"method": "secant"},
+        {"documents": True},
+        {"method": "secant", "name": "loose"},
+        {"method": "secant", "again": True},
+    ],
+    ids=["first", "secant", "documents", "loose", "again"],
 )
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_scored_step_waits_for_nothing_of_a_gpu(fused, options):
@@ -173,8 +179,10 @@ def test_a_scored_step_waits_for_nothing_of_a_gpu(fused, options):
     (x, y), (val_x, val_y) = ([t.cuda() for t in data(name, size, size)] for size in (B, V))
     method = options.get("method", "first")
     tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, val_x, val_y), check=False)
+    if options.get("again"):
+        step = {"recompute": lambda: loss_of(model, x, y)}
     for asked in (False, False, True):
-        with waiting_refused(asked), tracker.step(range(4 if step else B), **step):
+        with waiting_refused(asked), tracker.step(range(4 if "segments" in step else B), **step):
             loss_of(model, x, y).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -217,6 +225,56 @@ def test_rates_on_a_gpu_are_not_waited_for(kinds):
         raised((1, 2), within=True)
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        options = {"num_layers": 2, "bidirectional": True, "batch_first": True} if issubclass(kind, nn.RNNBase) else {}
+        self.inner, self.head = kind(8, 6, **options), nn.Linear(12 if options else 6, 3)
+
+    def forward(self, x):
+        if isinstance(self.inner, nn.RNNBase):
+            return self.head(self.inner(x)[0])
+        state = self.inner(x[:, 0])
+        state = self.inner(x[:, 1], state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell])
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("half", [False, True])
+def test_recurrent_layers(kind, method, half):
+    """Those of a GPU have no forward derivative, cuDNN's or torch's own."""
+
+    def found(device):
+        torch.manual_seed(0)
+        model, x, held = Recurrent(kind), torch.randn(B, T, 8).to(device), torch.randn(V, T, 8).to(device)
+        model.to(device)
+        optimizer = SGD(model.parameters(), lr=0.1)
+
+        def loss(x):
+            with torch.autocast(device, torch.bfloat16, enabled=half and device == "cuda"):
+                out = model.inner(x) if isinstance(model.inner, nn.RNNBase) else model(x)
+                dtypes.append(out[0].dtype)
+                return model(x).float().square().mean()
+
+        tracker = inrun.track(model, optimizer, method, validation=lambda: loss(held))
+        for _ in range(STEPS):
+            with tracker.step(range(B)) as step:
+                loss(x).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        tracker.close()
+        return step.values.cpu()
+
+    dtypes: list[torch.dtype] = []
+    values = found("cuda")
+    assert set(dtypes) == {torch.bfloat16 if half else torch.float32}
+    expected = found("cpu")
+    rtol = 5e-2 if half else 1e-3
+    torch.testing.assert_close(values, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+
 class LookedUp(nn.Module):
     """Takes rows `first` and on of a table of 20 positions."""
 
@@ -249,10 +307,12 @@ def test_on_a_simulated_gpu():
     command = [sys.executable, "-m", "pytest", "-p", "simulated_gpu", "-m", "gpu", "-p", "no:cacheprovider"]
     paths = os.pathsep.join([str(here), str(here.parent), str(here.parent / "kernels")])
     here_too = [f"test_values_are_those_of_a_cpu[{case}]" for case in SIMULATED]
-    cases = ("False-first", "True-secant", "True-documents", "False-loose")
+    cases = ("False-first", "True-secant", "True-documents", "False-loose", "True-again")
     here_too += [f"test_a_scored_step_waits_for_nothing_of_a_gpu[{case}]" for case in cases]
     here_too += ["test_rates_on_a_gpu_are_not_waited_for[one on the device]"]
     here_too += ["test_an_index_that_is_tried_is_not_the_end_of_a_gpu"]
+    cases = ("False-first-LSTM", "True-first-GRU", "False-path-LSTMCell", "True-path-GRUCell")
+    here_too += [f"test_recurrent_layers[{case}]" for case in cases]
     run = subprocess.run(
         [*command, *(f"{here / 'test_tracker_gpu.py'}::{test}" for test in here_too), str(here / "test_ledger.py")],
         env={**os.environ, "PYTHONPATH": paths},
