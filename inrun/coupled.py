@@ -63,15 +63,17 @@ class Coupled:
             known = [self._known(slot) for slot in slots]
             unknown = [slot for slot, kind in zip(slots, known, strict=True) if kind is None]
             self._is.update({slot.name: kind for slot, kind in zip(slots, known, strict=True) if kind is not None})
-            self._is.update(zip((slot.name for slot in unknown), self._tried(unknown, unscale), strict=True))
-        return [(i, slot) for i, slot in moving if self._is[slot.name]]
+            tried = zip(unknown, self._tried(unknown, unscale), strict=True)
+            self._is.update({slot.name: kind for slot, kind in tried if kind is not None})
+        return [(i, slot) for i, slot in moving if self._is.get(slot.name)]
 
     def _known(self, slot: Any) -> bool | None:
         if callable(self._rule):
             return None
         return False if type(slot.optimizer) in ELEMENTWISE else True if formulas.of(slot.optimizer) else None
 
-    def _tried(self, slots: Sequence[Any], unscale: Any) -> list[bool]:
+    def _tried(self, slots: Sequence[Any], unscale: Any) -> list[bool | None]:
+        """None where the gradient moves nothing, as at a rate of zero: a later step tells."""
         generator = torch.Generator("cpu").manual_seed(0)
         full = [slot.grad.double() * unscale for slot in slots]
         kept = [torch.rand(g.shape, generator=generator, device="cpu").to(g.device) < 0.5 for g in full]
@@ -86,7 +88,8 @@ class Coupled:
                 f"of some parameters in float64; that of {type(slots[0].optimizer).__name__} says {error!r}. Give it "
                 "as a function: update=lambda grad, param, state, group: <what it adds to param>"
             ) from error
-        found = [not torch.allclose(a[k], b[k], rtol=1e-9, atol=0.0, equal_nan=True) for a, b, k in ends]
+        found = [None if torch.equal(a, b) else not torch.allclose(a[k], b[k], rtol=1e-9, atol=0.0, equal_nan=True)
+                 for a, b, k in ends]  # fmt: skip
         if any(found) and not callable(self._rule):
             slot = slots[found.index(True)]
             raise InRunError(

@@ -186,9 +186,7 @@ class Deferred(Method):
     def end(self, failed: bool = False) -> None:
         self.keeper.pause()
         if failed:  # what it kept is not to stand in the way of a smaller batch
-            self._forget()
-            if self.pairs is not None:
-                self.pairs.start = {}
+            self.keeper.reset()
 
     def memory(self) -> dict[str, int]:
         """Bytes kept now and at most, and those of copied weights and what stands for the update."""

@@ -62,14 +62,15 @@ def warn_of_sizes(optimizers: Sequence[Optimizer], validation: Mapping[str, Tens
     Args:
         validation: target -> norm of its gradient; batch: norm of the batch's. The device is waited for.
     """
+    adams = [each for each in optimizers if not isinstance(each, SGD)]
+    if not adams:
+        return
     sizes, size = {name: float(norm) for name, norm in validation.items()}, float(batch)
     target = max(sizes, key=sizes.__getitem__)
     ratio = sizes[target] / size if size > 0 else 1.0
-    if all(isinstance(each, SGD) for each in optimizers):
-        return
     if ratio > LARGE:
         off = "too small"
-    elif 0 < ratio < 1 / LARGE and not all(each.state for each in optimizers):  # old squares outweigh small ones
+    elif 0 < ratio < 1 / LARGE and not all(each.state for each in adams):  # old squares outweigh small ones
         off = "too large in the first steps"
     else:
         return

@@ -103,7 +103,7 @@ class Path:
         for part in chunks(moving):
             here = [slot for _, slot in part]
             full = [slot.grad.double() * unscale for slot in here]
-            whole = ends or not linear or any(i in coupled for i, _ in part)
+            whole = ends or not linear  # so of all that is coupled
             at_zero = updates(here, [torch.zeros_like(g) for g in full], self.update) if whole else []
             at_full = updates(here, full, self.update) if whole else []
             for k, (i, slot) in enumerate(part):

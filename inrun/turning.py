@@ -222,7 +222,7 @@ class Beside:
                 squares[batch] = of_rows.repeat_interleave(tokens) / max(1, tokens)
         count = ranks.sum(sum(((of > 0).sum() for of in squares.values()), torch.zeros_like(factor)))
         surplus, by_size = (torch.as_tensor(x, device=factor.device) for x in (surplus, by_size))
-        share = torch.where(factor * count == 0, 0.0, surplus / (factor * count))
+        share = surplus / (factor * count)
         result = list(found)
         for batch, of in squares.items():
             dots = result[batch]

@@ -273,6 +273,7 @@ def values_of(kind, n, loss, clip=None, dtype=torch.float64, twice=False, **opti
         ("lion", 0.2, 1),
         ("adamw", 0.2, quadratic.STACK),
         ("muon", None, 1),
+        ("muon", None, quadratic.STACK),
         ("coupled", None, 1),
     ],
 )

@@ -14,7 +14,7 @@ from models import VOCAB, WIDTH, B, data, gradient, loss_of, make, oracle_values
 from torch import nn
 
 import inrun
-from inrun import coupled, formulas, inline, shapley, updates
+from inrun import coupled, directions, formulas, inline, shapley, updates
 from inrun_kernels import adam, native
 
 
@@ -171,6 +171,11 @@ def test_a_users_rule_that_mixes_coordinates_is_the_written_out_one(clip, recomp
     tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *validation), update=mixed,
                           clip=clip)  # fmt: skip
     clipped = (lambda: nn.utils.clip_grad_norm_(model.parameters(), clip)) if clip else (lambda: None)
+    optimizer.param_groups[0]["lr"] = 0.0  # a warm-up's first step, which tells nothing of the rule
+    with tracker.step(range(B)) as step:
+        train(model, [optimizer], batch, clipped)
+    assert step.values.tolist() == [0.0] * B
+    optimizer.param_groups[0]["lr"] = lr
     with tracker.step(range(B), recompute=(lambda: loss_of(model, *batch)) if recompute else None) as step:
         train(model, [optimizer], batch, clipped)
     close(step.values, expected, 1e-5)
@@ -207,9 +212,9 @@ class Counted(Signed):
 
 @pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", updates.ELEMENTWISE, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*updates.ELEMENTWISE, torch.optim.Adafactor], ids=lambda kind: kind.__name__)
 def test_an_update_in_pieces_is_the_whole_one(kind, dtype, stepped, monkeypatch):
-    """To the bit, with the state of a first step and later; where memory is not whole it is not cut."""
+    """To the bit, with the state of a first step and later; where memory lies apart, or rows count, it is not cut."""
     options = {torch.optim.SGD: {"momentum": 0.9, "nesterov": True}, torch.optim.Adam: {"amsgrad": True}}.get(kind, {})
     once = updates._step_twin
     for whole in (True, False):
@@ -228,7 +233,18 @@ def test_an_update_in_pieces_is_the_whole_one(kind, dtype, stepped, monkeypatch)
             patch.setattr(updates, "CHUNK_OF_CPU", 7)
             (found,) = updates.updates([slot], [gradient])
         assert torch.equal(found, expected) and found.shape == gradient.shape
-        assert len(steps) == (3 if whole else 1)
+        assert len(steps) == (3 if whole and kind in updates.ELEMENTWISE else 1)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_adams_largest_direction_is_that_without_old_squares(steps):
+    param = nn.Parameter(torch.zeros(3))
+    optimizer, zeros = torch.optim.Adam([param], lr=0.1, betas=(0.9, 0.99), eps=0.0), torch.zeros(3)
+    state = {"step": torch.tensor(float(steps)), "exp_avg": zeros, "exp_avg_sq": zeros} if steps else {}
+    slot = SimpleNamespace(optimizer=optimizer, options=optimizer.param_groups[0], state=state)
+    along = torch.tensor([1.0, -2.0, 1e-3])
+    found = (directions.coefficient(slot, [along]) * along).abs()
+    torch.testing.assert_close(found, torch.full((3,), directions.largest(slot)))
 
 
 @pytest.mark.parametrize("kind", [Signed, Counted])

@@ -110,7 +110,7 @@ OPTIMIZERS = {
     "nesterov": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, nesterov=True), sgd(0.1, 0.8, 0, True)),
     "adam": (lambda p: torch.optim.Adam(p, lr=0.01), frozen_adam(0.01)),
     "adamw": (lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True), frozen_adam(0.01)),
-    "amsgrad": (lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True), frozen_adam(0.01)),
+    "amsgrad": (lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.9), amsgrad=True), frozen_adam(0.01, 0.9, 0.9)),
     "no_beta2": (lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.5, 0.0), amsgrad=True), frozen_adam(0.01, 0.5, 0.0)),
     "fused": (lambda p: torch.optim.AdamW(p, lr=0.01, fused=True), frozen_adam(0.01)),
     "tensor_lr": (lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)), frozen_adam(0.01)),
@@ -734,13 +734,23 @@ def test_what_modules_hold_and_draw_is_what_it_is_without_a_tracker():
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-8)
 
 
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
 @pytest.mark.parametrize("method", inrun.tracker.METHODS)
 def test_a_validation_loss_leaves_running_statistics_to_training(method):
     x, y = torch.randn(3, 4, 6).double(), torch.tensor([0, 1, 2, 0])
 
-    def train(tracked):
+    def train(tracked, counted=Counting):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+        model = nn.Sequential(nn.Linear(6, 6), counted(), nn.Tanh(), nn.Linear(6, 3)).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         tracker = tracked and inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x[0] + 3, y))
         for each in x:
@@ -750,12 +760,13 @@ def test_a_validation_loss_leaves_running_statistics_to_training(method):
                 optimizer.zero_grad()
         return model.state_dict()
 
+    norm = lambda: nn.BatchNorm1d(6)  # noqa: E731
     if method == "monte_carlo":  # takes one sample's gradient at a time
         with pytest.raises(inrun.InRunError, match="by itself"):
-            train(True)
-        return
-    for found, expected in zip(train(True).values(), train(False).values(), strict=True):
-        torch.testing.assert_close(found, expected)
+            train(True, norm)
+    for counted in (Counting, *([] if method == "monte_carlo" else [norm])):
+        for found, expected in zip(train(True, counted).values(), train(False, counted).values(), strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 def test_the_input_of_a_frozen_weight_is_not_kept():
@@ -1779,20 +1790,25 @@ def test_a_validation_gradient_that_is_far_larger_than_a_batchs_is_said(method):
         assert not told or told[0].startswith("validation('b'): its gradient has")
 
 
+@pytest.mark.parametrize("beside", [0, 1])  # parameters that SGD has
 @pytest.mark.parametrize("steps", [0, 3])
-def test_one_that_is_far_smaller_is_said_while_there_are_no_old_squares(steps):
+def test_one_that_is_far_smaller_is_said_while_there_are_no_old_squares(steps, beside):
     model = make("mlp")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    params = list(model.parameters())
+    optimizer, other = torch.optim.AdamW(params[beside:], lr=0.01), torch.optim.SGD(params[:beside] or [torch.zeros(1)])
     for _ in range(steps):
         loss_of(model, *data("mlp")).backward()
         optimizer.step()
         optimizer.zero_grad()
-    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, *data("mlp", 4, 2)) / 100)
+    tracker = inrun.track(
+        model, [optimizer, other] if beside else optimizer, validation=lambda: loss_of(model, *data("mlp", 4, 2)) / 100
+    )
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         with tracker.step(range(B)):
             loss_of(model, *data("mlp")).backward()
             optimizer.step()
+            other.step()
     assert ["too large in the first steps" in str(each.message) for each in said] == [True] * (steps == 0)
 
 

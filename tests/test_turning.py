@@ -125,7 +125,7 @@ def exact(name, kind, steps, clip=None):
 
 @pytest.mark.parametrize(("kind", "steps"), [("adam", 0), ("adam", 2), ("lion", 5), ("adam", 40)])
 @pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize("name", ["gpt_tied", "unknown"])
+@pytest.mark.parametrize("name", ["gpt_tied", "gpt_untied", "unknown"])
 def test_values_are_the_written_out_ones(name, kind, steps, clip):
     """All of `turning.py` in plain loops, from per-sample gradients and the optimizer's own step."""
     model, optimizer = start(name, kind, steps)
@@ -199,6 +199,46 @@ def test_values_are_near_the_exact_shapley_value(kind, steps, within, clip, monk
         found = values("gpt_tied", kind, "path_secant", steps=steps, clip=clip)
         of_path = ((found - expected).norm() / expected.norm()).item()
         assert of_path > 1.5 * error
+
+
+class Recurrent(nn.Module):
+    """An LSTM holds no sample in a row; with a head, which does."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.lstm = nn.LSTM(models.WIDTH, models.VOCAB, batch_first=True)
+        self.head = nn.Linear(models.VOCAB, models.VOCAB) if head else nn.Identity()
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0])
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("sgd", 0), ("adam", 40)])
+def test_layers_that_hold_no_sample_in_a_row_are_clipped_along_the_path(kind, steps, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "attention", lambda: Recurrent(False))
+    clip = 0.05
+    model, optimizer = start("attention", kind, steps)
+    along, samples = gradient(model, *of("attention", size=4, seed=2)), sample_gradients(model, *of("attention"))
+    g = {n: sum(s[n] for s in samples) for n in along}
+    norm = math.sqrt(sum(v.square().sum() for v in g.values()))
+    assert norm > 2 * clip
+    moved, at_rest, less, more = (
+        moved_by(model, optimizer, {n: t * clip / norm * v for n, v in g.items()}) for t in (1.0, 0.0, 0.999, 1.001)
+    )
+    k = {n: -(moved[n] - at_rest[n]) / (clip / norm * v) * along[n] for n, v in g.items()}
+    slope = {n: -(more[n] - less[n]) / (0.002 * clip / norm * v) * along[n] for n, v in g.items()}
+    off = sum((slope[n] * v).sum() for n, v in g.items()) / norm**2
+    grown = math.log(norm / clip)
+    d = {n: clip / norm * (k[n] + grown * (slope[n] - off * v)) for n, v in g.items()}
+    expected = torch.stack([sum((d[n] * s[n]).sum() for n in d) for s in samples])
+    found = values("attention", kind, steps=steps, clip=clip)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+    monkeypatch.setitem(models.MODELS, "attention", lambda: Recurrent(True))  # of which a part is beside the path
+    expected, total = exact("attention", kind, steps, clip)
+    found = values("attention", kind, "path_secant", steps=steps, clip=clip)
+    assert found.sum().item() == pytest.approx(total, rel=0.02)
+    assert (found - expected).norm() < 0.4 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", ["adam", "lion"])
