@@ -82,7 +82,7 @@ class AffineRule(Rule):
         y = functional.affine(normed, weight, bias, directions, probe, segments)
         y = y.movedim(-1, affine.axis)
         y = y.to(x.dtype) if affine.wide else y
-        if not torch.compiler.is_compiling() and self._inrun.compared and affine.axis == -1:
+        if not torch.compiler.is_compiling() and self._inrun.rows.compared and affine.axis == -1:
             with torch.no_grad(), random_kept(), state_kept(self):
                 own = self.plain(x).float()
             if (y - own).norm() > OFF * own.norm():

@@ -33,7 +33,7 @@ class AttentionRule(Holder):
             raise InRunError(f"{tap}: expected a query with a batch axis, got {tuple(query.shape)}")
         inputs = (self, query, key, value, *args)
         out = _attend(*inputs, **kwargs) if tap.keep is None else eagerly(_attend, *inputs, **kwargs)
-        if tap.watched and tap.rows is not None and not torch.compiler.is_compiling():
+        if tap.rows.watched and not torch.compiler.is_compiling():
             tap.rows.take(self, out)
         return out
 

@@ -32,6 +32,13 @@ class Report:
     run: tyro.conf.Positional[Path]
     """Run folder; report.html, report.png and report.json are written into it."""
 
+    def do(self) -> None:
+        from inrun import report
+
+        found = report.write(self.run)
+        print(report.findings(found))
+        _say_where(found["report"], self.run)
+
 
 @dataclass(frozen=True)
 class Top:
@@ -51,6 +58,12 @@ class Top:
     target: str | None = None
     """By this validation target; needed where there are several."""
 
+    def do(self) -> None:
+        from inrun import runs
+
+        run = runs.Run.open(self.run)
+        print(runs.top(run, self.k, worst=self.worst, source=self.source, target=self.target))
+
 
 @dataclass(frozen=True)
 class Compare:
@@ -67,6 +80,12 @@ class Compare:
     """How many of the samples that changed."""
     target: str | None = None
     """By this validation target, of both runs; needed where either has several."""
+
+    def do(self) -> None:
+        from inrun import runs
+
+        a, b = runs.Run.open(self.a), runs.Run.open(self.b)
+        print(runs.compare(a, b, self.k, target=self.target))
 
 
 @dataclass(frozen=True)
@@ -89,6 +108,13 @@ class Export:
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """The file; None: standard output."""
 
+    def do(self) -> None:
+        from inrun import runs
+
+        options = {"form": self.format, "keep_positive": self.keep_positive, "target": self.target}
+        wrote = runs.export(runs.Run.open(self.run), self.out, **options)
+        print(f"inrun: {wrote}" + (f" in {self.out}" if self.out else ""), file=sys.stderr)
+
 
 @dataclass(frozen=True)
 class Compact:
@@ -100,6 +126,11 @@ class Compact:
     run: tyro.conf.Positional[Path]
     """Run folder, or a folder of ledger shards; not while the run is going on."""
 
+    def do(self) -> None:
+        from inrun import runs
+
+        runs.Run.open(self.run).ledger.compact(progress=True)
+
 
 @dataclass(frozen=True)
 class Doctor:
@@ -107,6 +138,11 @@ class Doctor:
 
     inrun doctor
     """
+
+    def do(self) -> None:
+        from inrun import doctor
+
+        sys.exit(0 if doctor.main() else 1)
 
 
 @dataclass(frozen=True)
@@ -120,6 +156,11 @@ class Fidelity:
     """Folder for fidelity.json and its pictures."""
     seeds: int = 2
     """Runs for each optimizer and learning rate."""
+
+    def do(self) -> None:
+        from inrun import fidelity
+
+        fidelity.main(self.out, self.seeds)
 
 
 @dataclass(frozen=True)
@@ -136,6 +177,11 @@ class Experiment:
     """Folder for experiment-NAME.json and .png."""
     seed: int = 0
     """Seeds everything that is drawn."""
+
+    def do(self) -> None:
+        from inrun import experiments
+
+        experiments.run(self.name, self.out, self.seed)
 
 
 COMMANDS = {
@@ -193,22 +239,8 @@ def _run(argv: list[str]) -> None:
     )
     if isinstance(command, TrainConfig):
         _train(command)
-    elif isinstance(command, Report):
-        _report(command)
-    elif isinstance(command, Doctor):
-        from inrun import doctor
-
-        sys.exit(0 if doctor.main() else 1)
-    elif isinstance(command, Top | Compare | Export | Compact):
-        _ask(command)
-    elif isinstance(command, Fidelity):
-        from inrun import fidelity
-
-        fidelity.main(command.out, command.seeds)
     else:
-        from inrun import experiments
-
-        experiments.run(command.name, command.out, command.seed)
+        command.do()
 
 
 def _settings(argv: list[str]) -> TrainConfig:
@@ -235,32 +267,6 @@ def _train(config: TrainConfig) -> None:
         sys.exit(128 + stopped.signum)
     print(report.findings(found))
     _say_where(found["report"], Path(found["run"]))
-
-
-def _report(command: Report) -> None:
-    from inrun import report
-
-    found = report.write(command.run)
-    print(report.findings(found))
-    _say_where(found["report"], command.run)
-
-
-def _ask(command: Top | Compare | Export | Compact) -> None:
-    from inrun import runs
-
-    if isinstance(command, Compare):
-        a, b = runs.Run.open(command.a), runs.Run.open(command.b)
-        print(runs.compare(a, b, command.k, target=command.target))
-        return
-    run = runs.Run.open(command.run)
-    if isinstance(command, Top):
-        print(runs.top(run, command.k, worst=command.worst, source=command.source, target=command.target))
-    elif isinstance(command, Compact):
-        run.ledger.compact(progress=True)
-    else:
-        options = {"form": command.format, "keep_positive": command.keep_positive, "target": command.target}
-        wrote = runs.export(run, command.out, **options)
-        print(f"inrun: {wrote}" + (f" in {command.out}" if command.out else ""), file=sys.stderr)
 
 
 def _say_where(page: str | None, folder: Path) -> None:

@@ -128,6 +128,8 @@ class Deferred(Method):
         """Forget the last step, which an exception may have ended."""
         self.keeper.reset()
         self._path.release()
+        if self.pairs is not None:
+            self.pairs.start = {}
         self._again: list[_Again | None] = []  # of each batch, if it is computed again
         self._weights: list[tuple[Tensor, Tensor]] = []  # each, and what they were, if its loss will be computed again
         self._start: dict[str, Gradients] = {}
@@ -163,9 +165,9 @@ class Deferred(Method):
         self._forget()
         self._scale, self.drop = scale, {}
         if self.pairs is not None:
-            self.pairs.begin()
+            self.pairs.start = dict(self.pairs.kept)
         if self.starts_with_validation:
-            self._start = {name: list(g) for name, g in self.tracker.validations.gradients.items()}
+            self._start = dict(self.tracker.validations.gradients)
         elif self.tracker.in_batch:
             self._start = {name: [None] * len(self.tracker.slots) for name in self.tracker.targets}
 
@@ -197,7 +199,7 @@ class Deferred(Method):
         """Forget all that waits."""
         self._forget()
         if self.pairs is not None:
-            self.pairs.release()
+            self.pairs.kept = {}
 
     @torch.no_grad()
     def before_update(self, factor: Tensor, unscale: Any) -> Tensor:
@@ -240,7 +242,7 @@ class Deferred(Method):
     def finish(self) -> list[Tensor | None]:
         """The dots of each batch, once everything the direction needs is there."""
         if not self.updated:
-            layouts, device = self.keeper.layouts, self.tracker.slots[0].param.device
+            layouts, device = self.keeper.layouts, self.tracker.device
             dots: list[Tensor | None] = [torch.zeros(x.count, *self.tracker.tail, device=device) for x in layouts]
         elif self._early is not None:
             dots = self._early
@@ -339,8 +341,7 @@ class Deferred(Method):
     def _require_alike(self) -> None:
         """Raise `InRunError` where one process computes other batches again than another, which would wait for it."""
         ranks, count = self.tracker.ranks, sum(again is not None for again in self._again)
-        device = self.tracker.slots[0].param.device
-        total, squares = ranks.sum(torch.tensor([count, count**2], device=device)).tolist()
+        total, squares = ranks.sum(torch.tensor([count, count**2], device=self.tracker.device)).tolist()
         if total**2 != squares * ranks.size:
             raise InRunError(f"recompute: expected for as many batches in every process under fully_shard, got {count} "
                              f"here and {total - count} in {ranks.size - 1} others")  # fmt: skip
@@ -393,8 +394,7 @@ class Deferred(Method):
     def _run_along(self, moves: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Validation gradients at w + u(0) and, for Simpson, in the middle; the weights are restored to the bit."""
         validations = self.tracker.validations
-        device = self.tracker.slots[0].param.device
-        moved = self.tracker.ranks.total((u0.any() for u0, _ in moves.values()), device)
+        moved = self.tracker.ranks.total((u0.any() for u0, _ in moves.values()), self.tracker.device)
         for at in self._points:
             still = at == 0.0 and not moved
             if still and all(validations.is_of_these_weights(name) for name in validations.losses):
@@ -454,7 +454,7 @@ class Deferred(Method):
         ranks, losses = self.tracker.ranks, self.tracker.validations.last_losses
         noise = {name: 16 * torch.finfo(loss.dtype).eps * loss.double() for name, loss in losses.items()}
         drop = {name: self.drop[name].double() for name in start}
-        nothing = torch.zeros((), dtype=torch.float64, device=self.tracker.slots[0].param.device)
+        nothing = torch.zeros((), dtype=torch.float64, device=self.tracker.device)
 
         def taken_off(gradients: Gradients) -> Tensor:
             pairs = [(g, rest) for i, rest in self._rest.items() if (g := gradients[i]) is not None]
@@ -504,9 +504,9 @@ class Deferred(Method):
             curved = hessian.product(tracker, name, steps)
             for i, slot in enumerate(tracker.slots):
                 g = self._start[name][i]
-                value = torch.zeros_like(slot.shard) if g is None else g.clone()
+                value = torch.zeros_like(slot.shard) if g is None else g
                 if (bend := curved[i]) is not None:
-                    value -= bend / 2
+                    value = value - bend / 2
                 slot.slices[m].copy_(value * coefficients[i])
 
 

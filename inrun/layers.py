@@ -40,8 +40,7 @@ class Holder:
 
     def deep_copied(self, memo: dict[int, Any]) -> Any:
         """The `__deepcopy__` of a module whose class has its own, as a parametrized one's has."""
-        memo[id(self)] = copied = copy.deepcopy(self._untracked(), memo)
-        return copied
+        return copy.deepcopy(self._untracked(), memo)
 
     def _untracked(self) -> Any:
         """The module as it is without its tracker."""
@@ -92,12 +91,12 @@ class Rule(Holder):
             return self.plain(x)
         require_unmapped(tap, x)
         watched = not torch.compiler.is_compiling() and (
-            tap.watched or isinstance(x, Shared) or self._is_first_of_all(x)
+            tap.rows.watched or isinstance(x, Shared) or self._is_first_of_all(x)
         )
         run = self._watched if watched else self._scored
         if tap.tokens_first and x.dim() > 2:  # a dropout after it draws its numbers in the order of memory
             y = run(x.transpose(0, 1)).transpose(0, 1).contiguous()
-            if watched and tap.rows is not None:
+            if watched:
                 tap.rows.take(self, y)
             return y
         if self._is_given_heads_first(x):
@@ -126,21 +125,20 @@ class Rule(Holder):
         if isinstance(x, Shared):
             lead, x = x._lead, x.as_subclass(Tensor)
         tap, rows = self._inrun, self._inrun.rows
-        if rows is not None:
-            rows.note_call()
-            if rows.rows > 1 and x.dim() > 1:
-                tap.of_samples |= len(x) == rows.rows
-                tap.of_all |= len(x) == 1
+        rows.note_call()
+        if rows.rows > 1 and x.dim() > 1:
+            tap.of_samples |= len(x) == rows.rows
+            tap.of_all |= len(x) == 1
         y = self._scored(x)
-        if rows is not None and not self._inrun.tokens_first:
+        if not tap.tokens_first:
             rows.take(self, y)
-        if not shared and not self._inrun.flat and len(y) > 1 and y.shape[:1] != x.shape[:1]:
+        if not shared and not tap.flat and len(y) > 1 and y.shape[:1] != x.shape[:1]:
             lead, shared = x.shape[:1] == (1,), True
-        return Shared.of(y, self._inrun.name, lead) if shared else y
+        return Shared.of(y, tap.name, lead) if shared else y
 
     def _scored(self, x: Tensor) -> Tensor:
         tap = self._inrun
-        if tap.rows is not None and self.may_fold and not torch.compiler.is_compiling() and x.dim() > 1:
+        if self.may_fold and not torch.compiler.is_compiling() and x.dim() > 1:
             tap.flat = tap.routed or tap.rows.are_tokens(self, x)
         if tap.keep is not None:
             y = eagerly(tap.keep, self, self.plain, x)
@@ -161,7 +159,7 @@ class Rule(Holder):
         """Whether a layer that had a row for each sample is given one for the first time: it may be one of all samples,
         or one that was picked out, for which another model would train."""
         tap = self._inrun
-        several = tap.rows is not None and tap.rows.rows > 1 and not tap.tokens_first
+        several = tap.rows.rows > 1 and not tap.tokens_first
         return several and tap.of_samples and not tap.of_all and x.dim() > 1 and len(x) == 1
 
     def placed(self, x: Tensor, layout: Layout) -> Tensor:
@@ -439,16 +437,15 @@ class ForwardModeRule(Holder):
         if not tap.scores():
             return self.plain(*args, **kwargs)
         require_unmapped(tap, args, kwargs)
-        watched = tap.watched and not torch.compiler.is_compiling()
+        watched = rows.watched and not torch.compiler.is_compiling()
         if watched:
-            if rows is not None:
-                rows.note_call()
+            rows.note_call()
             self._require_samples(args, kwargs)
         if tap.keep is not None:
             out = eagerly(tap.keep, self, self.plain, (args, kwargs))
         else:
             out = forward_mode(self, args, kwargs)
-        if watched and rows is not None:
+        if watched:
             rows.take(self, out)
         return out
 
@@ -503,7 +500,7 @@ def affine_dots(normed, grad, last: int, direction: Tensor | None, bias_directio
 def affine_factors(normed, grad, last: int, weight: str, bias: str | None = None) -> dict[str, Factors]:
     wide = torch.promote_types(grad.dtype, torch.float32)
     normed, grads = probing.rows(normed, last).to(wide), probing.rows(grad, last)
-    return {weight: Factors(normed * grads.to(wide), None)} | ({bias: Factors(grads, None)} if bias else {})
+    return {weight: Factors(normed * grads, None)} | ({bias: Factors(grads, None)} if bias else {})
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor:

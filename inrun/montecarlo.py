@@ -183,7 +183,7 @@ class MonteCarlo(Method):
     def finish(self) -> list[Tensor | None]:
         """The values of each batch, `[rows]` or `[rows, M]`."""
         if self._values is None:
-            tail, device = self.tracker.tail, self.tracker.slots[0].param.device
+            tail, device = self.tracker.tail, self.tracker.device
             self._values = [torch.zeros(rows, *tail, device=device) for rows in self.rows]
             self.standard_error = torch.zeros(sum(self.rows), *tail, device=device)
         self.keeper.reset()

@@ -68,13 +68,6 @@ class Pairs:
             keeper.pause()
         self.kept[target] = (keeper, scale)
 
-    def begin(self) -> None:
-        self.start = dict(self.kept)
-
-    def release(self) -> None:
-        """Forget all that waits."""
-        self.kept, self.start = {}, {}
-
     def hold(self, scale: Any) -> Keeper:
         """A keeper for the validation samples that follow a batch's own, whose loss is scaled as the batch's is."""
         (target,) = self.tracker.targets
@@ -111,7 +104,6 @@ class Pairs:
                 if (total := together(parts)) is not None:
                     columns.append(total)
             surplus.append(shared)
-        self.start = {}
         return [torch.cat(columns, 1) if columns else None for columns in found], torch.cat(surplus) if left else 0.0
 
 

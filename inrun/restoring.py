@@ -192,18 +192,11 @@ def state_kept(module: nn.Module) -> AbstractContextManager:
     return undone(state_of(module))
 
 
-@contextmanager
-def buffers_copied(module: nn.Module) -> Iterator[None]:
+def buffers_copied(module: nn.Module) -> AbstractContextManager[None]:
     """Copies stand in the places of buffers for the block; a graph may hold them after it, as they are then."""
-    held = [(m._buffers, dict(m._buffers)) for m in module.modules() if m._buffers]
-    copies = {id(b): b.clone() for _, before in held for b in before.values() if b is not None}
-    try:
-        for buffers, before in held:
-            buffers.update({name: None if b is None else copies[id(b)] for name, b in before.items()})
-        yield
-    finally:
-        for buffers, before in held:
-            buffers.update(before)
+    copies = {id(b): b.clone() for b in module.buffers()}
+    held = ((m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None)
+    return replaced([(m, name, copies[id(b)]) for m, name, b in held])
 
 
 @contextmanager

@@ -175,12 +175,14 @@ class Rows:
         self._call: _Call | None = None
         self._drew = False  # whether the last run drew random numbers
         self.rows = 0  # B of the next forward; 0 where nothing is to be told from sizes
+        self.watched = False  # whether to see what becomes of outputs that all samples share
+        self.compared = False  # whether a module known by running it is to be compared with itself
         self._sizes: set[int] | None = None  # what a sample may have of rows there
         self._lone: bool | None = None  # whether an input has the one sample, or none is known
 
     def begin(self, rows: int) -> None:
         """A forward of so many samples will come; 0 where nothing is to be told from sizes: none is expected, values
-        belong to documents or tokens, or parameters are shards."""
+        belong to documents or tokens, validation samples follow in the same rows, or parameters are shards."""
         self.rows, self._sizes, self._lone = rows, None, None
 
     def note_call(self) -> bool:

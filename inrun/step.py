@@ -145,7 +145,7 @@ class Step:
         """The batches' dots as values: together, and as the update used their gradients."""
         self.require_ids()
         if not dots:
-            dots = [torch.zeros(0, *self._tracker.tail, device=self._tracker.slots[0].param.device)]
+            dots = [torch.zeros(0, *self._tracker.tail, device=self._tracker.device)]
         for i, part in enumerate(dots):
             if part is None:
                 raise InRunError(

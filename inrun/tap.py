@@ -54,8 +54,6 @@ class Tap:
         # The tracker's.
         self.pending: Any = None
         self.rows: Any = None  # tells whether a layer's rows are the samples, or their tokens, flattened
-        self.watched = False  # whether to see what becomes of outputs that all samples share
-        self.compared = False  # whether a module known by running it is to be compared with itself
         self.of_samples = self.of_all = False  # whether, while watched, it was given a row for each sample, one for all
         self.positions: Tensor | None = None  # whether all ids so far, one for each sample, could be positions
         self.takes_positions = False  # whether ids were positions: a run of numbers as long as there are samples is too
@@ -69,7 +67,7 @@ class Tap:
         if self.keep is None and self.probe is None:
             return False
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _will_have_a_graph():
-            if self.watched and self.rows is not None:
+            if self.rows.watched:
                 self.rows.pass_by(self)
             return False  # an evaluation, of any batch
         for owner, local in self.owned:  # asked of every layer: a loop is cheaper than `any`

@@ -42,7 +42,7 @@ from .slots import Slot, places, require_all, sibling, trainable
 from .step import Step
 from .tap import Layout, Tap, leave_as_they_are, size_of
 from .updates import UpdateRule, as_optimizers
-from .validation import Validation, as_losses, as_samples, columns_of
+from .validation import Validation, as_losses, as_samples, as_targets, columns_of
 from .watch import Watch, skipped
 
 METHODS = ("first", *DEFERRED, "monte_carlo")
@@ -151,16 +151,7 @@ class Tracker:
             raise ValueError(f"validate_every: expected an integer of at least 1, got {validate_every!r}")
         self.in_batch = isinstance(validation, str) and validation == "batch"
         losses = {} if self.in_batch else as_losses(validation)
-        named: tuple[str, ...] = (
-            tuple(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else ()
-        )
-        self.targets: tuple[str, ...] = tuple(losses) if losses else named
-        if losses and named not in (("validation",), self.targets):
-            raise ValueError(f"targets: expected those of validation, {self.targets}, or none; got {targets!r}")
-        distinct = {name for name in self.targets if isinstance(name, str)}
-        if not self.targets or len(distinct) < len(self.targets):
-            got = self.targets if losses else targets
-            raise ValueError(f"targets: expected a sequence of distinct names, got {got!r}")
+        self.targets = as_targets(losses, targets)
         self.samples = as_samples(pairwise, self.targets)
         self.columns = columns_of(self.samples, self.targets)
         self.tail = (len(self.columns),) if self.samples or len(self.columns) > 1 else ()
@@ -250,11 +241,16 @@ class Tracker:
         for tap in plan.taps:
             rules.install(tap, siblings)
             tap.pending = self._pending
-            tap.rows = None if self.in_batch else self._rows  # where others' rows follow
+            tap.rows = self._rows
             self.taps.append(tap)
             for (owner, local), full in zip(tap.owned, tap.parameters, strict=True):
                 slots.setdefault(full, Slot(full, owner, local, [])).taps.append(tap)
         self.slots.extend(slots.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values are: with the first tracked parameter."""
+        return self.slots[0].param.device
 
     @property
     def last_validation(self) -> dict[str, Tensor]:
@@ -488,10 +484,10 @@ class Tracker:
             with self._timed("direction"):
                 self._method.begin(step.scale)
             self._watch.begin()
-            watched = self.check_due or self._shared_due
-            eager = watched and (not any(_is_compiled(m) for m in self.model.modules()) or _runs_eagerly())
+            looks = self.check_due or self._shared_due
+            eager = looks and (not any(_is_compiled(m) for m in self.model.modules()) or _runs_eagerly())
+            self._rows.watched, self._rows.compared = eager and self._shared_due, eager and self.check_due
             for tap in self.taps:
-                tap.watched, tap.compared = eager and self._shared_due, eager and self.check_due
                 tap.passed_by = tap.met = False
         except BaseException:  # the directions may have taken the place of some validation gradients
             self.end(step, failed=True)
@@ -540,11 +536,11 @@ class Tracker:
             self.note_unmet()
         self._largest = max(self._largest, layout.rows)
         self.expect(layout)
-        self._method.batch(layout.on(self.slots[0].param.device), recompute)  # once for all layers
+        self._method.batch(layout.on(self.device), recompute)  # once for all layers
 
     def expect(self, layout: Layout | None) -> None:
         """A forward of a batch that lies so will come; None: none will."""
-        if layout is None or layout.segments is not None or self.ranks.sharded:
+        if layout is None or layout.segments is not None or self.in_batch or self.ranks.sharded:
             self._rows.begin(0)
         else:
             self._rows.begin(layout.rows)
@@ -626,7 +622,7 @@ class Tracker:
         certain = efficiency(self.slots, dots, along, factor, unscale, self.ranks, self.first_check)
         self.agenda.made_at(self.steps, certain, [s.name for s in self.slots if s.param.requires_grad])
         if self.ranks.size > 1:  # all of them check, or none
-            company = torch.tensor(float(self._has_company), device=self.slots[0].param.device)
+            company = torch.tensor(float(self._has_company), device=self.device)
             self.agenda.due = self.steps + 1 if self.ranks.sum(company) else self.agenda.due
 
     @property

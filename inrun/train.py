@@ -148,9 +148,6 @@ class _Run:
             validation=self.validation_loss,
             validate_every=config.validate_every,
             ledger=self.ledger,
-            # The check of the first step adds up in another order, so a resumed run must not repeat it. (Later ones
-            # come when they would have come.)
-            check=not runfolder.checkpoints(folder),
         )
         self.metrics = runfolder.Metrics(folder / "metrics.jsonl")
         self.clock = Clock()
@@ -298,8 +295,9 @@ class _Run:
             torch.set_rng_state(state["rng"].cpu())
             if state["cuda_rng"]:
                 torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda_rng"]])
+            # A check adds up in another order: a resumed run makes those that are to come, and repeats none.
             certain, *others = state.get("checks", ((),))
-            self.tracker.agenda = Agenda(set(certain), *others)
+            self.tracker.agenda, self.tracker.check_due = Agenda(set(certain), *others), False
             self.step = self.saved = self.tracker.steps = state["step"]
         self.ledger.resume(self.step)
         self.metrics.resume(self.step)

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -231,6 +231,18 @@ def as_losses(validation: Any) -> dict[str, Callable[[], Tensor]]:
         if not callable(loss_of):
             raise TypeError(f"validation[{name!r}]: expected a callable that returns the loss, got {loss_of!r}")
     return losses
+
+
+def as_targets(losses: Mapping[str, Any], targets: Any) -> tuple[str, ...]:
+    """The names of the targets: those of the callables, or the `targets` argument of `track`."""
+    named = tuple(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else ()
+    found = tuple(losses) or named
+    if losses and named not in (("validation",), found):
+        raise ValueError(f"targets: expected those of validation, {found}, or none; got {targets!r}")
+    if not found or len({name for name in found if isinstance(name, str)}) < len(found):
+        got = found if losses else targets
+        raise ValueError(f"targets: expected a sequence of distinct names, got {got!r}")
+    return found
 
 
 def as_samples(pairwise: Any, targets: Sequence[str]) -> dict[str, list[str]]:

@@ -144,7 +144,6 @@ class Watch:
 
     def begin(self) -> None:
         self._raw.clear()
-        self._reached.clear()
         self._due.clear()
         self._first.clear()
         self._to_clear.update(map(id, self.begun))

@@ -551,8 +551,10 @@ def unpaired(count, seed):
 
 
 @pytest.mark.parametrize(
-    "kind, loss, said", [("dpo", ["sigmoid", "sft"], True), ("dpo", ["sigmoid"], False), ("kto", "kto", True)]
-)
+    "kind, loss, said",
+    [("dpo", ["sigmoid", "sft"], True), ("dpo", ["aot"], True), ("dpo", ["aot_unpaired"], True),
+     ("dpo", ["sigmoid"], False), ("kto", "kto", True)],
+)  # fmt: skip
 def test_a_loss_that_couples_a_batch_is_told_of_where_validation_has_several(kind, loss, said, tmp_path, recwarn):
     datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
     held = datasets.Dataset.from_list((unpaired if kind == "kto" else preferences)(3, 1))
@@ -925,6 +927,22 @@ def test_a_collator_that_orders_its_examples_is_refused(order, tmp_path):
     else:
         with pytest.raises(InRunError, match="leaves its examples in their order, got 'input_ids' with those of exam"):
             trainer.train()
+
+
+def test_examples_without_names_have_no_ids(tmp_path):
+    """A set of tuples: the refusal of a batch without ids, where it trains; an evaluation on one needs none."""
+    tuples = [(s["sample_id"], s["input_ids"]) for s in samples(6)]
+    trainer, _, _ = build(tmp_path, tuples)
+    trainer.data_collator.collator = lambda examples: pad([{"input_ids": e[1]} for e in examples])
+    assert "eval_loss" in trainer.evaluate(tuples)
+    with pytest.raises(InRunError, match="expected in every example of the training set"):
+        trainer.train()
+
+
+def test_ids_are_those_of_the_rows_of_tokens():
+    """Not of what comes before them in a batch, as the patches of all images do."""
+    collate = huggingface.CarryIds(lambda examples: {"pixel_values": torch.zeros(7, 2), **pad(examples)}, "sample_id")
+    assert collate(samples(3))["sample_id"] == {"ids": ["s0", "s1", "s2"], "segments": None}
 
 
 @pytest.mark.parametrize("in_front", [False, True])

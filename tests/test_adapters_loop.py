@@ -11,6 +11,7 @@ from torch import nn
 import inrun
 from inrun import InRunError
 from inrun.adapters import Loop, TensorBoard
+from inrun.adapters.loop import with_clip
 
 LR, N, BATCH = 0.2, 11, 3
 X, Y = data("mlp", N, seed=5)
@@ -259,3 +260,13 @@ def test_a_loop_that_cannot_begin_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="log_every"):
         Loop(model, optimizer, held_out, log_every=0)
     Loop(model, optimizer, held_out).close()
+
+
+def test_a_trainers_norm_is_taken_where_a_method_asks_for_it_and_nobody_has_said_it():
+    for method in ("path", "path_secant", "monte_carlo"):
+        assert with_clip({"method": method}, 1) == {"method": method, "clip": 1.0}
+        for said in ({"clip": 0.5}, {"pairwise": [0]}, {"exclude": ["a"]}):
+            assert with_clip({"method": method, **said}, 1) == {"method": method, **said}
+        for none in (None, 0, -1):
+            assert with_clip({"method": method}, none) == {"method": method}
+    assert with_clip({}, 1) == {}

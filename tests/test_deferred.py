@@ -266,7 +266,7 @@ def test_path_secant_adds_up_to_the_measured_drop(lr):
     assert gaps["path_secant"] < 1e-5 < gaps["path_simpson"] < gaps["secant"] / 3 < gaps["path"] / 9
 
 
-@pytest.mark.parametrize("move", ["a step of its own", "a clamp", "a checkpoint"])
+@pytest.mark.parametrize("move", ["nothing", "a step of its own", "a clamp", "a checkpoint"])
 @pytest.mark.parametrize("method", ["secant", "path_secant", "path_simpson"])
 def test_weights_that_move_between_the_steps_begin_the_next_where_they_are(method, move):
     """The last step's end is where the next one begins only if nothing has moved the weights since."""
@@ -294,7 +294,7 @@ def test_weights_that_move_between_the_steps_begin_the_next_where_they_are(metho
                 p.clamp_(-0.1, 0.1)
     elif move == "a checkpoint":
         model.load_state_dict({name: value / 2 for name, value in model.state_dict().items()})
-    else:
+    elif move == "a step of its own":
         loss_of(model, *train).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -333,7 +333,7 @@ def test_where_the_loss_bends_more_path_secant_takes_the_gradient_in_the_middle(
     model = nn.Linear(4, 1, bias=False).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     x, y, held = torch.randn(B, 4).double(), torch.randn(B, 1).double(), torch.randn(4).double()
-    bends = {"steep": lambda: (8 * model(held)).cos().sum(), "flat": lambda: (0.1 * model(held)).square().sum()}
+    bends = {"steep": lambda: (8 * model(held)).cos().sum(), "flat": lambda: (0.1 * model(held)).exp().sum()}
     losses = dict(itertools.islice(bends.items(), targets))
     tracker, runs, missed = inrun.track(model, optimizer, "path_secant", validation=losses), 0, 0
     run, tracker.validations.here = tracker.validations.here, lambda name: counted.append(name) or run(name)
@@ -397,6 +397,23 @@ def test_an_update_that_a_fused_optimizer_skips_is_worth_nothing(method, clip):
             optimizer.zero_grad()
         moved = not torch.equal(model.head.weight, before)
         assert moved == bool(step.values.abs().sum() > 0) == math.isfinite(factor)
+        assert bool(step.drop) == (moved and method != "path")
+
+
+@pytest.mark.parametrize("method", ["first", *METHODS])
+def test_a_fused_sgd_divides_the_loss_scale_out_itself(method):
+    def values(scale):
+        model, (x, y), held = make("mlp").double(), data("mlp"), data("mlp", 4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, held[0].double(), held[1]))
+        with tracker.step(range(B)) as step:
+            scaler.scale(loss_of(model, x.double(), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return step.values.double()
+
+    close(values(1024.0), values(1.0), 1e-6)
 
 
 def test_second_order_holds_with_momentum_and_decay():
@@ -409,7 +426,7 @@ def test_second_order_holds_with_momentum_and_decay():
             x, held = x.double(), (held[0].double(), held[1])
             optimizer = torch.optim.SGD(model.parameters(), lr=lr, **options)
             for p in model.parameters():
-                optimizer.state[p] = {"momentum_buffer": torch.full_like(p, 0.1)} if "momentum" in options else {}
+                optimizer.state[p] = {"momentum_buffer": 2 * p.detach()} if "momentum" in options else {}
             still = copy.deepcopy(model)
             moved = torch.optim.SGD(still.parameters(), lr=lr, **options)
             for p, q in zip(model.parameters(), still.parameters(), strict=True):
@@ -453,7 +470,7 @@ def test_training_is_untouched_to_the_bit(method):
 @pytest.mark.parametrize("name", ["gpt_tied", "unknown", "loose"])
 @pytest.mark.parametrize("method", ["second", "path_secant"])
 def test_accumulation_recomputing_and_host_memory_change_nothing(name, method):
-    def values(accumulate=False, recompute=False, **options):
+    def values(accumulate=False, recompute=(), **options):
         model = make(name)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
         x, y = data(name)
@@ -466,7 +483,7 @@ def test_accumulation_recomputing_and_host_memory_change_nothing(name, method):
                     def loss(part=part):
                         return loss_of(model, x[part], y[part]) * len(y[part]) / len(y)
 
-                    step.batch(range(B)[part], recompute=loss if recompute else None)
+                    step.batch(range(B)[part], recompute=loss if part.start in recompute else None)
                     loss().backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -475,14 +492,50 @@ def test_accumulation_recomputing_and_host_memory_change_nothing(name, method):
     expected, memory = values()
     assert memory["kept_peak"] > memory["kept"] == 0
     close(values(accumulate=True)[0], expected.double())
-    again, nothing = values(recompute=True)
+    again, nothing = values(recompute=(0,))
     close(again, expected.double())
     assert nothing["kept_peak"] == 0
-    close(values(accumulate=True, recompute=True)[0], expected.double())
+    for recomputed in ((0, 2), (2,)):
+        close(values(accumulate=True, recompute=recomputed)[0], expected.double())
     assert torch.equal(values(keep="host")[0], expected)
     assert torch.equal(values(keep_bytes=memory["kept_peak"])[0], expected)
     with pytest.raises(inrun.InRunError, match="keep_bytes="):
         values(keep_bytes=memory["kept_peak"] - 1)
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        self.runs += 1
+        return x
+
+
+def test_a_batch_is_computed_again_in_its_own_mode_and_counts_once():
+    """Secant's is, within the next validation block."""
+
+    def found(recompute):
+        torch.manual_seed(0)
+        model, held = nn.Sequential(nn.Linear(8, 13), nn.Dropout(0.5), Counts()), data("mlp", 4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        loss, tracker = lambda: loss_of(model, *data("mlp")), inrun.track(model, optimizer, "secant")
+        for training in (True, False):
+            model.eval()
+            with tracker.validation():
+                loss_of(model, *held).backward()
+            if training:
+                model.train()
+                with tracker.step(range(B), recompute=loss if recompute else None) as step:
+                    loss().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return step.values, model[2].runs
+
+    (again, runs), (kept, expected) = found(True), found(False)
+    close(again, kept.double(), 1e-6)
+    assert runs == expected
 
 
 def test_recomputing_is_at_the_excluded_weights_of_the_step_too():

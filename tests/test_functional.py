@@ -331,13 +331,16 @@ def test_a_wrong_leading_dimension_says_what_was_expected():
         probed(x, params, directions_for(params), probe)
 
 
-def test_frozen_and_unscored_parameters():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_frozen_and_unscored_parameters(dtype):
     x, params, _, _ = layer_cases()["linear"]
+    x, params = x.to(dtype), [p.to(dtype) for p in params]
     d = directions_for(params)
     cases = [((False, True), (None, d[1])), ((True, False), (d[0], None)), ((False, False), (d[0], d[1]))]
+    cases += [((True, True), (None, d[1])), ((True, True), (d[0], None))]
     for needs, directions in cases:
         leaves = [p.clone().requires_grad_(n) for p, n in zip(params, needs, strict=True)]
-        probe = torch.zeros(B, dtype=torch.float64, requires_grad=True)
+        probe = torch.zeros(B, dtype=dtype, requires_grad=True)
         y = IF.linear(x, leaves[0], leaves[1], directions, probe)
         (y * loss_weights(y)).sum().backward()
         per_weight = torch.einsum("bto,bti,oi->b", loss_weights(y), x, d[0])
@@ -345,6 +348,10 @@ def test_frozen_and_unscored_parameters():
         expected = sum(p for p, one in zip((per_weight, per_bias), directions, strict=True) if one is not None)
         torch.testing.assert_close(probe.grad, expected)
         assert [p.grad is not None for p in leaves] == list(needs)
+        wanted = torch.einsum("bto,bti->oi", loss_weights(y), x), loss_weights(y).sum((0, 1))
+        for leaf, grad in zip(leaves, wanted, strict=True):
+            if leaf.requires_grad:
+                torch.testing.assert_close(leaf.grad, grad)
 
 
 @pytest.mark.parametrize("shape", [(16,), (4, 6), (2, 3, 9), (1, 5)])
@@ -494,6 +501,8 @@ def test_a_probe_has_an_entry_for_each_direction_and_document():
     of_three = r"probe: expected \[B, 3\], as there are 3 directions; got \(3,\)"
     with pytest.raises(ValueError, match=of_three):
         IF.linear(x, w, None, (torch.stack([d, d, d]), None), probe)
+    with pytest.raises(ValueError, match=of_three):
+        IF.linear(x, w, w[:, 0], (None, torch.randn(3, 5)), probe)
     with pytest.raises(ValueError, match=of_three):
         IF.layer_norm(x, (8,), x[0, 0], None, 1e-5, (three, None), probe)
     with pytest.raises(ValueError, match=of_three):

@@ -77,6 +77,7 @@ def test_values_are_the_oracles_and_the_model_is_given_back(name):
     tracker.close()
     assert [type(m) for m in model.modules()] == classes
     assert [n for n, _ in model.named_parameters()] == names
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
     assert len(tracker.ledger) == 2 * B
 
 
@@ -1063,6 +1064,45 @@ def test_steps_may_train_one_of_many_heads_each():
         assert (step.values > 0).all()
 
 
+def test_a_step_without_an_update_leaves_the_next_nothing_to_wait_for():
+    """Which trains another head."""
+    model = nn.ModuleDict({"one": nn.Linear(4, 3), "other": nn.Linear(4, 3)})
+    x, y = torch.randn(B, 4), torch.randint(3, (B,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer)
+    for head, updated in (("one", False), ("other", True)):
+        with tracker.validation():
+            sum(F.cross_entropy(each(x), y) for each in model.values()).backward()
+        told = contextlib.nullcontext() if updated else pytest.warns(UserWarning, match="did not run")
+        with told, tracker.step(range(B)) as step:
+            F.cross_entropy(model[head](x), y).backward()
+            if updated:
+                optimizer.step()
+            optimizer.zero_grad()
+    assert (step.values != 0).all()
+
+
+@pytest.mark.parametrize("targets", [1, 2])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_what_a_validation_gradient_no_longer_reaches_is_worth_nothing(kind, targets):
+    """And not what it was worth in the step before."""
+    torch.manual_seed(0)
+    model, names = nn.ModuleDict({"one": nn.Linear(4, 3), "other": nn.Linear(4, 3)}), ["a", "b"][:targets]
+    x, y = torch.randn(B, 4), torch.randint(3, (B,))
+    optimizer = kind(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, targets=names)
+    for reached in (("one", "other"), ("one",)):
+        for name in names:
+            with tracker.validation(name):
+                sum(F.cross_entropy(model[head](x), y) for head in (reached if name == names[-1] else model)).backward()
+        with tracker.step(range(B)) as step:
+            F.cross_entropy(model["other"](x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        values = step.values.reshape(B, targets).abs().sum(0)
+        assert (values[:-1] > 0).all() and bool(values[-1] > 0) == ("other" in reached)
+
+
 def test_a_gradient_of_rounding_alone_is_none():
     """As of a bias that a layer norm takes off again, which Adam makes as large as any."""
 
@@ -1087,18 +1127,24 @@ def test_a_gradient_of_rounding_alone_is_none():
         tracker.close()
 
 
-def test_padding_has_no_part_in_a_table_that_is_the_head_too():
-    """By forward-mode AD, in which the head's rows have a direction where the padding is."""
+@pytest.mark.parametrize("called", [False, True])
+def test_padding_has_no_part_in_a_table_that_is_the_head_too(called):
+    """By forward-mode AD, or where the head is called by rules: its rows have a direction where the padding is."""
 
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
             torch.manual_seed(2)
             self.embed, self.inner = nn.Embedding(20, 8, padding_idx=0), nn.Linear(8, 8)
-            self.bias = nn.Parameter(torch.zeros(20))
+            if called:
+                self.head = nn.Linear(8, 20)
+                self.head.weight = self.embed.weight
+            else:
+                self.bias = nn.Parameter(torch.zeros(20))
 
         def forward(self, ids):
-            return F.linear(self.inner(self.embed(ids)).tanh(), self.embed.weight, self.bias)
+            h = self.inner(self.embed(ids)).tanh()
+            return self.head(h) if called else F.linear(h, self.embed.weight, self.bias)
 
     def loss_of(model, ids):
         return F.cross_entropy(model(ids).flatten(0, 1), ids.roll(-1, 1).flatten(), reduction="sum") / 40
@@ -1235,10 +1281,13 @@ def test_a_parameter_that_trains_since_it_was_tracked_is_an_error():
 
 
 def test_late_binding_strips_directions_from_the_optimizer():
-    model = make("gpt_tied")
+    model, plain = make("gpt_tied"), make("gpt_tied")
     tracker = inrun.track(model)
     with pytest.raises(inrun.InRunError, match="bind"):
         tracker.step(range(B))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [n for n, _ in copy.deepcopy(model).named_parameters()] == [n for n, _ in plain.named_parameters()]
+    model.load_state_dict(plain.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tracker.bind(optimizer)
     assert len(optimizer.param_groups[0]["params"]) == len(tracker.coverage["tracked"])

@@ -215,6 +215,18 @@ def test_a_signal_leaves_a_run_that_resumes_to_the_bit(config, monkeypatch, sign
     assert [path.name for path in runfolder.checkpoints(config.out)] == ["step-00000006.pt", "step-00000008.pt"]
 
 
+def test_a_resumed_run_makes_the_checks_that_were_to_come_and_no_other(config, monkeypatch):
+    checked, check = [], inrun.Tracker.check
+    monkeypatch.setattr(inrun.Tracker, "check", lambda self, *args: (checked.append(self.steps), check(self, *args)))
+    config = replace(config, steps=10)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        interrupt_after(patch, 4, signal.SIGINT)
+        train(config)
+    assert checked == [0]
+    train(replace(config, resume=True))
+    assert checked == [0, 8]
+
+
 def test_kill_in_mid_run_then_resume_is_to_the_bit(config):
     config = replace(config, steps=150, checkpoint_every=10, model=replace(TINY, dropout=0.1))
     whole = replace(config, out=Path("whole"))

@@ -233,12 +233,15 @@ class CarryIds:
     looked_at: int = 0  # batches, of which the first are held to their examples' order
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Any:
+        if not all(hasattr(example, "items") for example in examples):
+            return self.collator(examples)  # pyright: ignore  # of tuples, say: as without ids
         batch = self.collator([{k: v for k, v in example.items() if k != self.column} for example in examples])
         if not all(self.column in example for example in examples):
             return batch  # an evaluation set needs no ids; a training batch without them is refused
         found = [example[self.column] for example in examples]
         found = [i.tolist() if hasattr(i, "tolist") else i for i in found]
-        rows = next(v for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0).shape[:2]
+        tensors = [v for v in (batch.get("input_ids"), *batch.values()) if isinstance(v, Tensor) and v.dim() > 0]
+        rows = tensors[0].shape[:2]  # before these, perhaps, patches of all images
         packed = isinstance(found[0], list)
         names = [cls.__name__ for cls in type(self.collator).__mro__]
         pairs = "DataCollatorForPreference" in names  # of TRL's: all chosen, then all rejected

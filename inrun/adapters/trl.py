@@ -59,8 +59,8 @@ def attach(
 
     A validation dataset is prepared (formatted, tokenized, cut, with `precompute_ref_log_probs` run through the
     reference model) as the trainer's own are, and not packed. Trainers that generate their samples take a callable.
-    DPO's "sft" and KTO's "kto" losses couple the samples of a batch: of several batches the validation loss is the mean
-    of theirs, and a warning says so.
+    DPO's "sft", "aot" and "aot_unpaired" and KTO's "kto" losses couple the samples of a batch: of several batches the
+    validation loss is the mean of theirs, and a warning says so.
 
     TRL computes the loss from the output layer's weight without calling the layer. Where that weight is trained, the
     layer is called instead, so that it is scored: the same loss, to rounding, from logits held in full.
@@ -119,10 +119,11 @@ def attach(
 
 
 def _couples(trainer: Any) -> bool:
-    """Whether the loss of a batch is no mean over its rows: of its tokens, or with a divergence estimated from all."""
+    """Whether the loss of a batch is no mean over its rows: of its tokens, with a divergence estimated from all, or of
+    sorted log ratios."""
     args: Any = trainer.args
     kinds = args.loss_type if isinstance(trainer, DPOTrainer | KTOTrainer) else []
-    return not {"sft", "kto"}.isdisjoint([kinds] if isinstance(kinds, str) else kinds)
+    return not {"sft", "kto", "aot", "aot_unpaired"}.isdisjoint([kinds] if isinstance(kinds, str) else kinds)
 
 
 @torch.no_grad()
