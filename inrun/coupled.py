@@ -76,7 +76,10 @@ class Coupled:
         """None where the gradient moves nothing, as at a rate of zero: a later step tells."""
         generator = torch.Generator("cpu").manual_seed(0)
         full = [slot.grad.double() * unscale for slot in slots]
-        kept = [torch.rand(g.shape, generator=generator, device="cpu").to(g.device) < 0.5 for g in full]
+        kept = [torch.rand(g.shape, generator=generator, device="cpu") < 0.5 for g in full]
+        for mask in kept:  # some of both, of two coordinates too
+            mask.view(-1)[:2] = torch.tensor([True, False])[: mask.numel()]
+        kept = [mask.to(g.device) for mask, g in zip(kept, full, strict=True)]
         half = [torch.where(k, g, 0.0) for g, k in zip(full, kept, strict=True)]
         try:
             ends = zip(updates(slots, full, self._rule), updates(slots, half, self._rule), kept, strict=True)
@@ -88,7 +91,8 @@ class Coupled:
                 f"of some parameters in float64; that of {type(slots[0].optimizer).__name__} says {error!r}. Give it "
                 "as a function: update=lambda grad, param, state, group: <what it adds to param>"
             ) from error
-        found = [None if torch.equal(a, b) else not torch.allclose(a[k], b[k], rtol=1e-9, atol=0.0, equal_nan=True)
+        found = [None if k.numel() > 1 and torch.equal(a, b)
+                 else not torch.allclose(a[k], b[k], rtol=1e-9, atol=0.0, equal_nan=True)
                  for a, b, k in ends]  # fmt: skip
         if any(found) and not callable(self._rule):
             slot = slots[found.index(True)]

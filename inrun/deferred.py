@@ -189,6 +189,8 @@ class Deferred(Method):
         self.keeper.pause()
         if failed:  # what it kept is not to stand in the way of a smaller batch
             self.keeper.reset()
+            if self.pairs is not None:
+                self.pairs.start = {}
 
     def memory(self) -> dict[str, int]:
         """Bytes kept now and at most, and those of copied weights and what stands for the update."""

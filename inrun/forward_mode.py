@@ -413,16 +413,17 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 def _recurrent(func: Any, x: Tensor, hx: Any, params: Any, *args: Any) -> Any:
     """LSTMs, GRUs and their cells, written out: a GPU's have no forward derivative, without cuDNN either."""
-    from torch._decomp.decompositions import gru_impl, lstm_impl  # pyright: ignore[reportPrivateImportUsage]
+    from torch._decomp import decompositions as written  # pyright: ignore[reportPrivateImportUsage]
 
     if torch.is_autocast_enabled("cuda"):  # as it has them
         to = torch.get_autocast_dtype("cuda")
         x, hx, params, args = pytree.tree_map(
-            lambda y: y.to(to) if isinstance(y, Tensor) and y.is_floating_point() else y, (x, hx, params, args)
+            lambda y: y.to(to) if isinstance(y, Tensor) and y.dtype in _ROUNDED else y, (x, hx, params, args)
         )
-    whole = {torch.lstm: lstm_impl, torch.gru: gru_impl}
-    if func in whole:  # of packed sequences, which are refused, weights come later
-        return whole[func](x, hx, params, *args) if isinstance(params, (list, tuple)) else func(x, hx, params, *args)
+    whole = {torch.lstm: (written.lstm_impl, written.lstm_data_impl),
+             torch.gru: (written.gru_impl, written.gru_impl_data)}  # fmt: skip
+    if func in whole:  # of packed sequences weights come later
+        return whole[func][isinstance(args[0], (list, tuple))](x, hx, params, *args)
     biases = args[1:] or (None, None)
     inner = F.linear(x, params, biases[0])
     if func is torch.gru_cell:
@@ -434,6 +435,7 @@ def _recurrent(func: Any, x: Tensor, hx: Any, params: Any, *args: Any) -> Any:
     return leaves.sigmoid() * kept.tanh(), kept
 
 
+_ROUNDED = {torch.float32, torch.float16, torch.bfloat16}  # by autocast
 _RECURRENT = {torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell}
 WEIGHT_NORM = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
 _EMBEDDING = F.embedding

@@ -79,7 +79,7 @@ class Method(Protocol):
         ...
 
     def end(self, failed: bool = False) -> None:
-        """The block is over; of one that failed nothing is held any longer."""
+        """The block is over; of one that failed no activations are held any longer."""
 
     def finish(self) -> list[Tensor | None]:
         """The dots of each batch, `[count]` or `[count, M]`; None where no backward reached a tracked layer."""

@@ -53,6 +53,7 @@ class Path:
         self.tracker, self.update = tracker, update
         self._clipping = Clipping(tracker, clip)
         self._coupled = Coupled(update)
+        self._to_compare = False  # whether what was said of the update still is to be held to a step
         self.release()
 
     def release(self) -> None:
@@ -94,8 +95,9 @@ class Path:
         held = [slot for _, slot in moving]
         clipped = self._clipping.of(held, factor, unscale, scale)
         coupled = {i for i, _ in self._among_coupled(moving, unscale)}
-        if tracker.first_check and self.update is not None and not tracker.ranks.sharded:
-            compare(held, unscale, self.update)
+        self._to_compare |= tracker.first_check and not tracker.ranks.sharded
+        if self._to_compare and self.update is not None:
+            self._to_compare = not compare(held, unscale, self.update)
         linear = self.update is None and all(type(slot.optimizer) is SGD for slot in held)
         size = _size_of_gradients(held, unscale)
         near = [] if linear else _have_nothing(held, unscale, size)

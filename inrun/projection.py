@@ -85,7 +85,8 @@ def recognise(module: nn.Module) -> Projection | None:
             values = {name: torch.randn_like(p, dtype=torch.float32) for name, p in params.items()}
             x = torch.randn(2, 3, weight.shape[1], device=weight.device)
             for mode in (True, False):
-                module.training = mode
+                for each in module.modules():  # dropout, say, is a module of its own
+                    each.training = mode
                 if not _same(module, Projection(), x, values):
                     return None
             values = {name: p.bfloat16() for name, p in values.items()}

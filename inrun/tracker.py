@@ -94,7 +94,7 @@ class Tracker:
         update: for path methods and an optimizer of another class: "elementwise" says that its step is (which is
             tried at the first); or its update as a function, `update(grad, param, state, group)`, of what the step
             adds to the parameter, which autograd must be able to differentiate where it is not elementwise. It is held
-            to the optimizer's first step.
+            to the optimizer's first step that moves something.
         clip: for path methods and "monte_carlo": the `max_norm` that the loop clips the gradient's norm to. Without
             it what clipping left is taken for a constant.
         pairwise: ids of the validation samples (of each target, where there are several): one value for each of
@@ -357,7 +357,7 @@ class Tracker:
             raise InRunError("validation: expected in the batches, as validation='batch' says; got a block")
         with self.validations.block(target, scale):
             yield
-        if self._waiting is not None and self._waiting.number != self.steps - 1:
+        if self._waiting is not None and self._waiting.number >= self.steps:
             self._waiting = None  # the loop has gone back to a checkpoint before it
         if self._waiting is not None and all(age == 0 for age in self.validations.age.values()):
             self._record(self._waiting)

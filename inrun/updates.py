@@ -233,9 +233,10 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
 
 
 @torch.no_grad()
-def compare(slots: Sequence[Any], unscale: Any, rule: UpdateRule | str) -> None:
+def compare(slots: Sequence[Any], unscale: Any, rule: UpdateRule | str) -> bool:
     """Warn where the update that a user gave, or says of, does not add what the optimizer's own step does, if a copy of
-    the whole optimizer can take one."""
+    the whole optimizer can take one. Returns whether the step told: one at a rate of zero does not."""
+    told = False
     for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
         ours = [slot for slot in slots if slot.optimizer is optimizer]
         try:
@@ -243,10 +244,12 @@ def compare(slots: Sequence[Any], unscale: Any, rule: UpdateRule | str) -> None:
                 grads = [slot.grad.double() * unscale for slot in ours]
                 real = joint_updates(optimizer, ours, grads)
         except Exception:  # whatever its step may need beside gradients
+            told = True
             continue
         for slot, grad, moved in zip(ours, grads, real, strict=True):
             (said,) = updates([slot], [grad], rule)
             off, size = (said - moved).norm().item(), moved.double().norm().item()
+            told = told or size > 0
             rounding = 4 * torch.finfo(slot.param.dtype).eps * slot.param.detach().double().norm().item()
             if off > 0.1 * size + rounding:
                 warnings.warn(
@@ -255,7 +258,8 @@ def compare(slots: Sequence[Any], unscale: Any, rule: UpdateRule | str) -> None:
                     "are of the update that was given",
                     stacklevel=2,
                 )
-                return
+                return True
+    return told
 
 
 @torch.no_grad()

@@ -992,11 +992,11 @@ def test_what_is_no_clipping_needs_no_word():
     clipped_step((1e6,))
     clipped_step((1e6,), clip=1e6)
     model, (x, y), validation = make("mlp"), data("mlp"), data("mlp", 4, 2)
-    for clip, times in ((None, 1 / 3), (1e6, 1 / 3), (None, 2.5)):
+    for clip, scale, times in ((None, 3, 1 / 3), (None, 1, 1 / 3), (1e6, 1, 1 / 3), (None, 1, 2.5)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *validation), clip=clip)
         with tracker.step(range(B)):
-            loss_of(model, x, y).backward()
+            (scale * loss_of(model, x, y)).backward()
             for p in model.parameters():
                 p.grad *= times
             optimizer.step()

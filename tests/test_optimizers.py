@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -151,7 +152,8 @@ def mixed(grad, param, state, group):
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_users_rule_that_mixes_coordinates_is_the_written_out_one(clip, recompute):
+@pytest.mark.parametrize("warmed", [False, True])
+def test_a_users_rule_that_mixes_coordinates_is_the_written_out_one(clip, recompute, warmed):
     lr = 0.3
     model, batch, validation = double("mlp")
     names = [n for n, _ in model.named_parameters()]
@@ -171,11 +173,12 @@ def test_a_users_rule_that_mixes_coordinates_is_the_written_out_one(clip, recomp
     tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *validation), update=mixed,
                           clip=clip)  # fmt: skip
     clipped = (lambda: nn.utils.clip_grad_norm_(model.parameters(), clip)) if clip else (lambda: None)
-    optimizer.param_groups[0]["lr"] = 0.0  # a warm-up's first step, which tells nothing of the rule
-    with tracker.step(range(B)) as step:
-        train(model, [optimizer], batch, clipped)
-    assert step.values.tolist() == [0.0] * B
-    optimizer.param_groups[0]["lr"] = lr
+    if warmed:
+        optimizer.param_groups[0]["lr"] = 0.0  # a warm-up's first step, which tells nothing of the rule
+        with tracker.step(range(B)) as step:
+            train(model, [optimizer], batch, clipped)
+        assert step.values.tolist() == [0.0] * B
+        optimizer.param_groups[0]["lr"] = lr
     with tracker.step(range(B), recompute=(lambda: loss_of(model, *batch)) if recompute else None) as step:
         train(model, [optimizer], batch, clipped)
     close(step.values, expected, 1e-5)
@@ -203,11 +206,29 @@ class Counted(Signed):
     @torch.no_grad()
     def step(self, closure=None):
         self.steps[0] += 1
-        self.state["k"] = self.state.get("k", 0) + 1
+        self.state.setdefault("k", 0)
+        self.state["k"] += 1
         params = self.param_groups[0]["params"]
         for p in params:
             by = self.state["k"] * (len(params) if self.shares else 1)
             p.sub_(self.rate["lr"] / by * p.grad.abs().sqrt() * p.grad.sign())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_few_coordinates_that_move_by_each_others_gradients_are_found(size):
+    params = [nn.Parameter(torch.zeros(size, dtype=torch.float64)) for _ in range(16)]
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    slots = [
+        SimpleNamespace(name=str(i), param=p, shard=p, grad=torch.randn(size).double(), optimizer=optimizer, group=0,
+                        options=optimizer.param_groups[0], state={})
+        for i, p in enumerate(params)
+    ]  # fmt: skip
+    rule, tries = lambda grad, *_: tries.append(0) or grad / (1 + grad.norm()), []
+    found = coupled.Coupled(rule)
+    for expected in (True, False):  # tried once
+        tries.clear()
+        assert len(found.among(list(enumerate(slots)), 1.0)) == (0 if size == 1 else 16)
+        assert bool(tries) is expected
 
 
 @pytest.mark.parametrize("stepped", [False, True])
@@ -247,7 +268,15 @@ def test_adams_largest_direction_is_that_without_old_squares(steps):
     torch.testing.assert_close(found, torch.full((3,), directions.largest(slot)))
 
 
-@pytest.mark.parametrize("kind", [Signed, Counted])
+class CountedInPlace(Counted):
+    """In a tensor, which every step writes into."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.state["k"] = torch.zeros((), dtype=torch.int64)
+
+
+@pytest.mark.parametrize("kind", [Signed, Counted, CountedInPlace])
 def test_an_elementwise_optimizer_may_keep_attributes_of_its_own(kind):
     def values(**options):
         model, batch, validation = double("mlp")
@@ -258,7 +287,7 @@ def test_an_elementwise_optimizer_may_keep_attributes_of_its_own(kind):
         for _ in range(2):
             with tracker.step(range(B)) as step:
                 train(model, [optimizer], batch)
-        assert optimizer.steps == [2]
+        assert optimizer.steps == [2] and optimizer.state.get("k", 2) == 2
         assert step.values.sum().item() == pytest.approx(step.drop["validation"].item(), rel=1e-5)
         return step.values.double()
 
@@ -288,6 +317,35 @@ def test_an_elementwise_update_that_is_another_for_some_parameters_alone_is_said
     monkeypatch.setattr(Counted, "shares", True)
     with pytest.warns(UserWarning, match="update: expected what the step adds to a parameter.* by Counted"):
         step(Counted)
+
+
+def test_an_update_is_held_to_the_first_step_that_moves_something():
+    model, batch, validation = double("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *validation),
+                          update=lambda g, p, state, group: -3 * group["lr"] * g)  # fmt: skip
+    for lr, expected in ((0.0, False), (0.0, False), (0.1, True), (0.1, False)):
+        optimizer.param_groups[0]["lr"] = lr
+        with warnings.catch_warnings(record=True) as said, tracker.step(range(B)):
+            warnings.simplefilter("always")
+            train(model, [optimizer], batch)
+        assert any("update: expected" in str(each.message) for each in said) == expected
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, torch.OutOfMemoryError])
+def test_what_a_users_rule_or_memory_says_is_said_as_it_is(error, monkeypatch):
+    model, batch, validation = double("mlp")
+    optimizer = Signed(model.parameters(), 0.1)
+
+    def failing(*_):
+        raise error
+
+    if error is torch.OutOfMemoryError:
+        monkeypatch.setattr(updates, "_step_twin", failing)
+    update = "elementwise" if error is torch.OutOfMemoryError else failing
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *validation), update=update)
+    with pytest.raises(error), tracker.step(range(B)):
+        train(model, [optimizer], batch)
 
 
 def test_a_mixed_rule_scores_several_targets_as_each_alone():

@@ -112,6 +112,26 @@ class Deep(Scored):
         return self.act(super(Scored, self).logits(x))
 
 
+class Scaled(Router):
+    """Has a parameter in a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Router(bias=False)
+
+    def logits(self, x):
+        return super().logits(x) * self.inner.weight.sum().to(x.dtype)
+
+
+class Dropping(Router):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def logits(self, x):
+        return super().logits(self.drop(x))
+
+
 NARROW, WIDE = Projection(), Projection(wide=True)
 
 
@@ -119,7 +139,7 @@ NARROW, WIDE = Projection(), Projection(wide=True)
     ("made", "form"),
     [(Router, NARROW), (Wide, WIDE), (RoundedThenWide, NARROW), (Noisy, NARROW), (Counting, NARROW), (Jittered, None),
      (WideThenRounded, None), (Normed, None), (Masked, None), (Residual, None), (lambda: Router(bias=True), NARROW),
-     (Scored, NARROW), (Deep, None)],
+     (Scored, NARROW), (Deep, None), (Scaled, None)],
 )  # fmt: skip
 def test_which_modules_project_first(made, form):
     module = made()
@@ -128,6 +148,12 @@ def test_which_modules_project_first(made, form):
     assert torch.equal(torch.get_rng_state(), random) and module.training
     for name, x in before.state_dict().items():
         assert torch.equal(module.state_dict()[name], x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_modules_inside_do_in_training_counts_though_they_are_not_in_training_yet(training):
+    assert recognise(Dropping().train(training)) is None
+    assert recognise(Scored().train(training)) == NARROW
 
 
 class Model(nn.Module):

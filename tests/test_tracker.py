@@ -32,6 +32,7 @@ import inrun
 from inrun import inline, shards
 from inrun.distributed import Ranks
 from inrun.errors import Pending
+from inrun.restoring import replaced, setting, undone
 from inrun.updates import weights_moved
 
 NAMES = list(MODELS)
@@ -111,7 +112,8 @@ OPTIMIZERS = {
     "nesterov": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, nesterov=True), sgd(0.1, 0.8, 0, True)),
     "adam": (lambda p: torch.optim.Adam(p, lr=0.01), frozen_adam(0.01)),
     "adamw": (lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True), frozen_adam(0.01)),
-    "amsgrad": (lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.9), amsgrad=True), frozen_adam(0.01, 0.9, 0.9)),
+    "amsgrad": (lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True), frozen_adam(0.01)),
+    "forgetful": (lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.9), amsgrad=True), frozen_adam(0.01, 0.9, 0.9)),
     "no_beta2": (lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.5, 0.0), amsgrad=True), frozen_adam(0.01, 0.5, 0.0)),
     "fused": (lambda p: torch.optim.AdamW(p, lr=0.01, fused=True), frozen_adam(0.01)),
     "tensor_lr": (lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)), frozen_adam(0.01)),
@@ -2770,10 +2772,26 @@ def test_a_second_close_writes_what_the_first_could_not(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.parquet"))) == 1
 
 
-@pytest.mark.parametrize("method", ["first", "path", "monte_carlo"])
-def test_a_failed_step_holds_nothing(method):
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("method", ["first", "path", "path_secant", "monte_carlo"])
+def test_a_failed_step_holds_no_activations(method, recomputed, stepped):
     model, tracker = validated_mlp(method)
-    with pytest.raises(torch.OutOfMemoryError), tracker.step(range(B)):
+    loss = lambda: loss_of(model, *data("mlp"))  # noqa: E731
+    again = loss if recomputed and method.startswith("path") else None
+    with pytest.raises(torch.OutOfMemoryError), tracker.step(range(B), recompute=again):
+        loss().backward()
+        if stepped:
+            tracker.optimizers[0].step()
+        raise torch.OutOfMemoryError
+    assert tracker.memory["kept"] == 0
+
+
+def test_a_failed_step_holds_no_validation_samples_of_its_batch():
+    model = make("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    tracker = inrun.track(model, optimizer, "path", validation="batch", pairwise=["v"])
+    with pytest.raises(torch.OutOfMemoryError), tracker.step(range(B - 1)):
         loss_of(model, *data("mlp")).backward()
         raise torch.OutOfMemoryError
     assert tracker.memory["kept"] == 0
@@ -2799,6 +2817,22 @@ def test_a_step_that_waits_is_forgotten_where_the_loop_goes_back_before_it():
     assert tracker.ledger.rows()["step"].to_pylist() == [0] * B + [1] * B + [2] * B
 
 
+def test_a_step_that_waits_has_values_where_the_loop_counts_on():
+    """As one that counts batches which it skips."""
+    model = make("mlp")
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.3), "secant")
+    for number in (0, 2, 3):
+        tracker.steps = number
+        with tracker.validation():
+            loss_of(model, *data("mlp", 4, 2)).backward()
+        step = stepped(model, tracker, number)
+    tracker.steps = 5
+    with tracker.validation():
+        loss_of(model, *data("mlp", 4, 2)).backward()
+    assert step.values.shape == (B,)
+    assert tracker.ledger.rows()["step"].to_pylist() == [0] * B + [2] * B + [3] * B
+
+
 def test_weights_are_put_back_where_that_is_interrupted():
     moved = []
 
@@ -2821,6 +2855,95 @@ def test_weights_are_put_back_where_that_is_interrupted():
     assert "again" in moved and not slots[0].weight.any() and not slots[1].weight.any()
 
 
+def test_a_step_is_over_though_it_is_interrupted_as_its_error_is_explained(monkeypatch):
+    model, tracker = validated_mlp()
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tracker._rows, "explain", interrupted)
+        with tracker.step(range(B)):
+            raise KeyError
+    assert stepped(model, tracker).values.shape == (B,)
+
+
+def test_weights_are_put_back_where_a_batch_that_was_computed_again_is_interrupted(monkeypatch):
+    model, tracker = validated_mlp("path", check=False)
+    plain, again, expect = copy.deepcopy(model), [], tracker.expect
+    loss_of(plain, *data("mlp")).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.3).step()
+
+    def expect_or_stop(layout):
+        if layout is None and again:
+            again.clear()
+            raise KeyboardInterrupt
+        expect(layout)
+
+    def recompute():
+        again.append("computed")
+        return loss_of(model, *data("mlp"))
+
+    monkeypatch.setattr(tracker, "expect", expect_or_stop)
+    with pytest.raises(KeyboardInterrupt), tracker.step(range(B), recompute=recompute):
+        loss_of(model, *data("mlp")).backward()
+        tracker.optimizers[0].step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_step_whose_values_are_refused_is_counted(monkeypatch):
+    model, tracker = validated_mlp()
+
+    def late():
+        raise inrun.InRunError("late")
+
+    monkeypatch.setattr(tracker._watch, "require_in_time", late)
+    with pytest.raises(inrun.InRunError, match="late"):
+        stepped(model, tracker)
+    assert tracker.steps == 1
+
+
+def test_what_stands_in_for_others_is_put_back_where_that_is_interrupted():
+    class Interrupted(dict):
+        def __setitem__(self, name, value):
+            super().__setitem__(name, value)
+            if value is held and not calls:
+                calls.append(name)
+                raise KeyboardInterrupt
+
+    held, calls = torch.zeros(()), []
+    owner = SimpleNamespace(_parameters=Interrupted(a=held, b=held), _buffers={})
+    with pytest.raises(KeyboardInterrupt), replaced([(owner, "a", None), (owner, "b", None)]):
+        assert owner._parameters == {"a": None, "b": None}
+    assert calls and owner._parameters["a"] is owner._parameters["b"] is held
+
+    class Mode:
+        def __setattr__(self, name, value):
+            object.__setattr__(self, name, value)
+            if value == "before" and not calls:
+                calls.append(name)
+                raise KeyboardInterrupt
+
+    modes = [Mode(), Mode()]
+    for each in modes:
+        each.mode = "before"
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt), setting("mode", [(each, "within") for each in modes]):
+        pass
+    assert [each.mode for each in modes] == ["before"] * 2
+    calls.clear()
+
+    def put_back():
+        calls.append("back")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), undone(put_back):
+        pass
+    assert calls == ["back"] * 2
+
+
 @pytest.mark.parametrize("method", ["first", "path"])
 def test_a_validation_gradient_of_several_steps_does_not_serve_one_that_failed_before_its_update(method):
     model = make("mlp")
@@ -2835,3 +2958,29 @@ def test_a_validation_gradient_of_several_steps_does_not_serve_one_that_failed_b
         else:
             stepped(model, tracker)
     assert tracker.steps == 8
+
+
+def test_a_validation_gradient_of_several_steps_does_not_serve_one_whose_ids_are_refused():
+    model = make("mlp")
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.3), validate_every=2)
+    with tracker.validation():
+        loss_of(model, *data("mlp", 4, 2)).backward()
+    stepped(model, tracker)
+    with pytest.raises(inrun.InRunError), tracker.step(list("abcdefghijkl"[:B])):
+        pass
+    stepped(model, tracker)
+
+
+def test_a_validation_gradient_of_several_steps_has_served_one_that_failed_after_its_update():
+    model = make("mlp")
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.3), validate_every=2)
+    with tracker.validation():
+        loss_of(model, *data("mlp", 4, 2)).backward()
+    with pytest.raises(KeyError), tracker.step(range(B)):
+        loss_of(model, *data("mlp")).backward()
+        tracker.optimizers[0].step()
+        raise KeyError
+    model.zero_grad()
+    stepped(model, tracker)
+    with pytest.raises(inrun.InRunError, match=r"has served 2 step"):
+        stepped(model, tracker)

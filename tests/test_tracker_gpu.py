@@ -275,6 +275,37 @@ def test_recurrent_layers(kind, method, half):
     torch.testing.assert_close(values, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_packed_sequences_are_refused(kind):
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = kind(8, 6, batch_first=True)
+
+        def forward(self, x):
+            packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 2, 2]), batch_first=True)
+            return nn.utils.rnn.pad_packed_sequence(self.inner(packed)[0], batch_first=True)[0]
+
+    model, x = Packed().cuda(), torch.randn(3, 3, 8).cuda()
+    tracker = inrun.track(model, SGD(model.parameters(), lr=0.1), validation=lambda: model(x).square().mean())
+    with pytest.raises(inrun.InRunError, match="Pad sequences"), tracker.step(range(3)):
+        model(x).square().mean().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
+def test_autocast_leaves_recurrent_layers_in_float64(kind):
+    model, x = Recurrent(kind).double().cuda(), torch.randn(B, T, 8).double().cuda()
+    tracker = inrun.track(model, SGD(model.parameters(), lr=0.1), validation=lambda: model(x).square().mean())
+    with tracker.step(range(B)):
+        with torch.autocast("cuda", torch.bfloat16):
+            out = model(x)
+        out.square().mean().backward()
+        tracker.optimizers[0].step()
+    assert out.dtype == torch.float64
+
+
 class LookedUp(nn.Module):
     """Takes rows `first` and on of a table of 20 positions."""
 
@@ -313,6 +344,8 @@ def test_on_a_simulated_gpu():
     here_too += ["test_an_index_that_is_tried_is_not_the_end_of_a_gpu"]
     cases = ("False-first-LSTM", "True-first-GRU", "False-path-LSTMCell", "True-path-GRUCell")
     here_too += [f"test_recurrent_layers[{case}]" for case in cases]
+    here_too += [f"test_packed_sequences_are_refused[{kind}]" for kind in ("LSTM", "GRU")]
+    here_too += [f"test_autocast_leaves_recurrent_layers_in_float64[{kind}]" for kind in ("LSTM", "GRUCell")]
     run = subprocess.run(
         [*command, *(f"{here / 'test_tracker_gpu.py'}::{test}" for test in here_too), str(here / "test_ledger.py")],
         env={**os.environ, "PYTHONPATH": paths},
