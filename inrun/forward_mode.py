@@ -443,6 +443,16 @@ _EMBEDDING = F.embedding
 _NORMS = {F.layer_norm: (2, False), F.group_norm: (2, True), F.batch_norm: (3, True), F.instance_norm: (3, True)}
 
 
+def drawing_alike(tap: Tap) -> contextlib.AbstractContextManager[None]:
+    """A module that may run again draws torch's numbers: cuDNN has a recurrent layer's dropout from a state of its own,
+    which no seed sets back."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    layers = [owner for owner, _ in tap.owned if isinstance(owner, nn.RNNBase)]
+    drops = any(layer.dropout and layer.training for layer in layers)
+    return torch.backends.cudnn.flags(enabled=False) if drops else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def _no_fused_recurrence() -> Iterator[None]:
     with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):

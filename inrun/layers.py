@@ -21,7 +21,7 @@ from . import functional, probing
 from .convolution import Geometry, convolution, convolution_dots
 from .errors import InRunError
 from .factors import Factors
-from .forward_mode import forward_mode, split_samples
+from .forward_mode import drawing_alike, forward_mode, split_samples
 from .shared import Shared
 from .tap import SUFFIX, Layout, Tap, along, eagerly, targets_first
 
@@ -449,8 +449,9 @@ class ForwardModeRule(Holder):
             rows.take(self, out)
         return out
 
-    def plain(self, *args, **kwargs) -> Any:
-        return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+    def plain(self: Any, *args, **kwargs) -> Any:
+        with drawing_alike(self._inrun):
+            return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _require_samples(self, *inputs: Any) -> None:
         plain = (bool, int, float, str, torch.dtype, torch.device, type(None))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from models import B, Bypass, data, gradient, loss_of, make, oracle_values, sample_gradients
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -501,6 +502,49 @@ def test_accumulation_recomputing_and_host_memory_change_nothing(name, method):
     assert torch.equal(values(keep_bytes=memory["kept_peak"])[0], expected)
     with pytest.raises(inrun.InRunError, match="keep_bytes="):
         values(keep_bytes=memory["kept_peak"] - 1)
+
+
+class AsCuDNN(TorchFunctionMode):
+    """An LSTM draws its dropout from a state of its own, which no seed sets back."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = torch.Generator().manual_seed(9)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.lstm or not torch.backends.cudnn.enabled:
+            return func(*args, **(kwargs or {}))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(1 << 30, (), generator=self.own)))
+            return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_recurrent_layer_draws_the_same_dropout_again(method, checkpointed):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.scale = nn.LSTM(8, 6, 2, dropout=0.5, batch_first=True), nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            run = lambda x: self.lstm(x)[0] * self.scale  # noqa: E731
+            return checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+
+    model, (x, held) = Model(), torch.randn(2, 4, 5, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method, check=False)
+    model.eval()
+    with tracker.validation():
+        model(held).square().mean().backward()
+    along = tracker.validations.gradients["validation"].copy()
+    model.train()
+    with AsCuDNN(), tracker.step(range(4)) as step:
+        model(x).square().sum().backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        optimizer.step()
+    expected = 0.1 * sum((grads[slot.name] * g).sum() for slot, g in zip(tracker.slots, along, strict=True))
+    torch.testing.assert_close(step.values.sum(), expected, rtol=1e-4, atol=1e-6)
 
 
 class Counts(nn.Module):
