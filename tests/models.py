@@ -51,6 +51,18 @@ class Reused(nn.Module):
         return self.head(self.inner(torch.tanh(self.inner(x))))
 
 
+class Counting(nn.Module):
+    """Counts its forwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
 class Bypass(nn.Module):
     """Uses a weight past its module."""
 

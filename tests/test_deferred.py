@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from models import B, Bypass, data, gradient, loss_of, make, oracle_values, sample_gradients
+from models import B, Bypass, Counting, data, gradient, loss_of, make, oracle_values, sample_gradients
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
@@ -547,22 +547,12 @@ def test_a_recurrent_layer_draws_the_same_dropout_again(method, checkpointed):
     torch.testing.assert_close(step.values.sum(), expected, rtol=1e-4, atol=1e-6)
 
 
-class Counts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("runs", torch.zeros(()))
-
-    def forward(self, x):
-        self.runs += 1
-        return x
-
-
 def test_a_batch_is_computed_again_in_its_own_mode_and_counts_once():
     """Secant's is, within the next validation block."""
 
     def found(recompute):
         torch.manual_seed(0)
-        model, held = nn.Sequential(nn.Linear(8, 13), nn.Dropout(0.5), Counts()), data("mlp", 4, 2)
+        model, held = nn.Sequential(nn.Linear(8, 13), nn.Dropout(0.5), Counting()), data("mlp", 4, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
         loss, tracker = lambda: loss_of(model, *data("mlp")), inrun.track(model, optimizer, "secant")
         for training in (True, False):
@@ -575,7 +565,7 @@ def test_a_batch_is_computed_again_in_its_own_mode_and_counts_once():
                     loss().backward()
                     optimizer.step()
                     optimizer.zero_grad()
-        return step.values, model[2].runs
+        return step.values, model[2].calls
 
     (again, runs), (kept, expected) = found(True), found(False)
     close(again, kept.double(), 1e-6)

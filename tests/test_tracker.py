@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import MODELS, VOCAB, WIDTH, B, Bypass, data, gpt, gradient, loss_of, make, oracle_values
+from models import MODELS, VOCAB, WIDTH, B, Bypass, Counting, data, gpt, gradient, loss_of, make, oracle_values
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -735,16 +735,6 @@ def test_what_modules_hold_and_draw_is_what_it_is_without_a_tracker():
             torch.testing.assert_close(tensor, state[name], msg=lambda m, o=options, n=name: f"{o}, {n}: {m}")
         for got, want in zip(found[2], expected, strict=False):  # of SGD the path's values are those of first order
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-8)
-
-
-class Counting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls += 1
-        return x
 
 
 @pytest.mark.parametrize("method", inrun.tracker.METHODS)
