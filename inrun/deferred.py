@@ -54,7 +54,7 @@ from .restoring import (
     set_random_state,
     state_kept,
     state_of,
-    surely,
+    undone,
 )
 from .tap import Layout, size_of, together
 from .updates import ELEMENTWISE, counts_read, require_known, require_no_closure, updates, weights_moved
@@ -327,7 +327,7 @@ class Deferred(Method):
             for tensor, value in after:
                 tensor.data.copy_(value)
 
-        try:
+        with undone(put_back):
             for shard, weight in self._weights:
                 shard.data.copy_(weight)
             with (
@@ -337,8 +337,6 @@ class Deferred(Method):
                 set_random_state(batch.random)
                 batch.put_back()
                 yield
-        finally:
-            surely(put_back)
 
     def _require_alike(self) -> None:
         """Raise `InRunError` where one process computes other batches again than another, which would wait for it."""

@@ -67,15 +67,6 @@ def requiring(params: Iterable[tuple[Tensor, bool]]) -> AbstractContextManager[N
     return setting("requires_grad", params)
 
 
-def surely(put_back: Callable[[], None]) -> None:
-    """Call what puts things back, and once more where it was interrupted, as by Ctrl-C."""
-    try:
-        put_back()
-    except BaseException:
-        put_back()
-        raise
-
-
 @contextmanager
 def setting(attribute: str, values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
     """Each object has the given value of an attribute in the block."""
@@ -87,11 +78,9 @@ def setting(attribute: str, values: Iterable[tuple[Any, Any]]) -> Iterator[None]
             if getattr(one, attribute) is not value:
                 setattr(one, attribute, value)
 
-    try:
+    with undone(lambda: assign(before)):
         assign(values)
         yield
-    finally:
-        surely(lambda: assign(before))
 
 
 @contextmanager
@@ -103,23 +92,25 @@ def replaced(places: Iterable[tuple[Any, str, Tensor | None]]) -> Iterator[None]
         for held, name, tensor in reversed(before):
             held[name] = tensor
 
-    try:
+    with undone(put_back):
         for owner, name, tensor in places:
             held = owner._parameters if name in owner._parameters else owner._buffers
             before.append((held, name, held.get(name)))
             held[name] = tensor
         yield
-    finally:
-        surely(put_back)
 
 
 @contextmanager
 def undone(put_back: Callable[[], None]) -> Iterator[None]:
-    """Called when the block ends, however it does."""
+    """Called when the block ends, however it does, and once more where it is interrupted then, as by Ctrl-C."""
     try:
         yield
     finally:
-        surely(put_back)
+        try:
+            put_back()
+        except BaseException:
+            put_back()
+            raise
 
 
 def buffers_kept(module: nn.Module) -> AbstractContextManager:

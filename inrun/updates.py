@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from .distributed import Ranks, local
 from .errors import InRunError
-from .restoring import random_kept, surely
+from .restoring import random_kept, undone
 
 # Exactly these classes: a subclass may override what its base does coordinate by coordinate.
 ELEMENTWISE = (
@@ -225,9 +225,8 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
         }
         for i, group in enumerate(optimizer.param_groups)
     ]
-    of_all = {
-        k: copy.deepcopy(v) for k, v in optimizer.state.items() if not isinstance(k, Tensor)
-    }  # as MADGRAD's count
+    # What it keeps for all parameters, as MADGRAD's count, is under other keys.
+    of_all = {k: copy.deepcopy(v) for k, v in optimizer.state.items() if not isinstance(k, Tensor)}
     twin.state = defaultdict(dict, {p: state for p, state, _ in held if state} | of_all)
     twin.step()
 
@@ -317,14 +316,12 @@ def weights_moved(
         for i, weight in before.items():
             slots[i].shard.copy_(weight)
 
-    try:
+    with undone(put_back):
         for i, move in moves:
             if i not in before:
                 before[i] = slots[i].shard.detach().clone()
             slots[i].shard.add_(move)
         yield
-    finally:
-        surely(put_back)
 
 
 def copied(state: dict[str, Any], param: Tensor, dtype: torch.dtype) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Cost:
 # Two cores of an AMD EPYC (Zen 3, and with AVX-512 Zen 4), of an Intel Xeon (Sapphire Rapids), and Zen 3 and Xeon
 # together for any other CPU: torch 2.13 with MKL, float32, cold caches. Each is: call, sample, flop, weight, row. Left
 # out are the Xeon's times of one token a sample in C, from before these had a way of their own; the "gradients" of
-# pairs were timed on Zen 3 alone, whose pairs serve Zen 4 as well. By Zen 4's costs Zen 5 takes its best forms too.
+# pairs were timed on Zen 3 alone, whose pairs serve Zen 4 as well. Zen 5 is served by Zen 4's.
 COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     "AuthenticAMD": {
         "ghost_wgrad_dot": {
