@@ -267,6 +267,33 @@ def test_path_secant_adds_up_to_the_measured_drop(lr):
     assert gaps["path_secant"] < 1e-5 < gaps["path_simpson"] < gaps["secant"] / 3 < gaps["path"] / 9
 
 
+class Normed(nn.Module):
+    """Divides by the norm of its weight, as a constant where it is detached: DoRA does."""
+
+    def __init__(self, detached):
+        super().__init__()
+        self.weight, self.detached = nn.Parameter(torch.randn(13, 8, dtype=torch.float64)), detached
+
+    def forward(self, x):
+        norm = self.weight.norm(dim=1)
+        return F.linear(x, self.weight) * 3 / (norm.detach() if self.detached else norm)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_values_do_not_add_up_to_a_drop_of_which_a_part_is_detached(detached):
+    torch.manual_seed(0)
+    model, (x, y), (held, target) = Normed(detached), data("mlp"), data("mlp", 4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    tracker = inrun.track(
+        model, optimizer, "path_secant", validation=lambda: F.cross_entropy(model(held.double()), target)
+    )
+    with tracker.step(range(B)) as step:
+        F.cross_entropy(model(x.double()), y).backward()
+        optimizer.step()
+    gap = (step.values.double().sum() - step.drop["validation"]).abs() / step.drop["validation"].abs()
+    assert gap > 1e-2 if detached else gap < 1e-4
+
+
 @pytest.mark.parametrize("move", ["nothing", "a step of its own", "a clamp", "a checkpoint"])
 @pytest.mark.parametrize("method", ["secant", "path_secant", "path_simpson"])
 def test_weights_that_move_between_the_steps_begin_the_next_where_they_are(method, move):
