@@ -78,7 +78,7 @@ def _norm_backward_kernel(
             grad_x -= (tl.sum(grads * weight, 1) / width)[:, None]
         grad_x *= rstd[:, None]
         tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
-        for m in tl.static_range(DIRECTIONS):
+        for m in range(DIRECTIONS):  # not unrolled: several would take more registers than there are
             along = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
             if HAS_SCALE:
                 scale = tl.load(val_grad_ptr + m * width + offs_i, mask=mask_i, other=0.0)

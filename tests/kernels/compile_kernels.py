@@ -51,10 +51,11 @@ FEW = (
     "norm wgrad",
     "layer norm",
     "layer norm, wide",
+    "layer norm, wide, M",
     "rms norm, wide",
     "adam",
 )
-VARIANTS = (*FEW[1:4], FEW[5], "layer norm, wide", "rms norm, wide")  # of a kernel that is among the few already
+VARIANTS = (*FEW[1:4], FEW[5], *FEW[-4:-1])  # of a kernel that is among the few already
 EVERY_DTYPE = {"sm_80", "sm_90", "sm_100"}  # with --few
 COLUMNS = ("call", "dtype", "kernel", "tile", "registers", "spills", "shared", "mma", "programs")
 
@@ -83,7 +84,7 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     wide, matrix = torch.empty(1, OUTPUTS, INPUTS), torch.empty(1, OUTPUTS, INPUTS, dtype=dtype)
     matrices, wides = (torch.empty(DIRECTIONS, OUTPUTS, INPUTS, dtype=x) for x in (dtype, torch.float32))
     widest = torch.empty(BATCH, TOKENS, norms.WIDEST // dtype.itemsize, dtype=dtype)
-    along = torch.empty(1, widest.shape[2])
+    along, alongs = (torch.empty(n, widest.shape[2]) for n in (1, 4 * DIRECTIONS))
     row, table = torch.empty(DIRECTIONS, INPUTS), torch.empty(1, VOCABULARY, INPUTS)
     vector = torch.empty(1, OUTPUTS)
     ids, segments = torch.zeros(BATCH, TOKENS, dtype=torch.int64), torch.zeros(9, dtype=torch.int32)
@@ -130,6 +131,9 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         ),
         "layer norm, wide": lambda: norms_kernel.launch_norm_backward(
             widest, widest, widest[0, 0], (along[0], along[0]), along, along, None, True
+        ),
+        "layer norm, wide, M": lambda: norms_kernel.launch_norm_backward(
+            widest, widest, widest[0, 0], (along[0], along[0]), alongs, alongs, None, True
         ),
         "rms norm, wide": lambda: norms_kernel.launch_norm_backward(
             widest, widest, widest[0, 0], 1e-6, along, None, None, False
