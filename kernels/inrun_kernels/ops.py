@@ -112,7 +112,8 @@ def ghost_wgrad_dot(
             weight_grad, dots = torch_path.ghost_wgrad_dot(acts, grads, val_grad, segments, form, grad_dtype)
         if bias_val_grad is None:
             return weight_grad, weight_grad.new_empty(0), dots
-        bias_grad, of_bias = _row_wgrad_dot(None, grads, bias_val_grad, segments, backend)
+        run = _of_rows("row_wgrad_dot", backend, grads, bias_val_grad)
+        bias_grad, of_bias = run(None, grads, bias_val_grad, segments)
         return weight_grad, bias_grad.to(weight_grad.dtype), dots + of_bias
 
 
@@ -154,12 +155,7 @@ def embedding_dot(
     check_segment_values(segments, ids.numel())
     check_id_values(ids, val_grad.shape[1])
     with launch_context(grads):
-        if use_triton(backend, grads):
-            from inrun_kernels.rows import launch_embedding_dot as run
-        elif use_native(backend, grads, val_grad):
-            run = native.embedding_dot
-        else:
-            run = torch_path.embedding_dot
+        run = _of_rows("embedding_dot", backend, grads, val_grad)
         return run(ids, grads, val_grad, segments, per_token, padding_idx)
 
 
@@ -174,12 +170,7 @@ def row_dot(
 ) -> Tensor:
     check_segment_values(segments, grads.shape[0] * grads.shape[1])
     with launch_context(grads):
-        if use_triton(backend, grads):
-            from inrun_kernels.rows import launch_row_dot as run
-        elif use_native(backend, normed, grads, val_grad):
-            run = native.row_dot
-        else:
-            run = torch_path.row_dot
+        run = _of_rows("row_dot", backend, grads, normed, val_grad)
         return run(normed, grads, val_grad, segments, per_token)
 
 
@@ -189,7 +180,8 @@ def row_wgrad_dot(
 ) -> tuple[Tensor, Tensor]:
     check_segment_values(segments, grads.shape[0] * grads.shape[1])
     with launch_context(grads):
-        return _row_wgrad_dot(normed, grads, val_grad, segments, backend)
+        run = _of_rows("row_wgrad_dot", backend, grads, normed, val_grad)
+        return run(normed, grads, val_grad, segments)
 
 
 @ghost_dot.register_fake
@@ -296,16 +288,13 @@ def use_triton(backend: str | None, *tensors: Tensor) -> bool:
     return all(tensor.numel() for tensor in tensors)
 
 
-def _row_wgrad_dot(
-    normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Tensor | None, backend: str | None
-) -> tuple[Tensor, Tensor]:
+def _of_rows(name: str, backend: str | None, grads: Tensor, *others: Tensor | None) -> Callable[..., Any]:
+    """The product of this name in `rows` (Triton), `native` (C) or `torch_path`, whichever is to run."""
     if use_triton(backend, grads):
-        from inrun_kernels.rows import launch_row_wgrad_dot as run
-    elif use_native(backend, normed, grads, val_grad):
-        run = native.row_wgrad_dot
-    else:
-        run = torch_path.row_wgrad_dot
-    return run(normed, grads, val_grad, segments)
+        from inrun_kernels import rows
+
+        return getattr(rows, f"launch_{name}")
+    return getattr(native if use_native(backend, grads, *others) else torch_path, name)
 
 
 def layer_wgrad_dot(
