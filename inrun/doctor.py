@@ -10,7 +10,6 @@ import importlib.util
 import inspect
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 import inrun_kernels
 from inrun import results
 from inrun_kernels import grouped, native, reference
+from inrun_kernels.tuning import installed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of the root mean square of the exact result; half precision may round a product once more.
@@ -154,17 +154,10 @@ def _describe(device: str, has_triton: bool) -> str:
     lines = [
         ("inrun", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"),
         ("device", f"{', '.join(gpus) or 'no CUDA device'}; CPU: {results.processor()}, {os.cpu_count()} cores"),
-        ("versions", ", ".join(f"{name} {_version(name) or 'not installed'}" for name in PACKAGES)),
-        ("stacks", ", ".join(f"{name} {found}" for name in STACKS if (found := _version(name))) or "none installed"),
+        ("versions", ", ".join(f"{name} {installed(name) or 'not installed'}" for name in PACKAGES)),
+        ("stacks", ", ".join(f"{name} {found}" for name in STACKS if (found := installed(name))) or "none installed"),
         ("torch path", "works everywhere; taken for CPU tensors where there is no kernel in C"),
         ("C", "built for this processor" if native.library() else "no compiler, or it failed: taken for none"),
         ("triton", triton),
     ]
     return "\n".join(f"{name:12}{text}" for name, text in lines)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -7,29 +7,25 @@ import json
 import platform
 import subprocess
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from inrun_kernels.forms import cpuinfo
+from inrun_kernels.tuning import installed
 
 from .errors import InRunError
 
 
 def provenance(seed: int) -> dict[str, Any]:
     """Device, threads, versions, commit (with "+" where files were changed since) and seed."""
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "numpy", "scikit-learn", "inrun"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
+    names = ("torch", "numpy", "scikit-learn", "inrun")
+    versions = {name: installed(name) or "not installed" for name in names}
     return {
         "device": processor(),
         "threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions},
         "commit": _commit(),
         "seed": seed,
     }

@@ -16,7 +16,6 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from inrun.errors import InRunError
+from inrun_kernels.tuning import installed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -126,16 +126,13 @@ def make_rows(
 
 def describe(table: pa.Table, rank: int, metadata: dict[str, Any]) -> pa.Table:
     """`table` with the metadata of its shard; what is not JSON is written as str: no row is lost to it."""
-    versions = {}
-    for name in ("inrun", "torch", "triton", "numpy", "pyarrow"):
-        with contextlib.suppress(PackageNotFoundError):  # inrun itself may be used uninstalled
-            versions[name] = version(name)
+    versions = {name: installed(name) for name in ("inrun", "torch", "triton", "numpy", "pyarrow")}
     facts = {
         "schema": SCHEMA_VERSION,
         "sign": "value > 0: the sample lowered the validation loss",
         "unit": "nats",
         "rank": rank,
-        "versions": versions,
+        "versions": {name: found for name, found in versions.items() if found},
     }
     told = {str(name): _plain(fact) for name, fact in metadata.items()}
     return table.replace_schema_metadata({_KEY: json.dumps({**told, **facts}, default=str)})

@@ -47,6 +47,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inrun"
 
 
+def installed(package: str) -> str | None:
+    """The version of a package; None without it, as of inrun itself where it is used uninstalled."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def is_on() -> bool:
     """Whether launches ask `choose`."""
     return _folder is not None
@@ -105,13 +113,8 @@ def _time(run: Callable[[Tile], object], tile: Tile) -> float:
 
 @cache
 def _file_name(device: str) -> str:
-    versions = {"device": device, "torch": torch.__version__}
-    for package in ("triton", "inrun"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "none"
-    return re.sub(r"[^\w.+-]+", "_", "-".join(versions.values())) + ".json"
+    facts = device, torch.__version__, installed("triton") or "none", installed("inrun") or "none"
+    return re.sub(r"[^\w.+-]+", "_", "-".join(facts)) + ".json"
 
 
 def _read(path: Path) -> dict[str, dict]:
