@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ class Finding:
 def standard_error(runs: Any) -> np.ndarray:
     """Of the mean over the first axis."""
     return np.std(runs, axis=0, ddof=1) / len(runs) ** 0.5
+
+
+def panels(width: float, height: float, ratios: Sequence[float] = (1,)) -> tuple[Any, Any]:
+    """A matplotlib figure, and its axes side by side, as wide as these are to each other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    side_by_side = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
+    for axes in side_by_side:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, side_by_side
 
 
 def run(name: str, out: Path, seed: int = 0) -> None:

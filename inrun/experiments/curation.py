@@ -29,7 +29,7 @@ from .. import results
 from ..data import Samples, join
 from ..demo import demo_corpus
 from ..shapley import auroc
-from . import Finding, standard_error
+from . import Finding, panels, standard_error
 from .textrun import SMALL, sample_losses, smoothed, train
 
 ARMS = ("nothing", "negative value", "random", "highest loss", "what was planted")
@@ -133,10 +133,7 @@ def _step(at: int | None) -> str:
 
 
 def _draw(at: np.ndarray, curves: dict[str, np.ndarray], shares: dict[str, list[float]]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11.5, 4), layout="constrained")
-    axes, bars = figure.subplots(1, 2, width_ratios=(1.6, 1))
+    figure, (axes, bars) = panels(11.5, 4, (1.6, 1))
     colours: dict[str, str] = dict(zip(ARMS, ("black", "#d1495b", "#8d99ae", "#30638e", "#66a182"), strict=True))
     everything = curves["nothing"].mean(0)
     for name, curve in curves.items():
@@ -159,6 +156,4 @@ def _draw(at: np.ndarray, curves: dict[str, np.ndarray], shares: dict[str, list[
     bars.set_yticks(range(len(order)), order)
     bars.set(xlabel="samples with negative value (%); dots: seeds", xlim=(0, 100))
     bars.set_title("red: planted harm", fontsize=10)
-    for panel in (axes, bars):
-        panel.spines[["top", "right"]].set_visible(False)
     return figure

@@ -21,7 +21,7 @@ from .. import results, shapley
 from ..deferred import METHODS
 from ..fidelity import StepUtility, continued, tracked_values
 from ..tasks import Task, digits_task
-from . import Finding
+from . import Finding, panels
 
 OTHERS = 4
 COPIES = (1, 2, 4, 8)
@@ -94,13 +94,9 @@ def _values(
 
 
 def _draw(data: dict[str, Any]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure, of_settings = panels(13, 4, [1] * len(SETTINGS))
     copies = np.array(data["copies"])
-    for axes, (setting, means) in zip(
-        figure.subplots(1, len(SETTINGS)), data["value_of_one_copy"].items(), strict=True
-    ):
+    for axes, (setting, means) in zip(of_settings, data["value_of_one_copy"].items(), strict=True):
         for method, values in means.items():
             exact = method == "exact Shapley"
             colour = "black" if exact else f"C{('first', *METHODS).index(method)}"  # the same in every panel
@@ -112,5 +108,4 @@ def _draw(data: dict[str, Any]) -> Any:
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set_ylabel("value of all copies together (nats)")
         axes.legend(fontsize=8, frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -23,7 +23,7 @@ from .. import results
 from ..shapley import auroc
 from ..tasks import digits, mlp
 from ..tracker import track
-from . import Finding
+from . import Finding, panels
 
 CHECKPOINTS = 5
 
@@ -93,7 +93,7 @@ def _trained(
     target = lambda: F.cross_entropy(model(validation[0]), validation[1])  # noqa: E731
     tracker = track(model, optimizer, method, validation=target)
     total = np.zeros(len(x))
-    weights: list[dict[str, Tensor]] = []
+    copies: list[nn.Module] = []
     marks = {round(epochs * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)}
     rng = np.random.default_rng(seed)
     for epoch in range(1, epochs + 1):
@@ -104,12 +104,8 @@ def _trained(
                 optimizer.zero_grad()
             total[ids] += step.values.numpy()
         if epoch in marks:
-            weights.append(copy.deepcopy(model.state_dict()))
+            copies.append(copy.deepcopy(model))  # which has no tracker
     tracker.close()
-    copies: list[nn.Module] = []
-    for state in weights:
-        copies.append(copy.deepcopy(model))
-        copies[-1].load_state_dict(state)
     return total, copies
 
 
@@ -179,10 +175,7 @@ def knn_shapley(
 
 
 def _draw(found: dict[str, list[float]], order: Sequence[str]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 0.6 + 0.42 * len(order)), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(7.5, 0.6 + 0.42 * len(order))
     for i, method in enumerate(order):
         colour = "#d1495b" if method.startswith("In-Run") else "#30638e"
         axes.barh(i, np.mean(found[method]), color=colour, alpha=0.5)
@@ -192,5 +185,4 @@ def _draw(found: dict[str, list[float]], order: Sequence[str]) -> Any:
     axes.set_yticks(range(len(order)), order)
     axes.invert_yaxis()
     axes.set(xlim=(0.4, 1), xlabel="AUROC of finding wrong labels (dots: seeds; 0.5 is chance)")
-    axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -29,7 +29,7 @@ from .. import results
 from ..config import GPTConfig
 from ..data import Document, Samples, cut, join
 from ..demo import demo_corpus
-from . import Finding, standard_error
+from . import Finding, panels, standard_error
 from .textrun import loss, train
 
 VERSIONS = ("exact copy", "respaced", "half the names", "all names", "names, lines", "same file", "other file")
@@ -149,10 +149,7 @@ def _gradients(model: torch.nn.Module, samples: Samples) -> np.ndarray:
 
 
 def _draw(ranks: dict[str, np.ndarray], chance: float) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(9, 4.4)
     at = np.arange(len(VERSIONS))
     for i, (method, of) in enumerate(ranks.items()):
         colour = ("#d1495b", "#8d99ae", "#30638e", "#edae49")[i]
@@ -166,5 +163,4 @@ def _draw(ranks: dict[str, np.ndarray], chance: float) -> Any:
     axes.set(ylabel="rank of the original\n(median; bars: quartiles)", xlabel="what the validation text is")
     axes.invert_yaxis()
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import results, runfolder
 from ..demo import demo_corpus
-from . import Finding, standard_error
+from . import Finding, panels, standard_error
 from .textrun import SMALL, train
 
 
@@ -53,10 +53,7 @@ def run(seed: int = 0, steps: int = 800, windows: int = 8, per_source: int = 240
 
 
 def _draw(order: list[str], means: dict[str, list[list[float]]], bounds: list[tuple[int, int]]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(8, 4.2)
     middle = [np.sqrt(max(low, 1) * high) for low, high in bounds]
     for i, name in enumerate(order):
         mean, error = 1e3 * np.mean(means[name], axis=0), 1e3 * standard_error(means[name])
@@ -68,5 +65,4 @@ def _draw(order: list[str], means: dict[str, list[list[float]]], bounds: list[tu
     axes.set_yscale("symlog", linthresh=0.1)
     axes.set_title(f"value for Python text, mean and standard error of {len(means[order[0]])} seeds", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
