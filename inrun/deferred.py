@@ -409,11 +409,9 @@ class Deferred(Method):
     @torch.no_grad()
     def _run_back(self, at: float) -> dict[str, Gradients]:
         """Validation gradients `at` a part of the way from w + u(0) to where the weights are now, w + u(g_B)."""
-        validations = self.tracker.validations
-        with validations.elsewhere():
-            losses, gradients = self._moved_by((i, (at - 1) * rest) for i, rest in self._rest.items())
-            if at == 0.0:
-                self.drop = losses
+        losses, gradients = self._moved_by((i, (at - 1) * rest) for i, rest in self._rest.items())
+        if at == 0.0:
+            self.drop = losses
         return gradients
 
     def _moved_by(self, along: Iterable[tuple[int, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Gradients]]:

@@ -303,7 +303,7 @@ def _twin(optimizer: Any, instead: dict[int, Tensor], without: tuple[str, ...] =
 def weights_moved(
     slots: Sequence[Any], ranks: Ranks, moves: Iterable[tuple[int, Tensor]], before: dict[int, Tensor]
 ) -> Iterator[None]:
-    """Add to the weights for the block; after it they are what they were, to the bit.
+    """Add to the weights for the block; after it they are what they were, to the bit, and not counted as changed.
 
     Args:
         slots: the parameters; ranks: the processes that hold them.
@@ -314,13 +314,13 @@ def weights_moved(
     def put_back() -> None:
         ranks.settle()
         for i, weight in before.items():
-            slots[i].shard.copy_(weight)
+            slots[i].shard.data.copy_(weight)
 
     with undone(put_back):
         for i, move in moves:
             if i not in before:
                 before[i] = slots[i].shard.detach().clone()
-            slots[i].shard.add_(move)
+            slots[i].shard.data.add_(move)
         yield
 
 

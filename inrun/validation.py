@@ -74,15 +74,6 @@ class Validation:
             loss = self._backward(name)
         return loss, self._checked(name, found, 1.0)
 
-    @contextmanager
-    def elsewhere(self) -> Iterator[None]:
-        """What is run in the block, where the weights are others for a while, does not count for these weights."""
-        fresh = [name for name in self.losses if self.is_of_these_weights(name)]
-        try:
-            yield
-        finally:
-            self._weights |= dict.fromkeys(fresh, self._versions())
-
     def loss_and_gradient(self, name: str) -> tuple[Tensor, Gradients]:
         """A target's loss at the weights as they are, and its gradient, whatever it is; without a graph none."""
         with self._gradients() as found, buffers_kept(self.model):
