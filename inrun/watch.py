@@ -266,21 +266,15 @@ class Watch:
             change = torch.where(squared == 0, torch.full_like(squared, 1 / ranks.divisor), along / squared)
         else:
             change = factor.to(device) * scale
-        halves = [slot.param.numel() for slot in slots if slot.param.dtype == torch.float16]
-        uneven = self._uneven(now, raw, change, [len(part) for part in parts.values()], largest, halves)
-        return skipped(optimizer, change / scale), uneven
-
-    def _uneven(
-        self, now: Tensor, raw: Tensor, factor: Tensor, lengths: list[int], unit: Tensor, halves: list[int]
-    ) -> Tensor:
-        """Whether any parameter's part of `now` is not `factor` times that of `raw`, both in units of `unit`; `halves`:
-        the sizes of those in float16."""
-        parts = [part for x in (now - factor * raw, now) for part in x[1:].split(lengths)]
-        norms = torch.stack(torch._foreach_norm(parts))  # pyright: ignore[reportPrivateImportUsage]
-        apart, size = self._ranks.over_shards(norms.square().view(2, -1))
+        lengths = [len(part) for part in parts.values()]
+        of_params = [part for x in (now - change * raw, now) for part in x[1:].split(lengths)]
+        norms = torch.stack(torch._foreach_norm(of_params))  # pyright: ignore[reportPrivateImportUsage]
+        apart, size = ranks.over_shards(norms.square().view(2, -1))
         # Numbers of float16 end at 6e-8, by which small ones may be off.
-        least = max(halves) * (6e-8 / unit).square() if halves else 0.0
-        return (apart > EVEN * size + least).any() & factor.isfinite()  # of an overflow the optimizer will see itself
+        halves = [slot.param.numel() for slot in slots if slot.param.dtype == torch.float16]
+        least = max(halves) * (6e-8 / largest).square() if halves else 0.0
+        uneven = (apart > EVEN * size + least).any() & change.isfinite()  # of an overflow the optimizer will see itself
+        return skipped(optimizer, change / scale), uneven
 
 
 def skipped(optimizer: Optimizer, factor: Tensor) -> Tensor:
