@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -345,7 +346,8 @@ class Rows:
         """Add to an error of this library, or one within the model, what would score the layers whose rows are not the
         samples, if there are any, and the model runs by itself."""
         call, ours = self._call, isinstance(error, InRunError)
-        inside = isinstance(error, RuntimeError | ValueError) and self._is_from_within(error)
+        trace = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        inside = isinstance(error, RuntimeError | ValueError) and any(map(self._is_call, trace))
         if call is None or not (ours or inside) or isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
             return
         # What is given [1, ...] runs on B rows, which is told from what comes after, or makes torch fail there.
@@ -366,15 +368,6 @@ class Rows:
                 wanted = as_code(list({**self._through, **dict(found)}.items()))
                 error.add_note('To score such layers by modules around them ("": the model), each of which then runs '
                                f"once more in a step: track(..., through={wanted})")  # fmt: skip
-
-    def _is_from_within(self, error: Exception) -> bool:
-        """Whether it was raised in the model's call."""
-        trace = error.__traceback__
-        while trace is not None:
-            if self._is_call(trace.tb_frame):
-                return True
-            trace = trace.tb_next
-        return False
 
     def _is_call(self, frame: Any) -> bool:
         return frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is self._model
