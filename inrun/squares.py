@@ -144,7 +144,8 @@ def add_squares(runs: Sequence[Factors], layout: Layout, total: Tensor) -> Tenso
         # One row for each id of each sample, in the samples' order.
         keys, order = (owners_of(table, ends) * len(total) + table.left.flatten()).sort(stable=True)
         keys, met = keys.unique_consecutive(return_counts=True)
-        own = summed(table.right.flatten(0, 1).to(total.dtype), order, _offsets(met))
+        starts = F.pad(met.cumsum(0), (1, 0))
+        own = summed(table.right.flatten(0, 1).to(total.dtype), order, starts)
         owners, ids = keys // len(total), keys % len(total)
         of_sample = torch.searchsorted(owners, torch.arange(count + 1, device=owners.device))
         whole = own
@@ -160,11 +161,6 @@ def add_squares(runs: Sequence[Factors], layout: Layout, total: Tensor) -> Tenso
         norms = norms + torch.segment_reduce(whole.sum(1), "sum", offsets=of_sample, initial=0, unsafe=True)
     total += squares.clamp_(min=0)  # where a table takes away what a head added, a rounding may be all that is left
     return norms.clamp_(min=0)
-
-
-def _offsets(counts: Tensor) -> Tensor:
-    """Where each part begins, and the last one ends."""
-    return F.pad(counts.cumsum(0), (1, 0))
 
 
 def _added(gradients: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:

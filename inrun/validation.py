@@ -197,20 +197,12 @@ class Validation:
 
 def _not_finite(target: str, names: list[str], norms: Tensor, scale: float | Tensor) -> InRunError:
     bad = [name for name, finite in zip(names, norms.isfinite().tolist(), strict=True) if not finite]
-    return InRunError(
-        f"validation({target!r}): expected a finite gradient, got NaN or infinity in "
-        f"{few(bad) or 'the shards of another process'}{_remedy(scale)}"
-    )
-
-
-def _remedy(scale: float | Tensor) -> str:
-    """What to do about an overflow that may be the loss scale's."""
-    if float(scale) == 1.0:
-        return ""
-    return (
-        f". The loss was scaled by {float(scale):g}: scale it by less, and pass that as scale=; it need not be the "
-        "training loss's, and a GradScaler's grows until it overflows"
-    )
+    remedy = ""
+    if float(scale) != 1.0:  # from which the overflow may be
+        remedy = (f". The loss was scaled by {float(scale):g}: scale it by less, and pass that as scale=; it need not "
+                  "be the training loss's, and a GradScaler's grows until it overflows")  # fmt: skip
+    where = few(bad) or "the shards of another process"
+    return InRunError(f"validation({target!r}): expected a finite gradient, got NaN or infinity in {where}{remedy}")
 
 
 def as_losses(validation: Any) -> dict[str, Callable[[], Tensor]]:
