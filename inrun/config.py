@@ -117,14 +117,7 @@ class TrainConfig:
     def require_valid(self) -> None:
         """Raise `ValueError` for a setting out of its range, or text and validation text that do not fit."""
         self.model.require_valid()
-        counts = (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "validation_samples",
-            "validate_every",
-            "checkpoint_every",
-        )
+        counts = ("steps", "batch_size", "accumulation", "validation_samples", "validate_every", "checkpoint_every")
         for name in counts:
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("seed", "warmup", "measure_every", "clip", "weight_decay", "momentum"):

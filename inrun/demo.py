@@ -19,16 +19,7 @@ import numpy as np
 from inrun.data import Document, Samples, cut, join, without
 
 # Left out of "python": tests, prose in string form, and tables of code points and other generated text.
-_NOT_CODE = {
-    "test",
-    "tests",
-    "idle_test",
-    "lib2to3",
-    "pydoc_data",
-    "encodings",
-    "site-packages",
-    "dist-packages",
-}
+_NOT_CODE = {"test", "tests", "idle_test", "lib2to3", "pydoc_data", "encodings", "site-packages", "dist-packages"}
 
 
 _LONGEST = 20_000  # bytes taken of one file

@@ -93,12 +93,7 @@ def parts(param: Tensor, most: int | None = None) -> Iterator[Any]:
     yield from (slice(low, low + step) for low in range(0, len(param), step))
 
 
-def coefficient(
-    slot: Any,
-    val_grads: Sequence[Tensor],
-    part: Any = ...,
-    out: Tensor | None = None,
-) -> Any:
+def coefficient(slot: Any, val_grads: Sequence[Tensor], part: Any = ..., out: Tensor | None = None) -> Any:
     """What turns a validation gradient into the first-order, frozen-state direction, coordinate by coordinate.
 
     Args:

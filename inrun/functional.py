@@ -30,13 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inrun_kernels import (
-    embedding_dot,
-    ghost_dot,
-    ghost_wgrad_dot,
-    linear_wgrad_dot,
-    ops,
-)
+from inrun_kernels import embedding_dot, ghost_dot, ghost_wgrad_dot, linear_wgrad_dot, ops
 
 from .norm_layers import affine, layer_norm, rms_norm
 from .probing import (

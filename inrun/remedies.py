@@ -18,12 +18,7 @@ Shapes = dict[Any, list[dict[int | None, Shape]]]
 
 
 def remedies(
-    model: nn.Module,
-    whole: Shapes,
-    more: Shapes,
-    rows: int,
-    tokens: Collection[int],
-    suspected: Collection[str] = (),
+    model: nn.Module, whole: Shapes, more: Shapes, rows: int, tokens: Collection[int], suspected: Collection[str] = ()
 ) -> list[tuple[str, str]]:
     """Names of parameters, or patterns -> the module around them whose outputs have the samples in front.
 

@@ -328,12 +328,7 @@ def norm_dot(
 
 
 def norm_wgrad_dot(
-    normed: Tensor,
-    grads: Tensor,
-    val_grad: Tensor,
-    *,
-    segments: Tensor | None = None,
-    backend: str | None = None,
+    normed: Tensor, grads: Tensor, val_grad: Tensor, *, segments: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """The norm-weight gradient `[I]`, and from the same pass the dots of `norm_dot`.
 
@@ -373,11 +368,7 @@ def bias_dot(
 
 
 def bias_wgrad_dot(
-    grads: Tensor,
-    val_grad: Tensor,
-    *,
-    segments: Tensor | None = None,
-    backend: str | None = None,
+    grads: Tensor, val_grad: Tensor, *, segments: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """The bias gradient `[O]`, and from the same pass the dots of `bias_dot`.
 

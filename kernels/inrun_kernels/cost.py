@@ -159,14 +159,7 @@ def default_tile(
     of_wgrad = kernel == "wgrad_dot"
     accumulators = wgrad_accumulators(form, kept, sizes.directions) if of_wgrad else _accumulators(kernel, form)
     return matrix_tiles(
-        chip,
-        dtype,
-        m,
-        n,
-        depth,
-        accumulators=accumulators,
-        copies=copies and not documents,
-        kept=kept,
+        chip, dtype, m, n, depth, accumulators=accumulators, copies=copies and not documents, kept=kept
     )[0]
 
 

@@ -134,12 +134,7 @@ def row_dot(normed: Tensor | None, grads: Tensor, val_grad: Tensor, segments: Te
 
 
 def embedding_dot(
-    ids: Tensor,
-    grads: Tensor,
-    val_grad: Tensor,
-    segments: Tensor | None,
-    per_token: bool,
-    padding_idx: int | None,
+    ids: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool, padding_idx: int | None
 ) -> Tensor:
     """Dots `[S, M]` or `[B, T, M]` along `[M, V, I]` of an embedding. Args: as `torch_path.embedding_dot`."""
     ids = ids.to(torch.int64).contiguous()

@@ -298,11 +298,7 @@ def _of_rows(name: str, backend: str | None, grads: Tensor, *others: Tensor | No
 
 
 def layer_wgrad_dot(
-    acts: Tensor,
-    grads: Tensor,
-    val_grad: Tensor,
-    bias_val_grad: Tensor | None,
-    grad_dtype: torch.dtype,
+    acts: Tensor, grads: Tensor, val_grad: Tensor, bias_val_grad: Tensor | None, grad_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The op for whole samples and a layer's own operands, on a GPU or a CPU that has the kernels in C; None for all
     others.

@@ -144,12 +144,7 @@ def _columns_kernel(
 
 
 def launch_embedding_dot(
-    ids: Tensor,
-    grads: Tensor,
-    val_grad: Tensor,
-    segments: Tensor | None,
-    per_token: bool,
-    padding_idx: int | None,
+    ids: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool, padding_idx: int | None
 ) -> Tensor:
     """`ids [B,T]`, `grads [B,T,I]`, `val_grad [M,V,I]` -> `[B,M]`, `[S,M]` or `[B,T,M]`, float32."""
     dots, _ = _launch(ids, None, grads, val_grad, -1 if padding_idx is None else padding_idx, sums=False)

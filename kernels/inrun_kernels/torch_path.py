@@ -158,12 +158,7 @@ def sample_gradients(acts: Tensor, grads: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def embedding_dot(
-    ids: Tensor,
-    grads: Tensor,
-    val_grad: Tensor,
-    segments: Tensor | None,
-    per_token: bool,
-    padding_idx: int | None,
+    ids: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None, per_token: bool, padding_idx: int | None
 ) -> Tensor:
     """Gather the direction's row of each token and contract it with the token's gradient."""
     batch, tokens, width = grads.shape
