@@ -21,8 +21,8 @@ import math
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from .errors import InRunError, few
 from .forward_mode import sample_axis
 from .layers import EmbeddingRule, Part
 from .remedies import Shapes, as_code, remedies
-from .restoring import as_it_was, drew_since, in_modes, random_state
+from .restoring import as_it_was, drew_since, in_modes, random_state, setting
 from .shared import require_in_range
 
 _PLAIN = (Tensor, int, float, str, torch.dtype, torch.device)
@@ -451,8 +451,7 @@ class Rows:
             return self._noted(marks_of, modules, call, torch.no_grad)
 
 
-@contextmanager
-def _ids_in_range() -> Iterator[None]:
+def _ids_in_range() -> AbstractContextManager[None]:
     """As there are positions to `len(x)`, which the run with one sample more may have one of too many."""
     embedding = F.embedding
 
@@ -461,11 +460,7 @@ def _ids_in_range() -> Iterator[None]:
             require_in_range(len(table), ids)
         return embedding(ids, table, *args, **kwargs)
 
-    F.embedding = looked_up
-    try:
-        yield
-    finally:
-        F.embedding = embedding
+    return setting("embedding", [(F, looked_up)])
 
 
 def _with_as_many_rows(taken: Iterable[_Taken], more: Shapes) -> dict[str, str]:

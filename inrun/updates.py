@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from .distributed import Ranks, local
 from .errors import InRunError
-from .restoring import random_kept, undone
+from .restoring import random_kept, setting, undone
 
 # Exactly these classes: a subclass may override what its base does coordinate by coordinate.
 ELEMENTWISE = (
@@ -156,21 +156,13 @@ def repeated(slot: Any, count: int) -> Any:
     return _reshaped(slot, lambda x: x.expand(count, *x.shape))
 
 
-@contextlib.contextmanager
-def counts_read(slots: Iterable[Any]) -> Iterator[None]:
+def counts_read(slots: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
     """Counts of steps that an optimizer (fused, capturable) holds on a device are read once, together, for all updates
     of the block: a twin would wait for each by itself."""
     counted = [slot for slot in slots if isinstance(step := slot.state.get("step"), Tensor) and step.is_cuda]
     steps = [local(slot.state["step"]).flatten()[0] for slot in counted]
-    try:
-        if steps:
-            read = torch.stack([step.to(steps[0].device) for step in steps]).cpu()
-            for slot, count in zip(counted, read, strict=True):
-                slot.count = count.clone()
-        yield
-    finally:
-        for slot in counted:
-            slot.count = None
+    read = torch.stack([step.to(steps[0].device) for step in steps]).cpu() if steps else ()
+    return setting("count", [(slot, count.clone()) for slot, count in zip(counted, read, strict=True)])
 
 
 def sampled(slot: Any, most: int, rule: UpdateRule | str | None) -> tuple[Any, slice]:
