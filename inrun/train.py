@@ -28,7 +28,7 @@ from inrun.config import TrainConfig
 from inrun.errors import InRunError
 from inrun.gpt import GPT
 from inrun.ledger import Ledger
-from inrun.restoring import random_kept
+from inrun.restoring import random_kept, setting
 from inrun.tracker import track
 from inrun.updates import counts_read, updates
 
@@ -261,14 +261,8 @@ class _Run:
     def batch_drop(self, without: list[Tensor]) -> Tensor:
         """What the last step's batch took off the validation loss: loss(w + u(0)) - loss(w + u(g_B))."""
         with_batch = self.validation_loss()
-        params = [s.param for s in self.tracker.slots]
-        moved = [p.clone() for p in params]
-        for p, w in zip(params, without, strict=True):
-            p.copy_(w)
-        drop = self.validation_loss() - with_batch
-        for p, w in zip(params, moved, strict=True):
-            p.copy_(w)
-        return drop
+        with setting("data", [(s.param, w) for s, w in zip(self.tracker.slots, without, strict=True)]):
+            return self.validation_loss() - with_batch
 
     def save(self) -> None:
         """Write a checkpoint, after everything it stands on is on disk."""
