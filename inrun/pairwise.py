@@ -32,7 +32,7 @@ from .errors import InRunError
 from .factors import Factors, gradients
 from .keep import Budget, Keeper, Kept, moved
 from .layers import LinearRule, Part
-from .restoring import no_autocast
+from .restoring import no_autocast, setting
 from .slots import components
 from .tap import Layout, targets_second, together
 
@@ -162,19 +162,15 @@ def dots(
         size = max(1, CHUNK // sum(slot.param.numel() for slot in members))
         for low in range(0, many, size):
             samples = range(low, min(low + size, many))
-            factors = [slot.sibling.data for slot in members]
-            gradients = _gradients(validation, theirs, members, samples)
-            try:
-                for slot, factor, gradient in zip(members, factors, gradients, strict=True):
-                    if id(slot) in unmet:
-                        of_slot = (gradient * unmet[id(slot)]).flatten(1).sum(1, dtype=missed.dtype)
-                        missed[samples.start : samples.stop] += of_slot.to(device)
-                    slot.sibling.data = targets_second(gradient.mul_(factor))
+            along = []  # the directions, by the place that K has
+            for slot, gradient in zip(members, _gradients(validation, theirs, members, samples), strict=True):
+                if id(slot) in unmet:
+                    of_slot = (gradient * unmet[id(slot)]).flatten(1).sum(1, dtype=missed.dtype)
+                    missed[samples.start : samples.stop] += of_slot.to(device)
+                along.append((slot.sibling, targets_second(gradient.mul_(slot.sibling.data))))
+            with setting("data", along):
                 for kept in ours:
                     add(kept.batch, slice(samples.start, samples.stop), train.dots_of(kept, len(samples)))
-            finally:
-                for slot, factor in zip(members, factors, strict=True):
-                    slot.sibling.data = factor
     return [found.get(batch) for batch in range(len(train.layouts))], missed
 
 

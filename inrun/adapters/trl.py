@@ -40,7 +40,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..errors import InRunError
-from ..restoring import in_modes
+from ..restoring import in_modes, setting
 from . import huggingface
 
 GENERATING = (GRPOTrainer, RLOOTrainer)
@@ -140,12 +140,8 @@ def rollouts(trainer: GRPOTrainer | RLOOTrainer, prompts: Iterable[Mapping[str, 
     count: Any = trainer.num_generations_eval
     repeated = [dict(prompt) for prompt in prompts for _ in range(count)]
     with _apart(trainer), in_modes((module, False) for module in model.modules()):
-        before = trainer._logs
-        trainer._logs = copy.deepcopy(before)
-        try:
+        with setting("_logs", [(trainer, copy.deepcopy(trainer._logs))]):
             batch = trainer._generate_and_score_completions(repeated)
-        finally:
-            trainer._logs = before
         if isinstance(trainer, GRPOTrainer) and batch.get("old_per_token_logps") is None:
             # Else every model would be compared with itself: a loss that is the same for all.
             ids, mask = (torch.cat([batch[f"{part}_{what}"] for part in ("prompt", "completion")], 1)
