@@ -188,9 +188,7 @@ class Deferred(Method):
     def end(self, failed: bool = False) -> None:
         self.keeper.pause()
         if failed:  # what it kept is not to stand in the way of a smaller batch
-            self.keeper.reset()
-            if self.pairs is not None:
-                self.pairs.start = {}
+            self._forget()
 
     def memory(self) -> dict[str, int]:
         """Bytes kept now and at most, and those of copied weights and what stands for the update."""
@@ -281,14 +279,11 @@ class Deferred(Method):
         """Score a batch by computing its loss and backward once more, with probes; `seen` takes some of its gradients,
         where no other process has a part in the step's."""
         inline = Inline(self.tracker)
-        with self._as_it_was(again, layout):
-            try:
-                inline.batch(layout)
-                again.backward()
-                if self.tracker.ranks.size == 1:
-                    seen.append(self.tracker.seen())
-            finally:
-                inline.end()
+        with self._as_it_was(again, layout, inline.end):
+            inline.batch(layout)
+            again.backward()
+            if self.tracker.ranks.size == 1:
+                seen.append(self.tracker.seen())
         if self.tracker.first_check:
             self.tracker.note_unmet()
         return {key: probe.grad for key, probe in inline.probes[0].items()}
@@ -302,19 +297,17 @@ class Deferred(Method):
                 continue
             budget = Budget(self.budget.where, None)
             keeper = Keeper(self.tracker.taps, budget, weights_move=self.tracker.ranks.sharded)
-            with self._as_it_was(again, self.keeper.layouts[i]):
-                try:
-                    keeper.begin_batch(self.keeper.layouts[i])
-                    again.backward()
-                finally:
-                    keeper.pause()
+            with self._as_it_was(again, self.keeper.layouts[i], keeper.pause):
+                keeper.begin_batch(self.keeper.layouts[i])
+                again.backward()
             self.budget.peak = max(self.budget.peak, self.budget.bytes + budget.peak)
             yield keeper, {0: i}
             keeper.reset()
 
     @contextlib.contextmanager
-    def _as_it_was(self, batch: _Again, layout: Layout) -> Iterator[None]:
-        """Compute a batch again with the weights, random numbers and modes that it had; no gradient or buffer stays."""
+    def _as_it_was(self, batch: _Again, layout: Layout, end: Callable[[], None]) -> Iterator[None]:
+        """Compute a batch again with the weights, random numbers and modes that it had, until `end`; no gradient or
+        buffer stays."""
         tracker = self.tracker
         after = [(p, p.detach().clone()) for p, _ in self._weights]
         aside = tracker.ranks.aside([*(p for p, _ in batch.trained), *tracker.validations.outside])
@@ -322,6 +315,7 @@ class Deferred(Method):
         tracker.expect(layout)
 
         def put_back() -> None:
+            end()
             tracker.expect(None)
             tracker.ranks.settle()
             for tensor, value in after:
