@@ -158,10 +158,7 @@ def trains_stably(task: Task, starts: Sequence[nn.Module], kind: str, lr: float,
     another kind, which may get worse while training goes well; over the same samples at every look, and the mean over
     starts. Some batches raise the loss at every rate, however small: rise and fall are then both in proportion to it.
     """
-    runs = []
-    for start in starts:
-        model = copy.deepcopy(start)
-        runs.append((model, OPTIMIZERS[kind][0](model.parameters(), lr)))
+    runs = [continued(task, start, kind, lr, 0, size, 0) for start in starts]
     before = _mean_training_loss(task, starts)
     looks = []
     for part in np.array_split(np.arange(FIRST, FIRST + steps), 10):
