@@ -39,17 +39,12 @@ def torch_random_kept() -> AbstractContextManager:
     return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
 
 
-@contextmanager
-def random_kept() -> Iterator[None]:
+def random_kept() -> AbstractContextManager:
     """The block's random numbers, of torch's, Python's and numpy's, are drawn once more after it."""
-    drawn = None if torch.compiler.is_compiling() else (random.getstate(), np.random.get_state())
-    try:
-        with torch_random_kept():
-            yield
-    finally:
-        if drawn is not None:
-            random.setstate(drawn[0])
-            np.random.set_state(drawn[1])
+    if torch.compiler.is_compiling():
+        return torch_random_kept()
+    state = random_state()
+    return undone(lambda: set_random_state(state))
 
 
 def modes_of(module: Any) -> list[tuple[Any, bool]]:
