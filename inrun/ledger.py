@@ -35,6 +35,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -329,14 +330,19 @@ class Ledger(Reader):
         import pyarrow.parquet as pq
 
         writer, first, last = shards.span(shard)
+        left = pq.read_table(shard).filter(pc.field("step") < step)
         # A compacted one gives its name up, as it stands for steps that will come again; until it is gone, readers
-        # take it and not its first part.
-        rest = shard if last == first else shard.with_name(f"{writer}-step{first:012d}-{step - 1:012d}.parquet")
-        shards.write(pq.read_table(shard).filter(pc.field("step") < step), rest)
+        # take it and not its first part. That stands for no step it has nothing of: one may come again as well.
+        end = pc.call_function("max", [left["step"]]).as_py()
+        rest = shard if last == first else shard.with_name(f"{writer}-step{first:012d}-{end:012d}.parquet")
+        shards.write(left, rest)
         if rest != shard:
             shard.unlink()
             shards.sync(shard.parent)
         return rest
+
+    def _still(self) -> AbstractContextManager[Any]:
+        return _WRITING
 
     @_one_at_a_time
     def _in_memory(self) -> pa.Table:

@@ -228,7 +228,7 @@ def _source_table(sources: Any, id_type: pa.DataType) -> pa.Table:
     ids = _ids(ids, id_type, "sources")
     if pa.types.is_dictionary(source.type):
         source = source.cast(source.type.value_type)
-    elif pa.types.is_null(source.type):
+    if pa.types.is_null(source.type) or pa.types.is_string_view(source.type):  # polars' strings, which are not joined
         source = source.cast(pa.string())
     if len(ids.unique()) < len(ids):
         twice = [each["values"] for each in ids.value_counts().to_pylist() if each["counts"] > 1]
@@ -238,8 +238,6 @@ def _source_table(sources: Any, id_type: pa.DataType) -> pa.Table:
 
 def _ids(ids: Any, id_type: pa.DataType, name: str) -> Any:
     """Ids (an array) in the ledger's type."""
-    import pyarrow as pa
-
-    if len(ids) and pa.types.is_integer(ids.type) != pa.types.is_integer(id_type):
+    if len(ids) and not shards.of_kind(ids.type, id_type):
         raise TypeError(f"expected {name} to name samples by {id_type}, as the ledger, received {ids.type}")
     return ids.cast(id_type)

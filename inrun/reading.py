@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -212,19 +213,25 @@ class Reader:
         """The rows that are in no shard."""
         return shards.make_schema(self._id_type).empty_table()
 
+    def _still(self) -> AbstractContextManager[Any]:
+        """In its block no row goes from memory into a shard."""
+        return nullcontext()
+
     def _ask(self, question: Callable[[Rows], T]) -> T:
         """The answer to a question about the rows, asked again where another process compacted them meanwhile."""
-        found = shards.listing(self.path)
+        found: list[Path] | None = None
         while True:
+            before = found
             try:
-                self._id_type = shards.check(found, self._id_type)
-                table = self._in_memory()
+                with self._still():
+                    found = shards.listing(self.path)
+                    self._id_type = shards.check(found, self._id_type)
+                    table = self._in_memory()
                 if self.path is not None and not table.num_rows and not self.path.is_dir():
                     what = shards.not_a_folder(self.path)
                     raise InRunError(f"expected a folder of shards, received {self.path}, which {what}")
                 with shards.damage_told(found):
                     return question(Rows(found, table))
             except FileNotFoundError:
-                found, before = shards.listing(self.path), found
                 if found == before:
                     raise

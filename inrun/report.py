@@ -64,7 +64,7 @@ def figures(folder: Path) -> dict[str, Any]:
     totals = ledger.totals()
     if not len(totals):
         raise InRunError(f"run: expected values in {folder / 'ledger'}, found none")
-    table = runfolder.read_samples(folder / "samples.parquet")
+    table = runfolder.read_samples(folder / "samples.parquet", totals.schema.field("sample_id").type)
     known = set(table["sample_id"].to_pylist())
     unknown = [{"sample_id": i} for i in totals["sample_id"].to_pylist() if i not in known]
     rest = [row | runfolder.UNSAID for row in unknown]
@@ -173,7 +173,7 @@ def _efficiency(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "step": [row["step"] for row in measured],
         "value_sum": values.tolist(),
         "batch_drop": drops.tolist(),
-        "ratio": float(values.sum() / drops.sum()) if len(measured) else None,
+        "ratio": float(values.sum() / drops.sum()) if drops.sum() else None,
         "correlation": _correlation(values, drops),
         "run_value_sum": float(sum(row["value_sum"] for row in metrics if "value_sum" in row)),
         "run_validation_drop": losses[0] - losses[-1],

@@ -27,7 +27,7 @@ from torch import Tensor
 from inrun.config import TrainConfig
 from inrun.data import Samples
 from inrun.errors import InRunError
-from inrun.shards import replace
+from inrun.shards import of_kind, replace
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,7 +41,8 @@ def choose(config: TrainConfig) -> Path:
     """`config.out`, or the next free runs/N, or with `resume` the last one."""
     if config.out is not None:
         return config.out
-    numbers = [int(path.parent.name) for path in Path("runs").glob("*/config.json") if path.parent.name.isdigit()]
+    found = Path("runs").glob("*/config.json" if config.resume else "*/*")  # what holds anything is not free
+    numbers = [int(path.parent.name) for path in found if path.parent.name.isdecimal()]
     if config.resume and not numbers:
         raise InRunError("resume: expected a run under runs/, found none; name its folder with --out")
     return Path("runs") / str(max(numbers, default=0) + (not config.resume))
@@ -69,6 +70,9 @@ def begin(folder: Path, config: TrainConfig, training: Samples, validation: Samp
         if saved.get("samples") != samples:
             raise InRunError(f"resume: the text has changed since the run in {folder} began; start a new run")
         return
+    for name in ("ledger", "metrics.jsonl"):
+        if (folder / name).exists():  # of no run that stopped before its config.json
+            raise InRunError(f"out: expected a new folder, got {folder}, which holds {name} already; choose another")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -98,24 +102,27 @@ def settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read_samples(path: Path, text: bool = True, among: list[Any] | None = None) -> pa.Table:
-    """Of every sample, or those among, sample_id, source, planted and perhaps text; "(unknown)" for a source, and ""
-    for what there is none of.
+def read_samples(path: Path, id_type: pa.DataType, text: bool = True, among: list[Any] | None = None) -> pa.Table:
+    """Of every sample, or those among, sample_id (of the ledger's type), source, planted and perhaps text; "(unknown)"
+    for a source, and "" for what there is none of.
 
     Raises:
-        InRunError: there are no ids, or one of them twice.
+        InRunError: there are no ids, ids of the other kind, or one of them twice.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     instead = {name: value for name, value in UNSAID.items() if text or name != "text"}
-    has = pq.read_schema(path).names
+    schema = pq.read_schema(path)
+    has = schema.names
     if "sample_id" not in has:
         raise InRunError(f"samples: expected a column sample_id in {path}, got {', '.join(has)}")
-    only = None if among is None else [("sample_id", "in", among)]
+    if not of_kind(kind := schema.field("sample_id").type, id_type):
+        raise InRunError(f"samples: expected {id_type} ids in {path}, as in the ledger, got {kind}")
+    only = None if among is None else pc.field("sample_id").cast(id_type).isin(pa.array(among, id_type))
     table = pq.read_table(path, columns=["sample_id", *(name for name in instead if name in has)], filters=only)
-    ids = table["sample_id"]
+    ids = table["sample_id"].cast(id_type)
     if len(ids.unique()) < len(ids):
         twice = [each["values"] for each in ids.value_counts().to_pylist() if each["counts"] > 1]
         raise InRunError(f"samples: expected each sample once in {path}, got {len(twice)} twice: {twice[:10]}")

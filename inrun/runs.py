@@ -47,7 +47,7 @@ class Run:
         """sample_id and source of every sample, what was planted among them apart, as in the report."""
         if self.samples is None:
             return None
-        table = runfolder.read_samples(self.samples, text=False)
+        table = runfolder.read_samples(self.samples, self._id_type(), text=False)
         groups = runfolder.groups(table["source"], table["planted"])
         return table.select(["sample_id"]).append_column("source", [groups])
 
@@ -55,13 +55,16 @@ class Run:
         """Source and the beginning of the text, in one line, of these samples."""
         if self.samples is None or not ids:
             return {}
-        table = runfolder.read_samples(self.samples, among=ids)
+        table = runfolder.read_samples(self.samples, self._id_type(), among=ids)
         shown = {}
         groups = runfolder.groups(table["source"], table["planted"])
         for row, group in zip(table.to_pylist(), groups, strict=True):
             text = "".join(c if c.isprintable() else " " for c in " ".join(row["text"].split()))
             shown[row["sample_id"]] = (group, text if len(text) <= TEXT else text[: TEXT - 1] + "…")
         return shown
+
+    def _id_type(self) -> pa.DataType:
+        return self.ledger.dataset().schema.field("sample_id").type
 
 
 def top(run: Run, k: int, *, worst: bool, source: str | None, target: str | None) -> str:

@@ -85,6 +85,16 @@ def as_ids(ids: Any) -> pa.Array:
     return pa.array([as_int(each, "each id (where not all are str)") for each in ids], pa.int64())
 
 
+def of_kind(found: pa.DataType, id_type: pa.DataType) -> bool:
+    """Whether ids of one type are of the other's kind, integers or strings, of any width, categories too."""
+    import pyarrow as pa
+
+    found = found.value_type if pa.types.is_dictionary(found) else found
+    if pa.types.is_integer(id_type):
+        return pa.types.is_integer(found)
+    return found in (pa.string(), pa.large_string(), pa.string_view())
+
+
 def make_rows(
     step: int, ids: pa.Array, values: np.ndarray, targets: tuple[str, ...], per_token: bool = False
 ) -> pa.RecordBatch:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.csv
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import inrun_kernels
-from inrun import Ledger, doctor, runs
+from inrun import Ledger, doctor, results, runs
 from inrun.cli import main
 from inrun_kernels import grouped, native
 
@@ -88,6 +89,22 @@ def test_compare_ranks_sums_and_finds_what_changed(run, tmp_path, capsys):
     with Ledger(tmp_path / "numbers") as ledger:
         ledger.append(0, [1], [1.0])
     assert "integer ids, the other strings" in failed(capsys, "compare", run, tmp_path / "numbers")
+
+
+def test_compare_takes_one_of_several_targets_and_shows_what_either_run_knows(tmp_path, capsys):
+    b = make(tmp_path / "b", {"x": [0.0, 0.0], "y": [0.0, 0.0], "z": [0.0, 0.0]})  # x and y of the web, z of a book
+    Ledger(b / "ledger").resume(0)
+    for path, code in ((tmp_path / "a", [1.0, 0.5, -1.0]), (b / "ledger", [0.5, 0.75, -3.0])):
+        with Ledger(path) as ledger:
+            ledger.append(0, ["x", "y", "z"], [[value, 8.0] for value in code], ("code", "prose"))
+    lines = [line.split() for line in said(capsys, "compare", tmp_path / "a", b, "--target", "code").splitlines()]
+    assert lines[0][-3:] == ["in", "both:", "3"]
+    assert ["web", "-", "+1.2500", "-", "+6.25e-01"] in lines and ["book", "-", "-3.0000", "-", "-3.00e+00"] in lines
+    assert [(line[0], *line[3:]) for line in lines[-3:]] == [
+        ("-2.000e+00", "z", "book", "text", "of", "z"),
+        ("-5.000e-01", "x", "web", "text", "of", "x"),
+        ("+2.500e-01", "y", "web", "text", "of", "y"),
+    ]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
@@ -234,6 +251,16 @@ def test_export_takes_the_format_of_the_suffix_where_none_is_given(run, tmp_path
         assert [row["value"] for row in rows] == list(TOTALS.values())
 
 
+def test_export_is_in_order_of_samples_and_writes_them_as_they_are(run, tmp_path):
+    with Ledger(run / "ledger") as ledger:
+        ledger.append(2, ["aé", "b"], [2.0, 0.375])  # aé is described nowhere; b is then worth 0
+    main(["export", str(run), "-o", str(tmp_path / "all.CSV")])
+    assert pyarrow.csv.read_csv(tmp_path / "all.CSV")["sample_id"].to_pylist() == ["a", "aé", "b", "c", "d"]
+    main(["export", str(run), "--keep-positive", "-o", str(tmp_path / "kept")])
+    lines = (tmp_path / "kept").read_text(encoding="utf-8").splitlines()
+    assert [line[15:].split('"')[0] for line in lines] == ["a", "aé", "c"]
+
+
 @pytest.mark.parametrize(
     "place", ["ledger/more.parquet", "samples.parquet", "config.json", "metrics.jsonl", "report.json", "ledger/x.csv"]
 )
@@ -287,6 +314,32 @@ def test_samples_of_ones_own_need_no_more_than_ids(run, capsys):
         assert f"expected each sample once in {run / 'samples.parquet'}, got 1 twice" in failed(capsys, command, run)
     pq.write_table(pa.table({"name": ids}), run / "samples.parquet")
     assert "expected a column sample_id in" in failed(capsys, "export", run)
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.int32()])
+def test_samples_written_by_other_libraries_have_ids_of_other_types(tmp_path, capsys, kind):
+    """pandas and polars write large strings."""
+    run, numbers = make(tmp_path / "run"), pa.types.is_integer(kind)
+    if numbers:
+        Ledger(run / "ledger").resume(0)
+        with Ledger(run / "ledger") as ledger:
+            ledger.append(0, [1, 2], [0.5, -0.5])
+    ids = pa.array([1, 2] if numbers else list(VALUES), kind)
+    pq.write_table(pa.table({"sample_id": ids, "source": ids, "text": ids}), run / "samples.parquet")
+    best = str(ids[0])
+    assert said(capsys, "top", run, "-k", 1, "--source", best).splitlines()[-1].split()[2:] == [best] * 3
+    assert said(capsys, "compare", run, run, "-k", 1).splitlines()[-1].split()[3:] == [best] * 3
+    rows = [json.loads(line) for line in said(capsys, "export", run).splitlines()]
+    assert [row["source"] for row in rows] == [str(row["sample_id"]) for row in rows] == list(map(str, ids.to_pylist()))
+
+
+def test_samples_with_ids_of_the_other_kind_are_an_error(run, capsys):
+    path = run / "samples.parquet"
+    for ids in (pa.array([1, 2]), pa.array([0.5])):
+        pq.write_table(pa.table({"sample_id": ids}), path)
+        for command in (("top", run), ("top", run, "--source", "a"), ("compare", run, run), ("export", run)):
+            got = f"samples: expected string ids in {path}, as in the ledger, got {ids.type}"
+            assert got in failed(capsys, *command)
 
 
 def test_a_damaged_shard_is_named(run, capsys):
@@ -382,6 +435,24 @@ def test_the_self_test_sees_two_directions_forms_and_groups(monkeypatch):
     assert doctor.worst_error("grouped_mm", "torch", "float32", "cpu") > 0.1
 
 
+def test_columns_are_as_wide_as_their_widest_cell():
+    rows = [["a", "1.5"], ["longer", "10"]]
+    assert results.table(["name", "value"], rows).splitlines() == [
+        "name    value",
+        "-------------",
+        "a         1.5",
+        "longer     10",
+    ]
+    assert results.table(["name", "value"], []).splitlines() == ["name  value", "-----------"]
+
+
+@pytest.mark.parametrize(("changed", "commit"), [("", "abc"), (" M ledger.py", "abc+")])
+def test_a_figure_says_whether_files_were_changed_since_its_commit(monkeypatch, changed, commit):
+    said = {"rev-parse": "abc\n", "status": f"{changed}\n"}
+    monkeypatch.setattr(results.subprocess, "run", lambda words, **_: SimpleNamespace(stdout=said[words[1]]))
+    assert results.provenance(0)["commit"] == commit
+
+
 def test_ids_are_shown_in_one_line(tmp_path, capsys):
     folder = make(tmp_path / "run", {"a\nb\x1b[31m": [1.0, 1.0]})
     assert said(capsys, "top", folder / "ledger").splitlines()[3].split()[-1] == r"a\nb\x1b[31m"
@@ -393,3 +464,5 @@ def test_text_is_shown_in_one_line(tmp_path):
     pq.write_table(table, folder / "samples.parquet")
     (shown,) = runs.Run.open(folder).describe(["a"]).values()
     assert shown[1].startswith("x  [31my") and len(shown[1]) == runs.TEXT and shown[1].endswith("…")
+    pq.write_table(pa.table({"sample_id": ["a"], "text": ["y" * runs.TEXT]}), folder / "samples.parquet")
+    assert runs.Run.open(folder).describe(["a"])["a"][1] == "y" * runs.TEXT

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from collections import defaultdict
@@ -381,6 +382,21 @@ def test_resume_after_compaction_leaves_exactly_the_steps_before(tmp_path_factor
         assert pq.read_table(sorted(path.iterdir()))["value"].to_pylist().count(at) >= 1
 
 
+def test_what_is_left_of_a_compacted_shard_stands_for_no_step_that_it_has_nothing_of(tmp_path):
+    """As of a rank without samples in steps 3 and 4, which goes on from a checkpoint of 5, and then from one of 3."""
+    with Ledger(tmp_path) as ledger:
+        fill(ledger, [0, 1, 2, 5, 6], batch=1)
+    ledger.compact()
+    for step in (5, 3):
+        ledger.resume(step)
+        assert [each.name for each in tmp_path.iterdir()] == ["rank00000-step000000000000-000000000002.parquet"]
+    fill(ledger, range(3, 5), batch=1)
+    ledger.close()
+    assert steps_of(ledger) == [0, 1, 2, 3, 4]
+    ledger.compact()
+    assert steps_of(Ledger(tmp_path)) == [0, 1, 2, 3, 4]
+
+
 def test_compaction_and_resume_stopped_at_any_moment_lose_and_double_nothing(tmp_path, monkeypatch):
     for moment in range(14):
         path = tmp_path / str(moment)
@@ -401,6 +417,15 @@ def test_compaction_and_resume_stopped_at_any_moment_lose_and_double_nothing(tmp
             fill(ledger, range(3, 10))
         ledger.compact()
         assert Ledger(path).totals() == expected and len(list(path.iterdir())) == 1
+
+
+def test_a_compaction_clears_up_after_one_that_was_killed(tmp_path, monkeypatch):
+    with Ledger(tmp_path, flush_rows=8) as ledger:
+        fill(ledger, range(10))
+    killed_at(3, monkeypatch)(ledger.compact)  # the large shard is there, and one of those that it stands for is gone
+    assert len(list(tmp_path.iterdir())) == 5
+    ledger.compact()
+    assert len(list(tmp_path.iterdir())) == 1 and len(ledger) == 40
 
 
 @pytest.mark.parametrize("query", [Ledger.totals, Ledger.rows, lambda each: each.top(3), Ledger.__len__])
@@ -426,6 +451,23 @@ def test_a_question_is_asked_again_where_the_ledger_was_compacted_meanwhile(tmp_
     monkeypatch.setattr(shards, "listing", lambda *_: [path / "rank00000-step000000000000.parquet"])
     with pytest.raises(FileNotFoundError):  # and not asked for ever
         query(reader)
+
+
+def test_a_question_misses_no_row_that_another_thread_flushes_meanwhile(tmp_path, monkeypatch):
+    ledger, check = Ledger(tmp_path), shards.check
+    fill(ledger, range(3))
+    writer = threading.Thread(target=ledger.flush)
+
+    def late(*args):  # the shards have been listed, and the rows in memory not looked at yet
+        if writer.ident is None:
+            writer.start()
+            writer.join(0.2)
+        return check(*args)
+
+    monkeypatch.setattr(shards, "check", late)
+    assert len(ledger) == 12
+    writer.join()
+    assert len(ledger) == 12 and list(tmp_path.iterdir())
 
 
 def test_opening_and_reading_change_nothing(tmp_path):
@@ -467,6 +509,13 @@ def test_shards_say_what_they_hold(tmp_path):
     assert stored["by"] == "{('a', 1): 2}"
     assert Ledger(tmp_path).metadata == stored
     assert Ledger(tmp_path, metadata={"lr": 0.2}).metadata == {"lr": 0.2}
+    given = {}
+    ledger = Ledger(tmp_path, rank=2, metadata=given)
+    assert ledger.metadata == {}
+    ledger.metadata["lr"] = 0.3
+    fill(ledger, [2])
+    ledger.close()
+    assert given == {} and Ledger(tmp_path).metadata["lr"] == 0.3  # the last shard's
 
 
 def test_a_failed_write_loses_nothing(tmp_path, monkeypatch):
@@ -531,8 +580,9 @@ def test_a_step_is_recorded_once(tmp_path):
     with Ledger(tmp_path) as ledger:
         fill(ledger, range(6))
     for each in (ledger, Ledger(tmp_path)):
-        with pytest.raises(InRunError, match=r"step 3 .* up to 5; call resume\(3\)"):
-            fill(each, range(3, 4))
+        for step in (3, 5):
+            with pytest.raises(InRunError, match=rf"step {step} .* up to 5; call resume\({step}\)"):
+                fill(each, [step])
     ledger.resume(3)
     fill(ledger, range(3, 4))
     assert steps_of(ledger) == [step for step in range(4) for _ in range(4)]
@@ -590,6 +640,17 @@ def test_ids_are_of_one_kind(tmp_path):
     (other / "rank00001-step000000000000.parquet").rename(tmp_path / "rank00001-step000000000000.parquet")
     with pytest.raises(InRunError, match=r"ids of type int64 in every shard, received string in .*rank00001"):
         Ledger(tmp_path)
+
+
+def test_a_ledger_that_is_begun_anew_takes_ids_of_the_other_kind(tmp_path):
+    for folder in (None, tmp_path):
+        ledger = Ledger(folder)
+        fill(ledger, range(2))
+        ledger.flush()
+        ledger.resume(0)
+        ledger.append(0, ["a"], [1.0])
+        ledger.close()
+        assert ledger.totals()["sample_id"].to_pylist() == ["a"]
 
 
 def test_foreign_files_and_versions_are_refused(tmp_path):
@@ -677,6 +738,35 @@ def test_bad_questions(tmp_path):
         ledger.over_time(bins="3")  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("wrong", [pa.array([1.5]), pa.array([True]), pa.array([1]).dictionary_encode()])
+def test_ids_that_are_no_strings_are_not_looked_for_among_strings(wrong):
+    ledger = Ledger()
+    ledger.append(0, ["1.5", "true", "1"], [1.0, 2.0, 3.0])
+    with pytest.raises(TypeError, match="among to name samples by string, as the ledger, received"):
+        ledger.top(1, among=wrong)
+    with pytest.raises(TypeError, match="sources to name samples by string, as the ledger, received"):
+        ledger.by_source(pa.table({"sample_id": wrong, "source": ["web"]}))
+
+
+def test_stretches_begin_at_the_first_step_and_a_target_may_have_no_row_among_those_asked_for(engine):
+    ledger = Ledger()
+    fill(ledger, range(5, 11), batch=1)
+    assert ledger.over_time(bins=2)["step"].to_pylist() == [5, 8]
+    assert len(ledger.top(0, "validation")) == len(ledger.top(1, "validation", among=[])) == 0
+
+
+def test_sources_come_from_any_library(engine):
+    ledger = Ledger()
+    ledger.append(0, ["a", "b"], [1.0, 2.0])
+    of_numbers = Ledger()
+    of_numbers.append(0, [1, 2], [1.0, 2.0])
+    for kind in (pa.string_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        table = pa.table({"sample_id": pa.array(["a", "b"], kind), "source": pa.array(["x", "y"], kind)})
+        assert as_sums(ledger.by_source(table), "source") == {("x",): (1.0, 1), ("y",): (2.0, 1)}
+    table = pa.table({"sample_id": pa.array([1, 2]).dictionary_encode(), "source": ["x", "y"]})
+    assert as_sums(of_numbers.by_source(table), "source") == {("x",): (1.0, 1), ("y",): (2.0, 1)}
+
+
 @pytest.mark.parametrize("ids", [torch.tensor([3, 1]), np.array([3, 1]), pa.chunked_array([[3], [1]]), (3, 1)])
 def test_samples_are_named_among_others_in_any_kind_of_sequence(ids):
     ledger = Ledger()
@@ -743,6 +833,24 @@ def test_values_on_a_device_are_read_back_seldom(tmp_path):
         ledger.close()
     left = [each for each in range(_SETTLE_STEPS + 4) if each not in (7, 33, 34)]
     assert sorted(set(steps_of(Ledger(tmp_path)))) == left and len(ledger) == 2 * len(left)
+
+
+def test_values_still_on_a_device_are_resumed_and_written_like_others(tmp_path):
+    good, bad = (OnDevice(torch.tensor([1.0, value])) for value in (1.0, torch.nan))
+    ledger = Ledger(tmp_path)
+    for step, values in enumerate((good, good, good, bad)):
+        ledger.append(step, [1, 2], values)
+    ledger.resume(2)
+    assert steps_of(ledger) == [0, 0, 1, 1] and ledger.last_step == 1
+    ledger.append(2, [1, 2], bad)
+    with pytest.raises(InRunError, match=r"step 2: .* ids \[2\]"):
+        fill(ledger, [3], batch=2)
+    fill(ledger, [3], batch=2)
+    assert steps_of(ledger) == [0, 0, 1, 1, 3, 3]
+    ledger.flush()
+    ledger.append(4, [1, 2], good)
+    del ledger
+    assert steps_of(Ledger(tmp_path)) == [0, 0, 1, 1, 3, 3, 4, 4]
 
 
 @pytest.mark.gpu
@@ -943,6 +1051,10 @@ def test_a_second_ledger_of_a_folder_sees_what_the_first_has_not_written(tmp_pat
     fill(first, range(2))
     second = Ledger(tmp_path)
     assert second.last_step == 1 and len(second) == 8
+    other = Ledger(tmp_path, rank=1)
+    fill(other, range(1), offset=4)
+    assert len(Ledger(tmp_path)) == 12
+    other.resume(0)
     fill(second, range(2, 4))
     second.flush()
     copied = copy.deepcopy(second)

@@ -97,6 +97,15 @@ def test_json_holds_the_figures_and_nothing_that_is_not_json(run):
     assert found["report"] == str(run / "report.html")
 
 
+def test_batches_that_moved_nothing_have_no_ratio(run):
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"batch_drop": 0.0} if "loss" in row else row) + "\n" for row in rows))
+    efficiency = report.write(run)["efficiency"]
+    assert efficiency["ratio"] is efficiency["correlation"] is None and efficiency["batch_drop"] == [0.0, 0.0]
+    json.loads((run / "report.json").read_text(), parse_constant=pytest.fail)
+
+
 class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -155,6 +164,39 @@ def test_samples_that_are_described_nowhere_are_a_group_without_text(run):
         "sample_id": "x", "source": "(unknown)", "planted": "", "text": "", "value": 2.0, "count": 1,
     }  # fmt: skip
     assert found["samples_seen"] == 7 and ">(unknown)</text>" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_sources_are_in_order_of_what_one_of_their_samples_is_worth(run):
+    with inrun.Ledger(run / "ledger") as ledger:
+        ledger.append(2, ["c", "a~duplicate"], [1.0625, -0.625])
+    found = report.figures(run)["sources"]
+    assert [(row["source"], row["mean_per_sample"], row["positive_share"]) for row in found] == [
+        ("bad", 1.0, 1.0), ("good", 0.75, 1.0), ("good, duplicate", 0.0, 0.0), ("good, shuffled", -0.75, 0.0),
+    ]  # fmt: skip
+
+
+def test_planted_samples_are_held_to_clean_ones_of_all_sources_and_of_their_own(run):
+    with inrun.Ledger(run / "ledger") as ledger:
+        ledger.append(2, ["A", "c"], [5.0, -1.9375])  # A is described nowhere
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows.insert(2, rows[1] | {"step": 2, "value_sum": 3.0625, "batch_drop": None})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = report.figures(run)
+    shuffled = found["planted"]["shuffled"]  # -0.75, of good: 0.75 twice; of others: 5 and -2
+    assert (shuffled["auroc"], shuffled["auroc_within_source"]) == (0.75, 1.0)
+    assert shuffled["source_mean_per_sample"] == 0.75
+    assert found["efficiency"]["step"] == [0, 1] and found["efficiency"]["run_value_sum"] == 4.375
+    edges, counts = found["distribution"]["edges"], found["distribution"]["counts"]
+    assert (edges[0], edges[-1], len(edges)) == (-2.0, 5.0, 61)
+    assert {kind: sum(each) for kind, each in counts.items()} == {"": 4, "duplicate": 1, "shuffled": 1}
+
+
+def test_losses_of_a_long_run_are_thinned_evenly(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [rows[0] | {"step": step, "loss": float(step)} for step in range(1001)] + [rows[-1] | {"step": 1001}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = report.figures(run)["losses"]
+    assert losses["step"] == losses["loss"] == list(range(0, 1001, 3))
 
 
 def test_many_sources_are_drawn_and_only_the_extremes_named(run):

@@ -315,6 +315,26 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(config):
         train(config)
 
 
+def test_a_folder_that_holds_the_values_of_another_training_is_not_written_into(config):
+    """`inrun.track(..., ledger="runs/1/ledger")` makes it, and samples.parquet beside it is the user's own."""
+    folder = Path("runs/1")
+    with inrun.Ledger(folder / "ledger") as ledger:
+        ledger.append(0, ["mine"], [1.0])
+    (folder / "samples.parquet").write_bytes(b"mine")
+    with pytest.raises(inrun.InRunError, match="out: expected a new folder, got runs/1, which holds ledger already"):
+        train(replace(config, out=folder))
+    assert sorted(path.name for path in folder.iterdir()) == ["ledger", "samples.parquet"]
+    assert (folder / "samples.parquet").read_bytes() == b"mine"
+    (Path("runs") / "²").mkdir()
+    (Path("runs") / "²" / "config.json").write_text("{}")
+    assert runfolder.choose(replace(config, out=None)) == Path("runs/2")
+    with pytest.raises(inrun.InRunError, match="expected a run under runs/, found none"):
+        runfolder.choose(replace(config, out=None, resume=True))
+    (Path("runs") / "7").mkdir()
+    (Path("runs") / "7" / "config.json").write_text("{}")
+    assert [runfolder.choose(replace(config, out=None, resume=resume)).name for resume in (False, True)] == ["8", "7"]
+
+
 def test_resume_needs_the_same_run(config):
     again = replace(config, resume=True)
     with pytest.raises(inrun.InRunError, match=r"expected a run in .*run, found none"):
@@ -323,9 +343,13 @@ def test_resume_needs_the_same_run(config):
     changed = replace(again, lr=0.5, model=replace(TINY, width=32))
     with pytest.raises(inrun.InRunError, match=r"lr was 0.002, is 0.5; model.width was 16, is 32"):
         train(changed)
-    (config.text[0] / "left" / "0.txt").write_text("other text")
-    with pytest.raises(inrun.InRunError, match="the text has changed"):
-        train(again)
+    for path in (config.text[0] / "left" / "0.txt", config.validation[0]):
+        path = next(each for each in (path, *sorted(path.rglob("*.txt"))) if each.is_file())
+        before = path.read_text()
+        path.write_text("other text")
+        with pytest.raises(inrun.InRunError, match="the text has changed"):
+            train(again)
+        path.write_text(before)
 
 
 @pytest.mark.parametrize(
