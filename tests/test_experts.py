@@ -15,7 +15,7 @@ ENDS = [0, 3, 3, 7, 10]  # the first and the third group are empty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize(("inputs", "outputs"), [(16, 24), (5, 7)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 24), (5, 7), (16, 7), (7, 16)])
 def test_grouped_products(dtype, inputs, outputs):
     g = torch.Generator().manual_seed(0)
     shapes = ((10, inputs), (5, outputs, inputs), (10, outputs))
@@ -25,9 +25,12 @@ def test_grouped_products(dtype, inputs, outputs):
     expected = torch.einsum("ni,noi->no", x.double(), weight.double()[group])
     bound = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 20 * torch.finfo(dtype).eps}
     assert_close(grouped_mm(x, weight.mT, offsets).double(), expected, **bound)
+    apart = [y.repeat_interleave(2, 1)[:, ::2] for y in (x, grads)]
+    assert_close(grouped_mm(apart[0], weight.mT, offsets).double(), expected, **bound)
     one_hot = torch.nn.functional.one_hot(group, 5).double()
     expected = torch.einsum("ne,no,ni->eoi", one_hot, grads.double(), x.double())
     assert_close(grouped_wgrad(x, grads, offsets).double(), expected, **bound)
+    assert_close(grouped_wgrad(*apart, offsets).double(), expected, **bound)
     torch.library.opcheck(torch.ops.inrun.grouped_mm, (x, weight.mT, offsets))
     torch.library.opcheck(torch.ops.inrun.grouped_wgrad, (x, grads, offsets))
 

@@ -84,22 +84,19 @@ def ghost_square(ctx: Any, of_squares: Tensor | None, of_norms: Tensor | None) -
     acts, grads, segments = ctx.saved_tensors
     flat_acts, flat_grads = _widen(acts).flatten(0, 1), _widen(grads).flatten(0, 1)
     if segments is None:
-        samples = list(zip(_widen(acts).unbind(0), _widen(grads).unbind(0), strict=True))
+        samples = zip(_widen(acts).unbind(0), _widen(grads).unbind(0), strict=True)
     else:
         token = torch.arange(len(flat_acts), device=acts.device)[:, None]
-        inside = [(token >= low) & (token < high) for low, high in neighbours(segments)]
-        samples = [(flat_acts * here, flat_grads * here) for here in inside]
-    found: list[tuple[Tensor, Tensor]] = []
+        inside = ((token >= low) & (token < high) for low, high in neighbours(segments))
+        samples = ((flat_acts * here, flat_grads * here) for here in inside)
+    found: list[tuple[Tensor, ...]] = []
     for s, (a, g) in enumerate(samples):
         weight = sum(x for x in (of_squares, None if of_norms is None else of_norms[s]) if x is not None)
         along = 2 * (g.T @ a) * weight
         found.append((g @ along, a @ along.T))
-    if not found:
-        both = flat_acts * 0, flat_grads * 0
-    elif segments is None:
-        both = tuple(torch.cat(x) for x in zip(*found, strict=True))
-    else:
-        both = tuple(torch.stack(x).sum(0) for x in zip(*found, strict=True))
+        if segments is not None and s:
+            found = [tuple(x + y for x, y in zip(*found, strict=True))]
+    both = tuple(torch.cat(x) for x in zip(*found, strict=True)) if found else (flat_acts * 0, flat_grads * 0)
     shaped = tuple(x.view(like.shape) for x, like in zip(both, (acts, grads), strict=True))
     return (*_like(ctx.needs_input_grad, shaped, (acts, grads)), None, None)
 

@@ -111,5 +111,5 @@ def _dots(gradients: list[Tensor], val_grad: Tensor, dims: int, tokens: Tensor, 
         for m, direction in enumerate(directions):
             dots[s, m] = (gradient * direction).sum()
     if per_token:
-        dots = dots.view(*tokens.shape[:2], -1)
+        dots = dots.view(*tokens.shape[:2], len(directions))
     return dots if val_grad.dim() > dims else dots[..., 0]

@@ -93,9 +93,9 @@ def ghost_wgrad_dot(
 def ghost_square(acts: Tensor, grads: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
     """A GEMM per sample and block of rows, squared while it is in cache; of single tokens one GEMM of squares."""
     wide = accumulate_dtype(acts)
-    if acts.shape[1] == 1 and segments is None:
+    if acts.shape[1] == 1 and acts.shape[2] and segments is None:
         a, g = acts[:, 0].to(wide), grads[:, 0].to(wide)
-        size = a.abs().sum(1, keepdim=True)  # of the gradient itself, as a factor's square might overflow
+        size = a.abs().amax(1, keepdim=True)  # of the gradient itself, as a factor's square might overflow
         a, g = (a / torch.where(size == 0, 1, size)).square(), (g * size).square()
         return g.T @ a, (g.sum(1, dtype=torch.float64) * a.sum(1, dtype=torch.float64)).to(wide)
     samples = list(zip(_split_tokens(acts, segments), _split_tokens(grads, segments), strict=True))

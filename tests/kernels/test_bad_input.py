@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import inrun_kernels as k
-from inrun_kernels import validation
+from inrun_kernels import reference, validation
 
 ACTS, GRADS, MATRIX, ROW = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), torch.zeros(5, 4), torch.zeros(5)
 IDS, TABLE = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(7, 5)
@@ -209,6 +209,101 @@ BAD = {
         ValueError,
         "form: expected None, 'two', 'prefix' or 'direct', received 'one'",
     ),
+    "tokens differ, of the plainest call": (
+        lambda: k.ghost_wgrad_dot(ACTS, GRADS[:, :2], MATRIX),
+        ValueError,
+        r"grads: expected .* of acts \[2, 3, 4\], received \[2, 2, 5\]",
+    ),
+    "directions of directions": (
+        lambda: k.ghost_wgrad_dot(ACTS, GRADS, MATRIX[None, None]),
+        ValueError,
+        r"val_grad: expected \[outputs, inputs\] = \[5, 4\], .* received \[1, 1, 5, 4\]",
+    ),
+    "gradient dtype beside a bias": (
+        lambda: k.linear_wgrad_dot(ACTS, GRADS, MATRIX, ROW, grad_dtype=torch.float16),
+        TypeError,
+        "grad_dtype: expected None, torch.float32, received torch.float16",
+    ),
+    "form beside a bias": (
+        lambda: k.linear_wgrad_dot(ACTS, GRADS, MATRIX, ROW, form="one"),
+        ValueError,
+        "form: expected None, 'two', 'prefix' or 'direct', received 'one'",
+    ),
+    "tokens of pairs differ": (
+        lambda: k.ghost_dot_pairwise(ACTS, GRADS, ACTS, GRADS[:, :2]),
+        ValueError,
+        r"val_grads: expected .* of val_acts \[2, 3, 4\], received \[2, 2, 5\]",
+    ),
+    "widths of pairs' gradients": (
+        lambda: k.ghost_dot_pairwise(ACTS, GRADS, ACTS, ACTS),
+        ValueError,
+        "val_grads: expected 5 features, as grads, received 4",
+    ),
+    "direction elsewhere": (
+        lambda: k.ghost_dot(ACTS, GRADS, MATRIX.to("meta")),
+        ValueError,
+        "val_grad: expected device cpu, received meta",
+    ),
+    "segments elsewhere": (
+        lambda: k.ghost_dot(ACTS, GRADS, MATRIX, segments=offsets(0, 6).to("meta")),
+        ValueError,
+        "segments: expected device cpu, received meta",
+    ),
+    "ids elsewhere": (
+        lambda: k.embedding_dot(IDS.to("meta"), GRADS, TABLE),
+        ValueError,
+        "ids: expected device cpu, received meta",
+    ),
+    "segments beside per_token, of embeddings": (
+        lambda: k.embedding_dot(IDS, GRADS, TABLE, segments=offsets(0, 6), per_token=True),
+        ValueError,
+        "per_token: expected False when segments is given, received True",
+    ),
+    "segments beside per_token, of norms": (
+        lambda: k.norm_dot(GRADS, GRADS, ROW, segments=offsets(0, 6), per_token=True),
+        ValueError,
+        "per_token: expected False when segments is given, received True",
+    ),
+    "segments beside per_token, of biases": (
+        lambda: k.bias_dot(GRADS, ROW, segments=offsets(0, 6), per_token=True),
+        ValueError,
+        "per_token: expected False when segments is given, received True",
+    ),
+    "segments end, of embeddings": (
+        lambda: k.embedding_dot(IDS, GRADS, TABLE, segments=offsets(0, 7)),
+        ValueError,
+        r"segments: expected .* = 6, received \[0, 7\]",
+    ),
+    "segments end, of norms' gradients": (
+        lambda: k.norm_wgrad_dot(GRADS, GRADS, ROW, segments=offsets(0, 7)),
+        ValueError,
+        r"segments: expected .* = 6, received \[0, 7\]",
+    ),
+    "segments end, of biases' gradients": (
+        lambda: k.bias_wgrad_dot(GRADS, ROW, segments=offsets(0, 7)),
+        ValueError,
+        r"segments: expected .* = 6, received \[0, 7\]",
+    ),
+    "backend of embeddings": (
+        lambda: k.embedding_dot(IDS, GRADS, TABLE, backend="cuda"),
+        ValueError,
+        "backend: expected None, 'triton' or 'torch', received 'cuda'",
+    ),
+    "backend of squares": (
+        lambda: k.ghost_square(ACTS, GRADS, backend="cuda"),
+        ValueError,
+        "backend: expected None, 'triton' or 'torch', received 'cuda'",
+    ),
+    "backend of biases": (
+        lambda: k.bias_dot(GRADS, ROW, backend="cuda"),
+        ValueError,
+        "backend: expected None, 'triton' or 'torch', received 'cuda'",
+    ),
+    "backend of pairs": (
+        lambda: k.ghost_dot_pairwise(ACTS, GRADS, ACTS, GRADS, backend="cuda"),
+        ValueError,
+        "backend: expected None, 'triton' or 'torch', received 'cuda'",
+    ),
     "too many tokens": (
         lambda: k.bias_dot(torch.zeros(1, 1, 1).expand(2**16, 2**15, 1), ROW[:1]),
         ValueError,
@@ -228,11 +323,13 @@ def test_nothing_in_nothing_out():
     for batch, tokens in ((0, 3), (2, 0)):
         acts, grads, ids = ACTS[:batch, :tokens], GRADS[:batch, :tokens], IDS[:batch, :tokens]
         for backend in ("torch", "triton"):
-            weight_grad, dots = k.ghost_wgrad_dot(acts, grads, MATRIX + 1, backend=backend)
-            assert weight_grad.shape == (5, 4) and not weight_grad.any()
-            assert dots.shape == (batch,) and not dots.any()
+            for form in (None, "two", "prefix", "direct"):
+                weight_grad, dots = k.ghost_wgrad_dot(acts, grads, MATRIX + 1, form=form, backend=backend)
+                assert weight_grad.shape == (5, 4) and not weight_grad.any()
+                assert dots.shape == (batch,) and not dots.any()
             assert k.ghost_dot_pairwise(acts, grads, ACTS, GRADS, backend=backend).shape == (batch, 2)
             assert k.embedding_dot(ids, grads, TABLE, per_token=True, backend=backend).shape == (batch, tokens)
+        assert reference.embedding_dot(ids, grads, TABLE, per_token=True).shape == (batch, tokens)
 
 
 def test_offsets_are_checked_again_when_they_change():

@@ -83,6 +83,12 @@ def test_no_squared_gradient_of_a_sample_is_stored(packed, plans):
     assert any(plan.pieces for plan in plans)
 
 
+def test_nor_is_the_batch_once_for_each_document_in_the_derivative_of_squares():
+    acts, grads = (torch.randn(BATCH, TOKENS, width, requires_grad=True) for width in (IN, OUT))
+    squares, norms = torch.ops.inrun.ghost_square(acts, grads, torch.arange(0, BATCH * TOKENS + 1, TOKENS), None)
+    assert largest((squares.sum() + norms.sum()).backward) <= 4 * max(acts.numel(), grads.numel())
+
+
 def test_no_matrix_of_token_pairs_is_stored(monkeypatch):
     from inrun_kernels import pairwise
 

@@ -1,7 +1,9 @@
 """The kernels in C against their definitions, on every kind of processor that this machine can be taken for."""
 
+import os
 import platform
 import subprocess
+import sys
 import warnings
 
 import pytest
@@ -95,7 +97,7 @@ def test_products_match_their_definitions(data):
 @pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "lengths", [[1] * 200 + [300] + [0] * 140 + [12] + [3] * 150 + [1] * 5, [1, 0] * 64, [2] * 128]
+    "lengths", [[1] * 200 + [300] + [0] * 140 + [12] + [3] * 150 + [1] * 5, [1, 0] * 64, [2] * 128, [1, 0, 2] * 70]
 )
 def test_many_samples_of_any_length(default, lengths):
     """More samples than a panel has, or as many, rows of one; whatever dtype torch makes of itself."""
@@ -113,6 +115,25 @@ def test_many_samples_of_any_length(default, lengths):
     expected = reference.linear_wgrad_dot(acts, grads, directions, of_bias, segments=ends)
     for got, right in zip(products, expected, strict=True):
         assert_close(got, right)
+
+
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("tokens, outputs", [(1, 25), (20, 3), (20, 25), (300, 25)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_left_in_the_scratch_counts_for_nothing(dtype, tokens, outputs):
+    """Zeros, and bytes that are no numbers."""
+    acts, grads = torch.randn(3, tokens, 47).to(dtype), torch.randn(3, tokens, outputs).to(dtype)
+    directions, of_bias, found = torch.randn(3, outputs, 47), torch.randn(3, outputs), []
+    for byte in (0, 255):
+        found.append([])
+        for run, *arguments in (
+            (native.ghost_wgrad_dot, acts, grads, directions, of_bias, None),
+            (native.ghost_square, acts, grads, None),
+            (native.row_wgrad_dot, None, grads, of_bias, None),
+        ):
+            native._kept.scratch = torch.full((1 << 22,), byte, dtype=torch.uint8)
+            found[-1] += run(*arguments)
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("lengths", [(4, 512), (513, 3)])
@@ -206,6 +227,21 @@ def test_a_dot_has_the_same_bits_whatever_else_is_in_the_batch(tokens, dtype):
     assert torch.equal(native.row_wgrad_dot(grads[order], grads[order], of_bias, None)[1], dots[order])
 
 
+def test_fewer_threads_than_torch_has():
+    """As a limit allows, or within a team of others: a thread then has several blocks."""
+    code = """
+import torch
+from inrun_kernels import native, reference
+torch.set_num_threads(5)
+acts, grads, direction = torch.randn(3, 9, 40), torch.randn(3, 9, 97), torch.randn(97, 40)
+weight_grad, _, dots = native.ghost_wgrad_dot(acts, grads, direction, None, None)
+for got, right in zip((weight_grad, dots), reference.ghost_wgrad_dot(acts, grads, direction), strict=True):
+    torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-3)
+"""
+    environment = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path)), "OMP_THREAD_LIMIT": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
 def test_a_large_weight_costs_no_digits():
     """A float32 dot of millions of terms has an error of its own, some 1e-5 of a sample's dot."""
     generator = torch.Generator().manual_seed(0)
@@ -240,6 +276,8 @@ def test_the_ops_take_them_where_they_run_and_nothing_else_does():
     assert not native.runs(acts[:0]) and not native.runs(acts.to("meta"))
     rounded, _ = k.ghost_wgrad_dot(acts.bfloat16(), grads.bfloat16(), direction, grad_dtype=torch.bfloat16)
     assert rounded.dtype == torch.bfloat16
+    biased = k.linear_wgrad_dot(*half, direction, direction[:, 0].contiguous(), grad_dtype=torch.bfloat16)
+    assert [x.dtype for x in biased] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
 @pytest.mark.usefixtures("kind")
@@ -248,10 +286,10 @@ def test_the_ops_take_them_where_they_run_and_nothing_else_does():
 def test_adams_direction_is_its_formula(steps, count):
     generator = torch.Generator().manual_seed(0)
     parts = []
-    for gain in (0.1, -0.3):
+    for gain, skipped in ((0.1, 0), (-0.3, 1)):  # the second where no vector begins
         grad, moment = torch.randn(count, generator=generator), torch.rand(count, generator=generator)
         grad[0] = 0.0
-        out = torch.full_like(grad, torch.nan)
+        out = torch.full((skipped + count,), torch.nan)[skipped:]
         parts.append(adam.AdamPart(out, grad, moment if steps else None, float(steps), gain, (0.9, 0.99), 1e-8))
     assert all(map(adam.fits, parts))
     adam.write_adam_directions(parts)
@@ -321,7 +359,9 @@ def test_the_default_device_does_not_matter(device):
     with torch.device(device):
         found = k.ghost_wgrad_dot(acts, grads, direction)
         bias = k.bias_wgrad_dot(grads, direction[:, 0].contiguous())
-    for got, right in zip((*found, bias[0]), (*expected, grads.sum((0, 1))), strict=True):
+        of_tokens = k.bias_dot(grads, direction[:, 0].contiguous(), per_token=True)
+    expected = *expected, grads.sum((0, 1)), grads @ direction[:, 0]
+    for got, right in zip((*found, bias[0], of_tokens), expected, strict=True):
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-3)
 
 
@@ -335,6 +375,37 @@ def test_nor_does_it_for_adams_directions_in_triton(device):
         adam_kernel.launch_adam_directions([part])
     seconds = (0.99 * moment + 0.01 * val_grad.square()) / (1 - 0.99**4)
     torch.testing.assert_close(out, 0.1 / (1 - 0.9**4) * val_grad / (seconds.sqrt() + 1e-8), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts", [(5,), (2048, 1, 4097, 2047, 3000)])
+def test_adams_directions_in_triton_are_their_formula(counts):
+    """Parts of one block, of several and of less; moments and steps that are there or not."""
+    from inrun_kernels import adam_kernel
+
+    parts = []
+    for i, count in enumerate(counts):
+        moment, step = torch.rand(count) if i % 2 else None, torch.tensor(6.0 + i) if i % 3 else 3.0
+        out, betas = torch.full((count,), torch.nan), (0.9, 0.0 if i == 3 else 0.99)
+        parts.append(adam.AdamPart(out, torch.randn(count), moment, step, 0.1 * (i + 1), betas, 1e-8))
+    adam_kernel.launch_adam_directions(parts)
+    for part in parts:
+        (beta1, beta2), made, grad = part.betas, float(part.step) + 1, part.val_grad.double()
+        second = (beta2 * (0 if part.moment is None else part.moment.double()) + (1 - beta2) * grad.square()) / (
+            1 - beta2**made
+        )
+        expected = part.gain / (1 - beta1**made) * grad / (second.sqrt() + part.eps)
+        torch.testing.assert_close(part.out.double(), expected, rtol=1e-6, atol=0.0)
+
+
+def test_adam_takes_tensors_of_one_size_that_lie_whole():
+    x = torch.ones(4, 3)
+    for out, val_grad, moment in ((x.mT, x.mT, x.mT), (x, x[:2], x), (x, x, x[:2]), (x, x.double(), x)):
+        assert not adam.fits(adam.AdamPart(out, val_grad, moment, 0.0, 0.1, (0.9, 0.99), 1e-8))
+    part = adam.AdamPart(torch.ones(4, 3), x, None, 0.0, 0.1, (0.9, 0.99), 1e-8)
+    before = part.out._version
+    assert adam.fits(part)
+    adam.write_adam_directions([part])
+    assert part.out._version > before  # autograd knows what it saved of it to be gone
 
 
 def test_what_has_no_memory_of_its_own_is_left_to_torch():

@@ -53,7 +53,7 @@ def test_sums_of_more_programs_than_a_second_stage_adds_at_once(directions, monk
     assert_norm_close((grad_x.view(1, 600, 1000), *found, dots), [*gradients, by_row])
 
 
-@pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"width": 17}, {"directions": 2}])
+@pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"width": 17}, {"width": 24}, {"directions": 2}])
 def test_what_has_no_kernel_is_told(change):
     """On a CPU: float64, a width that is no whole vectors, directions of different numbers."""
     (x, grads, weight, stats, scale, shift, ends, bias), _ = norm(
@@ -66,6 +66,38 @@ def test_what_has_no_kernel_is_told(change):
         x, grads, weight = (y.double() for y in (x, grads, weight))
     shift = shift[:1] if "directions" in change else shift
     assert of_norms.norm_backward(x, grads, weight, stats, scale, shift, ends, bias) is None
+
+
+def test_what_does_not_belong_together_is_told():
+    (x, grads, weight, stats, scale, shift, _, bias), _ = norm([3, 4], 16, 1, layer=True, bias=True)
+    wide = scale.repeat(1, 2), shift.repeat(1, 2)
+    assert of_norms.norm_backward(x, grads, weight, stats, *wide, None, bias) is None
+    if native.library() is not None:
+        with pytest.raises(ValueError, match=r"segments: expected .* = 7, received \[0, 8\]"):
+            of_norms.norm_backward(x, grads, weight, stats, scale, shift, torch.tensor([0, 8]), bias)
+
+
+@pytest.mark.parametrize("layer", [True, False])
+@pytest.mark.parametrize("run", [native.norm_backward, norms_kernel.launch_norm_backward])
+def test_operands_that_lie_apart(run, layer):
+    """Features or tokens first, numbers beside each other's, as views leave them."""
+    if run is native.norm_backward and native.library() is None:
+        pytest.skip("needs a C compiler")
+    (x, grads, weight, stats, scale, shift, ends, bias), expected = norm([5, 0, 7], 48, 2, layer=layer, bias=layer)
+    weight, scale, shift = (y.repeat_interleave(2, -1)[..., ::2] for y in (weight, scale, shift))
+    stats = tuple(y.repeat_interleave(2, 1)[:, ::2] for y in stats) if isinstance(stats, tuple) else stats
+    x, grads = x.mT.contiguous().mT, grads.repeat_interleave(2, 1)[:, ::2]
+    assert_norm_close(run(x, grads, weight, stats, scale, shift, ends.repeat_interleave(2)[::2], bias), expected)
+
+
+def test_a_launch_that_is_remembered_is_of_the_same_eps_and_documents():
+    (x, grads, weight, _, scale, *_), expected = norm([5, 7], 64, 1, layer=False, bias=False, missing=1)
+    for eps, ends in ((1.0, None), (1e-5, torch.tensor([0, 5, 12])), (1e-5, None)):
+        found = norms_kernel.launch_norm_backward(x, grads, weight, eps, scale, None, ends, False)
+    right = [*expected[:3], expected[3].sum(0, keepdim=True)]
+    assert_norm_close(found, right)
+    found = norms_kernel.launch_norm_backward(x, grads, weight, 1e-5, scale, None, torch.tensor([0, 5, 12]), False)
+    assert_norm_close(found, expected)
 
 
 def test_an_eps_of_zero_says_nothing_beyond_the_last_row():

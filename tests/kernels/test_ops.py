@@ -123,6 +123,18 @@ def test_derivatives_without_tokens_are_zero():
             assert given is None or not given.any()
 
 
+def test_derivatives_without_samples_are_empty_or_zero():
+    acts, grads = (torch.randn(0, TOKENS, n, requires_grad=True) for n in (IN, OUT))
+    val_acts, val_grads = (torch.randn(N_VAL, TOKENS, n, requires_grad=True) for n in (IN, OUT))
+    for outputs, inputs in (
+        (k.ghost_square(acts, grads), (acts, grads)),
+        ((k.ghost_dot_pairwise(acts, grads, val_acts, val_grads),), (acts, grads, val_acts, val_grads)),
+        ((k.ghost_dot_pairwise(val_acts, val_grads, acts, grads),), (acts, grads, val_acts, val_grads)),
+    ):
+        found = torch.autograd.grad(sum(y.sum() for y in outputs), inputs)
+        assert all(y.shape == x.shape and not y.any() for y, x in zip(found, inputs, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", list(calls(torch.float32, None)))
 def test_half_precision_derivatives_follow_float64(name, dtype):
@@ -155,7 +167,9 @@ def test_who_watches_calls_sees_them():
     with Watch():
         k.ghost_wgrad_dot(acts, grads, matrix)
     assert any(func.namespace == "inrun" for func in seen)
+    assert all(x.grad_fn is None for x in k.ghost_wgrad_dot(acts, grads, matrix))
     assert k.ghost_dot(acts.requires_grad_(), grads, matrix).grad_fn is not None
+    assert all(x.grad_fn is not None for x in k.ghost_wgrad_dot(acts, grads, matrix))
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as recorded:
         k.ghost_dot(acts, grads, matrix)
     assert not any(event.name.startswith("inrun::") for event in recorded.events() or [])
@@ -245,6 +259,17 @@ def test_autocast_does_not_round_the_products():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_nor_does_it_round_what_other_ops_compute(backend):
+    for name, (op, arguments) in calls(torch.float32, backend).items():
+        found = []
+        for enabled in (False, True):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                outputs = ops.call(op, *arguments)
+                found.append(outputs if isinstance(outputs, tuple) else (outputs,))
+        assert all(map(torch.equal, *found)), name
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -286,7 +311,7 @@ def test_derivatives_under_autocast_are_those_without():
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
-@pytest.mark.parametrize("sizes", [(1e8, 1e-23), (1e25, 1e-25), (1e20, 1e-5), (1e-5, 1e22)])
+@pytest.mark.parametrize("sizes", [(1e8, 1e-23), (1e25, 1e-25), (1e20, 1e-5), (1e-5, 1e22), (2e38, 2e-38)])
 def test_squares_are_of_gradients_not_of_factors(sizes, tokens):
     """Whose squares may have no float32."""
     acts, grads = (torch.full((2, tokens, width), size) for width, size in zip((3, 1), sizes, strict=True))
@@ -295,6 +320,15 @@ def test_squares_are_of_gradients_not_of_factors(sizes, tokens):
     exact = (sizes[0] * sizes[1]) ** 2
     torch.testing.assert_close(squares.double() / exact, torch.full((1, 3), 2.0).double(), rtol=1e-5, atol=0.0)
     torch.testing.assert_close(norms.double() / exact, torch.full((2,), 3.0).double(), rtol=1e-5, atol=0.0)
+
+
+def test_a_single_token_of_zeros_has_no_square():
+    acts, grads = torch.randn(3, 1, 5), torch.randn(3, 1, 4)
+    acts[1] = 0
+    squares, norms = k.ghost_square(acts, grads)
+    exact = (grads.mT @ acts).double().square()
+    torch.testing.assert_close(squares.double(), exact.sum(0), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(norms.double(), exact.sum((1, 2)), rtol=1e-5, atol=0.0)
 
 
 def test_a_bias_product_without_a_bias_is_told_so():

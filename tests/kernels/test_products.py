@@ -184,6 +184,72 @@ def test_forms_on_the_torch_path(form, dtype, monkeypatch):
         check_form(form, make("linear", 5, 40, 24, 40, directions=2, dtype=dtype, segments=segments), "torch")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", list(LAYERS))
+@pytest.mark.parametrize("grouping", [{}, {"segments": torch.tensor([0, 0, 4, 30])}, {"per_token": True}])
+def test_the_torch_path_in_many_pieces(grouping, layer, dtype, monkeypatch):
+    """Temporaries of a few tokens, samples, rows or columns, the last piece a shorter one."""
+    for name, elements in (("_CHUNK", 60), ("_ROWS", 60), ("_BLOCK", 24), ("_DOT", 7)):
+        monkeypatch.setattr(torch_path, name, elements)
+    for tokens, inputs in ((10, 12), (2, 9)):
+        segments = grouping.get("segments")
+        options = grouping if segments is None else {"segments": segments.clamp(max=3 * tokens)}
+        check(make(layer, 3, tokens, inputs, 7, directions=2, dtype=dtype, **options), "torch")
+
+
+@pytest.mark.parametrize("form", ["pairwise", "direct", "gradients"])
+def test_pairs_on_the_torch_path_in_many_pieces(form, monkeypatch):
+    for name, elements in (("_CHUNK", 700), ("_GRADIENTS", (1, 1)), ("_FEWEST", 3)):
+        monkeypatch.setattr(torch_path, name, elements)
+    for dtype in (torch.float32, torch.bfloat16):
+        case, val = (make("linear", n, 5, 9, 7, dtype=dtype, seed=n) for n in (40, 5))
+        of_samples = torch.stack([gradient_of(replace(val, x=x[None], grads=g[None]), torch.float64)
+                                  for x, g in zip(val.x, val.grads, strict=True)])  # fmt: skip
+        found = torch_path.ghost_dot_pairwise(case.x, case.grads, val.x, val.grads, form)
+        assert_close(found, dots_of, replace(case, val_grad=of_samples))
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("layer", list(LAYERS))
+def test_operands_lie_each_in_a_way_of_its_own(layer, backend):
+    """Input, gradient, direction and offsets."""
+    layouts = [layout for name, layout in LAYOUTS.items() if name != "one token expanded"]  # equal terms round alike
+    for turn, of_x in enumerate(layouts):
+        of_grads, of_direction = layouts[turn - 1], layouts[turn - 2]
+        for segments, directions in ((None, 2), (torch.tensor([0, 0, 4, 4, 50, 50, 99, 99])[::2], 3)):
+            case = make(layer, 3, 33, 17, 20, directions=directions)
+            x = of_x(case.x[..., None])[..., 0] if layer == "embedding" else of_x(case.x)
+            direction = case.val_grad if case.val_grad.dim() == 3 else case.val_grad[:, None]
+            direction = of_direction(direction).view_as(case.val_grad)
+            check(replace(case, x=x, grads=of_grads(case.grads), val_grad=direction, segments=segments), backend)
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer", list(LAYERS))
+def test_products_of_halves_are_not_rounded(layer, dtype, backend):
+    """An error as in float32: the oracle's own rounding in half allows for much more."""
+    case = make(layer, 4, 40, 33, 20, directions=2, dtype=dtype)
+    exact, terms = dots_of(case, torch.float64), dots_of(absolute(case), torch.float64)
+    found = [DOTS[layer](case.x, case.grads, case.val_grad, backend=backend)]
+    if layer in WGRAD_DOTS:
+        weight_grad, dots = WGRAD_DOTS[layer](case.x, case.grads, case.val_grad, backend=backend)
+        found.append(dots)
+        of_gradient = gradient_of(case, torch.float64), gradient_of(absolute(case), torch.float64)
+        assert ((weight_grad - of_gradient[0]).abs() <= 2e-6 * of_gradient[1]).all()
+    for dots in found:
+        assert ((dots - exact).abs() <= 2e-6 * terms).all()
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("padding", [0, 4])
+def test_padding_may_be_the_first_row_or_the_last(padding, backend):
+    ids, grads, table = torch.tensor([[0, 4, 1], [4, 0, 0]]), torch.randn(2, 3, 7), torch.randn(2, 5, 7)
+    kept = grads * (ids != padding)[..., None]
+    found = k.embedding_dot(ids, grads, table, padding_idx=padding, backend=backend)
+    torch.testing.assert_close(found, k.embedding_dot(ids, kept, table, backend=backend))
+
+
 @pytest.mark.parametrize(("form", "digits"), [("two", 2e-6), ("prefix", 6e-6), ("direct", 2e-6)])
 def test_a_large_weight_costs_no_digits(form, digits):
     """A float32 dot of millions of terms has an error of its own, some 1e-5 of a sample's dot."""
