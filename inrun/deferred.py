@@ -188,7 +188,9 @@ class Deferred(Method):
     def end(self, failed: bool = False) -> None:
         self.keeper.pause()
         if failed:  # what it kept is not to stand in the way of a smaller batch
-            self._forget()
+            self.keeper.reset()
+            if self.pairs is not None:
+                self.pairs.start = {}
 
     def memory(self) -> dict[str, int]:
         """Bytes kept now and at most, and those of copied weights and what stands for the update."""

@@ -357,6 +357,8 @@ class Keeper:
         with self._as_it_was(kept), buffers_copied(module), uncheckpointed, torch.enable_grad():
             params = [get_gradient_edge(owner._parameters[local]) for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
+        for leaf in grads:
+            forward_mode.by_sample(module, leaf, leaves[leaf].detach(), self.layouts[kept.batch])  # or raises
         names = [id(owner._siblings[local + SUFFIX]) for owner, local in places]
         for v in samples:
             only = [torch.zeros_like(grad, memory_format=torch.contiguous_format) for grad in grads.values()]

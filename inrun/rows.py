@@ -47,8 +47,10 @@ SAME, OTHER = 1e-3, 1e-2  # of the largest mark: up to the former two are equal,
 
 
 class _Call(NamedTuple):
-    """What the model was called with, of how many samples, and its autocast."""
+    """What the model, or a module of it that the loop calls itself, was called with, of how many samples, and its
+    autocast."""
 
+    module: nn.Module
     args: tuple
     kwargs: dict
     rows: int
@@ -174,6 +176,7 @@ class Rows:
         self._calls: dict[int, tuple[_Call, dict[Any, int]]] = {}  # of the model, and of modules' taps within each
         self._taken: set[_Taken] = set()
         self._call: _Call | None = None
+        self._inside: set[nn.Module] = set()  # the model's modules, once they are asked for
         self._drew = False  # whether the last run drew random numbers
         self.rows = 0  # B of the next forward; 0 where nothing is to be told from sizes
         self.watched = False  # whether to see what becomes of outputs that all samples share
@@ -189,15 +192,20 @@ class Rows:
     def note_call(self) -> bool:
         """The call of the model that is going on may have to be made again; whether it is the one."""
         call = self._looked_up()
-        if self._call is None and self.rows > 1 and call is not None and call.is_plain():
+        free = self._call is None and self.rows > 1
+        if free and call is not None and call.is_plain() and (self._is_whole(call) or call.has_samples()):
             self._call = call
         return self._call is not None and call is not None and call.kwargs is self._call.kwargs
+
+    def _is_whole(self, call: _Call) -> bool:
+        """Whether it is the model that is called, and not one of its modules."""
+        return call.module is self._model
 
     def take(self, module: Any, outputs: Any) -> None:
         """Outputs of a module's call with B rows, to which a gradient comes, are taken for `[B, ...]`; `verify` raises
         where they are not."""
         ours = self.note_call()
-        if isinstance(module, Part) or not (ours or self._call is None):
+        if isinstance(module, Part) or not (ours or self._call is None or not self._is_whole(self._call)):
             return
         number = self._count(module._inrun, self._call) if ours else -1
         for leaf, y in enumerate(pytree.tree_leaves(outputs)):
@@ -223,7 +231,7 @@ class Rows:
         if self.rows == 1:
             if self._lone is None:
                 call = self._looked_up()
-                self._lone = call is None or call.has_samples()
+                self._lone = call is None or not self._is_whole(call) or call.has_samples()
             return self._lone
         if self._sizes is None:
             call = self._looked_up()
@@ -233,10 +241,10 @@ class Rows:
             return False
         if layer in self._known or layer in self._asked:
             return True
-        self.note_call()
-        if self._call is not None:
+        ours = self.note_call()
+        if found := self._call is not None and (ours or self._is_whole(self._call)):
             self._asked[layer] = tuple(x.shape)
-        return self._call is not None
+        return found
 
     def verify(self) -> None:
         """Raise `InRunError` where an input or output was taken for what it is not; warn where nothing tells."""
@@ -272,7 +280,8 @@ class Rows:
             error.suspected = wrong
             raise error
         squares = sorted({f"{one.module._inrun} {one.shape}" for one in self._taken if one.is_square()})
-        if squares and not more:
+        told = bool(more) and call is not None and self._is_whole(call)  # what a module of it is given may be [T, B]
+        if squares and not told:
             warnings.warn(
                 f"{few(squares)}: dimension 0 is taken for the samples, and dimension 1 has as many rows. Were those "
                 "the samples, values would be wrong, and nothing could tell: the model was not run with one sample "
@@ -341,14 +350,19 @@ class Rows:
     def forget(self) -> None:
         """What was asked in a step that is over."""
         self._asked, self._taken, self._calls, self._call = {}, set(), {}, None
+        self._inside = set()
 
     def explain(self, error: Exception) -> None:
         """Add to an error of this library, or one within the model, what would score the layers whose rows are not the
         samples, if there are any, and the model runs by itself."""
         call, ours = self._call, isinstance(error, InRunError)
         trace = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-        inside = isinstance(error, RuntimeError | ValueError) and any(map(self._is_call, trace))
+        inside = isinstance(error, RuntimeError | ValueError) and any(call and _called(f) is call.module for f in trace)
         if call is None or not (ours or inside) or isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+            return
+        if not call.has_samples() and any(x.shape[1:2] == (call.rows,) for x in call.leaves() if isinstance(x, Tensor)):
+            error.add_note("Inputs have the samples at dimension 1: hold the model in a module that takes and returns "
+                           "[B, ...], as by x.transpose(0, 1), and call and track that one")  # fmt: skip
             return
         # What is given [1, ...] runs on B rows, which is told from what comes after, or makes torch fail there.
         every = dict(self._model.named_modules())
@@ -369,26 +383,28 @@ class Rows:
                 error.add_note('To score such layers by modules around them ("": the model), each of which then runs '
                                f"once more in a step: track(..., through={wanted})")  # fmt: skip
 
-    def _is_call(self, frame: Any) -> bool:
-        return frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is self._model
-
     def _looked_up(self) -> _Call | None:
-        """The model's call that is going on: looked up on the stack, as a hook would be copied and pickled with the
-        model, and a graph be captured anew for it."""
+        """The model's call that is going on, or where it is not called itself, the outermost of its modules': looked up
+        on the stack, as a hook would be copied and pickled with the model, and a graph be captured anew for it."""
         frame: Any = sys._getframe()
-        while frame is not None and not self._is_call(frame):
+        found: Any = None
+        self._inside = self._inside or set(self._model.modules())
+        while frame is not None and (found is None or _called(found) is not self._model):
+            if _called(frame) in self._inside:
+                found = frame
             frame = frame.f_back
-        if frame is None:
+        if found is None:
             return None
         device = next(self._model.parameters()).device.type
         autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False
-        return _Call(frame.f_locals["args"], frame.f_locals["kwargs"], self.rows, autocast)
+        given = found.f_locals
+        return _Call(given["self"], given["args"], given["kwargs"], self.rows, autocast)
 
     def _run(self, call: _Call, grad_mode: Callable[[], Any]) -> Any:
         args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
         with self._paused(), as_it_was(self._model), grad_mode(), torch.autocast(*call.autocast), _ids_in_range():
             before = random_state()
-            out = self._model.forward(*args, **kwargs)  # past hooks that have changed its arguments already
+            out = call.module.forward(*args, **kwargs)  # past hooks that have changed its arguments already
             self._drew = drew_since(before)
             return out
 
@@ -413,14 +429,14 @@ class Rows:
             inputs, outputs = pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(out)
             found.setdefault(module, []).append(note(module, inputs, outputs))
 
-        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in modules if m is not self._model]
+        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in modules if m is not call.module]
         try:
             out = self._run(call, grad_mode)
         finally:
             for handle in handles:
                 handle.remove()
-        if self._model in modules:  # whose hooks `_run` goes past
-            hook(self._model, call.args, call.kwargs, out)
+        if call.module in modules:  # whose hooks `_run` goes past
+            hook(call.module, call.args, call.kwargs, out)
         return found
 
     def _of_one_more(
@@ -449,6 +465,11 @@ class Rows:
 
         with in_modes((module, False) for module in self._model.modules()):
             return self._noted(marks_of, modules, call, torch.no_grad)
+
+
+def _called(frame: Any) -> nn.Module | None:
+    """The module whose call a frame is, if it is one's."""
+    return frame.f_locals["self"] if frame.f_code is nn.Module._call_impl.__code__ else None
 
 
 def _ids_in_range() -> AbstractContextManager[None]:

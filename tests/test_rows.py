@@ -316,6 +316,77 @@ def test_one_is_told_where_nothing_tells(method, called):
                     optimizer.zero_grad()
 
 
+class LossOf(nn.Module):
+    """Its own output is a loss, so that loops call the model inside."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).square().mean()
+
+
+@pytest.mark.parametrize("size", [B, B + 1])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_module_that_is_called_in_the_models_place_is_checked_as_it_is(method, size):
+    """And what the error proposes scores it."""
+
+    def values(through: dict[str, str]) -> Tensor:
+        model = LossOf(made(RelativePositions))
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        held = lambda: loss_of(model.net, ids(3, 2))  # noqa: E731
+        tracker = inrun.track(model, optimizer, method, validation=held, through=through)
+        with tracker.step(range(size)) as taken:
+            loss_of(model.net, ids(size, 1)).backward()
+            optimizer.step()
+        return taken.values.double()
+
+    with pytest.raises((inrun.InRunError, ValueError), match=r"distance.*expected") as error:
+        values({})
+    assert proposed(error) == {"net.distance.*": "net"}
+    want = expected(made(RelativePositions), ids(size, 1))
+    torch.testing.assert_close(values(proposed(error)), want, rtol=1e-5, atol=1e-9)
+
+
+def test_a_model_whose_input_has_the_samples_at_dimension_1_is_to_be_held_in_one_that_has_not():
+    model, x = made(TokensFirst), ids(T + 1, 1, B)
+    tracker = inrun.track(
+        model, torch.optim.SGD(model.parameters(), lr=LR), validation=lambda: loss_of(model, ids(3, 2))
+    )
+    with pytest.raises(ValueError, match="token: input: expected shape") as error, tracker.step(range(B)):
+        loss_of(model, x)
+    (note,) = error.value.__notes__
+    assert "samples at dimension 1: hold the model in a module that takes and returns [B, ...]" in note
+
+
+class Packed(nn.Module):
+    """Is given the tokens of one sample, `[T]`, and puts the sample axis in front itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x) if x.dim() > 1 else self.token(x)[None]
+        batch, tokens, width = h.shape
+        return self.head(h.cumsum(1).tanh().view(batch, tokens, width))
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_the_tokens_of_one_sample_are_looked_up_as_without_a_tracker(method):
+    model = made(Packed)
+    want = torch.cat([expected(model, ids(2, 1)[[i]]) for i in range(2)]) / 2
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, ids(3, 2)))
+    with tracker.step() as taken:
+        for i, x in enumerate(ids(2, 1)):
+            taken.batch([i])
+            (loss_of(model, x) / 2).backward()
+        optimizer.step()
+    torch.testing.assert_close(taken.values.double(), want, rtol=1e-5, atol=1e-9)
+
+
 class TokenMajor(TokensFirst):
     """Its tokens are flattened in another order than sample after sample."""
 
