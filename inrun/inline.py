@@ -32,6 +32,8 @@ class Inline(Method):
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
         self.probes: list[dict[Any, Tensor]] = []  # of each batch: tap or device -> probe
+        self._last: Layout | None = None  # of those that have had no backward, the last
+        self._behind = False  # whether they lie differently
         self._lr: list[Any] = []
         self._options: list[dict[str, Any]] = []  # of each group, what else the directions depend on
         self.drop: dict[str, Tensor] = {}
@@ -67,6 +69,9 @@ class Inline(Method):
         """Fresh probes for the next forward: one for all layers of a device; while the sums are to be checked,
         one for every layer. Nothing is kept, so nothing need be computed again."""
         tracker = self.tracker
+        waits = self.probes and all(probe.grad is None for probe in self.probes[-1].values())
+        self._behind = bool(waits and (self._behind or self._last is None or not layout.is_like(self._last)))
+        self._last = layout
         shape = (layout.count, *tracker.tail)
         probes: dict[Any, Tensor] = {}
         by_tap: dict[Tap, Tensor] = {}
@@ -79,7 +84,7 @@ class Inline(Method):
                     probes[key] = torch.zeros(shape, dtype=dtype, device=slot.param.device, requires_grad=True)
                 by_tap[tap] = probes[key]
         for tap, probe in by_tap.items():
-            tap.probe = probe
+            tap.probe, tap.behind = probe, self._behind
             tap.layout = None if layout.segments is None else layouts[probe.device]
         self.probes.append(probes)
 

@@ -165,7 +165,7 @@ def dots(
             along = []  # the directions, by the place that K has
             for slot, gradient in zip(members, _gradients(validation, theirs, members, samples), strict=True):
                 if id(slot) in unmet:
-                    of_slot = (gradient * unmet[id(slot)]).flatten(1).sum(1, dtype=missed.dtype)
+                    of_slot = (gradient * unmet[id(slot)]).reshape(len(samples), -1).sum(1, dtype=missed.dtype)
                     missed[samples.start : samples.stop] += of_slot.to(device)
                 along.append((slot.sibling, targets_second(gradient.mul_(slot.sibling.data))))
             with setting("data", along):

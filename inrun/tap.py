@@ -48,6 +48,7 @@ class Tap:
         self.probe: Tensor | None = None
         self.layout: Layout | None = None  # where values belong to documents or tokens
         self.keep: Callable | None = None
+        self.behind = False  # whether one that lies differently still waits for its backward
         self.flat = False  # whether its rows are the tokens of [B, T], flattened, here
         self.met = False  # whether a forward has come to it, in eager mode
         self.passed_by = False  # whether, in one of the step's forwards, none came, or all of it was frozen
@@ -70,6 +71,11 @@ class Tap:
             if self.rows.watched:
                 self.rows.pass_by(self)
             return False  # an evaluation, of any batch
+        if self.behind and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise InRunError(
+                f"{self}: expected the backward of each batch before the next batch(ids), as a checkpoint computes its "
+                "part again in it, and the step's batches have other sizes or documents; got it after"
+            )
         for owner, local in self.owned:  # asked of every layer: a loop is cheaper than `any`
             if (param := owner._parameters.get(local)) is None or param.requires_grad:
                 if not torch.compiler.is_compiling():
@@ -142,6 +148,13 @@ class Layout:
         if device.type == "cuda" and segments.device.type == "cpu":
             segments = segments.pin_memory()
         return replace(self, segments=segments.to(device, non_blocking=device.type == "cuda"))
+
+    def is_like(self, other: Layout) -> bool:
+        """Whether values belong to the same rows, documents or tokens of a batch."""
+        if self != replace(other, segments=self.segments):
+            return False
+        a, b = self.segments, other.segments
+        return a is b or (a is not None and b is not None and (self.per_token or torch.equal(a, b)))
 
     def require(self, tap: Tap, x: Tensor, feature_dims: int = 0) -> None:
         """Raise `InRunError` unless `x`, of a layer whose values belong to tokens or documents, is `[B, T, ...]`."""

@@ -1496,6 +1496,27 @@ def test_second_order_of_a_weight_norm(seed):
     torch.testing.assert_close(step.values.double(), expected, rtol=1e-4, atol=1e-7)
 
 
+def test_second_order_of_a_weight_norm_in_a_checkpoint():
+    """Which runs again as torch has it, while differences tell of the Hessian."""
+    found = []
+    for through in (lambda part, x: part(x), lambda part, x: checkpoint(part, x, use_reentrant=False)):
+        torch.manual_seed(0)
+        normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)).double()
+        head = nn.Linear(8, 3).double()
+        model = nn.ModuleList([normed, head])
+        optimizer, x, y = torch.optim.SGD(model.parameters(), lr=0.5), torch.randn(6, 8).double(), torch.arange(6) % 3
+
+        def loss(rows, normed=normed, head=head, x=x, y=y, through=through):
+            return F.cross_entropy(head(through(normed, x[rows]).tanh()), y[rows])
+
+        tracker = inrun.track(model, optimizer, "second", validation=lambda loss=loss: loss(slice(3, 6)))
+        with tracker.step(range(3)) as step:
+            loss(slice(3)).backward()
+            optimizer.step()
+        found.append(step.values)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("many", [1, 2, 4])
 def test_the_bound_on_secants_direction_takes_nothing_from_losses_that_do_not_bend(many):
     """There it is the first order's."""

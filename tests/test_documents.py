@@ -158,6 +158,32 @@ class HeadsFirst(Packed):
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)).reshape(x.shape)
 
 
+@pytest.mark.parametrize("others", [[0, 10, 12], [0, 4, 12], [0, 2, 4, 12], [0, 6]])
+def test_a_checkpoint_that_waits_for_its_backward_while_a_batch_that_lies_differently_comes_is_refused(others):
+    """It would split its own documents as the next batch's lie."""
+
+    def step_of(checkpointing):
+        model = packed_model(checkpointing=checkpointing)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        tracker = inrun.track(model, optimizer, validation=lambda: packed_loss(model, *packed_data(1), first[:1]))
+        with tracker.step() as step:
+            losses = []
+            for k, offsets in enumerate(([0, 4, 12], others)):
+                step.batch(range(len(offsets) - 1), segments=offsets, tokens=T)
+                losses.append(packed_loss(model, *packed_data(offsets[-1] // T, seed=5 + k), documents_of(offsets)))
+            sum(losses).backward()
+            optimizer.step()
+        return step.values
+
+    first = documents_of([0, 6])
+    expected = step_of(None)
+    if others == [0, 4, 12]:
+        torch.testing.assert_close(step_of(False), expected)
+    else:
+        with pytest.raises(inrun.InRunError, match=r"expected the backward of each batch before the next batch\(ids\)"):
+            step_of(False)
+
+
 @pytest.mark.parametrize("method", ["first", "path", "compiled", "recompute"])
 def test_tokens_may_follow_the_heads(method):
     torch.manual_seed(0)

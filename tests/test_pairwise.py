@@ -289,6 +289,29 @@ def test_batches_that_wait_on_the_host_are_scored_one_at_a_time(method, monkeypa
     assert set(at_once) == {2}
 
 
+def test_a_parameter_of_no_dimensions_in_a_step_that_turns():
+    """Adam's first step is a sign, of which validation samples share what no slope gives."""
+
+    class Tempered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.log = make("mlp"), nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, x):
+            return self.inner(x) * self.log.exp()
+
+    def values(pairwise):
+        model, held = Tempered(), data("mlp", V, 2)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *held), pairwise=pairwise)
+        with tracker.step(range(B)) as step:
+            loss_of(model, *data("mlp")).backward()
+            optimizer.step()
+        return step.values
+
+    torch.testing.assert_close(values(IDS).sum(1), values(None), rtol=2e-4, atol=1e-6)
+
+
 def test_training_is_untouched_and_memory_is_bounded_and_reported():
     def trained(tracked=True, **options):
         model = make("unknown")
