@@ -225,7 +225,7 @@ def _run(module: Any, args: tuple, kwargs: dict) -> Any:
             raise
         raise InRunError(
             f"{tap}: holds parameters with no rule of their own and uses an operation without "
-            f"forward-mode AD; exclude them ({few(tap.parameters, 20)}). Torch says: {error}"
+            f"forward-mode AD; exclude them ({few(tap.parameters, 20)}). Torch says: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -380,6 +380,8 @@ class _AsBackward(TorchFunctionMode):
             return _recurrent(func, *args, **kwargs)
         if func is _EMBEDDING:  # whose forward derivative knows no padding
             return self._embedding(*args, **kwargs)
+        if func is F.embedding_bag:  # without a forward derivative
+            return _embedding_bag(*args, **kwargs)
         if func not in _NORMS:
             return func(*args, **kwargs)
         place, by_channel = _NORMS[func]
@@ -409,6 +411,35 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`torch._weight_norm`, written out."""
     over = [i for i in range(v.dim()) if dim == -1 or i != dim % v.dim()]
     return v * (g / torch.linalg.vector_norm(v, dim=over, keepdim=True))
+
+
+def _embedding_bag(
+    ids: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """`F.embedding_bag`, written out, with the memory of all rows at once."""
+    counts = torch.ones_like(ids, dtype=torch.bool)
+    if offsets is not None:  # bags one behind the other, as rows of the longest one's length
+        ends = offsets if include_last_offset else F.pad(offsets, (0, 1), value=len(ids))
+        at = ends[:-1, None] + torch.arange(int(ends.diff().max()) if len(ends) > 1 else 0, device=ids.device)
+        counts, at = at < ends[1:, None], at.clamp(max=len(ids) - 1)
+        ids, per_sample_weights = ids[at], None if per_sample_weights is None else per_sample_weights[at]
+    if padding_idx is not None:
+        counts = counts & (ids != padding_idx % len(weight))
+    rows, counts = _EMBEDDING(ids, weight), counts.unsqueeze(-1)
+    if mode == "max":
+        return torch.where(counts.any(1), rows.masked_fill(~counts, -torch.inf).max(1).values, 0.0)
+    rows = rows * (counts if per_sample_weights is None else counts * per_sample_weights.unsqueeze(-1))
+    return rows.sum(1) if mode == "sum" else rows.sum(1) / counts.sum(1).clamp(min=1)
 
 
 def _recurrent(func: Any, x: Tensor, hx: Any, params: Any, *args: Any) -> Any:

@@ -254,6 +254,8 @@ def _via(
 def _tap(path: str, module: nn.Module, scored: set[str]) -> Tap:
     """How a module scores these parameters, which it holds directly."""
     cls = type(module)
+    if isinstance(module, nn.EmbeddingBag):  # as any other module, by what is written out of it
+        _require_plain_embedding(module, path)
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         return Tap(path, module, Conv1dRule)
     for base, rule in RULES.items():
@@ -334,8 +336,8 @@ def _require_plain_embedding(module: nn.Module, path: str) -> None:
     for option, plain in unsupported.items():
         if getattr(module, option) != plain:
             raise InRunError(
-                f"{path}.weight: expected an Embedding with {option}={plain}, got {getattr(module, option)}, "
-                "which no rule knows; exclude the parameter or change the option"
+                f"{path}.weight: expected an {type(module).__name__} with {option}={plain}, got "
+                f"{getattr(module, option)}, which no rule knows; exclude the parameter or change the option"
             )
 
 

@@ -2005,6 +2005,45 @@ def test_one_number_that_scales_all_features_and_forwards_without_gradients_in_b
         torch.testing.assert_close(step.values.double(), expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("bags", ["rows", "offsets", "last offset too"])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max", "weighted"])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_bags_of_embeddings(method, mode, bags):
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            pad, last = (0 if bags == "rows" else None), bags == "last offset too"
+            kind = mode if mode != "weighted" else "sum"
+            self.bag = nn.EmbeddingBag(VOCAB, WIDTH, mode=kind, padding_idx=pad, include_last_offset=last)
+            self.scores, self.head = nn.Parameter(torch.rand(VOCAB)), nn.Linear(WIDTH, VOCAB)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inside = x > 0
+            ids = x if bags == "rows" else x[inside]
+            ends = F.pad(inside.sum(1).cumsum(0), (1, 0))
+            offsets = {"rows": None, "offsets": ends[:-1], "last offset too": ends}[bags]
+            weights = self.scores[ids] if mode == "weighted" else None
+            return self.head(self.bag(ids, offsets, per_sample_weights=weights).tanh() + self.scores.sum())
+
+    torch.manual_seed(0)
+    model = Bags()
+    x, y = torch.randint(1, VOCAB, (B + 4, 5)), torch.randint(VOCAB, (B + 4,))
+    x[0, 2:], x[1], x[B, 4:] = 0, 0, 0  # short ones, and one of nothing
+    train, validation = (x[:B], y[:B]), (x[B:], y[B:])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    expected = oracle_values(model, lambda n, g: 0.3 * g, train, validation)
+    close(run_step(inrun.track(model, optimizer, method), model, optimizer, train, validation), expected)
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_whose_gradient_is_another_are_refused(kind, option):
+    model = nn.Sequential(kind(VOCAB, WIDTH, **option), nn.Linear(WIDTH, VOCAB))
+    ((name, value),) = option.items()
+    with pytest.raises(inrun.InRunError, match=rf"0.weight: expected an {kind.__name__} with {name}=.*got {value}"):
+        inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 def test_packed_sequences_are_refused_whatever_their_width():
     class Tagger(nn.Module):
         def __init__(self) -> None:
