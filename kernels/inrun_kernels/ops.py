@@ -185,8 +185,10 @@ def row_wgrad_dot(
 
 
 @ghost_dot.register_fake
-def _(acts, grads, val_grad, segments, per_token, backend):
-    return _fake_dots(acts, val_grad, segments, per_token)
+@embedding_dot.register_fake
+@row_dot.register_fake
+def _(x, grads, val_grad, segments, per_token, *_):
+    return _fake_dots(grads, val_grad, segments, per_token)
 
 
 @ghost_wgrad_dot.register_fake
@@ -205,16 +207,6 @@ def _(acts, grads, segments, backend):
 @ghost_dot_pairwise.register_fake
 def _(acts, grads, val_acts, val_grads, backend):
     return acts.new_empty(acts.shape[0], val_acts.shape[0], dtype=accumulate_dtype(acts))
-
-
-@embedding_dot.register_fake
-def _(ids, grads, val_grad, segments, per_token, padding_idx, backend):
-    return _fake_dots(grads, val_grad, segments, per_token)
-
-
-@row_dot.register_fake
-def _(normed, grads, val_grad, segments, per_token, backend):
-    return _fake_dots(grads, val_grad, segments, per_token)
 
 
 @row_wgrad_dot.register_fake
