@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from inrun.results import processor
 from inrun_kernels.cost import CEILINGS, Ceilings
+from inrun_kernels.tuning import installed
 
 SEED = 0
 BASE = "plain"
@@ -70,7 +71,7 @@ class Machine:
             "clock": self.clock,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": _version_of("triton"),
+            "triton": installed("triton"),
             "commit": f"{commit['id']}{'+' if commit['dirty'] else ''}",  # +: with changes not committed
             "date": datetime.date.today().isoformat(),
             "seed": SEED,
@@ -307,12 +308,3 @@ def _last_cache_bytes(device: torch.device) -> int:
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     known = [int(s[:-1]) << {"K": 10, "M": 20}[s[-1]] for s in sizes if re.fullmatch(r"\d+[KM]", s)]
     return max(known, default=64 << 20)
-
-
-def _version_of(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
