@@ -57,6 +57,14 @@ def in_modes(modes: Iterable[tuple[Any, bool]]) -> AbstractContextManager[None]:
     return setting("training", modes)
 
 
+@contextmanager
+def in_eval_mode(module: Any) -> Iterator[None]:
+    """A module in eval mode for the block, and each of those inside it as it was afterwards."""
+    with in_modes(modes_of(module)):
+        module.eval()
+        yield
+
+
 def requiring(params: Iterable[tuple[Tensor, bool]]) -> AbstractContextManager[None]:
     """Each parameter takes a gradient in the block, or none, as it is said."""
     return setting("requires_grad", params)

@@ -28,7 +28,7 @@ from inrun.config import TrainConfig
 from inrun.errors import InRunError
 from inrun.gpt import GPT
 from inrun.ledger import Ledger
-from inrun.restoring import random_kept, setting
+from inrun.restoring import in_eval_mode, random_kept, setting
 from inrun.tracker import track
 from inrun.updates import counts_read, updates
 
@@ -163,10 +163,8 @@ class _Run:
         return F.cross_entropy(flat, y.flatten(), ignore_index=data.IGNORE, reduction="sum") / count
 
     def validation_loss(self) -> Tensor:
-        self.model.eval()
-        loss = self.loss(*self.target, self.target_tokens)
-        self.model.train()
-        return loss
+        with in_eval_mode(self.model):
+            return self.loss(*self.target, self.target_tokens)
 
     def loop(self, stop: list[int]) -> None:
         """Take the steps that are left; after a signal in `stop`, end where the run can be resumed."""

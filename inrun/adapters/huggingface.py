@@ -33,7 +33,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import InRunError
 from ..ledger import Ledger
-from ..restoring import in_modes, modes_of, random_kept
+from ..restoring import in_eval_mode, random_kept
 from ..tracker import as_ledger
 from .loop import Loop, with_clip
 
@@ -202,8 +202,7 @@ class SetLoss:
     def of_batch(self, batch: Any) -> Tensor:
         """A batch's mean loss, in eval mode in a backward too that computes it again."""
         trainer = self.trainer
-        with in_modes(modes_of(trainer.model)), trainer.compute_loss_context_manager():
-            trainer.model.eval()
+        with in_eval_mode(trainer.model), trainer.compute_loss_context_manager():
             inputs, counted = trainer._prepare_inputs(batch), {}
             if trainer.compute_loss_func is not None:  # which may divide by it, and has it in an evaluation too
                 _, counted["num_items_in_batch"] = trainer.get_batch_samples(iter([inputs]), 1, trainer.args.device)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import InRunError
 from ..ledger import Ledger
-from ..restoring import in_modes, modes_of
+from ..restoring import in_eval_mode
 from ..step import Step
 from ..tracker import as_ledger, track
 from ..validation import as_losses
@@ -90,7 +90,7 @@ class Loop:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate
         if isinstance(optimizer, (list, tuple)):
             optimizer = [getattr(each, "optimizer", each) for each in optimizer]
-        losses = {name: _in_eval_mode(model, loss) for name, loss in as_losses(validation).items()}
+        losses = {name: in_eval_mode(model)(loss) for name, loss in as_losses(validation).items()}
         self.tracker = track(model, optimizer, validation=losses, ledger=self.ledger, **options)
         self.step: Step | None = None
         self.last: Step | None = None
@@ -170,14 +170,3 @@ def with_clip(options: Mapping[str, Any], max_norm: float | None) -> dict[str, A
         options.get("pairwise") or options.get("exclude")
     )
     return {"clip": float(max_norm), **options} if asked and max_norm and max_norm > 0 else dict(options)
-
-
-def _in_eval_mode(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The callable with every module in eval mode, and each as it was afterwards."""
-
-    def run() -> Tensor:
-        with in_modes(modes_of(model)):
-            model.eval()
-            return loss()
-
-    return run

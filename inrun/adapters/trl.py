@@ -40,7 +40,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..errors import InRunError
-from ..restoring import in_modes, setting
+from ..restoring import in_eval_mode, setting
 from . import huggingface
 
 GENERATING = (GRPOTrainer, RLOOTrainer)
@@ -139,7 +139,7 @@ def rollouts(trainer: GRPOTrainer | RLOOTrainer, prompts: Iterable[Mapping[str, 
     model: Any = trainer.model
     count: Any = trainer.num_generations_eval
     repeated = [dict(prompt) for prompt in prompts for _ in range(count)]
-    with _apart(trainer), in_modes((module, False) for module in model.modules()):
+    with _apart(trainer), in_eval_mode(model):
         with setting("_logs", [(trainer, copy.deepcopy(trainer._logs))]):
             batch = trainer._generate_and_score_completions(repeated)
         if isinstance(trainer, GRPOTrainer) and batch.get("old_per_token_logps") is None:
