@@ -78,12 +78,11 @@ def train(
     record = Record(model, ids, np.zeros((steps, batch, len(targets or ()))))
     looking = None if test is None else test.batch(range(len(test)))
     for t, chosen in enumerate(ids):
-        x, y = corpus.batch(chosen)
-        if tracker is None:
-            _step(model, optimizer, x, y)
-        else:
-            with tracker.step(chosen) as step:
-                _step(model, optimizer, x, y)
+        with nullcontext() if tracker is None else tracker.step(chosen) as step:
+            loss(model, *corpus.batch(chosen)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if step is not None:
             record.values[t] = step.values.view(batch, -1).numpy()
         if looking is not None and (t + 1) % look_every == 0:
             with torch.no_grad(), nullcontext() if tracker is None else tracker.paused():
@@ -91,12 +90,6 @@ def train(
     if tracker is not None:
         tracker.close()
     return record
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    loss(model, x, y).backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
