@@ -58,9 +58,10 @@ class Figures:
         if len(self._steps) < self.every:
             return {}
         try:
-            values = torch.cat([_by_sample(step, len(self.columns)) for step in self._steps]).cpu()
+            of_steps = [step.values.sum(1) if step.per_token else step.values for step in self._steps]
         except InRunError:  # values that wait for the next validation block
             return {}
+        values = torch.cat(of_steps).cpu().reshape(-1, len(self.columns))
         ids = [i for step in self._steps for i in step.ids]
         self._steps = []
         figures = {"inrun/seconds": sum(seconds.values())}
@@ -80,9 +81,3 @@ class Figures:
     @staticmethod
     def _suffix(name: str, count: int) -> str:
         return f"/{name}" if count > 1 else ""
-
-
-def _by_sample(step: Step, columns: int) -> torch.Tensor:
-    """A step's values as `[B, M]`, tokens summed into their sample."""
-    values = step.values.sum(1) if step.per_token else step.values
-    return values.reshape(len(values), columns)
