@@ -15,6 +15,7 @@ for each sample's gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,11 +106,11 @@ def _add_squares(keeper: Keeper, runs: Sequence[Kept], totals: dict[int, Tensor]
                 norms += add_squares(factors, keeper.layouts[runs[0].batch], total).to(norms)
         return
     samples = [keeper.sample_gradients(kept, range(len(norms))) for kept in runs]
-    for i, gradients in enumerate(zip(*samples, strict=True)):
-        for name, gradient in _added(gradients).items():
-            if name in totals:
-                squared = gradient.to(totals[name].dtype).square()
-                totals[name] += squared
+    for i, of_runs in enumerate(zip(*samples, strict=True)):
+        for name, total in totals.items():
+            if parts := [of_run[name] for of_run in of_runs if name in of_run]:
+                squared = functools.reduce(torch.add, parts).to(total.dtype).square()
+                total += squared
                 norms[i] += squared.sum().to(norms)
 
 
@@ -161,12 +162,3 @@ def add_squares(runs: Sequence[Factors], layout: Layout, total: Tensor) -> Tenso
         norms = norms + torch.segment_reduce(whole.sum(1), "sum", offsets=of_sample, initial=0, unsafe=True)
     total += squares.clamp_(min=0)  # where a table takes away what a head added, a rounding may be all that is left
     return norms.clamp_(min=0)
-
-
-def _added(gradients: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:
-    """What several runs of layers give one sample."""
-    total: dict[int, Tensor] = {}
-    for one in gradients:
-        for name, gradient in one.items():
-            total[name] = total[name] + gradient if name in total else gradient
-    return total
