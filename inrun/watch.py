@@ -10,8 +10,8 @@ factor. Of several processes' gradients, the optimizer sees c times their sum.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,37 +63,33 @@ class Watch:
             for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
                 held = [s for s in slots if s.optimizer is optimizer]
                 self._watched |= {end.name: end for end in (held[0], held[-1])}
-        leave_as_they_are(self._hook(None), Watch._require_kept)
+        leave_as_they_are(Watch._remember, Watch._require_kept)
         with requiring((slot.param, True) for slot in slots):  # one may be frozen for now
-            self._handles = [s.param.register_post_accumulate_grad_hook(self._hook(s)) for s in slots]
-            for s in self._watched.values():
-                self._handles.append(s.param.register_hook(functools.partial(self._require_kept, s)))
+            self._handles = [s.param.register_post_accumulate_grad_hook(partial(self._remember, s)) for s in slots]
+            self._handles += [s.param.register_hook(partial(self._require_kept, s)) for s in self._watched.values()]
 
     @property
     def hooks(self) -> set[int]:
         """The numbers of its hooks on gradients."""
         return {handle.id for handle in self._handles}
 
-    def _hook(self, slot: Any) -> Callable[[Tensor], None]:
-        def remember(param: Tensor) -> None:
-            if self.active and param.grad is not None:
-                self._reached[slot.name] = self._due[slot.name] = slot
-                self._written[slot.name] = param.grad._version
-                if self._ranks.size == 1:  # else the first may be another in each
-                    self._first.setdefault(id(slot.optimizer), slot)
-                if slot.name in self._watched or self._first.get(id(slot.optimizer)) is slot:
-                    grad = local(param.grad)
-                    seen = self._seen(grad)
-                    self._raw[slot.name] = seen.clone() if grad.numel() < WATCHED_ELEMENTS else seen
-
-        return remember
+    def _remember(self, slot: Any, param: Tensor) -> None:
+        if self.active and param.grad is not None:
+            self._reached[slot.name] = self._due[slot.name] = slot
+            self._written[slot.name] = param.grad._version
+            if self._ranks.size == 1:  # else the first may be another in each
+                self._first.setdefault(id(slot.optimizer), slot)
+            if slot.name in self._watched or self._first.get(id(slot.optimizer)) is slot:
+                grad = local(param.grad)
+                seen = self._seen(grad)
+                self._raw[slot.name] = seen.clone() if grad.numel() < WATCHED_ELEMENTS else seen
 
     def _require_kept(self, slot: Any, _: Tensor) -> None:
         """Raise `InRunError` where a gradient that comes finds that of the step's last backward gone, or one that an
         update has taken already."""
         if not self.active and slot.grad is None and not self._ranks.are_aside:  # cleared, and another loss's comes
             self._to_clear.discard(id(slot.optimizer))
-        if not self.active or self._has_begun(slot):
+        if not self.active or slot.optimizer in self.begun:
             return
         if slot.name in self._raw and slot.grad is None:
             raise InRunError(
@@ -152,19 +148,16 @@ class Watch:
     def updated(self, optimizer: Optimizer) -> None:
         """An update has begun, the first from all the gradients that have come."""
         self.begun.append(optimizer)
-        waits = {name: s for name, s in self._due.items() if not self._has_begun(s)}  # of one optimizer none
+        waits = {name: s for name, s in self._due.items() if s.optimizer not in self.begun}  # of one optimizer none
         self._due = {name: s for name, s in waits.items() if s.grad is not None}
         self._reached.clear()
-
-    def _has_begun(self, slot: Any) -> bool:
-        return slot.optimizer in self.begun
 
     def require_in_time(self) -> None:
         """Raise `InRunError` where gradients came that an update which has begun takes no part of; where they are
         scored as they come, those of other optimizers count."""
         if not self.begun:
             return
-        late = [name for name, slot in self._reached.items() if not self._scored or self._has_begun(slot)]
+        late = [name for name, slot in self._reached.items() if not self._scored or slot.optimizer in self.begun]
         self._reached.clear()
         if late:
             first = ", of several optimizers before the first" if len(self.begun) > 1 else ""
@@ -223,7 +216,7 @@ class Watch:
         for (slot, _), count in zip(came, times, strict=True):
             if count != usual and slot.name not in self._watched:
                 self._watched[slot.name] = slot
-                self._handles.append(slot.param.register_hook(functools.partial(self._require_kept, slot)))
+                self._handles.append(slot.param.register_hook(partial(self._require_kept, slot)))
 
     @torch.no_grad()
     def uneven(self, optimizer: Optimizer) -> Tensor:
