@@ -70,7 +70,7 @@ def one_seed(
         values[f"In-Run {method}"], checkpoints = _trained(x, y, validation, method, epochs, batch, seed)
     model = checkpoints[-1]
     per_checkpoint = [gradients_of(m, x, y) for m in checkpoints]
-    toward = [_mean_gradient(m, validation) for m in checkpoints]
+    toward = [gradients_of(m, *validation).mean(0) for m in checkpoints]
     values["KNN-Shapley (pixels)"] = knn_shapley(pixels[chosen], labels, pixels[held_out], classes[held_out])
     values["influence function"] = influence(model, x, per_checkpoint[-1], toward[-1])
     values["TracIn-CP"] = torch.stack([g @ v for g, v in zip(per_checkpoint, toward, strict=True)]).sum(0).numpy()
@@ -112,11 +112,6 @@ def _trained(
 def _losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
         return F.cross_entropy(model(x), y, reduction="none")
-
-
-def _mean_gradient(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
-    loss = F.cross_entropy(model(data[0]), data[1])
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
 def gradients_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
