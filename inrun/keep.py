@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -339,12 +339,9 @@ class Keeper:
             x = x if ends is None else x.flatten(0, 1)
             dtype = next(iter(params.values())).dtype
             for v in samples:
-                with (
-                    _standing_in(module, params) as inputs,
-                    in_modes(kept.modes),
-                    buffers_kept(module),
-                    torch.enable_grad(),
-                ):
+                inputs = [p.detach().requires_grad_() for p in params.values()]  # a user's hooks are not theirs
+                standing_in = replaced([(module, n, p) for n, p in zip(params, inputs, strict=True)])
+                with standing_in, in_modes(kept.modes), buffers_kept(module), torch.enable_grad():
                     one_x = of(x, v)
                     y = module.plain(one_x.to(dtype) if one_x.is_floating_point() else one_x)
                     one = torch.autograd.grad(y, inputs, of(rows[0], v).to(y.dtype), materialize_grads=True)
@@ -385,12 +382,14 @@ class Keeper:
     @contextlib.contextmanager
     def _as_it_was(self, kept: Kept) -> Iterator[None]:
         """Run a module with the random numbers, autocast state, weights, buffers and training mode of its step."""
+        places = ((owner, name) for owner in kept.module.modules() for name in owner._parameters)
+        weights = ((*place, self._weights[place]) for place in places if place in self._weights)
+        buffers = ((b.owner, b.name, b.copy) for b in kept.buffers if b.changed())
         with (
             random_kept(),
             undone(attributes_of(kept.module)),
             torch.autocast(*kept.autocast),
-            self._weights_of(kept.module),
-            replaced((b.owner, b.name, b.copy) for b in kept.buffers if b.changed()),
+            replaced([*weights, *buffers]),
             kept.as_it_ran(),
         ):
             set_random_state(kept.random)
@@ -412,11 +411,6 @@ class Keeper:
                 continue
             total = total + probing.output_dots(here, along, layout.segments)
         return total
-
-    def _weights_of(self, module: Any) -> contextlib.AbstractContextManager[None]:
-        """Run the module with the weights its step began with."""
-        places = [(owner, name) for owner in module.modules() for name in owner._parameters]
-        return replaced([(*place, self._weights[place]) for place in places if place in self._weights])
 
 
 def _placed(module: Any, x: Tensor, layout: Layout) -> Tensor:
@@ -447,14 +441,6 @@ def moved(x: Any, device: torch.device) -> Any:
     """Tensors, of any structure, on the device; a GPU takes them from pinned memory in its turn, unwaited for."""
     queued = device.type == "cuda"
     return pytree.tree_map(lambda v: v.to(device, non_blocking=queued) if isinstance(v, Tensor) else v, x)
-
-
-@contextlib.contextmanager
-def _standing_in(module: Any, params: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
-    """Others in the place of a module's parameters, to be differentiated by: a user's hooks are not theirs."""
-    others = {n: p.detach().requires_grad_() for n, p in params.items()}
-    with replaced([(module, n, p) for n, p in others.items()]):
-        yield list(others.values())
 
 
 def _without_gradients(module: Any, plain: Callable, x: Tensor) -> Tensor:
