@@ -139,7 +139,8 @@ class _Taken(NamedTuple):
     """An output that has B rows."""
 
     module: Any
-    number: int  # of the module's call within the model's; -1 where that was not called itself
+    of: int  # within which call, by the `id` of its kwargs; 0: of none that is to be made again
+    number: int  # of the module's call within that one
     leaf: int  # of the call's outputs
     shape: tuple[int, ...]
 
@@ -191,10 +192,11 @@ class Rows:
 
     def note_call(self) -> bool:
         """The call of the model that is going on may have to be made again; whether it is the one."""
-        call = self._looked_up()
-        free = self._call is None and self.rows > 1
-        if free and call is not None and call.is_plain() and (self._is_whole(call) or call.has_samples()):
-            self._call = call
+        call, known = self._looked_up(), self._call
+        if self.rows > 1 and call is not None and (known is None or not self._is_whole(known)):
+            # The model's own takes the place of a module's that came before it, as its embeddings'.
+            wanted = self._is_whole(call) or (known is None and call.has_samples())
+            self._call = call if wanted and call.is_plain() else known
         return self._call is not None and call is not None and call.kwargs is self._call.kwargs
 
     def _is_whole(self, call: _Call) -> bool:
@@ -207,11 +209,11 @@ class Rows:
         ours = self.note_call()
         if isinstance(module, Part) or not (ours or self._call is None or not self._is_whole(self._call)):
             return
-        number = self._count(module._inrun, self._call) if ours else -1
+        of, number = (id(self._call.kwargs), self._count(module._inrun, self._call)) if ours and self._call else (0, 0)
         for leaf, y in enumerate(pytree.tree_leaves(outputs)):
             axis = sample_axis(module, leaf)
             if isinstance(y, Tensor) and y.requires_grad and y.shape[axis : axis + 1] == (self.rows,):
-                taken = _Taken(module, number, leaf, tuple(y.shape))
+                taken = _Taken(module, of, number, leaf, tuple(y.shape))
                 y.register_hook(lambda _, taken=taken: self._taken.add(taken))
 
     def pass_by(self, tap: Any) -> None:
@@ -253,7 +255,8 @@ class Rows:
             self._verify_tokens(self._call)
 
     def _verify_samples(self) -> None:
-        call, ours = self._call, [one for one in self._taken if one.number >= 0]
+        call = self._call
+        ours = [one for one in self._taken if call is not None and one.of == id(call.kwargs)]
         modules, more = {one.module for one in ours}, {}
         which = "all"  # of the inputs' samples, in the run with one more
         if self._all_can(call is not None and bool(ours)) and call is not None:
@@ -301,7 +304,7 @@ class Rows:
                 if self._drew:
                     return []
         found = set()
-        for module, number, leaf, _ in taken if len(runs) == 3 else ():
+        for module, _, number, leaf, _ in taken if len(runs) == 3 else ():
             each = [
                 calls[number] for run in runs if number < len(calls := run.get(module, [])) == len(more.get(module, ()))
             ]
@@ -487,7 +490,7 @@ def _ids_in_range() -> AbstractContextManager[None]:
 def _with_as_many_rows(taken: Iterable[_Taken], more: Shapes) -> dict[str, str]:
     """Names of modules that have as many rows in a run on one more sample, and what they are."""
     found = {}
-    for module, number, leaf, shape in taken:
+    for module, _, number, leaf, shape in taken:
         calls, axis = more.get(module, ()), sample_axis(module, leaf)
         if number < len(calls) and calls[number].get(leaf, ())[axis : axis + 1] == shape[axis : axis + 1]:
             found[module._inrun.name] = f"{module._inrun} ({module._inrun_class.__name__})"

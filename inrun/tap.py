@@ -67,18 +67,19 @@ class Tap:
         frozen for it."""
         if self.keep is None and self.probe is None:
             return False
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _will_have_a_graph():
+        eager = not torch.compiler.is_compiling()
+        if not torch.is_grad_enabled() and eager and not _will_have_a_graph():
             if self.rows.watched:
                 self.rows.pass_by(self)
             return False  # an evaluation, of any batch
-        if self.behind and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if eager and self.behind and torch._C._current_graph_task_id() != -1:  # a graph is not captured anew for it
             raise InRunError(
                 f"{self}: expected the backward of each batch before the next batch(ids), as a checkpoint computes its "
                 "part again in it, and the step's batches have other sizes or documents; got it after"
             )
         for owner, local in self.owned:  # asked of every layer: a loop is cheaper than `any`
             if (param := owner._parameters.get(local)) is None or param.requires_grad:
-                if not torch.compiler.is_compiling():
+                if eager:
                     self.met = True
                 return True
         self.passed_by = True

@@ -158,8 +158,9 @@ class HeadsFirst(Packed):
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)).reshape(x.shape)
 
 
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("others", [[0, 10, 12], [0, 4, 12], [0, 2, 4, 12], [0, 6]])
-def test_a_checkpoint_that_waits_for_its_backward_while_a_batch_that_lies_differently_comes_is_refused(others):
+def test_a_checkpoint_that_waits_for_its_backward_while_a_batch_that_lies_differently_comes_is_refused(others, times):
     """It would split its own documents as the next batch's lie."""
 
     def step_of(checkpointing):
@@ -168,7 +169,7 @@ def test_a_checkpoint_that_waits_for_its_backward_while_a_batch_that_lies_differ
         tracker = inrun.track(model, optimizer, validation=lambda: packed_loss(model, *packed_data(1), first[:1]))
         with tracker.step() as step:
             losses = []
-            for k, offsets in enumerate(([0, 4, 12], others)):
+            for k, offsets in enumerate(([0, 4, 12], *[others] * times)):
                 step.batch(range(len(offsets) - 1), segments=offsets, tokens=T)
                 losses.append(packed_loss(model, *packed_data(offsets[-1] // T, seed=5 + k), documents_of(offsets)))
             sum(losses).backward()

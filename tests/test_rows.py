@@ -349,6 +349,73 @@ def test_a_module_that_is_called_in_the_models_place_is_checked_as_it_is(method,
     torch.testing.assert_close(values(proposed(error)), want, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_module_that_is_called_first_without_samples_is_not_the_one_that_is_checked(method):
+    model, one = LossOf(made(RelativePositions)), torch.ones(1, 1, 1).double()
+    model.start = nn.Linear(1, 2).double()
+
+    def loss(x: Tensor) -> Tensor:
+        start = model.start(one)
+        return (model.net(x) + start).square().mean()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss(ids(3, 2)))
+    with pytest.raises(inrun.InRunError, match=r"distance.*as many still"), tracker.step(range(B)):
+        loss(ids(B, 1)).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_the_tokens_of_one_sample_may_be_what_a_module_is_called_with(method):
+    """In the model's place: nothing else says what its rows are."""
+    model = LossOf(nn.Linear(WIDTH, 2)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x = torch.randn(2, T, WIDTH, generator=torch.Generator().manual_seed(1)).double()
+    grad, target = (torch.autograd.grad(model(each), list(model.parameters())) for each in x)
+    want = LR * torch.stack([(g * t).sum() for g, t in zip(grad, target, strict=True)]).sum()
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(x[1]))
+    with tracker.step([0]) as taken:
+        model.net(x[0]).square().mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(taken.values.double(), want[None], rtol=1e-5, atol=1e-9)
+
+
+class FromEmbeddings(nn.Module):
+    """May be given embeddings in the place of ids; its head is given flattened tokens."""
+
+    def __init__(self, relative: bool) -> None:
+        super().__init__()
+        self.token, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 2)
+        self.distance = nn.Embedding(2 * T, 1) if relative else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if x.is_floating_point() else self.token(x)
+        if self.distance is not None:
+            places = torch.arange(h.shape[1])
+            h = self.distance(places[:, None] - places + T).squeeze(-1).softmax(-1) @ h
+        else:
+            h = h + self.token(torch.arange(B + 1)[:, None]).detach().mean((0, 1))  # its first call within this one
+        return self.head(h.flatten(0, 1)).tanh().view(*h.shape[:2], 2)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_the_model_is_checked_where_a_module_of_it_is_called_before_it(method):
+    """As its embeddings'."""
+
+    def values(model: nn.Module, size: int) -> Tensor:
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, ids(3, 2)))
+        with tracker.step(range(size)) as taken:
+            loss_of(model, model.token(ids(size, 1))).backward()
+            optimizer.step()
+        return taken.values.double()
+
+    with pytest.raises(inrun.InRunError, match=r"distance.*as many still when the model's input had one sample more"):
+        values(made(FromEmbeddings, True), B)
+    want = expected(made(FromEmbeddings, False), ids(B + 1, 1))
+    torch.testing.assert_close(values(made(FromEmbeddings, False), B + 1), want, rtol=1e-5, atol=1e-9)
+
+
 def test_a_model_whose_input_has_the_samples_at_dimension_1_is_to_be_held_in_one_that_has_not():
     model, x = made(TokensFirst), ids(T + 1, 1, B)
     tracker = inrun.track(
@@ -373,18 +440,23 @@ class Packed(nn.Module):
         return self.head(h.cumsum(1).tanh().view(batch, tokens, width))
 
 
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("method", ["first", "path"])
-def test_the_tokens_of_one_sample_are_looked_up_as_without_a_tracker(method):
+def test_the_tokens_of_one_sample_are_looked_up_as_without_a_tracker(method, documents):
     model = made(Packed)
     want = torch.cat([expected(model, ids(2, 1)[[i]]) for i in range(2)]) / 2
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, ids(3, 2)))
     with tracker.step() as taken:
         for i, x in enumerate(ids(2, 1)):
-            taken.batch([i])
+            if documents:
+                taken.batch([2 * i, 2 * i + 1], segments=[0, 1, T])
+            else:
+                taken.batch([i])
             (loss_of(model, x) / 2).backward()
         optimizer.step()
-    torch.testing.assert_close(taken.values.double(), want, rtol=1e-5, atol=1e-9)
+    found = taken.values.double().view(2, -1).sum(1)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-9)
 
 
 class TokenMajor(TokensFirst):

@@ -324,6 +324,11 @@ def test_a_folder_that_holds_the_values_of_another_training_is_not_written_into(
     with pytest.raises(inrun.InRunError, match="out: expected a new folder, got runs/1, which holds ledger already"):
         train(replace(config, out=folder))
     assert sorted(path.name for path in folder.iterdir()) == ["ledger", "samples.parquet"]
+    other = Path("runs/0")
+    other.mkdir()
+    (other / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(inrun.InRunError, match="out: expected a new folder, got runs/0, which holds metrics"):
+        train(replace(config, out=other))
     assert (folder / "samples.parquet").read_bytes() == b"mine"
     (Path("runs") / "²").mkdir()
     (Path("runs") / "²" / "config.json").write_text("{}")

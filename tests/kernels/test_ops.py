@@ -331,6 +331,12 @@ def test_a_single_token_of_zeros_has_no_square():
     torch.testing.assert_close(norms.double(), exact.sum((1, 2)), rtol=1e-5, atol=0.0)
 
 
+def test_single_tokens_of_no_width_have_no_squares():
+    for inputs, outputs in ((0, 4), (5, 0)):
+        squares, norms = k.ghost_square(torch.ones(3, 1, inputs), torch.ones(3, 1, outputs))
+        assert squares.shape == (outputs, inputs) and norms.tolist() == [0, 0, 0]
+
+
 def test_a_bias_product_without_a_bias_is_told_so():
     acts, grads, val_grad = torch.ones(2, 3, 8), torch.ones(2, 3, 5), torch.ones(5, 8)
     with pytest.raises(TypeError, match=r"bias_val_grad: expected .*, received None; without a bias: ghost_wgrad_dot"):
