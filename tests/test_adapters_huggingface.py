@@ -276,6 +276,38 @@ def test_a_validation_set_weighs_its_batches_by_the_tokens_they_predict(name, tm
     torch.testing.assert_close(loss(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["T5", "an adapter"])
+def test_a_validation_set_is_weighed_as_the_model_inside_counts(kind, tmp_path):
+    """The first label of a row is predicted by what has an encoder; and not by a GPT-2, whatever is wrapped around."""
+
+    def adapted():
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+        return peft.get_peft_model(CASES["GPT-2"].make(), config)  # by its class for no task
+
+    case = CASES["T5"] if kind == "T5" else Case(adapted)
+    trainer, _, _ = build(tmp_path, options=None, case=case, per_device_eval_batch_size=2)
+    held = [{"input_ids": row} for row in ([3, 4], [5, 6], [7, 8, 9, 10, 11, 12, 13, 3, 4])]
+    loss = attach(trainer, held).options["validation"]["validation"]
+    trainer.model.eval()
+    torch.testing.assert_close(loss(), trainer.model(**pad(held)).loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_labels_that_a_collator_has_shifted_are_those_that_weigh(counted, tmp_path):
+    def collate(examples):
+        batch = pad(examples)
+        shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        shifted[:, 0] = -100
+        return {**batch, "shift_labels": shifted}
+
+    trainer, _, _ = build(tmp_path, options=None, per_device_eval_batch_size=2)
+    trainer.data_collator, trainer.model_accepts_loss_kwargs = collate, counted
+    held = [{"input_ids": row} for row in ([3, 4, 5], [5, 6, 7], [7, 8, 9, 10, 11, 12, 13, 3, 4])]
+    loss = attach(trainer, held).options["validation"]["validation"]
+    torch.testing.assert_close(loss(), trainer.model(**collate(held)).loss, rtol=1e-5, atol=0)
+
+
 class Policy(transformers.GPT2LMHeadModel):
     pass
 
@@ -455,14 +487,16 @@ def sft(folder, trainset, attached=True, validation=None, case=TIED, evaluation=
     return trainer, attach_sft(trainer, loss) if attached else None, weights.before
 
 
-@pytest.mark.parametrize("rows", ["padded", "padding_free", "packed"])
+@pytest.mark.parametrize("rows", ["padded", "padding_free", "padding_free and padded", "packed"])
 @pytest.mark.filterwarnings("ignore")
 def test_sft(rows, tmp_path):
     """Each document has its value, whether it has a row of its own or not; TRL's fused output layer is scored."""
     datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
     trainset, settings = datasets.Dataset.from_list(samples()).remove_columns("extra"), {"max_length": 20}
-    if rows == "padding_free":
+    if rows.startswith("padding_free"):
         settings = {"max_length": None, "padding_free": True}
+    if rows == "padding_free and padded":
+        settings["pad_to_multiple_of"] = 8
     if rows == "packed":
         trainset = adapter.pack(trainset, 20)
         assert len(trainset) < 5
@@ -474,6 +508,27 @@ def test_sft(rows, tmp_path):
     trainer.train()
     found = compare(values, before, case=TIED, held=held)
     assert sum(map(len, found.values())) == 22
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_head_that_is_called_says_what_trls_says(tmp_path):
+    """Of tokens with a label and of others; and the model's own forward what it said."""
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    trainset = datasets.Dataset.from_list(samples()).remove_columns("extra")
+    for trainer in (sft(tmp_path, trainset, attached=False)[0], of_preferences("dpo", tmp_path, use_weighting=True)):
+        model, labels, found = trainer.model, HELD_OUT["input_ids"].clone(), []
+        labels[0, :3] = labels[1, 4] = -100
+        for attached in (False, True):
+            if attached:
+                adapter.attach(trainer, functools.partial(lambda model: model(**HELD_OUT).loss, model))
+            for more in ({}, {"num_items_in_batch": 3}):
+                for fused in (True, False):
+                    found.append(model(HELD_OUT["input_ids"], labels=labels, fused_lm_head=fused, **more))
+        for own, called in zip(found[:4], found[4:], strict=True):
+            tensors = {name: expected for name, expected in own.items() if isinstance(expected, torch.Tensor)}
+            assert "loss" in tensors and ("log_probs" in tensors) != ("logits" in tensors)
+            for name, expected in tensors.items():
+                torch.testing.assert_close(called[name], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -864,6 +919,20 @@ def test_pairs_want_the_validation_set_in_one_batch(tmp_path):
     assert len(values.ledger) == 6 * 3
 
 
+def test_several_gpus_of_one_process_are_refused(tmp_path, monkeypatch):
+    trainer, _, _ = build(tmp_path, options=None)
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(InRunError, match=r"expected one GPU for each process, got 2 .* CUDA_VISIBLE_DEVICES"):
+        attach(trainer, samples(2))
+
+
+def test_a_validation_set_leaves_random_numbers_as_they_were(tmp_path):
+    trainer, _, _ = build(tmp_path, options=None)
+    before = torch.get_rng_state()
+    attach(trainer, samples(2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_second_run_in_memory_takes_a_ledger_of_its_own(tmp_path):
     trainer, values, _ = build(tmp_path, num_train_epochs=1)
     trainer.train()
@@ -964,10 +1033,24 @@ def test_rows_are_held_to_their_examples(in_front):
         carry(examples[::-1])
 
 
+def loss_over_items(outputs, labels, num_items_in_batch):
+    flat = outputs.logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+def test_a_loss_function_that_divides_by_the_items_has_them_weigh_its_batches(tmp_path):
+    """Of a GPT-2 the trainer counts the first tokens too."""
+    trainer, _, _ = build(tmp_path, case=CASES["GPT-2"], options=None, per_device_eval_batch_size=2)
+    trainer.compute_loss_func = loss_over_items
+    held = [{"input_ids": row} for row in ([3, 4], [5, 6], [7, 8, 9, 10, 11, 12, 13, 3, 4])]
+    loss, batch = attach(trainer, held).options["validation"]["validation"], pad(held)
+    _, count = trainer.get_batch_samples(iter([batch]), 1, "cpu")
+    outputs = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    torch.testing.assert_close(loss(), loss_over_items(outputs, batch["labels"], count), rtol=1e-5, atol=0)
+
+
 def test_a_loss_function_that_divides_by_the_items_has_their_count_in_validation(tmp_path):
-    def loss(outputs, labels, num_items_in_batch):
-        flat = outputs.logits[:, :-1].flatten(0, 1)
-        return torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+    loss = loss_over_items
 
     def values(validation):
         trainer, values, _ = build(tmp_path, options=None, max_steps=1)

@@ -127,6 +127,40 @@ def test_training_is_untouched(manual, tmp_path):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("algorithm", [None, "norm"])
+def test_the_norm_that_lightning_clips_to_is_known_to_the_methods_that_ask_for_it(algorithm, tmp_path):
+    found, clipping = [], {"gradient_clip_val": 0.05, "gradient_clip_algorithm": algorithm}
+    for options in ({}, {"clip": 0.05}):
+        net = Net()
+        values = InRun(held_out_loss(net), method="path", **options)
+        fit(tmp_path, net, loader(shuffle=False), callbacks=[values], max_epochs=1, **clipping)
+        found.append(values.ledger.rows()["value"].to_pylist())
+    assert found[0] == found[1] and len(found[0]) == N
+
+
+class Graded(Net):
+    """Takes gradients in its validation."""
+
+    def validation_step(self, batch, batch_idx):
+        with torch.enable_grad():
+            x = batch["x"].clone().requires_grad_()
+            torch.autograd.grad(self.net(x).sum(), x)
+
+
+def test_a_validation_loop_that_takes_gradients_is_not_scored(tmp_path):
+    """In the middle of an accumulated step."""
+    found = []
+    for interval in (1, None):
+        net = Graded()
+        values = InRun(held_out_loss(net))
+        fit(
+            tmp_path, net, loader(shuffle=False), callbacks=[values], accumulate_grad_batches=2, inference_mode=False,
+            val_check_interval=interval,
+        )  # fmt: skip
+        found.append(values.ledger.rows()["value"].to_pylist())
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-8)
+
+
 class Two(Net):
     """An optimizer for the first layer and one for the rest, which update after every second batch."""
 
@@ -164,6 +198,42 @@ def test_two_optimizers_that_update_together(tmp_path):
             each = torch.autograd.grad(F.cross_entropy(plain(X[i : i + 1].double()), Y[i : i + 1]) / size, params)
             exact = sum(lr * (a * b).sum() for lr, a, b in zip(rates, target, each, strict=True))
             assert row["value"] == pytest.approx(exact.item(), rel=1e-3, abs=1e-6)
+
+
+class Over(Net):
+    """Updates after every third batch of any epoch, by backward passes that Lightning is not told of."""
+
+    def __init__(self):
+        super().__init__(manual=True)
+        self.taken = 0
+
+    def training_step(self, batch, batch_idx):
+        self.before.setdefault(self.global_step, {n: p.detach().clone() for n, p in self.net.state_dict().items()})
+        (F.cross_entropy(self.net(batch["x"]), batch["y"]) / 3).backward()
+        self.taken += 1
+        if self.taken % 3 == 0:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+def test_a_step_of_manual_optimization_goes_on_over_the_end_of_an_epoch(tmp_path):
+    net = Over()
+    values = InRun(held_out_loss(net))
+    fit(tmp_path, net, loader(shuffle=False), callbacks=[values], max_epochs=3)
+    rows, batches = values.ledger.rows().to_pylist(), [range(N)[k : k + BATCH] for k in range(0, N, BATCH)] * 3
+    for step in range(4):
+        plain = Classifier().double()
+        plain.load_state_dict(net.before[step])
+        params = list(plain.parameters())
+        target = torch.autograd.grad(F.cross_entropy(plain(HELD_OUT[0].double()), HELD_OUT[1]), params)
+        expected = {}
+        for batch in batches[3 * step : 3 * step + 3]:
+            for i in batch:
+                loss = F.cross_entropy(plain(X[i : i + 1].double()), Y[i : i + 1]) / (3 * len(batch))
+                dots = (a * b for a, b in zip(target, torch.autograd.grad(loss, params), strict=True))
+                expected[f"s{i}"] = LR * sum(dot.sum() for dot in dots).item()
+        found = {r["sample_id"]: r["value"] for r in rows if r["step"] == step}
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def test_a_resumed_fit_neither_loses_nor_doubles_a_step(tmp_path):
@@ -239,6 +309,26 @@ def test_a_skipped_batch_has_no_values_and_the_others_have_theirs(skipped, last,
     for step, of_ids in found.items():
         exact = oracle(net.before[step], list(of_ids), accumulated, 0.005)
         assert (torch.tensor(list(of_ids.values())) - exact).abs().max() <= 2e-4 * exact.abs().max()
+
+
+class Cut(Skipping):
+    """Its first epoch ends after a batch and one without a loss."""
+
+    def __init__(self):
+        super().__init__([1], 2)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch:
+            self.skipped, self.last = [], None
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step")
+def test_a_step_that_an_epoch_cut_short_takes_nothing_from_the_next(tmp_path):
+    net = Cut()
+    values = InRun(held_out_loss(net), ids=lambda batch: batch["sample_id"])
+    fit(tmp_path, net, loader(shuffle=False), callbacks=[values], accumulate_grad_batches=3)
+    rows = values.ledger.rows().to_pylist()
+    assert [(r["step"], r["sample_id"]) for r in rows] == [(i // 9, f"s{i}") for i in range(N)]
 
 
 def test_a_checkpoint_waits_for_the_ledger_of_every_process(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import nn
 import inrun
 from inrun import InRunError
 from inrun.adapters import Loop, TensorBoard
+from inrun.adapters.loggers import Figures
 from inrun.adapters.loop import with_clip
 
 LR, N, BATCH = 0.2, 11, 3
@@ -87,10 +90,31 @@ def run(loop, model, optimizer, epochs=2):
     loop.close()
 
 
+def test_optimizers_that_accelerate_has_prepared():
+    """Several of them; the values are those of the plain ones."""
+    accelerate, found = pytest.importorskip("accelerate"), []
+    for prepared in (False, True):
+        model, _, held_out = made()
+        params = list(model.parameters())
+        optimizers = [torch.optim.SGD(params[:2], lr=LR), torch.optim.SGD(params[2:], lr=LR / 4)]
+        if prepared:
+            accelerate.state.AcceleratorState._reset_state(True)
+            optimizers = list(accelerate.Accelerator(cpu=True).prepare(*optimizers))
+        loop = Loop(model, optimizers, held_out)
+        with loop.batch(["a", "b"]):
+            F.cross_entropy(model(X[:2]), Y[:2]).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        found.append(loop.last.values)
+        loop.close()
+    assert torch.equal(*found) and found[0].any()
+
+
 def test_compiled():
     model, optimizer, held_out = made()
     compiled = torch.compile(model, backend="eager")
     loop = Loop(compiled, optimizer, held_out, check=False)
+    assert set(loop.tracker.coverage["tracked"]) == {name for name, _ in model.named_parameters()}
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     with loop.batch(["s0", "s1"]):
         F.cross_entropy(compiled(X[:2]), Y[:2]).backward()
@@ -158,6 +182,30 @@ def test_several_targets_have_figures_of_their_own():
     assert set(kept.logged[0][1]) == {"inrun/seconds", *(f"inrun/{k}/{t}" for k in kinds for t in losses)}
 
 
+def test_figures_of_tokens_and_of_several_targets():
+    """Those of steps whose values wait come with the next; nothing is not below zero."""
+
+    class Step:
+        ids, per_token, found = ["a", "b"], False, None
+
+        @property
+        def values(self):
+            if self.found is None:
+                raise InRunError
+            return torch.tensor(self.found)
+
+    figures, step = Figures(["x", "y"], 1, None), Step()
+    figures.add(step)
+    assert figures.due({"code": 1.5}, {}) == {}
+    step.found = [[1.0, -2.0], [3.0, 0.0]]
+    expected = {"value/x": 2.0, "negative/x": 0.0, "value/y": -1.0, "negative/y": 0.5, "validation_loss": 1.5}
+    found = figures.due({"code": 1.5}, {"direction": 0.0})
+    assert found == {f"inrun/{name}": value for name, value in expected.items()} | {"inrun/seconds": 0.0}
+    figures = Figures(["x"], 1, None)
+    figures.add(SimpleNamespace(ids=["a", "b"], per_token=True, values=torch.tensor([[1.0, -2.0], [3.0, 4.0]])))
+    assert figures.due({}, {}) == {"inrun/seconds": 0, "inrun/value": 3.0, "inrun/negative": 0.5}
+
+
 def test_the_validation_loss_is_taken_in_eval_mode_and_a_failed_batch_leaves_no_step():
     model, optimizer, _ = made()
     model.net[1].eval()
@@ -175,6 +223,14 @@ def test_the_validation_loss_is_taken_in_eval_mode_and_a_failed_batch_leaves_no_
         loop.end()
     run(loop, model, optimizer, epochs=1)
     assert len(loop.ledger) == N
+
+
+def test_a_validation_loss_that_fails_leaves_no_step():
+    model, optimizer, _ = made()
+    loop = Loop(model, optimizer, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop.announce(range(3))
+    assert loop.step is None
 
 
 @pytest.mark.filterwarnings("ignore:.*did not run in the step block")

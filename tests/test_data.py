@@ -50,6 +50,14 @@ def test_take_keeps_ids_sources_and_tokens_together():
     assert turned.fingerprint() != samples.fingerprint() == samples.take([0, 1]).fingerprint()
 
 
+def test_samples_are_told_apart_by_their_length_and_runs_by_their_ids_too():
+    long, short, renamed = (
+        cut([document(b, i)], block_size=8) for b, i in ((b"a\0\0", "d"), (b"a\0", "d"), (b"a\0", "e"))
+    )
+    assert long.keys() != short.keys() == renamed.keys()
+    assert len({samples.fingerprint() for samples in (long, short, renamed)}) == 3
+
+
 def test_folders_files_and_jsonl_become_documents_with_ids_and_sources(tmp_path):
     corpus = tmp_path / "corpus"
     (corpus / "prose" / "deep").mkdir(parents=True)

@@ -133,6 +133,59 @@ def test_values_are_the_shapley_value_of_the_real_step(kind, clip):
     assert len(tracker.ledger) == 2 * N
 
 
+class Both:
+    """Two optimizers, each of one weight."""
+
+    def __init__(self, model):
+        self.of_each = torch.optim.SGD([model.embed.weight], lr=0.3), torch.optim.AdamW([model.inner.weight], lr=0.05)
+
+    def step(self):
+        for optimizer in self.of_each:
+            optimizer.step()
+
+
+def test_optimizers_that_update_together():
+    model, _ = tied("momentum")
+    both, (x, y) = Both(model), tokens()
+    expected, _ = truth(model, both, x, y, [LOSSES["code"]])
+    tracker = inrun.track(model, [*both.of_each], "monte_carlo", validation=validation(model))
+    with tracker.step(range(N)) as step:
+        loss_of(model, x, y).backward()
+        both.step()
+    close(step.values, expected[:, 0])
+
+
+def test_a_layer_in_front_that_has_no_gradient():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.idle, self.rest = nn.Linear(6, 6, bias=False).double(), tied("adamw")[0]
+
+        def forward(self, x):
+            return self.rest(x)
+
+    found = []
+    for model in (tied("adamw")[0], Idle()):
+        optimizer = OPTIMIZERS["adamw"](model.parameters())
+        tracker = inrun.track(model, optimizer, "monte_carlo", validation=validation(model))
+        with tracker.step(range(N)) as step:
+            loss_of(model, *tokens()).backward()
+            optimizer.step()
+        found.append(step.values.double())
+    close(found[1], found[0])
+
+
+def test_buffers_are_those_of_the_loops_own_forwards():
+    model, optimizer = tied("adamw")
+    model.register_buffer("seen", torch.zeros(()))
+    model.register_forward_pre_hook(lambda module, _: module.seen.add_(1) and None)
+    tracker = inrun.track(model, optimizer, "monte_carlo", validation=validation(model))
+    with tracker.step(range(N)):
+        loss_of(model, *tokens()).backward()
+        optimizer.step()
+    assert model.seen == 1
+
+
 @pytest.mark.parametrize("name", ["loose", "attention", "unknown", "reused"])
 def test_layers_of_every_kind(name):
     model = make(name).double()
@@ -166,6 +219,7 @@ def test_a_factor_that_the_loop_applied_a_loss_scale_and_a_rule_of_the_users():
     plain, clipped = values(), values(clip=0.2)
     close(values(scale=8.0), plain)
     close(values(scale=8.0, clip=0.2), clipped)
+    close(values(scale=8.0, clip=100.0), plain)
     assert (plain - clipped).abs().max() > 0.1 * plain.abs().max()
     close(values(update=lambda grad, param, state, group: -group["lr"] * (grad + 0.1 * param)), plain)
     with pytest.raises(inrun.InRunError, match=r"clip: expected .* norm 0\.2 .* multiplied by 0\.\d+ .* got 8"):
@@ -176,6 +230,8 @@ def test_a_factor_that_the_loop_applied_a_loss_scale_and_a_rule_of_the_users():
             model.inner.weight.grad.mul_(8)
             model.head.weight.grad.mul_(8)
             optimizer.step()
+    with pytest.raises(inrun.InRunError, match=r"clip: expected .* norm 0\.2 "):
+        values_of("momentum", N, lambda model: loss_of(model, *LOSSES["code"]), clip=0.2, clipped_to=0.1)
 
 
 @pytest.mark.parametrize("overflow", [False, True])
@@ -253,7 +309,7 @@ def test_sampled_values_add_up_and_lie_within_their_errors_of_the_exact_ones(kin
     assert one[1].isnan().all() and one[0].isfinite().all()
 
 
-def values_of(kind, n, loss, clip=None, dtype=torch.float64, twice=False, **options):
+def values_of(kind, n, loss, clip=None, dtype=torch.float64, twice=False, clipped_to=None, **options):
     """The step of n samples; `twice`: of half as many, each there twice."""
     model, optimizer = tied(kind, dtype)
     warmed(model, optimizer)
@@ -261,7 +317,7 @@ def values_of(kind, n, loss, clip=None, dtype=torch.float64, twice=False, **opti
     with tracker.step(range(n)) as step:
         loss_of(model, *(x.repeat(2, 1) for x in tokens(n // 2)) if twice else tokens(n)).backward()
         if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            nn.utils.clip_grad_norm_(model.parameters(), clipped_to or clip)
         optimizer.step()
     return step
 
@@ -336,14 +392,14 @@ def test_of_a_quadratic_loss_two_orders_are_exact_where_clipping_bends_the_updat
 def test_large_models_have_it_where_updates_jump():
     """As their updates are had one at a time, and the other ones' values are known well enough without."""
 
-    def most(kind, width, update=None, clip=None):
+    def most(kind, width, update=None, clip=None, dtype=torch.float32):
         layer = torch.nn.Linear(width, width, bias=False)
-        slot = SimpleNamespace(optimizer=kind(layer.parameters(), lr=0.1), shard=layer.weight.detach())
+        slot = SimpleNamespace(optimizer=kind(layer.parameters(), lr=0.1), shard=layer.weight.detach().to(dtype))
         return quadratic.most_players([(0, slot)], update, clip)
 
     sgd, adamw, rprop, muon = torch.optim.SGD, torch.optim.AdamW, torch.optim.Rprop, torch.optim.Muon
     assert most(adamw, 8) == most(muon, 8) == most(sgd, 8, clip=1.0) == quadratic.PLAYERS
-    assert most(sgd, 8) == most(adamw, 1024) == 0
+    assert most(sgd, 8) == most(adamw, 1024) == most(muon, 8, dtype=torch.bfloat16) == 0
     assert most(rprop, 1024) == most(muon, 1024) == most(adamw, 1024, clip=1.0) == most(adamw, 8, lambda *a: a[0]) == 8
 
 
@@ -355,8 +411,13 @@ def test_a_loss_without_a_finite_gradient_has_the_values_that_orders_find(monkey
         root = (model.inner.weight.sum() * 0).sqrt()  # 0, and its slope 0 / 0
         return loss_of(model, *LOSSES["code"]) + root
 
-    found = [values_of("adamw", 6, loss).values for loss in (plain, infinite)]
-    assert found[0].isfinite().all() and torch.equal(*found)
+    def infinite_later(model):
+        graphs.append(torch.is_grad_enabled())
+        return infinite(model) if sum(graphs) > 1 else loss_of(model, *LOSSES["code"])
+
+    graphs = []
+    found = [values_of("adamw", 6, loss).values for loss in (plain, infinite, infinite_later)]
+    assert found[0].isfinite().all() and torch.equal(*found[:2]) and torch.equal(found[2], found[0])
     monkeypatch.setattr(quadratic, "PLAYERS", 0)
     assert torch.equal(values_of("adamw", 6, plain).values, found[0])
 
@@ -476,7 +537,7 @@ def test_a_validation_loss_that_fails_leaves_the_weights_as_they_were():
         loss_of(model, *tokens()).backward()
         optimizer.step()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert len(tracker.ledger) == 0
+    assert len(tracker.ledger) == tracker.memory["kept"] == 0
 
 
 def test_the_check_names_what_bypasses_its_module_before_any_value():

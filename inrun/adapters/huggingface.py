@@ -210,8 +210,8 @@ class SetLoss:
 
     def _terms(self, batch: Any) -> float:
         """Labels that count, as the trainer counts them where it does; or rows."""
-        labels = batch.get("labels")
-        if self._shifts_labels and isinstance(labels, Tensor) and "shift_labels" not in batch:
+        labels, divides = batch.get("labels"), self.trainer.compute_loss_func is not None
+        if self._shifts_labels and isinstance(labels, Tensor) and not divides and "shift_labels" not in batch:
             return float((labels[..., 1:] != -100).sum())
         _, count = self.trainer.get_batch_samples(iter([batch]), 1, self.trainer.args.device)
         labels = batch.get("shift_labels", labels)
