@@ -83,7 +83,8 @@ class _Convolution(torch.autograd.Function):
             )
         if bias_direction is not None:
             shape = (1, -1, *[1] * (y.dim() - 2))
-            y = y + probing.shifted(probe, lambda d: d.view(shape).expand(y.shape), bias_direction, 1, None)
+            along = probing.shifted(probe, lambda d: d.view(shape).expand(y.shape), bias_direction, 1, None)
+            y = y + along.to(y.dtype)
         return y
 
     @staticmethod

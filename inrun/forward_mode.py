@@ -26,6 +26,8 @@ from .errors import InRunError, few
 from .restoring import random_kept, random_state, set_random_state, setting, state_kept, state_of
 from .tap import Layout, Tap, along
 
+_outside: Any = torch.compiler.disable  # of graphs; as a function of a function, which pyright takes for a decorator
+
 
 def forward_mode(module: Any, args: tuple, kwargs: dict, uncaptured: bool = False) -> Any:
     """One ordinary forward that carries tangents beside it, then the dots attached to each output."""
@@ -35,8 +37,7 @@ def forward_mode(module: Any, args: tuple, kwargs: dict, uncaptured: bool = Fals
     probe = tap.probe
     assert probe is not None
     if not uncaptured and (probe.dim() > 1 or tap.apart or not torch.compiler.is_compiling()):
-        outside: Any = torch.compiler.disable(forward_mode)
-        return outside(module, args, kwargs, True)
+        return _outside(forward_mode)(module, args, kwargs, True)
     layout = tap.layout or Layout(probe.shape[0])
     if forward_ad._current_level >= 0:
         raise InRunError(f"{tap}: forward-mode scoring inside another forward-mode pass is not supported")
@@ -46,8 +47,12 @@ def forward_mode(module: Any, args: tuple, kwargs: dict, uncaptured: bool = Fals
         pairs, spec = _with_tangents(module, args, kwargs, None if single else 0)
     else:  # here, since a frame with this block is captured whole, or runs once more and comes by above
         with dual(tap, None) as scale:
-            leaves, spec = pytree.tree_flatten(_run(module, args, kwargs))
-            pairs = [_unpacked(x, scale) for x in leaves]
+            # A graph may have ended before this block: what is called here would then be captured without its tangents.
+            if captured := torch.compiler.is_compiling():
+                leaves, spec = pytree.tree_flatten(_run(module, args, kwargs))
+                pairs = [_unpacked(x, scale) for x in leaves]
+        if not captured:
+            return _outside(forward_mode)(module, args, kwargs, True)
     # Of several outputs one whose rows are not the samples' may be there unused.
     errors = _errors(module, pairs, layout) if uncaptured else {}
     outputs = []
@@ -130,7 +135,7 @@ def _with_tangents(
 
 def _stopping(module: Any, args: tuple, kwargs: dict, m: int | None) -> Any:
     """One forward that carries tangents, up to a checkpoint."""
-    with checkpoints(_stop), dual(module._inrun, m) as scale:
+    with checkpoints(_stop), _without_graphs(), dual(module._inrun, m) as scale:
         leaves, spec = pytree.tree_flatten(_run(module, args, kwargs))
         return [_unpacked(x, scale) for x in leaves], spec
 
@@ -239,15 +244,20 @@ def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list
         # With a graph, which takes memory, only where what is under `no_grad` inside must be told from the rest.
         grad_mode = torch.set_grad_enabled(tap.sets_grad_mode)
         muted = _others_muted(module) if tap.apart else contextlib.nullcontext()
-        with grad_mode, random_kept(), state_kept(module), muted, plain, dual(tap, m) as scale:
+        with grad_mode, random_kept(), state_kept(module), muted, plain, _without_graphs(), dual(tap, m) as scale:
             return [_unpacked(x, scale)[1] for x in pytree.tree_leaves(_run(module, args, kwargs))]
 
     told = tap.sets_grad_mode
-    tangents = run()
+    tangents = _outside(run)()
     if tap.sets_grad_mode and not told:  # which this run has found
-        tangents = run()
+        tangents = _outside(run)()
     _require_unchanged(module, args, kwargs, versions)
     return tangents
+
+
+def _without_graphs() -> contextlib.AbstractContextManager[None]:
+    """Compiled modules inside of a pass run eagerly, as their graphs take no tangents."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def _others_muted(module: Any) -> contextlib.AbstractContextManager[None]:
@@ -320,7 +330,7 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
         scale = None
         if _in_float16(tangents[0].device.type, plain[0][2].dtype):  # which has no range for a direction
             scale = torch.stack([t.abs().max() for t in tangents]).max().clamp(min=torch.finfo(torch.float32).tiny)
-            tangents = [t / scale for t in tangents]
+            tangents = [(t / scale).to(p.dtype) for t, (_, _, p) in zip(tangents, plain, strict=True)]
         try:
             for (owner, local, param), tangent in zip(plain, tangents, strict=True):
                 owner._parameters[local] = moving = forward_ad.make_dual(param, tangent)  # pyright: ignore

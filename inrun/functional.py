@@ -247,7 +247,7 @@ class _Embedding(torch.autograd.Function):
         moved = shifted(probe, lambda d: F.embedding(ids, d), direction, 2, segments)
         if padding_idx is not None:
             moved = moved * (ids != padding_idx % weight.shape[0]).unsqueeze(-1)
-        return F.embedding(ids, weight, padding_idx) + moved
+        return F.embedding(ids, weight, padding_idx) + moved.to(weight.dtype)
 
     @staticmethod
     def backward(ctx, grad):

@@ -45,8 +45,9 @@ def product(tracker: Tracker, name: str, vector: list[Tensor]) -> list[Tensor | 
             pairs = [(g, v) for g, v in zip(first, vector, strict=True) if g is not None and g.requires_grad]
             bent = torch.autograd.grad([g for g, _ in pairs], params, [v for _, v in pairs], allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
-        # The last two: a checkpoint that takes no autograd.grad, and one that runs again without `_WrittenOut`.
-        known = ("not implemented", "not differentiable", "use_reentrant", "number of tensors was saved")
+        # Then: checkpoints that take no autograd.grad or run again without `_WrittenOut`, and what is compiled.
+        known = ("not implemented", "not differentiable", "use_reentrant", "number of tensors was saved",
+                 "donated buffers", "double backward")  # fmt: skip
         if not any(each in str(error) for each in known):
             raise
         return _by_differences(tracker, name, vector)

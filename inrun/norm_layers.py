@@ -219,9 +219,10 @@ class _Affine(torch.autograd.Function):
     def written_out(normed, weight, bias, direction, bias_direction, probe, segments):
         y = normed * weight if bias is None else normed * weight + bias
         if direction is not None:
-            y = y + shifted(probe, lambda d: normed * d, direction, weight.dim(), segments)
+            y = y + shifted(probe, lambda d: normed * d, direction, weight.dim(), segments).to(y.dtype)
         if bias_direction is not None:
-            y = y + shifted(probe, lambda d: d.expand(y.shape), bias_direction, weight.dim(), segments)
+            along = shifted(probe, lambda d: d.expand(y.shape), bias_direction, weight.dim(), segments)
+            y = y + along.to(y.dtype)
         return y
 
     @staticmethod

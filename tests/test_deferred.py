@@ -1496,6 +1496,24 @@ def test_second_order_of_a_weight_norm(seed):
     torch.testing.assert_close(step.values.double(), expected, rtol=1e-4, atol=1e-7)
 
 
+def test_second_order_of_a_compiled_model():
+    """Whose graphs have no second derivative."""
+    found, x, y = [], torch.randn(6, 8).double(), torch.arange(6) % 3
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        runs = torch.compile(model, backend="aot_eager") if compiled else model
+        tracker = inrun.track(model, optimizer, "second", validation=lambda r=runs: F.cross_entropy(r(x[3:]), y[3:]))
+        for _ in range(2):
+            with tracker.step(range(3)) as step:
+                F.cross_entropy(runs(x[:3]), y[:3]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append(step.values)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
+
+
 def test_second_order_of_a_weight_norm_in_a_checkpoint():
     """Which runs again as torch has it, while differences tell of the Hessian."""
     found = []
@@ -1515,6 +1533,26 @@ def test_second_order_of_a_weight_norm_in_a_checkpoint():
             optimizer.step()
         found.append(step.values)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
+
+
+def test_a_step_whose_loss_bends_leaves_its_last_validation_gradient_to_the_next():
+    """The weights were elsewhere meanwhile, and are what they were."""
+    torch.manual_seed(0)
+    model, (x, held) = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(8, 4).split([3, 5])
+    optimizer, calls, found = torch.optim.SGD(model.parameters(), lr=0.5), [], []
+
+    def validation():
+        calls.append(len(found))
+        return (model(held).square() - 1).square().mean()
+
+    tracker = inrun.track(model, optimizer, "path_secant", validation=validation)
+    for _ in range(2):
+        with tracker.step(range(3)) as step:
+            model(x).exp().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(step.values)
+    assert calls == [0, 0, 0, 1]  # of the first step both ends and the middle
 
 
 @pytest.mark.parametrize("many", [1, 2, 4])

@@ -414,6 +414,25 @@ def test_compiled_whole_with_a_changing_batch():
     assert graphs.frame_count <= 5
 
 
+def test_batches_that_wait_for_their_backward_take_no_graph_of_their_own():
+    """Also those that lie otherwise than the ones before."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer, graphs = torch.optim.SGD(model.parameters(), lr=0.1), CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    tracker = inrun.track(model, optimizer, validation=lambda: compiled(torch.ones(2, 4)).square().mean())
+    for _ in range(3):
+        with tracker.step() as step:
+            losses = []
+            for batch in (4, 5, 6):
+                step.batch(range(batch))
+                losses.append(compiled(torch.randn(batch, 4)).square().mean())
+            sum(losses).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert graphs.frame_count <= 4  # validation, the checked step, the one after it, and a batch size left open
+
+
 def test_a_compiled_update_takes_no_graph_for_what_sees_it():
     """Nor does the whole step, as torch's own documentation compiles it."""
 
@@ -3013,3 +3032,109 @@ def test_a_validation_gradient_of_several_steps_has_served_one_that_failed_after
     stepped(model, tracker)
     with pytest.raises(inrun.InRunError, match=r"has served 2 step"):
         stepped(model, tracker)
+
+
+class Chosen(nn.Module):
+    """Experts that are called one by one, with the tokens that the data send them."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(6, 3), nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        share, chosen = self.router(flat).softmax(-1).max(-1)
+        out = torch.zeros_like(flat)
+        for k, expert in enumerate(self.experts):
+            at = (chosen == k).nonzero()[:, 0]
+            out = out.index_add(0, at, expert(flat[at]) * share[at, None])
+        return out.view_as(x)
+
+
+class Scaled(nn.Module):
+    """A parameter of the model's own, whose pass carries what is inside."""
+
+    def __init__(self, table=False):
+        super().__init__()
+        self.scale, self.block = nn.Parameter(torch.rand(6)), nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.table = nn.Embedding(4, 6) if table else None
+
+    def forward(self, x):
+        if self.table is not None:
+            x = x + self.table((x[..., 0] > 0).long())
+        return self.block(x * self.scale)
+
+
+def values_compiled(model, part, method, **options):
+    """Values of a step, and of one whose `part` is compiled."""
+    x, held = torch.randn(3, 4, 6), torch.randn(5, 4, 6)
+    found = []
+    for each in (copy.deepcopy(model), model):
+        torch._dynamo.reset()
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        tracker = inrun.track(each, optimizer, method)
+        if each is model:
+            part(model).compile(**options)
+        with tracker.validation():
+            each(held).square().mean().backward()
+        with tracker.step(range(3)) as step:
+            each(x).square().mean().backward()
+            optimizer.step()
+        found.append(step.values.double())
+        tracker.close()
+    return found
+
+
+def test_a_graph_that_ends_before_a_forward_mode_pass_captures_nothing_of_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), Chosen(), nn.Linear(6, 6))
+    close(*values_compiled(model, lambda m: m[1], "first", backend="eager", dynamic=True))
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_compiled_modules_within_a_forward_mode_pass_run_eagerly(method, table):
+    torch.manual_seed(0)
+    model = nn.Sequential(Scaled(table), nn.Linear(6, 6))
+    close(*values_compiled(model, lambda m: m[0].block, method, backend="aot_eager"))
+    close(*values_compiled(Scaled(table), lambda m: m.table or m.block, method, backend="aot_eager"))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(6, 6),
+        nn.LayerNorm(6),
+        nn.RMSNorm(6),
+        nn.GRU(6, 6, batch_first=True),
+        nn.Conv1d(4, 4, 3, padding=1),
+        nn.MultiheadAttention(6, 2, batch_first=True),
+    ],
+)
+def test_a_forward_mode_pass_in_float16_weights(layer):
+    """What is inside keeps its dtype, whose products take no other."""
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.scale, self.layer = nn.Embedding(5, 6), nn.Parameter(torch.rand(6)), copy.deepcopy(layer)
+            self.out = nn.Parameter(torch.randn(6, 6) / 3)
+
+        def forward(self, ids):
+            h = self.table(ids) * self.scale
+            h = self.layer(h, h, h) if isinstance(layer, nn.MultiheadAttention) else self.layer(h)
+            return (h[0] if isinstance(h, tuple) else h) @ self.out
+
+    torch.manual_seed(0)
+    half, ids, held = Half().half(), torch.randint(5, (3, 4)), torch.randint(5, (5, 4))
+    values = []
+    for model in (half, copy.deepcopy(half).float()):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker = inrun.track(model, optimizer)
+        with tracker.validation():
+            model(held).float().square().mean().backward()
+        with tracker.step(range(3)) as step:
+            model(ids).float().square().mean().backward()
+            optimizer.step()
+        values.append(step.values.double())
+    close(*values, rtol=2e-2)
