@@ -1181,6 +1181,7 @@ def main() -> None:
         except Exception:
             results[name] = traceback.format_exc()
     (FOLDER / f"{RANK}.json").write_text(json.dumps(results))
+    dist.barrier()  # or threads of one may find the other gone, and abort
     dist.destroy_process_group()
 
 
