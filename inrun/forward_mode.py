@@ -403,7 +403,11 @@ class _AsBackward(TorchFunctionMode):
                 pair.append(kwargs.pop(name, None))
         if func is F.group_norm and args:  # whose forward derivative takes no transposed input
             args[0] = args[0].contiguous()
-        normed = func(*args, **kwargs)
+        narrow = func in (F.layer_norm, F.group_norm) and args and args[0].dtype is torch.float16
+        if narrow and not torch.is_autocast_enabled(args[0].device.type):  # whose forward derivative cubes 1 / std
+            normed = func(args[0].float(), *args[1:], **kwargs).half()
+        else:
+            normed = func(*args, **kwargs)
         scale, shift = (p.view(-1, *[1] * (normed.dim() - 2)) if by_channel and p is not None else p for p in pair)
         y = normed if scale is None else normed * scale
         return (y if shift is None else y + shift).to(normed.dtype)
@@ -445,10 +449,12 @@ def _embedding_bag(
         ids, per_sample_weights = ids[at], None if per_sample_weights is None else per_sample_weights[at]
     if padding_idx is not None:
         counts = counts & (ids != padding_idx % len(weight))
-    rows, counts = _EMBEDDING(ids, weight), counts.unsqueeze(-1)
-    if mode == "max":
-        return torch.where(counts.any(1), rows.masked_fill(~counts, -torch.inf).max(1).values, 0.0)
-    rows = rows * (counts if per_sample_weights is None else counts * per_sample_weights.unsqueeze(-1))
+    counts = counts.unsqueeze(-1)
+    rows = _EMBEDDING(ids, weight).masked_fill(~counts, -torch.inf if mode == "max" else 0.0)
+    if mode == "max" and ids.shape[1]:  # else every bag is of nothing, as below
+        return torch.where(counts.any(1), rows.max(1).values, 0.0)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1).masked_fill(~counts, 0.0)
     return rows.sum(1) if mode == "sum" else rows.sum(1) / counts.sum(1).clamp(min=1)
 
 

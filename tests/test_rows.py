@@ -366,6 +366,21 @@ def test_a_module_that_is_called_first_without_samples_is_not_the_one_that_is_ch
 
 
 @pytest.mark.parametrize("method", ["first", "path"])
+def test_of_modules_that_are_called_one_after_the_other_the_first_is_checked(method):
+    model = LossOf(made(RelativePositions))
+    model.after = nn.Linear(2, 2).double()
+
+    def loss(x: Tensor) -> Tensor:
+        return model.after(model.net(x)).square().mean()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss(ids(3, 2)))
+    with pytest.raises(inrun.InRunError, match=r"distance.*as many still"), tracker.step(range(B)):
+        loss(ids(B, 1)).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
 def test_the_tokens_of_one_sample_may_be_what_a_module_is_called_with(method):
     """In the model's place: nothing else says what its rows are."""
     model = LossOf(nn.Linear(WIDTH, 2)).double()

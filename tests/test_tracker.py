@@ -2054,6 +2054,39 @@ def test_bags_of_embeddings(method, mode, bags):
     close(run_step(inrun.track(model, optimizer, method), model, optimizer, train, validation), expected)
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max", "weighted"])
+@pytest.mark.parametrize("of_nothing", [False, True])
+def test_bags_of_embeddings_leave_out_what_they_do_not_hold(mode, of_nothing):
+    """Rows of padding and of other bags, whatever they are; and every bag may be of nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.EmbeddingBag(VOCAB, WIDTH, mode="sum" if mode == "weighted" else mode, padding_idx=0))
+    model[0].padding_idx = -VOCAB  # as a function may be given it
+    with torch.no_grad():
+        model[0].weight[0] = torch.nan
+    ids, offsets = torch.tensor([0, 3, 4, 2, 0, 1]), torch.tensor([0, 2, 2])
+    if of_nothing:
+        ids, offsets = ids[:0], offsets * 0
+    weights = None
+    if mode == "weighted":
+        weights = torch.where(ids == 0, torch.inf, torch.arange(len(ids)) + 1.0)
+
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.3), []
+    tracker = inrun.track(model, optimizer)
+    with tracker.validation():
+        model[0](torch.tensor([[3, 2], [4, 1]])).square().mean().backward()
+    for scored in (tracker.paused(), tracker.step(range(3))):
+        with scored as step:
+            out = model[0](ids, offsets, per_sample_weights=weights)
+            out.square().mean().backward()
+            found.append((out.detach(), model[0].weight.grad.clone()))
+            if step is not None:
+                optimizer.step()
+            optimizer.zero_grad()
+    assert step.values.isfinite().all() and step.values.any() != of_nothing
+    for plain, with_values in zip(*found, strict=True):
+        torch.testing.assert_close(with_values, plain)
+
+
 @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_embeddings_whose_gradient_is_another_are_refused(kind, option):
@@ -3100,6 +3133,30 @@ def test_compiled_modules_within_a_forward_mode_pass_run_eagerly(method, table):
     close(*values_compiled(Scaled(table), lambda m: m.table or m.block, method, backend="aot_eager"))
 
 
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_step_within_a_compiled_function(method):
+    """Where a pass may come within the update."""
+
+    torch.manual_seed(0)
+    made, found, (x, held) = nn.Sequential(nn.Linear(6, 6), Scaled()), [], torch.randn(8, 6).split([3, 5])
+    for compiled in (False, True):
+        model = copy.deepcopy(made)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker = inrun.track(model, optimizer, method)
+        with tracker.validation():
+            model(held).square().mean().backward()
+
+        def step(model=model, optimizer=optimizer, tracker=tracker):
+            with tracker.step(range(3)) as step:
+                model(x).square().mean().backward()
+                optimizer.step()
+            return step
+
+        torch._dynamo.reset()
+        found.append((torch.compile(step, backend="eager") if compiled else step)().values.double())
+    close(*found)
+
+
 @pytest.mark.parametrize(
     "layer",
     [
@@ -3135,6 +3192,36 @@ def test_a_forward_mode_pass_in_float16_weights(layer):
             model(held).float().square().mean().backward()
         with tracker.step(range(3)) as step:
             model(ids).float().square().mean().backward()
+            optimizer.step()
+        values.append(step.values.double())
+    close(*values, rtol=2e-2)
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(6), functools.partial(F.group_norm, num_groups=2)])
+def test_a_forward_mode_pass_normalises_rows_that_hardly_differ_in_float16_weights(layer):
+    """As of an embedding that has just begun, or of padding: torch's own derivative is no number of theirs."""
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.shift = nn.Embedding(5, 6, padding_idx=0), nn.Parameter(torch.rand(6) / 100)
+            self.layer, self.scale = copy.deepcopy(layer), nn.Parameter(torch.rand(6))
+
+        def forward(self, ids):
+            return self.layer(self.table(ids) + self.shift) * self.scale
+
+    torch.manual_seed(0)
+    half, ids, held = Half().half(), torch.randint(5, (3, 4)), torch.randint(5, (5, 4))
+    half.table.weight.data *= 0.01
+    ids[0] = held[0] = 0
+    values = []
+    for model in (half, copy.deepcopy(half).float()):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker = inrun.track(model, optimizer)
+        with tracker.validation():
+            (model(held).float().tanh() - 0.5).square().mean().backward()
+        with tracker.step(range(3)) as step:
+            (model(ids).float().tanh() - 0.5).square().mean().backward()
             optimizer.step()
         values.append(step.values.double())
     close(*values, rtol=2e-2)
