@@ -455,7 +455,8 @@ def _embedding_bag(
         return torch.where(counts.any(1), rows.max(1).values, 0.0)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.unsqueeze(-1).masked_fill(~counts, 0.0)
-    return rows.sum(1) if mode == "sum" else rows.sum(1) / counts.sum(1).clamp(min=1)
+    total = rows.sum(1).to(weight.dtype)  # which a GPU's autocast widens
+    return total if mode == "sum" else total / counts.sum(1).clamp(min=1)
 
 
 def _recurrent(func: Any, x: Tensor, hx: Any, params: Any, *args: Any) -> Any:

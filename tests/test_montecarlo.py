@@ -379,6 +379,23 @@ def test_a_quadratic_losss_values_leave_a_small_part_of_the_error(kind, clip, he
     assert all(a < part * b for a, b in zip(errors(), without, strict=True))
 
 
+def test_of_several_losses_each_has_the_bends_of_its_own(monkeypatch):
+    def values(permutations):
+        model, optimizer = tied("lion")
+        warmed(model, optimizer)
+        options = {"update": "elementwise", "permutations": permutations}
+        tracker = inrun.track(model, optimizer, "monte_carlo", validation=validation(model, LOSSES), **options)
+        with tracker.step(range(8)) as step:
+            loss_of(model, *tokens(8)).backward()
+            optimizer.step()
+        return step.values
+
+    exact, few = values(38), values(4)
+    monkeypatch.setattr(quadratic, "PLAYERS", 0)
+    errors, without = ((found - exact).norm(dim=0) for found in (few, values(4)))
+    assert (errors < without / 15).all(), (errors, without)
+
+
 def test_of_a_quadratic_loss_two_orders_are_exact_where_clipping_bends_the_update():
     """As every coalition's step lies among the samples' own."""
 
