@@ -247,10 +247,10 @@ def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list
         with grad_mode, random_kept(), state_kept(module), muted, plain, _without_graphs(), dual(tap, m) as scale:
             return [_unpacked(x, scale)[1] for x in pytree.tree_leaves(_run(module, args, kwargs))]
 
-    told = tap.sets_grad_mode
-    tangents = _outside(run)()
+    told, uncaptured = tap.sets_grad_mode, _outside(run)
+    tangents = uncaptured()
     if tap.sets_grad_mode and not told:  # which this run has found
-        tangents = _outside(run)()
+        tangents = uncaptured()
     _require_unchanged(module, args, kwargs, versions)
     return tangents
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Run:
         """sample_id and source of every sample, what was planted among them apart, as in the report."""
         if self.samples is None:
             return None
-        table = runfolder.read_samples(self.samples, self._id_type(), text=False)
+        table = runfolder.read_samples(self.samples, self._id_type, text=False)
         groups = runfolder.groups(table["source"], table["planted"])
         return table.select(["sample_id"]).append_column("source", [groups])
 
@@ -55,7 +56,7 @@ class Run:
         """Source and the beginning of the text, in one line, of these samples."""
         if self.samples is None or not ids:
             return {}
-        table = runfolder.read_samples(self.samples, self._id_type(), among=ids)
+        table = runfolder.read_samples(self.samples, self._id_type, among=ids)
         shown = {}
         groups = runfolder.groups(table["source"], table["planted"])
         for row, group in zip(table.to_pylist(), groups, strict=True):
@@ -63,6 +64,7 @@ class Run:
             shown[row["sample_id"]] = (group, text if len(text) <= TEXT else text[: TEXT - 1] + "…")
         return shown
 
+    @functools.cached_property
     def _id_type(self) -> pa.DataType:
         return self.ledger.dataset().schema.field("sample_id").type
 

@@ -635,24 +635,6 @@ def test_what_is_not_supported_is_one_clear_error(monkeypatch):
         pass
 
 
-def test_an_output_whose_rows_are_not_the_samples_is_refused():
-    class Loss(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.shift = nn.Parameter(torch.zeros(3))
-
-        def forward(self, x):
-            return (x + self.shift).square().mean()
-
-    model, x = Loss(), torch.randn(N, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    tracker = inrun.track(model, optimizer, "monte_carlo", validation=lambda: model(x))
-    refused = pytest.raises(inrun.InRunError, match=r"every output to be \[B, ...\].*shift.*loss outside of the model")
-    with refused, tracker.step(range(N)):
-        model(x).backward()
-        optimizer.step()
-
-
 def test_an_optimizer_that_cannot_be_copied_says_so():
     model, optimizer = tied("coupled")
     optimizer.lock = (i for i in range(3))

@@ -349,29 +349,17 @@ def test_a_module_that_is_called_in_the_models_place_is_checked_as_it_is(method,
     torch.testing.assert_close(values(proposed(error)), want, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("method", ["first", "path"])
-def test_a_module_that_is_called_first_without_samples_is_not_the_one_that_is_checked(method):
-    model, one = LossOf(made(RelativePositions)), torch.ones(1, 1, 1).double()
-    model.start = nn.Linear(1, 2).double()
-
-    def loss(x: Tensor) -> Tensor:
-        start = model.start(one)
-        return (model.net(x) + start).square().mean()
-
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    tracker = inrun.track(model, optimizer, method, validation=lambda: loss(ids(3, 2)))
-    with pytest.raises(inrun.InRunError, match=r"distance.*as many still"), tracker.step(range(B)):
-        loss(ids(B, 1)).backward()
-        optimizer.step()
-
-
-@pytest.mark.parametrize("method", ["first", "path"])
-def test_of_modules_that_are_called_one_after_the_other_the_first_is_checked(method):
+def test_of_modules_that_are_called_the_first_that_is_given_samples_is_checked(method, before):
     model = LossOf(made(RelativePositions))
-    model.after = nn.Linear(2, 2).double()
+    model.other = nn.Linear(2, 2).double()
 
     def loss(x: Tensor) -> Tensor:
-        return model.after(model.net(x)).square().mean()
+        if before:  # without samples
+            start = model.other(torch.ones(1, 1, 2).double())
+            return (model.net(x) + start).square().mean()
+        return model.other(model.net(x)).square().mean()
 
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     tracker = inrun.track(model, optimizer, method, validation=lambda: loss(ids(3, 2)))

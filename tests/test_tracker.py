@@ -1473,7 +1473,8 @@ def test_a_module_that_changes_its_input_in_place_is_run_once_or_refused():
             close(step.values, expected)
 
 
-def test_an_output_whose_rows_are_not_samples_is_refused():
+@pytest.mark.parametrize("method", ["first", "monte_carlo"])
+def test_an_output_whose_rows_are_not_samples_is_refused(method):
     class SumsItsOutput(nn.Module):
         def __init__(self):
             super().__init__()
@@ -1485,10 +1486,11 @@ def test_an_output_whose_rows_are_not_samples_is_refused():
     model = SumsItsOutput()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = data("mlp")[0]
-    tracker = inrun.track(model, optimizer, validation=lambda: model(x))
-    refused = pytest.raises(inrun.InRunError, match=r"SumsItsOutput.*every output to be \[B, ...\].*shift")
-    with refused, tracker.step(range(B)):
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(x))
+    what = r"SumsItsOutput.*every output to be \[B, ...\].*shift.*loss outside of the model"
+    with pytest.raises(inrun.InRunError, match=what), tracker.step(range(B)):
         model(x).backward()
+        optimizer.step()
 
 
 def test_nothing_of_the_size_of_per_sample_gradients_is_allocated():
