@@ -1,5 +1,5 @@
 """A whole training step of a GPT, forward to AdamW update, with every sample's dot; the validation pass is counted in
-`inrun_validated` alone, of one sequence.
+`inrun_validated` and `ghostsuite` alone, of one sequence.
 
 On a GPU also by the device's own time ("step, device time"): with a host that has launched all it can, some thousand
 kernels, before the clock starts. A scored step's Python takes longer than plain training's; where it takes longer than
@@ -9,8 +9,10 @@ the device, that is what the other rows measure. One case is also measured under
 import copy
 import itertools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -19,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.measure import BASE, CLOCK, SEED, Machine, Measured, Row, Work, gated, interleaved, require_close, rows_of
-from bench.peers import STEPS, InRun, InRunValidated, Training, loss_of
+from bench.peers import STEPS, GhostSuite, InRun, InRunValidated, Training, loss_of
 from inrun.config import GPTConfig
 from inrun.gpt import GPT
 
-VALIDATED = "inrun_validated"
-PROVIDERS = [*STEPS, VALIDATED]
+VALIDATED, GHOST = "inrun_validated", "ghostsuite"
+ON_SEQUENCE = {VALIDATED: InRunValidated} | ({GHOST: GhostSuite} if find_spec("ghostEngines") else {})
+PROVIDERS = [*STEPS, *ON_SEQUENCE]
 COMPILED = {BASE: Training, "inrun": InRun, VALIDATED: InRunValidated}  # whole models; the peers' hooks have no graph
 FAR_AHEAD = 0.25  # seconds
 RTOL = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of a root mean square, through all layers
@@ -90,14 +93,12 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
     torch.compiler.reset()
     model = case.model().to(machine.device)
     x, y, val_x, val_y = torch.randint(case.vocab, (4, case.batch, case.tokens), device=machine.device)
-    loss_of(model, val_x, val_y).backward()
-    val_grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
+    val_grads = _gradients(model, val_x, val_y)
 
-    def made(name: str, make: type[Training], directions: dict[str, Tensor]) -> Training:
+    def made(name: str, make: Any, directions: dict[str, Tensor]) -> Training:
         of_model = copy.deepcopy(model)
-        if name == VALIDATED:
-            return InRunValidated(of_model, val_x[:1], val_y[:1])
+        if name in ON_SEQUENCE:
+            return make(of_model, val_x[:1], val_y[:1])
         return make(of_model, val_grads if name == "inrun" else directions)
 
     ours = InRun(copy.deepcopy(model), val_grads)
@@ -105,14 +106,18 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
     values = ours(x, y)
     directions = ours.written_directions()
     steps = {n: ours if make is InRun else made(n, make, directions) for n, make in STEPS.items()}
-    steps[VALIDATED] = made(VALIDATED, InRunValidated, directions)
-    gradients, dots = _reference(model, directions, x, y)
+    for name, make in ON_SEQUENCE.items():
+        if name == VALIDATED or not case.tied:
+            steps[name] = made(name, make, directions)
+    gradients, dots, along_sequence = _reference(model, [directions, _gradients(model, val_x[:1], val_y[:1])], x, y)
 
     def require_right(name: str, step: Training) -> None:
         if step is not ours:
             step.prepare()
         found = values if step is ours else step(x, y)
-        if name != VALIDATED:  # along another direction
+        if name == GHOST:  # it rounds what it multiplies to bfloat16
+            require_close(f"{name}, dots", found, along_sequence, RTOL[torch.bfloat16])
+        elif name != VALIDATED:  # along another direction
             require_close(f"{name}, dots", found, dots, RTOL[machine.dtype])
         _require_gradients(name, step, gradients, RTOL[machine.dtype])
 
@@ -151,6 +156,8 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("measured", CASES, indirect=True, ids=str)
 def test_step(measured, provider, benchmark):
+    if provider not in measured:
+        pytest.skip("GhostSuite keeps one module's dots for each parameter: not those of tied weights")
     CLOCK.replay(benchmark, measured[provider])
 
 
@@ -164,10 +171,15 @@ def _peak_bytes(step: Training, machine: Machine, x: Tensor, y: Tensor) -> int:
     return sum(held.values()) + machine.peak_bytes(run)
 
 
+def _gradients(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    params = dict(model.named_parameters())
+    return dict(zip(params, torch.autograd.grad(loss_of(model, x, y), list(params.values())), strict=True))
+
+
 def _reference(
-    model: nn.Module, directions: dict[str, Tensor], x: Tensor, y: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients and dots in float64, one sample at a time."""
+    model: nn.Module, directions: Sequence[dict[str, Tensor]], x: Tensor, y: Tensor
+) -> tuple[dict[str, Tensor], *tuple[Tensor, ...]]:
+    """Gradients, and dots along each of the directions, in float64, one sample at a time."""
     model = copy.deepcopy(model).double()
     params = dict(model.named_parameters())
     total = {n: torch.zeros_like(p) for n, p in params.items()}
@@ -175,10 +187,10 @@ def _reference(
     for one_x, one_y in zip(x, y, strict=True):
         share = F.cross_entropy(model(one_x[None])[0], one_y) / len(x)
         grads = dict(zip(params, torch.autograd.grad(share, list(params.values())), strict=True))
-        dots.append(sum((g * directions[n]).sum() for n, g in grads.items()))
+        dots.append(torch.stack([torch.stack([(g * d[n]).sum() for n, g in grads.items()]).sum() for d in directions]))
         for n, g in grads.items():
             total[n] += g
-    return total, torch.stack(dots)
+    return total, *torch.stack(dots).unbind(1)
 
 
 def _require_gradients(name: str, step: Training, expected: dict[str, Tensor], rtol: float) -> None:

@@ -1,7 +1,8 @@
 """The peers: every known way to have the samples' gradient dots beside the training gradient.
 
-Each is written here from its formula, at its best in plain PyTorch. Throughout, `acts [B,T,I]` is a layer's input,
-`grads [B,T,O]` the gradient of its output, `val_grad [O,I]` (or `directions`, one tensor per parameter) the direction.
+Each is written here from its formula, at its best in plain PyTorch, but for two published ones, which run as they are.
+Throughout, `acts [B,T,I]` is a layer's input, `grads [B,T,O]` the gradient of its output, `val_grad [O,I]` (or
+`directions`, one tensor per parameter) the direction.
 
     plain               the weight gradient alone, no dots: what every ratio is relative to
     inrun               ours
@@ -13,12 +14,18 @@ Each is written here from its formula, at its best in plain PyTorch. Throughout,
     stored              per-sample gradients [B,O,I] by hooks, kept to the end of the backward (Opacus; "in-run with
                         per-sample gradients" in the paper's table 1)
     vmap                per-sample gradients by torch.func: vmap(grad(loss))
+    opacus              per-sample gradients by Opacus (its `GradSampleModule`, from PyPI); where it is installed
+    ghostsuite          the paper's authors' own code (its `GradDotProdEngine`), with a validation sequence at the end
+                        of the batch, to be set beside inrun_validated; where its folder is on PYTHONPATH
+                        (git clone https://github.com/Jiachen-T-Wang/GhostSuite)
     loop                squares of gradients: one sample's gradient at a time
     two_steps           norms, biases and embeddings: the parameter's gradient, then the dots, as torch operations
 """
 
+import importlib
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -368,6 +375,48 @@ class Vmap(Training):
         return dots
 
 
+class Opacus(Training):
+    def __init__(self, model: nn.Module, directions: dict[str, Tensor]) -> None:
+        super().__init__(model, directions)
+        self.directions = directions
+        self.called: Any = importlib.import_module("opacus").GradSampleModule(model, loss_reduction="mean")
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor | None:
+        self.optimizer.zero_grad()
+        loss_of(self.called, x, y).backward()
+        params: dict[str, Any] = dict(self.model.named_parameters())  # with what Opacus keeps on them
+        dots = torch.stack([p.grad_sample.flatten(1) @ self.directions[n].flatten() for n, p in params.items()]).sum(0)
+        self.called.del_grad_sample()
+        self.optimizer.step()
+        return dots / len(x)
+
+
+class GhostSuite(Training):
+    """Without autograd's own weight gradients, which it does not need: its "dummy bias" option."""
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
+        super().__init__(model, {})
+        self.validation = x, y
+        self.engine = importlib.import_module("ghostEngines").GradDotProdEngine(model, len(x), use_dummy_bias=True)
+        add_dummy_bias = importlib.import_module("ghostEngines.transformers_support")._add_dummy_bias
+        for module in [m for m in model.modules() if isinstance(m, nn.Embedding)]:  # as it does to Hugging Face's GPT-2
+            add_dummy_bias(module)
+        self.engine.attach(self.optimizer)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor | None:
+        val_x, val_y = self.validation
+        self.engine.attach_train_batch(x, y, iter_num=0)
+        self.optimizer.zero_grad()
+        loss_of(self.model, torch.cat([x, val_x]), torch.cat([y, val_y])).backward()
+        self.engine.prepare_gradients()
+        self.optimizer.step()
+        self.engine.aggregate_and_log()
+        self.engine.clear_gradients()
+        dots = self.engine.dot_product_log.pop()["dot_product"].to(x.device)
+        batch, val_batch = len(x), len(val_x)
+        return dots * (batch + val_batch) ** 2 / (batch * val_batch)  # of the losses' means in place of one over all
+
+
 def sample_gradients(module: nn.Module, name: str, x: Tensor, grads: Tensor) -> Tensor:
     """`[B, *shape]`, every sample's gradient of one parameter."""
     if isinstance(module, nn.Embedding):
@@ -389,3 +438,5 @@ STEPS: dict[str, type[Training]] = {
     "stored": Stored,
     "vmap": Vmap,
 }
+if find_spec("opacus"):
+    STEPS["opacus"] = Opacus

@@ -35,6 +35,8 @@ _COLOURS = {
     "stored": "#5f7367",
     "stored_compiled": "#8aa093",
     "vmap": "#a9b4a2",
+    "opacus": "#8a6f9e",
+    "ghostsuite": "#54457f",
     "loop": "#c9b79c",
     BASE: "#222222",
 }
