@@ -83,7 +83,8 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, numbers: tuple[int | float, ...], **constants: Any) -> None:
-        self._kernel, self._numbers, self._constants = kernel, numbers, constants
+        self._kernel, self._numbers = kernel, numbers
+        self._constants = constants | {"enable_fp_fusion": True}  # Triton 3.9 warns of its default, which is to change
         self._compiled: CompiledKernel | None = None
         self._others: tuple[Any, ...] = ()
 

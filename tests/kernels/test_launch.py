@@ -38,6 +38,7 @@ class Written:
         if kernel is None:
             return self
         def run(x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+            assert kernel.metadata.enable_fp_fusion  # whatever Triton's default is
             seen.append([kernel.hash, x, y, z, *map(shown, arguments)])
         return run
 
@@ -66,6 +67,7 @@ def test_a_remembered_launch_is_tritons_own():
     pytest.importorskip("triton.backends.nvidia")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "kernels")])
+    environment["TRITON_DEFAULT_FP_FUSION"] = "0"
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second, again, second_again = json.loads(done.stdout.splitlines()[-1])
