@@ -503,7 +503,8 @@ def drawing_alike(tap: Tap) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _no_fused_recurrence() -> Iterator[None]:
-    with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+    tf32: Any = None  # as it is: to set it makes torch warn where there is no Intel GPU
+    with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False, allow_tf32=tf32):
         yield
 
 

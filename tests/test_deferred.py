@@ -548,7 +548,7 @@ class AsCuDNN(TorchFunctionMode):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("method", ["first", "path"])
-def test_a_recurrent_layer_draws_the_same_dropout_again(method, checkpointed):
+def test_a_recurrent_layer_draws_the_same_dropout_again(method, checkpointed, recwarn):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -572,6 +572,7 @@ def test_a_recurrent_layer_draws_the_same_dropout_again(method, checkpointed):
         optimizer.step()
     expected = 0.1 * sum((grads[slot.name] * g).sum() for slot, g in zip(tracker.slots, along, strict=True))
     torch.testing.assert_close(step.values.sum(), expected, rtol=1e-4, atol=1e-6)
+    assert not [w for w in recwarn if "TF32" in str(w.message)]
 
 
 def test_a_batch_is_computed_again_in_its_own_mode_and_counts_once():
