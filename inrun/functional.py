@@ -44,6 +44,7 @@ from .probing import (
     by_row,
     ids_by_sample,
     placed,
+    require_like,
     require_probe,
     rows,
     shifted,
@@ -75,8 +76,8 @@ def linear(
         `[B, ..., O]`, in the dtype torch (and autocast) would give.
 
     Raises:
-        ValueError: the leading dimension of `x` is neither the probe's number of samples nor 1; the probe has another
-            number of documents or directions.
+        ValueError: the leading dimension of `x` is neither the probe's number of samples nor 1; a direction of another
+            shape, or of a bias that is not there; the probe has another number of documents or directions.
 
     Example:
         >>> probe = torch.zeros(len(x), requires_grad=True)
@@ -86,12 +87,9 @@ def linear(
     if probe is None or directions is None:
         return F.linear(x, weight, bias)
     require_probe(probe, segments, (directions[0], 2), (directions[1], 1))
-    if directions[0] is not None and directions[0].shape[-2:] != weight.shape:
-        got = tuple(directions[0].shape)
-        raise ValueError(f"directions[0]: expected {tuple(weight.shape)}, as the weight, got {got}")
-    if segments is not None and x.dim() < 3:
-        raise ValueError(f"x: expected [B, T, ..., I] with segments, got {tuple(x.shape)}")
-    (x,) = autocast(placed(x, probe, segments))
+    require_like(directions[0], weight, "weight", "directions[0]")
+    require_like(directions[1], bias, "bias", "directions[1]")
+    (x,) = autocast(placed(x, probe, segments, 1))
     return apply(_Linear, x, weight, bias, *directions, probe, segments)
 
 
@@ -141,8 +139,7 @@ def embedding(
     if probe is None or direction is None:
         return F.embedding(ids, weight, padding_idx)
     require_probe(probe, segments, (direction, 2))
-    if direction.shape[-2:] != weight.shape:
-        raise ValueError(f"direction: expected {tuple(weight.shape)}, as the weight, got {tuple(direction.shape)}")
+    require_like(direction, weight, "weight")
     ids = ids_by_sample(ids, probe.shape[0]) if segments is None else ids
     return apply(_Embedding, ids, weight, direction, probe, segments, padding_idx)
 
@@ -161,9 +158,8 @@ def bias(
     if probe is None or direction is None:
         return x + bias
     require_probe(probe, segments, (direction, bias.dim()))
-    if direction.shape[direction.dim() - bias.dim() :] != bias.shape:
-        raise ValueError(f"direction: expected {tuple(bias.shape)}, as the bias, got {tuple(direction.shape)}")
-    y, lead = placed(x, probe, segments) + bias, direction.shape[: direction.dim() - bias.dim()]
+    require_like(direction, bias, "bias")
+    y, lead = placed(x, probe, segments, bias.dim()) + bias, direction.shape[: direction.dim() - bias.dim()]
     tangents = direction.view(*lead, *[1] * (y.dim() - bias.dim()), *bias.shape).expand(*lead, *y.shape)
     return attach(y, tangents, probe, segments)
 

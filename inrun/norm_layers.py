@@ -18,6 +18,7 @@ from .probing import (
     flat,
     output_dots,
     placed,
+    require_like,
     require_probe,
     rows,
     shifted,
@@ -43,7 +44,9 @@ def layer_norm(
     if probe is None or directions is None or weight is None or weight.shape != shape:
         return F.layer_norm(x, shape, weight, bias, eps)  # of another shape, torch's error
     require_probe(probe, segments, (directions[0], weight.dim()), (directions[1], weight.dim()))
-    x = placed(x, probe, segments)
+    require_like(directions[0], weight, "weight", "directions[0]")
+    require_like(directions[1], bias, "bias", "directions[1]")
+    x = placed(x, probe, segments, weight.dim())
     if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:  # the cast autocast makes
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     return apply(_LayerNorm, x, weight, bias, *directions, probe, segments, eps)
@@ -66,7 +69,8 @@ def rms_norm(
     if probe is None or direction is None or weight is None or list(weight.shape) != shape:
         return F.rms_norm(x, shape, weight, eps)  # of another shape, an error
     require_probe(probe, segments, (direction, weight.dim()))
-    return apply(_RMSNorm, placed(x, probe, segments), weight, direction, probe, segments, eps)
+    require_like(direction, weight, "weight")
+    return apply(_RMSNorm, placed(x, probe, segments, weight.dim()), weight, direction, probe, segments, eps)
 
 
 def affine(
@@ -83,7 +87,9 @@ def affine(
     directions are of one shape (or `[M, *shape]`).
     """
     require_probe(probe, segments, (directions[0], weight.dim()), (directions[1], weight.dim()))
-    return apply(_Affine, placed(normed, probe, segments), weight, bias, *directions, probe, segments)
+    require_like(directions[0], weight, "weight", "directions[0]")
+    require_like(directions[1], bias, "bias", "directions[1]")
+    return apply(_Affine, placed(normed, probe, segments, weight.dim()), weight, bias, *directions, probe, segments)
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -100,9 +100,14 @@ def apply(function: Any, *inputs: Any) -> Tensor:
     return function.apply(*inputs)
 
 
-def placed(x: Tensor, probe: Tensor, segments: Tensor | None) -> Tensor:
-    """`x` with the axis in front that the probe counts; documents say nothing of rows, their `x` has all of them."""
-    return by_sample(x, probe.shape[0]) if segments is None else x
+def placed(x: Tensor, probe: Tensor, segments: Tensor | None, last: int) -> Tensor:
+    """`x` with the axis in front that the probe counts; documents say nothing of rows, their `x` has all of them, and
+    tokens before its `last` dimensions."""
+    if segments is None:
+        return by_sample(x, probe.shape[0])
+    if x.dim() < 2 + last:
+        raise ValueError(f"x: expected [B, T, ..., I] with segments, got {tuple(x.shape)}")
+    return x
 
 
 def require_probe(probe: Tensor, segments: Tensor | None, *directions: tuple[Tensor | None, int]) -> None:
@@ -113,7 +118,9 @@ def require_probe(probe: Tensor, segments: Tensor | None, *directions: tuple[Ten
         directions: each one, and the dimensions of what it is the direction of.
     """
     for direction, dims in directions:
-        if direction is not None and probe.shape[1:] != direction.shape[: max(0, direction.dim() - dims)]:
+        if direction is None:
+            continue
+        if probe.dim() == 0 or probe.shape[1:] != direction.shape[: max(0, direction.dim() - dims)]:
             wanted = f"[B, {len(direction)}], as there are {len(direction)} directions" if direction.dim() > dims else (
                 "[B], as there is one direction")  # fmt: skip
             raise ValueError(f"probe: expected {wanted}; got {tuple(probe.shape)}")
@@ -121,6 +128,17 @@ def require_probe(probe: Tensor, segments: Tensor | None, *directions: tuple[Ten
         raise ValueError(
             f"probe: expected an entry for each of {len(segments) - 1} documents, got {tuple(probe.shape)}"
         )
+
+
+def require_like(direction: Tensor | None, parameter: Tensor | None, of: str, name: str = "direction") -> None:
+    """Raise `ValueError` unless a direction has the shape of its parameter, or `[M, *shape]`: the kernels have both
+    flattened, and would pair what does not belong together."""
+    if direction is None:
+        return
+    if parameter is None:
+        raise ValueError(f"{name}: expected None, as there is no {of}, got {tuple(direction.shape)}")
+    if direction.shape[direction.dim() - parameter.dim() :] != parameter.shape:
+        raise ValueError(f"{name}: expected {tuple(parameter.shape)}, as the {of}, got {tuple(direction.shape)}")
 
 
 def by_row(segments: Tensor | None, x: Tensor, x_rows: Tensor) -> Tensor | None:

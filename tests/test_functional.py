@@ -576,3 +576,44 @@ def test_a_probe_direction_or_shape_of_another_size_is_said_in_the_forward():
     probe = torch.zeros(5, requires_grad=True)
     with pytest.raises(RuntimeError, match="normalized_shape"):
         IF.layer_norm(x, (7,), shape, None, directions=(shape, None), probe=probe)
+
+
+@pytest.mark.parametrize("of", ["weight", "bias"])
+def test_a_direction_of_another_shape_than_its_parameter_is_said_in_the_forward(of):
+    """Of as many elements it would be scored, each against another one's gradient."""
+    x, shape, probe = torch.randn(3, 4, 2, 8), torch.ones(2, 8), torch.zeros(3, requires_grad=True)
+    both = (torch.ones(8, 2), None) if of == "weight" else (shape, torch.ones(8, 2))
+    wrong = rf"directions\[\d\]: expected \(2, 8\), as the {of}, got \(8, 2\)"
+    with pytest.raises(ValueError, match=wrong):
+        IF.layer_norm(x, (2, 8), shape, shape, 1e-5, both, probe)
+    with pytest.raises(ValueError, match=wrong):
+        IF.affine(x, shape, shape, both, probe)
+    with pytest.raises(ValueError, match=r"direction: expected \(2, 8\), as the weight, got \(8, 2\)"):
+        IF.rms_norm(x, (2, 8), shape, None, torch.ones(8, 2), probe)
+    with pytest.raises(ValueError, match=r"directions\[1\]: expected \(5,\), as the bias, got \(1,\)"):
+        IF.linear(x, torch.ones(5, 8), torch.ones(5), (None, torch.ones(1)), probe)
+
+
+def test_a_direction_of_a_bias_that_is_not_there_is_refused():
+    x, w, probe = torch.randn(3, 4, 8), torch.ones(8), torch.zeros(3, requires_grad=True)
+    missing = r"directions\[1\]: expected None, as there is no bias, got \(8,\)"
+    with pytest.raises(ValueError, match=missing):
+        IF.linear(x, torch.ones(8, 8), None, (torch.ones(8, 8), w), probe)
+    with pytest.raises(ValueError, match=missing):
+        IF.layer_norm(x, (8,), w, None, 1e-5, (w, w), probe)
+    with pytest.raises(ValueError, match=missing):
+        IF.affine(x, w, None, (w, w), probe)
+
+
+def test_documents_of_an_input_without_tokens_and_a_probe_without_samples_are_refused():
+    x, w, segments = torch.randn(3, 8), torch.ones(8), torch.tensor([0, 1, 3])
+    probe = torch.zeros(2, requires_grad=True)
+    without = r"expected \[B, T, ..., I\] with segments, got \(3, 8\)"
+    with pytest.raises(ValueError, match=without):
+        IF.layer_norm(x, (8,), w, w, 1e-5, (w, w), probe, segments)
+    with pytest.raises(ValueError, match=without):
+        IF.rms_norm(x, (8,), w, None, w, probe, segments)
+    with pytest.raises(ValueError, match=without):
+        IF.bias(x, w, w, probe, segments)
+    with pytest.raises(ValueError, match=r"probe: expected \[B\], as there is one direction; got \(\)"):
+        IF.linear(x, torch.ones(5, 8), None, (torch.ones(5, 8), None), torch.zeros((), requires_grad=True))

@@ -52,8 +52,9 @@ def ghost_dot(
         segments: int32 or int64 `[S + 1]` offsets into the B*T flattened tokens, from 0 to B*T, never
             decreasing (as `cu_seqlens`): one dot per segment in place of one per row.
         per_token: one dot per token. Excludes `segments`.
-        backend: "triton", "torch", or None: triton for CUDA tensors where it is installed; on a CPU, but for
-            `ghost_dot` and pairs, the kernels in C where they can be built (`native`); else torch.
+        backend: "triton", "torch", or None: triton for CUDA tensors where it is installed; on a CPU the
+            kernels in C where they can be built (`native`), which for `ghost_dot` take bfloat16 alone, and no pairs;
+            else torch.
 
     Returns:
         `[B]`, `[S]` with segments, `[B, T]` with per_token; one more trailing axis M where val_grad has it.
@@ -253,6 +254,7 @@ def explain(
         if segments is not None:
             raise ValueError("segments: expected None for ghost_dot_pairwise, which takes none, received a tensor")
         _check_pairs(acts, grads, val_acts, val_grads, backend)
+        ops.use_triton(backend, acts, grads, val_acts, val_grads)  # what is impossible raises
         return forms.of_pairwise(acts, grads, val_acts, backend)
     raise ValueError(f"product: expected ghost_wgrad_dot or ghost_dot_pairwise, received {product!r}")
 
@@ -322,7 +324,7 @@ def norm_dot(
     Example:
         >>> dots = norm_dot(normed, grads, val_grad)
     """
-    _check_rows(normed, grads, val_grad, segments, per_token, backend)
+    _check_rows(grads, val_grad, segments, per_token, backend, normed)
     dots = ops.call(ops.row_dot, normed, grads, _with_m(val_grad, 2), segments, per_token, backend)
     return dots if val_grad.dim() == 2 else dots.squeeze(-1)
 
@@ -335,7 +337,7 @@ def norm_wgrad_dot(
     Example:
         >>> weight_grad, dots = norm_wgrad_dot(normed, grads, val_grad)
     """
-    _check_rows(normed, grads, val_grad, segments, False, backend)
+    _check_rows(grads, val_grad, segments, False, backend, normed)
     weight_grad, dots = ops.call(ops.row_wgrad_dot, normed, grads, _with_m(val_grad, 2), segments, backend)
     return weight_grad, dots if val_grad.dim() == 2 else dots.squeeze(-1)
 
@@ -362,7 +364,7 @@ def bias_dot(
     Example:
         >>> dots = bias_dot(grads, val_grad)
     """
-    _check_rows(None, grads, val_grad, segments, per_token, backend)
+    _check_rows(grads, val_grad, segments, per_token, backend)
     dots = ops.call(ops.row_dot, None, grads, _with_m(val_grad, 2), segments, per_token, backend)
     return dots if val_grad.dim() == 2 else dots.squeeze(-1)
 
@@ -375,7 +377,7 @@ def bias_wgrad_dot(
     Example:
         >>> bias_grad, dots = bias_wgrad_dot(grads, val_grad)
     """
-    _check_rows(None, grads, val_grad, segments, False, backend)
+    _check_rows(grads, val_grad, segments, False, backend)
     bias_grad, dots = ops.call(ops.row_wgrad_dot, None, grads, _with_m(val_grad, 2), segments, backend)
     return bias_grad, dots if val_grad.dim() == 2 else dots.squeeze(-1)
 
@@ -417,9 +419,9 @@ def _check_pairs(acts, grads, val_acts, val_grads, backend) -> None:
     check_backend(backend)
 
 
-def _check_rows(normed, grads, val_grad, segments, per_token, backend) -> None:
+def _check_rows(grads, val_grad, segments, per_token, backend, *of_norm) -> None:
     check_tokens("grads", grads)
-    if normed is not None:
+    for normed in of_norm:
         check_tokens("normed", normed, grads, "grads")
         check_width("normed", normed, "grads", grads)
     check_direction(val_grad, grads, (grads.shape[2],), _VECTOR)

@@ -84,17 +84,18 @@ def ghost_square(ctx: Any, of_squares: Tensor | None, of_norms: Tensor | None) -
     acts, grads, segments = ctx.saved_tensors
     flat_acts, flat_grads = _widen(acts).flatten(0, 1), _widen(grads).flatten(0, 1)
     if segments is None:
-        samples = zip(_widen(acts).unbind(0), _widen(grads).unbind(0), strict=True)
+        samples = ((a, g, None) for a, g in zip(_widen(acts).unbind(0), _widen(grads).unbind(0), strict=True))
     else:
         token = torch.arange(len(flat_acts), device=acts.device)[:, None]
         inside = ((token >= low) & (token < high) for low, high in neighbours(segments))
-        samples = ((flat_acts * here, flat_grads * here) for here in inside)
+        samples = ((flat_acts.where(here, 0), flat_grads.where(here, 0), here) for here in inside)
     found: list[tuple[Tensor, ...]] = []
-    for s, (a, g) in enumerate(samples):
+    for s, (a, g, here) in enumerate(samples):
         weight = sum(x for x in (of_squares, None if of_norms is None else of_norms[s]) if x is not None)
         along = 2 * (g.T @ a) * weight
-        found.append((g @ along, a @ along.T))
-        if segments is not None and s:
+        of_both = g @ along, a @ along.T
+        found.append(of_both if here is None else tuple(x.where(here, 0) for x in of_both))  # 0 * nan is none
+        if here is not None and s:
             found = [tuple(x + y for x, y in zip(*found, strict=True))]
     both = tuple(torch.cat(x) for x in zip(*found, strict=True)) if found else (flat_acts * 0, flat_grads * 0)
     shaped = tuple(x.view(like.shape) for x, like in zip(both, (acts, grads), strict=True))

@@ -304,6 +304,21 @@ BAD = {
         ValueError,
         "backend: expected None, 'triton' or 'torch', received 'cuda'",
     ),
+    "no normalised input": (
+        lambda: k.norm_dot(None, GRADS, ROW),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "normed: expected a torch.Tensor, received NoneType",
+    ),
+    "no normalised input, of gradients": (
+        lambda: k.norm_wgrad_dot(None, GRADS, ROW),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "normed: expected a torch.Tensor, received NoneType",
+    ),
+    "pairs explained of what triton has not": (
+        lambda: k.explain(k.ghost_dot_pairwise, *[ACTS.double()] * 4, backend="triton"),
+        TypeError,
+        "backend: expected 'torch' for torch.float64 input, received 'triton'",
+    ),
     "too many tokens": (
         lambda: k.bias_dot(torch.zeros(1, 1, 1).expand(2**16, 2**15, 1), ROW[:1]),
         ValueError,

@@ -250,6 +250,17 @@ def test_the_backward_of_squares_compiles(segments):
     torch.testing.assert_close(found, torch.autograd.grad(step(acts, grads), (acts, grads)))
 
 
+def test_a_document_that_is_not_finite_leaves_the_derivatives_of_others():
+    acts, grads = torch.randn(1, 9, 4), torch.randn(1, 9, 3)
+    acts[0, 4, 1] = torch.inf
+    segments = torch.tensor([0, 3, 7, 9])
+    inputs = acts.requires_grad_(), grads.requires_grad_()
+    squares, norms = k.ghost_square(*inputs, segments=segments)
+    for of in (squares, norms):
+        for x in torch.autograd.grad(of.sum(), inputs, retain_graph=True):
+            assert x.isfinite().all(2).tolist() == [[True] * 3 + [False] * 4 + [True] * 2]
+
+
 def test_autocast_does_not_round_the_products():
     acts, grads, matrix = torch.randn(2, 64, 32), torch.randn(2, 64, 16), torch.randn(16, 32)
     outside = k.ghost_wgrad_dot(acts, grads, matrix)
