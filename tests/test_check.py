@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import inrun
 from inrun.affine import recognise
 from inrun.borrowed import borrowers
+from inrun.check import APART, Agenda, efficiency
 
 B, T, WIDTH, VOCAB, LR = 4, 6, 8, 11, 0.1
 
@@ -115,6 +117,30 @@ def test_which_steps_are_checked(check, hooked):
             optimizer.step()
             optimizer.zero_grad()
     assert checked == (([*range(20)] if hooked else [0, 8, 16]) if check else [])
+
+
+def test_three_checks_are_made_and_those_that_cannot_tell_are_soon_made_again():
+    agenda, due = Agenda(), []
+    for certain in ({"a"}, set(), set(), {"b"}):
+        agenda.made_at(100, certain, ["a", "b"])
+        due.append(agenda.due - 100)
+    assert due == [1, 2, 4, math.inf]
+    agenda, due = Agenda(), []
+    for _ in range(3):
+        agenda.made_at(100, {"a", "b"}, ["a", "b"])
+        due.append(agenda.due - 100)
+    assert due == [APART, APART, math.inf]
+
+
+def test_a_sum_in_which_samples_nearly_cancel_tells_nothing():
+    model = nn.Linear(2, 1, bias=False)
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR))
+    (slot,) = tracker.slots
+    for second, certain in ((-0.999, set()), (0.5, {"weight"})):
+        slot.param.grad = torch.tensor([[1.0, second]])
+        dots = [{slot.taps[0]: slot.param.grad[0]}]
+        along = [torch.ones_like(slot.param)]
+        assert efficiency([slot], dots, along, torch.ones(()), 1.0, tracker.ranks) == certain
 
 
 class TiedAutoencoder(nn.Module):

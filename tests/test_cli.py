@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -379,6 +381,7 @@ def test_doctor_passes_where_the_numbers_are_right_and_only_there(capsys, monkey
         main(["doctor"])
     printed = capsys.readouterr().out
     backends = 1 + ("triton" in printed.split("Self-test")[1])
+    assert backends == 1 + (importlib.util.find_spec("triton") is not None)
     total = 3 * (backends + 1)  # grouped products have no Triton kernel
     built = len(native.DTYPES) if native.library() else 0
     total += built
@@ -433,6 +436,26 @@ def test_the_self_test_sees_two_directions_forms_and_groups(monkeypatch):
     assert doctor.worst_error("linear_wgrad_dot", "torch", "float32", "cpu", "prefix") > 0.1
     assert doctor.worst_error("linear_wgrad_dot", "torch", "float32", "cpu", "two") < 1e-5
     assert doctor.worst_error("grouped_mm", "torch", "float32", "cpu") > 0.1
+
+
+@pytest.mark.parametrize("grouping", ["segments", "per_token"])
+def test_the_self_test_sees_what_is_no_number_for_documents_or_tokens_alone(monkeypatch, grouping):
+    right = inrun_kernels.bias_dot
+    monkeypatch.setattr(
+        inrun_kernels, "bias_dot", lambda *a, **kw: right(*a, **kw) * (math.nan if grouping in kw else 1)
+    )
+    assert math.isnan(doctor.worst_error("bias_dot", "torch", "float32", "cpu"))
+
+
+def test_the_self_test_sees_one_backend_and_what_is_too_small_everywhere(monkeypatch):
+    right = inrun_kernels.bias_dot
+
+    def too_small(*args, backend, **options):
+        return right(*args, **options) - int(backend == "triton")
+
+    monkeypatch.setattr(inrun_kernels, "bias_dot", too_small)
+    assert doctor.worst_error("bias_dot", "torch", "float32", "cpu") < 1e-5
+    assert doctor.worst_error("bias_dot", "triton", "float32", "cpu") > 0.01
 
 
 def test_columns_are_as_wide_as_their_widest_cell():

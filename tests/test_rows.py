@@ -734,6 +734,18 @@ def test_parameters_used_past_their_modules_come_with_the_module_that_does(metho
     torch.testing.assert_close(step(model, x, method, through=proposed(error)), want, rtol=1e-5, atol=1e-9)
 
 
+def test_a_module_is_proposed_where_half_of_the_scores_are_wrong_and_none_where_more_are():
+    model, x = made(Bypassing), ids(B, 1)
+    with pytest.raises(inrun.InRunError, match="the scores do not add up") as error:
+        step(model, x, exclude=["token.*", "head.*"])
+    assert proposed(error) == {"inner.low.*": "inner"}
+    model = made(Bypassing)
+    loss_of(model, ids(B, 3)).backward()
+    with pytest.raises(inrun.InRunError, match="gradients were left over from before the step") as error:
+        step(model, x)
+    assert not hasattr(error.value, "__notes__")
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("method", ["first", "path"])
 def test_what_takes_no_gradient_in_a_step_may_be_any_batch(method, checkpointed):

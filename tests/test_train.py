@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,6 +201,48 @@ def test_accumulation_changes_neither_values_nor_weights(config):
 def test_bf16_autocast_trains_and_scores(config):
     found = train(replace(config, bf16=True))
     assert np.isfinite(found["efficiency"]["run_value_sum"]) and len(outcome(config.out)[0]) == 64
+    train(replace(config, out=Path("whole"), steps=1))
+    rounded, whole = (outcome(folder)[1][0]["loss"] for folder in (config.out, Path("whole")))
+    assert rounded != whole and rounded == pytest.approx(whole, rel=0.02)
+
+
+def test_every_so_many_steps_are_validated_in_eval_mode_and_the_others_have_no_loss(config, monkeypatch):
+    config = replace(config, validate_every=3, measure_every=0, model=replace(TINY, dropout=0.5))
+    taken, loss = [], training._Run.validation_loss
+    monkeypatch.setattr(training._Run, "validation_loss", lambda self: (taken.append(self.step), loss(self))[1])
+    train(config)
+    found = {row["step"]: row["validation_loss"] for row in outcome(config.out)[1]}
+    assert taken == [step for step, known in found.items() if known is not None] == [0, 3, 6, 8]
+    _, validation = training.load_samples(config)
+    torch.manual_seed(config.seed)
+    x, y = validation.batch(range(len(validation)))
+    first = F.cross_entropy(GPT(config.model).eval()(x).flatten(0, 1), y.flatten(), ignore_index=data.IGNORE)
+    assert found[0] == pytest.approx(first.item(), rel=1e-5)
+
+
+def test_to_time_the_passes_untracked_changes_nothing(config, monkeypatch):
+    config = replace(config, steps=4, model=replace(TINY, dropout=0.1))
+    for out, due in (("never", False), ("always", True)):
+        monkeypatch.setattr(training.Clock, "due", lambda self, step, due=due: due)
+        train(replace(config, out=Path(out)))
+    assert_same_run(Path("never"), Path("always"))
+
+
+def test_a_second_signal_and_one_after_the_run_act_as_usual():
+    def quiet() -> list[int]:
+        with training._stop_signals() as stop:
+            return stop
+
+    usual = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    assert quiet() == []
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == usual
+    with training._stop_signals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert stop == [signal.SIGTERM]
+    with ThreadPoolExecutor() as pool:  # where signals never arrive, nor may be asked for
+        assert pool.submit(quiet).result() == []
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -257,11 +302,47 @@ def test_kill_in_mid_run_then_resume_is_to_the_bit(config):
     assert_same_run(config.out, Path("whole"))
 
 
+@pytest.mark.parametrize(("validate_every", "steps"), [(1, [3, 6, 8]), (2, [4, 8])])
+def test_a_checkpoint_is_made_at_a_validation_and_stands_on_what_is_on_disk(config, monkeypatch, validate_every, steps):
+    save, saved = runfolder.save_checkpoint, []
+
+    def noted(folder: Path, step: int, state: dict[str, Any]) -> None:
+        shards = pq.read_table(folder / "ledger", columns=["step"])  # to open a Ledger would write what another holds
+        metrics = runfolder.metrics_of(folder / "metrics.jsonl")
+        assert set(shards["step"].to_pylist()) == set(range(step)) <= {row["step"] for _, row in metrics}
+        save(folder, step, state)
+        saved.append(step)
+
+    monkeypatch.setattr(runfolder, "save_checkpoint", noted)
+    train(replace(config, validate_every=validate_every))
+    assert saved == steps
+
+
 def test_resuming_a_finished_run_changes_nothing(config):
     train(config)
     before = outcome(config.out)
     train(replace(config, resume=True))
     assert outcome(config.out) == before
+    main(["train", "--resume", f"--out={config.out}"])
+    assert outcome(config.out) == before
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    for step in (3, 6):
+        runfolder.save_checkpoint(tmp_path, step, {"step": step})
+    before = {path: path.read_bytes() for path in runfolder.checkpoints(tmp_path)}
+    save = torch.save
+
+    def cut(state: dict[str, Any], file: Any) -> None:
+        save(state, file)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", cut)
+    for step in (6, 9):
+        with pytest.raises(OSError, match="No space left"):
+            runfolder.save_checkpoint(tmp_path, step, {"step": step, "more": 1})
+    assert {path: path.read_bytes() for path in runfolder.checkpoints(tmp_path)} == before
 
 
 def test_a_checkpoint_that_was_cut_short_gives_way_to_the_one_before(config, capsys):
@@ -382,6 +463,12 @@ def test_held_out_part_of_a_source_is_the_target(config):
     samples, validation = training.load_samples(held)
     assert len(validation) == 4 and set(validation.sources) == {"left"}
     assert not set(samples.keys()) & set(validation.keys())
+
+
+def test_what_is_validated_on_is_not_trained_on(config):
+    (config.text[0] / "left" / "copied.txt").write_text(config.validation[0].read_text())
+    samples, validation = training.load_samples(config)
+    assert len(samples) and not set(samples.keys()) & set(validation.keys())
 
 
 def test_config_survives_json(config):
