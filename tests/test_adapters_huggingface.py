@@ -6,8 +6,9 @@ import copy
 import functools
 import random
 import types
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from real_models import CASES, VOCAB, Case, decoder, with_one_block
@@ -308,6 +309,44 @@ def test_labels_that_a_collator_has_shifted_are_those_that_weigh(counted, tmp_pa
     torch.testing.assert_close(loss(), trainer.model(**collate(held)).loss, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("drops", [True, False])
+def test_the_collator_sees_of_a_validation_set_what_it_sees_of_training(drops, tmp_path):
+    """Without the ids, and without the columns that the trainer drops."""
+    trainer, _, _ = build(tmp_path, options=None, remove_unused_columns=drops)
+    seen = set()
+    trainer.data_collator = lambda examples: pad([seen.update(e) or e for e in examples])
+    attach(trainer, samples(2))
+    assert seen == {"input_ids"} | (set() if drops else {"extra"})
+    assert "sample_id" in trainer.data_collator(samples(2)) and "sample_id" not in seen
+
+
+SMALL = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+LLAMA, BERT = ({"intermediate_size": 16, **SMALL, **more} for more in ({}, {"is_decoder": True}))
+GPT = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 1, "n_head": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "settings"),
+    [
+        ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", GPT),
+        ("CTRLLMHeadModel", "CTRLConfig", {"dff": 16, **GPT}),
+        ("BertLMHeadModel", "BertConfig", BERT),
+        ("LlavaForConditionalGeneration", "LlavaConfig", {"text_config": {"model_type": "llama", **LLAMA}}),
+        ("BertForMaskedLM", "BertConfig", LLAMA),
+    ],
+)
+def test_models_shift_labels_where_their_losses_do(model, config, settings):
+    if model.startswith("Llava"):
+        sight = {"model_type": "clip_vision_model", "image_size": 4, "patch_size": 2, "intermediate_size": 8}
+        settings = settings | {"vision_config": {**SMALL, **sight}}
+    plain = getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
+    ids = HELD_OUT["input_ids"]
+    labels = torch.cat([torch.full_like(ids[:, :1], -100), ids[:, 1:]], 1)
+    shifts = torch.equal(plain(input_ids=ids, labels=ids).loss, plain(input_ids=ids, labels=labels).loss)
+    trainer = SimpleNamespace(model=plain, accelerator=SimpleNamespace(unwrap_model=lambda model: plain))
+    assert huggingface._shifts_labels(trainer) == shifts == (model != "BertForMaskedLM")
+
+
 class Policy(transformers.GPT2LMHeadModel):
     pass
 
@@ -317,16 +356,35 @@ class Plain(transformers.LlamaForCausalLM):
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
+def as_class(model, kind):
+    model.__class__ = kind
+    return model
+
+
+class Chat(torch.nn.Module):
+    loss_type = "ForCausalLM"
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
 @pytest.mark.parametrize(
-    "kind", [Policy, Plain, None], ids=["a GPT-2", "without **kwargs", "a trainer that counts none"]
+    "kind",
+    [Policy, Plain, Chat, None],
+    ids=["a GPT-2", "without **kwargs", "by its loss", "a trainer that counts none"],
 )
 def test_a_validation_set_is_weighed_by_what_is_predicted_whatever_the_class_is_called(kind, tmp_path):
     """Two short rows in the first batch, a long one in the second, and nothing counted by the trainer."""
 
     def make():
         model = CASES["GPT-2" if kind is Policy else "Llama"].make()
-        model.__class__ = kind or type(model)
-        return model
+        if kind is Chat:
+            return Chat(model)
+        return as_class(model, kind or type(model))
 
     trainer, _, _ = build(tmp_path, case=Case(make), options=None, per_device_eval_batch_size=2)
     trainer.model_accepts_loss_kwargs = kind is Policy
@@ -375,6 +433,7 @@ def test_a_validation_set_is_checkpointed_batch_by_batch_where_training_is(tmp_p
         model, loss = trainer.model, values.options["validation"]["validation"]
         if checkpointing:
             model.gradient_checkpointing_enable()
+            trainer.args.gradient_checkpointing = False  # whoever has turned it on
         saved.append(0)
         with torch.autograd.graph.saved_tensors_hooks(counted, lambda tensor: tensor):
             total = loss()
@@ -384,6 +443,8 @@ def test_a_validation_set_is_checkpointed_batch_by_batch_where_training_is(tmp_p
     for plain, other in zip(*found, strict=True):
         torch.testing.assert_close(other, plain)
     assert saved[1] < 100 < saved[0]
+    model.eval()
+    torch.testing.assert_close(total, model(**pad(samples(5))).loss)
 
 
 def test_a_validation_set_without_labels_to_count_is_weighed_by_rows(tmp_path):
@@ -408,6 +469,45 @@ def test_training_is_untouched(tmp_path):
         trained.append(list(trainer.model.parameters()))
     for a, b in zip(*trained, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_step_is_over_for_the_callbacks_that_hear_of_its_end(tmp_path):
+    """Whichever come first, and before the schedule has moved on."""
+    trainer, values, _ = build(tmp_path, options={"method": "path_secant"}, num_train_epochs=1)
+    trainer.args.learning_rate, trainer.args.lr_scheduler_type = 0.1, "linear"
+    steps, still_open = [], []
+
+    class Notes(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            steps.append(values.loop.last)
+            still_open.append(values.loop.step)
+
+    trainer.callback_handler.callbacks.insert(0, Notes())
+    trainer.train()
+    assert still_open == [None, None] and values.loop is None
+    for step in steps:
+        assert float(step.drop["validation"]) == pytest.approx(float(step.values.sum()), rel=1e-2)
+
+
+def test_a_run_after_one_that_failed_drops_nothing(tmp_path):
+    trainer, values, _ = build(tmp_path)
+    plain = trainer.compute_loss
+
+    def compute_loss(model, inputs, **kwargs):
+        assert trainer.state.global_step < 2, "failed"
+        return plain(model, inputs, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    with pytest.raises(AssertionError, match="failed"):
+        trainer.train()
+    with pytest.raises(InRunError, match="expected an empty one"):
+        trainer.train()
+    assert sorted(by_step(values.ledger)) == [0, 1]
+
+
+def test_a_model_that_takes_nothing_else_is_evaluated_on_samples_with_ids(tmp_path):
+    trainer, _, _ = build(tmp_path, case=Case(lambda: as_class(CASES["Llama"].make(), Plain)))
+    assert "eval_loss" in trainer.evaluate(samples(3))
 
 
 class Killed(transformers.TrainerCallback):
@@ -563,6 +663,20 @@ def test_sft_training_and_its_metrics_are_untouched(tmp_path):
         logs.append([log[name] for log in trainer.state.log_history for name in names if name in log])
     assert len(logs[0]) == 16
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    for a, b in zip(*trained, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sft_of_experts_is_untouched(tmp_path):
+    """With the loss that balances them."""
+    datasets, trained = pytest.importorskip("datasets"), []
+    for attached in (True, False):
+        trainset = datasets.Dataset.from_list(samples()).remove_columns("extra")
+        trainer, _, _ = sft(tmp_path, trainset, attached, case=CASES["Mixtral"], max_length=20, max_steps=1)
+        trainer.train()
+        assert trainer.aux_loss_enabled
+        trained.append(list(trainer.model.parameters()))
     for a, b in zip(*trained, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -766,6 +880,7 @@ def test_a_completion_has_the_value_of_its_row(kind, settings, tmp_path):
     assert len(rollouts["prompt_ids"]) == 6 and not trainer._metrics["eval"] and not trainer._logs["prompt"]
     values = adapter.attach(trainer, lambda: trainer.compute_loss(trainer.model, rollouts))
     trainer.train()
+    assert not trainer._metrics["eval"]
     prompts = {row["sample_id"]: row["prompt"] for row in trainer.train_dataset}
     found = values.ledger.rows().to_pandas()
     assert trainer.state.global_step == (6 if settings.get("num_iterations") else 3) and len(found) == 3 * len(spied)
@@ -831,6 +946,14 @@ def test_held_out_rollouts_measure_a_step(tmp_path):
     assert all(drop == 0 and abs(total) > 1e-5 for drop, total in constant)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_rollouts_are_an_evaluations(tmp_path):
+    adapter, trainer = pytest.importorskip("inrun.adapters.trl"), generating("grpo", tmp_path)
+    trainer.num_generations_eval = 2
+    held = adapter.rollouts(trainer, [{"prompt": f"t{i + 20}"} for i in range(2)])
+    assert len(held["prompt_ids"]) == 4 and not trainer._metrics["train"] and trainer.model.training
+
+
 def of_steps(values, found):
     """A callback that puts the steps of an attached trainer into the list, as they end."""
 
@@ -863,7 +986,7 @@ def test_trainers_of_trl_that_are_not_scored_are_refused(tmp_path):
     orpo = pytest.importorskip("trl.experimental.orpo")
     adapter = pytest.importorskip("inrun.adapters.trl")
     kept = r"inrun.adapters.trl.attach, which takes the SFT, DPO, KTO, reward, GRPO and RLOO trainers; TRL's others are"
-    for kind in (orpo.ORPOTrainer, adapter.KTOTrainer):
+    for kind in (orpo.ORPOTrainer, adapter.KTOTrainer, type("Mine", (adapter.KTOTrainer,), {})):
         trainer = object.__new__(kind)
         with pytest.raises(TypeError, match=f"expected a Trainer that is not TRL's, got {kind.__name__}; take {kept}"):
             attach(trainer, [])
@@ -906,6 +1029,45 @@ def test_sft_refuses_ids_lost_in_packing(tmp_path):
             sft(tmp_path, trainset, packing=True, packing_strategy=strategy, max_length=20)
     with pytest.raises(ValueError, match="expected the columns input_ids, of tokens, and sample_id, got input_ids"):
         adapter.pack(trainset.remove_columns("sample_id"), 20)
+    with pytest.raises(ValueError, match="expected 'bfd' or 'bfd_split', got 'wrapped'"):
+        adapter.pack(trainset, 20, strategy="wrapped")
+    lost = adapter.pack_dataset(trainset.select_columns("input_ids"), 20)
+    with pytest.raises(InRunError, match="which lost it in packing"):
+        sft(tmp_path, lost, packing=True, dataset_kwargs={"skip_prepare_dataset": True}, max_length=20)
+
+
+def test_labels_are_packed_with_their_tokens():
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    rows = [{"labels": [-100, *s["input_ids"][1:]], **s} for s in samples()]
+    packed = adapter.pack(datasets.Dataset.from_list(rows), 20)
+    found = [t for row in packed for t in zip(row["sample_id"], row["input_ids"], row["labels"], strict=True)]
+    expected = [(r["sample_id"], *t) for r in rows for t in zip(r["input_ids"], r["labels"], strict=True)]
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_validation_set_is_formatted_as_the_training_set_is(tmp_path):
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    trainset = datasets.Dataset.from_list(samples()).remove_columns("extra")
+    trainer, _, _ = sft(tmp_path, trainset, attached=False, packing=True, max_length=20)
+    trainer._formatting_func = lambda row: row["said"]
+    held = datasets.Dataset.from_list([{"said": "t5"}, {"said": "t6"}])
+    assert adapter._prepared(trainer, held, "validation")["input_ids"] == [[5, 2], [6, 2]]
+    trainer._skip_prepare_dataset = True
+    assert adapter._prepared(trainer, held, "validation") is held
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_that_has_run_is_refused(tmp_path):
+    """As accelerate has wrapped its model's forward by then, or it holds completions without ids."""
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    ran = sft(tmp_path, datasets.Dataset.from_list(samples()).remove_columns("extra"), attached=False)[0]
+    ran.model._original_forward = ran.model.forward
+    generated = generating("grpo", tmp_path)
+    generated._buffered_inputs = []
+    for trainer in (ran, generated):
+        with pytest.raises(InRunError, match=r"expected a trainer before its first train\(\) or evaluate\(\)"):
+            adapter.attach(trainer, lambda: None)
 
 
 def test_pairs_want_the_validation_set_in_one_batch(tmp_path):
@@ -914,6 +1076,9 @@ def test_pairs_want_the_validation_set_in_one_batch(tmp_path):
         ValueError, match="expected one batch of samples with pairwise, got 2 of per_device_eval_batch_"
     ):
         build(tmp_path, options=options, per_device_eval_batch_size=2)
+    with pytest.raises(ValueError, match="got 2 of"):  # the second without a label
+        unlabelled = [*samples(2), {"input_ids": [3]}]
+        build(tmp_path, options=options | {"validation": unlabelled}, per_device_eval_batch_size=2)
     trainer, values, _ = build(tmp_path, options=options, per_device_eval_batch_size=3, max_steps=1)
     trainer.train()
     assert len(values.ledger) == 6 * 3
@@ -957,6 +1122,9 @@ def test_bad_input_is_one_clear_error(tmp_path):
         build(tmp_path, options={"validation": [1, 2]})
     nameless = [{"input_ids": s["input_ids"]} for s in samples()]
     trainer, _, _ = build(tmp_path, nameless)
+    with pytest.raises(InRunError, match="sample_id: expected in every example"):
+        trainer.train()
+    trainer, _, _ = build(tmp_path, [*samples(1), *nameless[:1]])
     with pytest.raises(InRunError, match="sample_id: expected in every example"):
         trainer.train()
     datasets = pytest.importorskip("datasets")
@@ -1012,6 +1180,20 @@ def test_ids_are_those_of_the_rows_of_tokens():
     """Not of what comes before them in a batch, as the patches of all images do."""
     collate = huggingface.CarryIds(lambda examples: {"pixel_values": torch.zeros(7, 2), **pad(examples)}, "sample_id")
     assert collate(samples(3))["sample_id"] == {"ids": ["s0", "s1", "s2"], "segments": None}
+    collate = huggingface.CarryIds(lambda examples: {"scale": torch.ones(()), "x": torch.zeros(3, 2)}, "sample_id")
+    assert collate(samples(3))["sample_id"] == {"ids": ["s0", "s1", "s2"], "segments": None}
+
+
+@pytest.mark.parametrize("held", [list, torch.tensor, np.array])
+def test_ids_of_tokens_are_runs_of_each_example(held):
+    """As a dataset of any format gives them, also of one example; what is left of the row is padding."""
+    carry = huggingface.CarryIds(lambda examples: {"input_ids": torch.zeros(rows, 6)}, "id")
+    rows, examples = 1, [{"id": held([7, 7, 8])}, {"id": held([8, 9])}]
+    assert carry(examples)["id"] == {"ids": [7, 8, 8, 9], "segments": [0, 2, 3, 4, 6]}
+    assert carry(examples[:1])["id"] == {"ids": [7, 8], "segments": [0, 2, 6]}
+    rows = 3
+    with pytest.raises(InRunError, match=r"one row of documents \(padding_free\); got one id per token in 3 rows"):
+        carry(examples)
 
 
 @pytest.mark.parametrize("in_front", [False, True])
@@ -1038,9 +1220,10 @@ def loss_over_items(outputs, labels, num_items_in_batch):
     return torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
 
 
-def test_a_loss_function_that_divides_by_the_items_has_them_weigh_its_batches(tmp_path):
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_a_loss_function_that_divides_by_the_items_has_them_weigh_its_batches(name, tmp_path):
     """Of a GPT-2 the trainer counts the first tokens too."""
-    trainer, _, _ = build(tmp_path, case=CASES["GPT-2"], options=None, per_device_eval_batch_size=2)
+    trainer, _, _ = build(tmp_path, case=CASES[name], options=None, per_device_eval_batch_size=2)
     trainer.compute_loss_func = loss_over_items
     held = [{"input_ids": row} for row in ([3, 4], [5, 6], [7, 8, 9, 10, 11, 12, 13, 3, 4])]
     loss, batch = attach(trainer, held).options["validation"]["validation"], pad(held)
@@ -1091,3 +1274,13 @@ def test_the_norm_that_a_trainer_clips_to_is_known_to_the_methods_that_ask_for_i
         unsaid = values(clip=None, check=True)
     assert not torch.allclose(unsaid, found, rtol=1e-2)
     assert len(values(exclude=["lm_head.weight"], check=True, keep="device")) == len(found)  # of which it is not known
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_loss_scaler_leaves_the_norm_unsaid(scaled, tmp_path, monkeypatch):
+    _, values, _ = build(tmp_path, options={"method": "path"})
+    monkeypatch.setattr(huggingface, "Loop", lambda *_, **options: options)
+    state = transformers.TrainerState(global_step=2)
+    args = SimpleNamespace(fp16=scaled, max_grad_norm=CLIP)
+    values.on_train_begin(args, state, None, model=None, optimizer=None)
+    assert values.loop["start"] == 2 and values.loop.get("clip") == (None if scaled else CLIP)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
@@ -136,6 +138,21 @@ def test_the_norm_that_lightning_clips_to_is_known_to_the_methods_that_ask_for_i
         fit(tmp_path, net, loader(shuffle=False), callbacks=[values], max_epochs=1, **clipping)
         found.append(values.ledger.rows()["value"].to_pylist())
     assert found[0] == found[1] and len(found[0]) == N
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "scaler", "known"),
+    [("norm", None, 0.05), (None, None, 0.05), ("value", None, None), ("norm", object(), None)],
+)
+def test_a_norm_is_known_where_lightning_clips_to_one_and_scales_no_loss(algorithm, scaler, known, monkeypatch):
+    values = InRun(lambda: None, method="path")
+    monkeypatch.setattr("inrun.adapters.lightning.Loop", lambda *_, **options: options)
+    trainer = SimpleNamespace(
+        global_step=0, optimizers=[], gradient_clip_val=0.05, gradient_clip_algorithm=algorithm,
+        precision_plugin=SimpleNamespace(scaler=scaler),
+    )  # fmt: skip
+    values.on_train_start(trainer, None)
+    assert values.loop.get("clip") == known
 
 
 class Graded(Net):
@@ -311,6 +328,49 @@ def test_a_skipped_batch_has_no_values_and_the_others_have_theirs(skipped, last,
         assert (torch.tensor(list(of_ids.values())) - exact).abs().max() <= 2e-4 * exact.abs().max()
 
 
+@pytest.mark.parametrize("manual", [False, True])
+def test_an_epoch_that_a_module_ends_leaves_no_batch_for_the_next(manual, tmp_path):
+    net = Skipping([], 2)
+    net.automatic_optimization = not manual
+    values = InRun(held_out_loss(net))
+    fit(tmp_path, net, loader(shuffle=False), callbacks=[values])
+    rows = [(r["step"], r["sample_id"]) for r in values.ledger.rows().to_pylist()]
+    assert rows == [(step, f"s{3 * (step % 2) + i}") for step in range(4) for i in range(3)]
+    assert values.loop is None
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step")
+def test_a_fit_after_one_that_failed_begins_anew(tmp_path):
+    """In a step that has lost a batch; and in a validation loop within one."""
+
+    class Failing(Skipping):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == self.fails:
+                raise RuntimeError("failed")
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            assert not self.fails, "failed"
+
+    net = Failing([])
+    values, fresh = InRun(held_out_loss(net)), InRun(held_out_loss(net))
+    classes, weights = [type(m) for m in net.modules()], copy.deepcopy(net.state_dict())
+
+    def train(callback, skipped=(), fails=None, interval=None):
+        net.load_state_dict(weights)
+        net.skipped, net.fails, callback.ledger = skipped, fails, inrun.Ledger()
+        settings = {"accumulate_grad_batches": 4, "max_epochs": 1, "num_sanity_val_steps": 0}
+        fit(tmp_path, net, loader(shuffle=False), callbacks=[callback], val_check_interval=interval, **settings)
+        return callback.ledger.rows().to_pylist()
+
+    for failing in ({"skipped": [1], "fails": 2}, {"fails": "in validation", "interval": 1}):
+        with pytest.raises((RuntimeError, AssertionError), match="failed"):
+            train(values, **failing)
+        assert values.loop is None and [type(m) for m in net.modules()] == classes and not len(values.ledger)
+    expected = train(fresh)
+    assert train(values) == expected and len(expected) == N
+
+
 class Cut(Skipping):
     """Its first epoch ends after a batch and one without a loss."""
 
@@ -362,6 +422,15 @@ def test_a_folder_is_the_ledger_of_the_rank_that_a_process_has_when_training_beg
     assert made[0].ledger.rank == 1 and [p.name[:9] for p in (tmp_path / "ledger").iterdir()] == ["rank00001"]
     with pytest.raises(InRunError, match=r"expected Ledger\(path, rank=1\), the number of this process, got rank=0"):
         fit(tmp_path, net, callbacks=made[1:])
+
+
+def test_ids_are_a_key_of_any_mapping(tmp_path):
+    net, train = Net(), loader(shuffle=False)
+    collate = train.collate_fn
+    train = torch.utils.data.DataLoader(train.dataset, BATCH, collate_fn=lambda rows: UserDict(collate(rows)))
+    values = InRun(held_out_loss(net))
+    fit(tmp_path, net, train, callbacks=[values], max_epochs=1)
+    assert [r["sample_id"] for r in values.ledger.rows().to_pylist()] == [f"s{i}" for i in range(N)]
 
 
 def test_a_batch_without_ids_is_refused(tmp_path):

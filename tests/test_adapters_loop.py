@@ -204,6 +204,14 @@ def test_figures_of_tokens_and_of_several_targets():
     figures = Figures(["x"], 1, None)
     figures.add(SimpleNamespace(ids=["a", "b"], per_token=True, values=torch.tensor([[1.0, -2.0], [3.0, 4.0]])))
     assert figures.due({}, {}) == {"inrun/seconds": 0, "inrun/value": 3.0, "inrun/negative": 0.5}
+    figures = Figures(["x"], 2, None)
+    for found in ([1.0], [2.0], None):  # the last waits, and then there are more than are due
+        step = Step()
+        step.found = found
+        figures.add(step)
+    assert figures.due({}, {}) == {}
+    step.found = [6.0]
+    assert figures.due({}, {}) == {"inrun/seconds": 0, "inrun/value": 3.0, "inrun/negative": 0.0}
 
 
 def test_the_validation_loss_is_taken_in_eval_mode_and_a_failed_batch_leaves_no_step():
@@ -244,6 +252,26 @@ def test_a_forgotten_last_is_named():
                 if k % 2:
                     optimizer.step()
                     optimizer.zero_grad()
+
+
+def test_an_error_after_a_whole_step_says_nothing_of_last():
+    model, optimizer, held_out = made()
+    loop = Loop(model, optimizer, held_out)
+    with loop.batch(["a", "b"]):
+        F.cross_entropy(model(X[:2]), Y[:2]).backward()
+        optimizer.step()
+    with pytest.raises(InRunError) as raised, loop.batch(["c", "d"]):
+        raise InRunError
+    assert not hasattr(raised.value, "__notes__")
+
+
+def test_a_loop_is_closed_in_the_middle_of_a_step():
+    model, optimizer, held_out = made()
+    classes = [type(m) for m in model.modules()]
+    loop = Loop(model, optimizer, held_out)
+    loop.announce(["a", "b"])
+    loop.close()
+    assert loop.step is None and [type(m) for m in model.modules()] == classes and not len(loop.ledger)
 
 
 def test_a_run_that_starts_late(tmp_path):
