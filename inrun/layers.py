@@ -496,8 +496,9 @@ def require_whole_rows(module: Any, layout: Layout) -> None:
 
 
 def direction_names(module: Any) -> list[str]:
-    """Directions among a module's parameters."""
-    return [n for n in module._parameters if n.endswith(SUFFIX) and n.removesuffix(SUFFIX) in module._parameters]
+    """Directions among a tracked module's parameters."""
+    ours = (local + SUFFIX for owner, local in module._inrun.owned if owner is module)
+    return [name for name in ours if name in module._parameters]
 
 
 def affine_dots(normed, grad, last: int, direction: Tensor | None, bias_direction: Tensor | None, segments) -> Tensor:

@@ -89,6 +89,11 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
     for owner, local, full in (one for found in owned.values() for one in found):
         if (param := getattr(owner, local)).is_complex():
             raise InRunError(f"{full}: expected a parameter of real numbers, got {param.dtype}; exclude it")
+        if local + SUFFIX in {**owner._parameters, **owner._buffers}:
+            raise InRunError(
+                f"{full}: expected the name {local + SUFFIX!r} beside it free for its direction, got a parameter or "
+                "buffer that has it; rename that, or exclude this one"
+            )
     via = _via(modules, owned, list(names.values()), through or {})
     tokens_first = {m for block in modules.values() for m in _given_tokens_first(block)}
     flat: set[nn.Module] = set()

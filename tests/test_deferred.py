@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from models import B, Bypass, Counting, data, gradient, loss_of, make, oracle_values, sample_gradients
+from models import WIDTH, B, Bypass, Counting, data, gradient, loss_of, make, oracle_values, sample_gradients
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
@@ -1650,3 +1650,43 @@ def test_weights_that_the_block_moves_after_the_update_count_as_the_steps():
     after = F.cross_entropy(model(held), y).item()
     assert abs(after - updated) > 1e-3
     assert step.drop["validation"].item() == pytest.approx(before - after, rel=1e-9)
+
+
+class Turned(nn.Module):
+    """A loose matrix of the given name, and another."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.a, self.name = nn.Parameter(torch.randn(WIDTH, WIDTH) / 3), name
+        self.register_parameter(name, nn.Parameter(torch.randn(WIDTH, WIDTH) / 3))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.a) @ getattr(self, self.name)
+
+
+@pytest.mark.parametrize("method", ["secant", "path"])
+def test_a_parameter_may_be_called_a_direction(method):
+    found = []
+    for name in ("b", "b_direction"):
+        torch.manual_seed(0)
+        model, x, y = Turned(name).double(), *torch.randn(2, 7, WIDTH, dtype=torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        tracker = inrun.track(model, optimizer, method, validation=lambda m=model, y=y: m(y).square().mean())
+        with tracker.step(range(7)) as step:
+            model(x).square().mean().backward()
+            optimizer.step()
+        found.append(step.values)
+    assert found[0].abs().min() > 0 and torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["trained", "frozen", "excluded"])
+def test_a_name_that_a_direction_needs_is_to_be_free(kind):
+    model = Turned("a_direction")
+    model.a_direction.requires_grad_(kind != "frozen")
+    expected, exclude = model.state_dict(), ["a_direction"] if kind == "excluded" else []
+    with pytest.raises(inrun.InRunError, match=r"a: expected the name 'a_direction' beside it free"):
+        inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1), exclude=exclude)
+    assert model.state_dict().keys() == expected.keys()
+    if kind != "frozen":  # else nothing is left
+        inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1), exclude=["a"]).close()
+    assert model.state_dict().keys() == expected.keys()
