@@ -118,6 +118,7 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
     taps = {path: tap for path, tap in taps.items() if path not in via} | wholes
     taps |= {path: Tap(path, modules[path], RelativeBiasRule) for path in tables.values()}
     for path, tap in taps.items():
+        tap.forward_mode = tap.rule is ForwardModeRule
         tap.flat = tap.routed = tap.module in flat
         tap.tokens_first = tap.module in tokens_first
         tap.by_row = _takes_one_sample(tap)
@@ -184,8 +185,7 @@ def install(tap: Tap, directions: dict[str, nn.Parameter]) -> None:
         owner._siblings[local + SUFFIX] = directions[full]  # pyright: ignore
     if not isinstance(tap.module, tap.rule):
         _adopt(tap.module, tap.rule, tap, None)
-    if issubclass(tap.rule, ForwardModeRule):
-        tap.forward_mode = True
+    if tap.forward_mode:
         tap.norms = any(isinstance(m, _NORMS) for m in tap.module.modules())
         configs = {
             id(config): config for m in tap.module.modules() if (config := getattr(m, "config", None)) is not None

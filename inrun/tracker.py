@@ -718,7 +718,7 @@ def _require_one_by_one(plan: rules.Plan, what: str) -> None:
 
 def _require_rules(plan: rules.Plan) -> None:
     """Raise `InRunError` unless the validation rows of a batch can be kept from every trainable parameter."""
-    others = [full for tap in plan.taps if issubclass(tap.rule, rules.ForwardModeRule) for full in tap.parameters]
+    others = [full for tap in plan.taps if tap.forward_mode for full in tap.parameters]
     if others or plan.excluded:
         raise InRunError(
             "validation='batch': expected every trainable parameter in a layer with a rule of its own, so that the "
