@@ -168,7 +168,7 @@ class Keeper:
             tap.keep = tap.layout = None
 
     def skip_batch(self, layout: Layout) -> None:
-        """Count a batch that is not kept, since it will be computed again."""
+        """Count a batch whose layers are not kept from here: it will be computed again, or `held` as another's rows."""
         self.layouts.append(layout)
         self.pause()
 

@@ -74,8 +74,7 @@ class Pairs:
         if target in self.start:
             raise InRunError("batch: expected one in a step, with validation='batch'; got a second one")
         keeper = Keeper(self.tracker.taps, self.budget, weights_move=True)
-        keeper.begin_batch(Layout(len(self.tracker.samples[target])))
-        keeper.pause()
+        keeper.skip_batch(Layout(len(self.tracker.samples[target])))
         self.start[target] = (keeper, scale)
         return keeper
 
