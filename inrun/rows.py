@@ -255,35 +255,32 @@ class Rows:
             self._verify_tokens(self._call)
 
     def _verify_samples(self) -> None:
-        call = self._call
+        call, told = self._call, False
         ours = [one for one in self._taken if call is not None and one.of == id(call.kwargs)]
-        modules, more = {one.module for one in ours}, {}
-        which = "all"  # of the inputs' samples, in the run with one more
-        if self._all_can(call is not None and bool(ours)) and call is not None:
+        if self._all_can(bool(ours)) and call is not None:
+            modules, alone = {one.module for one in ours}, self._ranks.size == 1
             more, which = self._of_one_more(modules, call)
-        wrong = _with_as_many_rows(ours, more)  # name -> what it is
-        raised = call.of_numbers_raised() if wrong and call is not None and self._ranks.size == 1 else None
-        if raised is not None and (again := self._of_one_more(modules, raised)[0]):
-            still = _with_as_many_rows(ours, again)
-            wrong = {name: what for name, what in wrong.items() if name in still}
-        elsewhere = []
-        if call is not None and more and not wrong and self._ranks.size == 1:
-            elsewhere = self._in_another_order(ours, call, more, which)
-        if elsewhere:
-            raise InRunError(
-                f"{few(elsewhere)}: expected the samples at dimension 0, in the order of the model's input; got rows "
-                "that did not move on when those samples did, as of a batch that the model sorts: other samples would "
-                f"have their values. {_INSTEAD}"
-            )
-        if wrong and call is not None:
-            error = InRunError(
-                f"{few(sorted(wrong.values()))}: expected the samples at dimension 0; got {call.rows} rows, as many as "
-                f"there are samples, and as many still when the model's input had one sample more. {_INSTEAD}"
-            )
-            error.suspected = wrong
-            raise error
+            wrong = _with_as_many_rows(ours, more)  # name -> what it is
+            raised = call.of_numbers_raised() if wrong and alone else None
+            if raised is not None and (again := self._of_one_more(modules, raised)[0]):
+                still = _with_as_many_rows(ours, again)
+                wrong = {name: what for name, what in wrong.items() if name in still}
+            if wrong:
+                error = InRunError(
+                    f"{few(sorted(wrong.values()))}: expected the samples at dimension 0; got {call.rows} rows, as "
+                    "many as there are samples, and as many still when the model's input had one sample more. "
+                    f"{_INSTEAD}"
+                )
+                error.suspected = wrong
+                raise error
+            if more and alone and (elsewhere := self._in_another_order(ours, call, more, which)):
+                raise InRunError(
+                    f"{few(elsewhere)}: expected the samples at dimension 0, in the order of the model's input; got "
+                    "rows that did not move on when those samples did, as of a batch that the model sorts: other "
+                    f"samples would have their values. {_INSTEAD}"
+                )
+            told = bool(more) and self._is_whole(call)  # what a module of it is given may be [T, B]
         squares = sorted({f"{one.module._inrun} {one.shape}" for one in self._taken if one.is_square()})
-        told = bool(more) and call is not None and self._is_whole(call)  # what a module of it is given may be [T, B]
         if squares and not told:
             warnings.warn(
                 f"{few(squares)}: dimension 0 is taken for the samples, and dimension 1 has as many rows. Were those "
@@ -318,14 +315,14 @@ class Rows:
         pairs = zip(call.leaves(), moved.leaves(), strict=True)
         if not self._asked or all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor)):
             return  # samples that are all alike tell nothing: the next step is asked
-        runs, why = [], None
+        why, runs = None, ({}, {})
         try:
             runs = [self._marks(each, self._asked) for each in (call, moved)]
         except Exception as error:  # of a model that does not run like this
-            runs, why = [], error
+            why = error
         failed = {}
         for layer, shape in self._asked.items():
-            before, after = ([marks[None] for marks in run.get(layer, [])] for run in runs) if runs else ([], [])
+            before, after = ([marks[None] for marks in run.get(layer, [])] for run in runs)
             alike = len(before) == len(after) and all(
                 _moved_on(x, y, call.rows) for x, y in zip(before, after, strict=True)
             )
