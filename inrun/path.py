@@ -124,7 +124,7 @@ class Path:
         alone = [(i, slot) for i, slot in moving if i not in coupled]
         turning = turns([] if linear else [slot for _, slot in alone], unscale, self.update, tracker.ranks)
         if moving and (turning or clipped is not None):
-            self._write_beside(moving, {i for i, _ in alone}, factor, unscale, clipped, turning, batches)
+            self._write_beside(moving, factor, unscale, clipped, turning, batches)
         if clipped is not None:
             self._log = math.log(1 / clipped[0])
             for part in chunks([(i, slot) for i, slot in alone if i not in self.left]):
@@ -194,7 +194,6 @@ class Path:
     def _write_beside(
         self,
         moving: Sequence[tuple[int, Any]],
-        alone: set[int],
         factor: Tensor,
         unscale: Any,
         clipped: tuple[float, float] | None,
@@ -205,7 +204,7 @@ class Path:
         numbers, slots = zip(*moving, strict=True)
         ranks = self.tracker.ranks
         of = squares(batches, slots, ranks)
-        only = {k for k, i in enumerate(numbers) if i in alone}
+        only = {k for k, i in enumerate(numbers) if i not in self._coupled}
         self._beside = Beside(factor, of.of_samples, 0.0 if clipped is None else clipped[1])
         for k, slope, by_clipping in slopes(of, slots, only, unscale, factor, clipped, turning, self.update, ranks):
             i, slot = numbers[k], slots[k]
