@@ -78,8 +78,7 @@ class AffineRule(Rule):
         affine: Affine = self._inrun.form
         normed = affine.normed(self, x)
         weight, bias = affine.factor(self._parameters[affine.weight]), self._parameters.get(affine.bias)
-        directions = self._directions(normed)
-        y = functional.affine(normed, weight, bias, directions, probe, segments)
+        y = functional.affine(normed, weight, bias, self.directions(normed.dtype), probe, segments)
         y = y.movedim(-1, affine.axis)
         y = y.to(x.dtype) if affine.wide else y
         if not torch.compiler.is_compiling() and self._inrun.rows.compared and affine.axis == -1:
@@ -95,7 +94,7 @@ class AffineRule(Rule):
 
     def dots(self: Any, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
         normed, grad = self._rescaled(x, grad)
-        direction, bias_direction = self._directions(normed)
+        direction, bias_direction = self.directions(normed.dtype)
         return affine_dots(normed, grad, 1, direction, bias_direction, segments)
 
     def gradient_factors(self: Any, x: Tensor, grad: Tensor) -> dict[str, Factors]:
@@ -109,10 +108,9 @@ class AffineRule(Rule):
             normed = affine.normed(self, x)
         return normed, grad.movedim(affine.axis, -1).to(normed.dtype)
 
-    def _directions(self: Any, normed: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def directions(self: Any, dtype: torch.dtype | None = None) -> tuple[Tensor | None, Tensor | None]:
         affine: Affine = self._inrun.form
-        weight, bias = (along(self, name, normed.dtype) if name else None for name in (affine.weight, affine.bias))
-        return weight, bias
+        return along(self, affine.weight, dtype), along(self, affine.bias, dtype) if affine.bias else None
 
 
 def recognise(module: nn.Module) -> Affine | None:

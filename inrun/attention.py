@@ -56,7 +56,7 @@ class _Projection(Part, LinearRule):
         self.names, self.third = names, third
 
     def scored(self, x):
-        return self.plain(x) if all(d is None for d in self.directions(x.dtype)) else super().scored(x)
+        return self.plain(x) if all(d is None for d in self.directions()) else super().scored(x)
 
     def plain(self, x):
         return F.linear(*self.operands(x))
@@ -67,7 +67,7 @@ class _Projection(Part, LinearRule):
     def operands(self, x):
         return x, *self._cut(self._parameters[name] for name in self.names)
 
-    def directions(self, dtype):
+    def directions(self, dtype=None):
         return self._cut(along(self, name) for name in self.names)
 
     def _cut(self, pair: Iterable[Any]) -> tuple[Any, Any]:

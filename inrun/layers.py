@@ -176,6 +176,10 @@ class Rule(Holder):
         """How many of the input's last dimensions are no position."""
         return 1
 
+    def directions(self, dtype: torch.dtype | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """The weight's and the bias's, in their own dtype, or in this one if it is wider."""
+        return along(self, "weight", dtype), along(self, "bias", dtype)
+
     def probed(self, x: Tensor, probe: Tensor, segments: Tensor | None) -> Tensor:
         """The layer's output, with the dots as the probe's gradient."""
         raise NotImplementedError
@@ -213,8 +217,8 @@ class LinearRule(Rule):
         """What is multiplied: the input, the weight and the bias."""
         return x, self.weight, self.bias
 
-    def directions(self, dtype):
-        """The two's, in their own dtype; `dtype` is for rules that have to widen them."""
+    def directions(self, dtype=None):
+        """In their own dtype: products widen them."""
         return along(self, "weight"), along(self, "bias")
 
     def probed(self, x, probe, segments):
@@ -328,10 +332,6 @@ class LayerNormRule(Rule):
     def feature_dims(self):
         return len(self.normalized_shape)
 
-    def directions(self, dtype):
-        """The two's, in this dtype if that is wider."""
-        return along(self, "weight", dtype), along(self, "bias", dtype)
-
     def probed(self, x, probe, segments):
         both = self.directions(x.dtype)
         return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, both, probe, segments)
@@ -365,13 +365,10 @@ class ConvRule(Rule):
         return super().placed(x, layout)
 
     def probed(self, x, probe, segments):
-        return convolution(x, self.weight, self.bias, self._directions(), probe, self._geometry())
+        return convolution(x, self.weight, self.bias, self.directions(), probe, self._geometry())
 
     def dots(self, x, grad, segments):
-        return convolution_dots(x.to(grad.dtype), grad, self._directions(), self._geometry())
-
-    def _directions(self):
-        return along(self, "weight"), along(self, "bias")
+        return convolution_dots(x.to(grad.dtype), grad, self.directions(), self._geometry())
 
     def _geometry(self: Any) -> Geometry:
         return Geometry(self.stride, self.padding, self.dilation, self.groups)

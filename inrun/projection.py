@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .affine import run_with
-from .layers import LinearRule
+from .layers import LinearRule, Rule
 from .restoring import replaced, tried
-from .tap import along
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ class ProjectionRule(LinearRule):
     def operands(self: Any, x):
         return self._inrun.form.factors(self, x)
 
-    def directions(self: Any, dtype):
-        return along(self, "weight", dtype), along(self, "bias", dtype)
+    directions = Rule.directions  # whose dtype the module may have widened
 
 
 def recognise(module: nn.Module) -> Projection | None:
