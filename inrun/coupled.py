@@ -12,7 +12,7 @@ parameter add up to -<u(g_B) - u(0), G>, whatever the number of nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,18 +36,18 @@ class Coupled:
     def __init__(self, rule: UpdateRule | str | None) -> None:
         self._rule = rule
         self._is: dict[str, bool] = {}  # name of a parameter -> whether its update is of this kind
-        self._held: dict[int, tuple[Callable[[Tensor], Tensor], Tensor, Tensor]] = {}
-        self._copies: list[Tensor] = []  # what the functions hold
+        self.release()
 
     def __contains__(self, i: int) -> bool:
         return i in self._held
 
     def release(self) -> None:
-        self._held, self._copies = {}, []
+        # Number of a slot -> its update; its gradient, what moves it, and what the update's function holds.
+        self._held: dict[int, tuple[Callable[[Tensor], Tensor], list[Tensor]]] = {}
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [*self._copies, *(tensor for _, *held in self._held.values() for tensor in held)]
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is held."""
+        yield from (tensor for _, held in self._held.values() for tensor in held)
 
     def among(self, moving: Sequence[tuple[int, Any]], unscale: Any) -> list[tuple[int, Any]]:
         """Those of these numbered parameters whose update is of this kind.
@@ -128,12 +128,11 @@ class Coupled:
             grad: float64; moved: u(grad) - u(0), of the same shape.
         """
         update, copies, dtype = self._function(slot)
-        self._copies += copies
-        self._held[i] = update, grad.to(dtype), moved.to(dtype)
+        self._held[i] = update, [grad.to(dtype), moved.to(dtype), *copies]
 
     def slope(self, i: int, validation: Tensor, at: float = 1.0) -> Tensor:
         """-J(at * g_B)^T G, of the parameter's shape."""
-        update, grad, _ = self._held[i]
+        update, (grad, *_) = self._held[i]
         with torch.enable_grad():
             leaf = (at * grad).requires_grad_()
             (product,) = torch.autograd.grad(update(leaf), leaf, -validation.to(leaf.dtype))
@@ -141,7 +140,7 @@ class Coupled:
 
     def direction(self, i: int, validation: Tensor) -> Tensor:
         """D, of the parameter's shape."""
-        _, grad, moved = self._held[i]
+        _, (grad, moved, *_) = self._held[i]
         total = torch.zeros_like(grad)
         for x, weight in zip(*np.polynomial.legendre.leggauss(NODES), strict=True):
             total.add_(self.slope(i, validation, (x + 1) / 2), alpha=weight / 2)

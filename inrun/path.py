@@ -67,7 +67,7 @@ class Path:
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is held."""
-        yield from self._coupled.tensors
+        yield from self._coupled.tensors()
         yield from (*self._slopes.values(), *self._units.values())
         if self._beside is not None:
             yield from self._beside.tensors()
