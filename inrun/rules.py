@@ -187,10 +187,8 @@ def install(tap: Tap, directions: dict[str, nn.Parameter]) -> None:
         _adopt(tap.module, tap.rule, tap, None)
     if tap.forward_mode:
         tap.norms = any(isinstance(m, _NORMS) for m in tap.module.modules())
-        configs = {
-            id(config): config for m in tap.module.modules() if (config := getattr(m, "config", None)) is not None
-        }
-        tap.configs = [config for config in configs.values() if hasattr(config, "_experts_implementation")]
+        configs = (getattr(m, "config", None) for m in tap.module.modules())
+        tap.configs = list({id(c): c for c in configs if hasattr(c, "_experts_implementation")}.values())
     tap.names = tuple(name for name in tap.module.__dict__ if name != "_siblings")
 
 
