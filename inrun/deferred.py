@@ -67,7 +67,7 @@ METHODS = ("second", "secant", "path", "path_secant", "path_simpson")
 TWO_ENDS = ("secant", "path_secant", "path_simpson")
 PAIRWISE = ("first", "secant", "path", "path_secant")
 
-Part = tuple[float | dict[str, Tensor], dict[str, Gradients]]  # of each target, a gradient, and its weight in G
+Weighted = tuple[float | dict[str, Tensor], dict[str, Gradients]]  # of each target, a gradient, and its weight in G
 
 
 class _Again(NamedTuple):
@@ -133,7 +133,7 @@ class Deferred(Method):
         self._again: list[_Again | None] = []  # of each batch, if it is computed again
         self._weights: list[tuple[Tensor, Tensor]] = []  # each, and what they were, if its loss will be computed again
         self._start: dict[str, Gradients] = {}
-        self._parts: list[Part] = []
+        self._parts: list[Weighted] = []
         self._bounds: dict[int, Any] = {}  # slot -> what Adam's direction is at most
         self._rest: dict[int, Tensor] = {}  # slot -> u(g_B) - u(0), where both ends' losses will be known
         self._along: list[dict[str, Gradients]] = []  # of true ends, at w + u(0) and for Simpson in the middle
@@ -437,7 +437,7 @@ class Deferred(Method):
             means = (_mean([(0.5, self._start[name][i]), (0.5, end[name][i])]) for name in targets)
             _shorten([k], (k * g for g in means if g is not None), len(targets), bound)
 
-    def _mean_values(self, start: dict[str, Gradients], end: dict[str, Gradients]) -> list[Part]:
+    def _mean_values(self, start: dict[str, Gradients], end: dict[str, Gradients]) -> list[Weighted]:
         """The gradients at both ends, and where the loss bends in the middle, with the weights that give the measured
         drop.
 

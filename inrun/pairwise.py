@@ -55,7 +55,7 @@ class Pairs:
         self.kept: dict[str, tuple[Keeper, Any]] = {}  # target -> its samples' layers, what its loss was scaled by
         self.start: dict[str, tuple[Keeper, Any]] = {}  # those a step began with
         self.scalars: dict[int, Any] = {}  # id of a slot -> K, where that is a number
-        tracker.validations.watch = self.keep
+        tracker.validations.around = self.keep
 
     @contextlib.contextmanager
     def keep(self, target: str, scale: Any) -> Iterator[None]:

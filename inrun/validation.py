@@ -53,7 +53,8 @@ class Validation:
         self.norms: dict[str, Tensor] = {}  # of the last gradients, over the tracked parameters
         self.last_losses: dict[str, Tensor] = {}
         self.excluded_share: float | None = None
-        self.watch: Callable[[str, Any], AbstractContextManager] = lambda name, scale: nullcontext()
+        # What a block of a target, and of a loss so scaled, runs in.
+        self.around: Callable[[str, Any], AbstractContextManager] = lambda name, scale: nullcontext()
         self.seconds = 0.0
 
     @contextmanager
@@ -63,7 +64,7 @@ class Validation:
         if name is None or name not in self.targets:
             raise ValueError(f"target: expected one of {', '.join(self.targets)}, got {target!r}")
         require_scale(scale)
-        with self.watch(name, scale), self._gradients() as found:
+        with self.around(name, scale), self._gradients() as found:
             yield
         self.gradients[name] = self._checked(name, found, scale)
         self.age[name] = 0
