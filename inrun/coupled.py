@@ -59,12 +59,10 @@ class Coupled:
             InRunError: an update that was said to be elementwise is not, and no function of it is known.
         """
         for part in chunks([(i, slot) for i, slot in moving if slot.name not in self._is]):
-            slots = [slot for _, slot in part]
-            known = [self._known(slot) for slot in slots]
-            unknown = [slot for slot, kind in zip(slots, known, strict=True) if kind is None]
-            self._is.update({slot.name: kind for slot, kind in zip(slots, known, strict=True) if kind is not None})
-            tried = zip(unknown, self._tried(unknown, unscale), strict=True)
-            self._is.update({slot.name: kind for slot, kind in tried if kind is not None})
+            kinds = {slot.name: self._known(slot) for _, slot in part}
+            unknown = [slot for _, slot in part if kinds[slot.name] is None]
+            kinds.update(zip((slot.name for slot in unknown), self._tried(unknown, unscale), strict=True))
+            self._is.update({name: kind for name, kind in kinds.items() if kind is not None})
         return [(i, slot) for i, slot in moving if self._is.get(slot.name)]
 
     def _known(self, slot: Any) -> bool | None:
