@@ -75,7 +75,9 @@ class Inline(Method):
         shape = (layout.count, *tracker.tail)
         probes: dict[Any, Tensor] = {}
         by_tap: dict[Tap, Tensor] = {}
-        layouts = {device: layout.on(device) for device in {slot.param.device for slot in tracker.slots}}
+        layouts: dict[torch.device, Layout] = {}  # none where values belong to rows
+        if layout.segments is not None:
+            layouts = {device: layout.on(device) for device in {slot.param.device for slot in tracker.slots}}
         for slot in tracker.slots:
             for tap in slot.taps:
                 key = tap if tracker.check_due else slot.param.device
@@ -84,8 +86,7 @@ class Inline(Method):
                     probes[key] = torch.zeros(shape, dtype=dtype, device=slot.param.device, requires_grad=True)
                 by_tap[tap] = probes[key]
         for tap, probe in by_tap.items():
-            tap.probe, tap.behind = probe, self._behind
-            tap.layout = None if layout.segments is None else layouts[probe.device]
+            tap.probe, tap.behind, tap.layout = probe, self._behind, layouts.get(probe.device)
         self.probes.append(probes)
 
     def before_update(self, factor: Tensor, unscale: Any) -> Tensor:
