@@ -386,7 +386,8 @@ class Opacus(Training):
         loss_of(self.called, x, y).backward()
         params: dict[str, Any] = dict(self.model.named_parameters())  # with what Opacus keeps on them
         dots = torch.stack([p.grad_sample.flatten(1) @ self.directions[n].flatten() for n, p in params.items()]).sum(0)
-        self.called.del_grad_sample()
+        for p in params.values():
+            p.grad_sample = None
         self.optimizer.step()
         return dots / len(x)
 
