@@ -111,14 +111,16 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
             steps[name] = made(name, make, directions)
     gradients, dots, along_sequence = _reference(model, [directions, _gradients(model, val_x[:1], val_y[:1])], x, y)
 
+    errors: dict[str, float | None] = {}  # of the dots, relative
+
     def require_right(name: str, step: Training) -> None:
         if step is not ours:
             step.prepare()
         found = values if step is ours else step(x, y)
         if name == GHOST:  # it rounds what it multiplies to bfloat16
-            require_close(f"{name}, dots", found, along_sequence, RTOL[torch.bfloat16])
+            errors[name] = require_close(f"{name}, dots", found, along_sequence, RTOL[torch.bfloat16])
         elif name != VALIDATED:  # along another direction
-            require_close(f"{name}, dots", found, dots, RTOL[machine.dtype])
+            errors[name] = require_close(f"{name}, dots", found, dots, RTOL[machine.dtype])
         _require_gradients(name, step, gradients, RTOL[machine.dtype])
 
     steps, failed = gated(steps, require_right)
@@ -126,10 +128,16 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
         return {name: ([0.0], {}) for name in steps} | failed
 
     def measure(suite: str, steps: dict[str, Training], peaks: dict[str, int], **how: Any) -> Any:
+        def prepare(name: str) -> None:
+            for step in steps.values():
+                step.optimizer.zero_grad()  # else each holds its gradients while it waits
+            steps[name].prepare()
+
         runs = {name: partial(step, x, y) for name, step in steps.items()}
-        taken = interleaved(runs, machine, least=3, prepare=lambda name: steps[name].prepare(), **how)
+        taken = interleaved(runs, machine, least=3, prepare=prepare, **how)
         work = {name: case.work() for name in steps}
-        return taken, rows_of(taken, peaks, work, machine, {}, suite=suite, case=str(case))
+        found = rows_of(taken, peaks, work, machine, {}, suite=suite, case=str(case))
+        return taken, [row | {"dots_error": errors.get(row["provider"])} for row in found]
 
     peaks = {name: _peak_bytes(step, machine, x, y) for name, step in steps.items()}
     taken, found = measure("step", steps, peaks, rounds=15, seconds=8)

@@ -249,15 +249,17 @@ def quartiles(values: list[float]) -> list[float]:
     return [q1, q3]
 
 
-def require_close(what: str, found: Tensor | None, expected: Tensor, rtol: float) -> None:
-    """The gate: raise unless `found` is within `rtol` of `expected`, relative to its root mean square."""
+def require_close(what: str, found: Tensor | None, expected: Tensor, rtol: float) -> float | None:
+    """The gate: raise unless `found` is within `rtol` of `expected`, relative to its root mean square; by how much it
+    is off."""
     if found is None:
-        return
+        return None
     if found.shape != expected.shape:
         raise ValueError(f"{what}: expected shape {tuple(expected.shape)}, got {tuple(found.shape)}")
     error = (found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     if not error <= rtol:
         raise ValueError(f"{what}: expected the float64 reference to {rtol:g}, got a relative error of {error:.3g}")
+    return float(error)
 
 
 def gated(runs: Mapping[str, Run], check: Callable[[str, Run], None]) -> tuple[dict[str, Run], dict[str, Exception]]:

@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("json", type=Path, help="the rows that `make bench` wrote")
     path = parser.parse_args().json
     rows = json.loads(path.read_text())
-    for name, draw in (("ratios", draw_ratios), ("roofline", draw_roofline)):
+    counted = any(r["flops_per_byte"] is not None for r in rows)  # of whole steps bytes are not
+    for name, draw in (("ratios", draw_ratios), *([("roofline", draw_roofline)] if counted else [])):
         figure = draw(rows)
         figure.savefig(target := path.with_name(f"{path.stem}-{name}.png"), dpi=150)
         plt.close(figure)
@@ -87,7 +88,8 @@ def _ratio_panel(axes: Axes, suite: str, rows: list[Row]) -> None:
         for y, ratio, end in zip(at, ratios, np.maximum(shown, spread[1]), strict=True):
             axes.text(end + 0.05, y, f"{ratio:.2f}", va="center", fontsize=6)
     axes.axvline(1, color=_COLOURS[BASE], linewidth=1)
-    axes.set(yticks=range(len(cases)), yticklabels=cases, xlim=(0, _SHOWN + 0.5), xlabel="time / plain", title=suite)
+    end = min(_SHOWN, max(r["ratio_quartiles"][1] for r in rows)) + 0.5
+    axes.set(yticks=range(len(cases)), yticklabels=cases, xlim=(0, end), xlabel="time / plain", title=suite)
     axes.invert_yaxis()
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
@@ -97,23 +99,22 @@ def draw_roofline(rows: list[Row]) -> Figure:
     """FLOP rate against FLOPs per byte of what counts bytes, under the ceilings measured in the same run."""
     counted = [r for r in rows if r["flops_per_byte"] is not None]
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
-    if counted:
-        peak, bandwidth = counted[0]["ceiling_tflops"], counted[0]["ceiling_gbps"] / 1e3
-        found = [r["flops_per_byte"] for r in counted]
-        intensity = np.geomspace(min(found), max(found), 200)
-        axes.plot(intensity, np.minimum(peak, bandwidth * intensity), color=_COLOURS[BASE], label="measured ceiling")
-        suites = zip(_unique(counted, "suite"), itertools.cycle("o^sDvPX"), strict=False)
-        for suite, marker in suites:
-            for provider in _unique(counted, "provider"):
-                mine = [r for r in counted if r["provider"] == provider and r["suite"] == suite]
-                x, y = ([r[key] for r in mine] for key in ("flops_per_byte", "tflops"))
-                axes.scatter(x, y, s=22, marker=marker, color=_COLOURS[provider], alpha=0.8)
-            axes.scatter([], [], marker=marker, color="#888888", label=suite)
-        of_colour: dict[str, list[str]] = {}
+    peak, bandwidth = counted[0]["ceiling_tflops"], counted[0]["ceiling_gbps"] / 1e3
+    found = [r["flops_per_byte"] for r in counted]
+    intensity = np.geomspace(min(found), max(found), 200)
+    axes.plot(intensity, np.minimum(peak, bandwidth * intensity), color=_COLOURS[BASE], label="measured ceiling")
+    suites = zip(_unique(counted, "suite"), itertools.cycle("o^sDvPX"), strict=False)
+    for suite, marker in suites:
         for provider in _unique(counted, "provider"):
-            of_colour.setdefault(_COLOURS[provider], []).append(provider)
-        for colour, providers in of_colour.items():
-            axes.scatter([], [], marker="s", color=colour, label="\n".join(providers))
+            mine = [r for r in counted if r["provider"] == provider and r["suite"] == suite]
+            x, y = ([r[key] for r in mine] for key in ("flops_per_byte", "tflops"))
+            axes.scatter(x, y, s=22, marker=marker, color=_COLOURS[provider], alpha=0.8)
+        axes.scatter([], [], marker=marker, color="#888888", label=suite)
+    of_colour: dict[str, list[str]] = {}
+    for provider in _unique(counted, "provider"):
+        of_colour.setdefault(_COLOURS[provider], []).append(provider)
+    for colour, providers in of_colour.items():
+        axes.scatter([], [], marker="s", color=colour, label="\n".join(providers))
     axes.set(xscale="log", yscale="log", xlabel="FLOPs needed / bytes needed", ylabel="TFLOP/s (needed / time)")
     axes.set_title(_machine(rows[0]), fontsize=9)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
