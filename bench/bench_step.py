@@ -7,6 +7,7 @@ the device, that is what the other rows measure. One case is also measured under
 """
 
 import copy
+import gc
 import itertools
 import warnings
 from collections.abc import Sequence
@@ -91,6 +92,7 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
     if machine.dtype != machine.usual:
         pytest.skip("steps are measured in the device's usual dtype")
     torch.compiler.reset()
+    gc.collect()  # the case before
     model = case.model().to(machine.device)
     x, y, val_x, val_y = torch.randint(case.vocab, (4, case.batch, case.tokens), device=machine.device)
     val_grads = _gradients(model, val_x, val_y)
@@ -122,6 +124,7 @@ def measured(request: pytest.FixtureRequest, machine: Machine, rows: list[Row]) 
         elif name != VALIDATED:  # along another direction
             errors[name] = require_close(f"{name}, dots", found, dots, RTOL[machine.dtype])
         _require_gradients(name, step, gradients, RTOL[machine.dtype])
+        step.optimizer.zero_grad()
 
     steps, failed = gated(steps, require_right)
     if request.config.getoption("benchmark_disable"):
