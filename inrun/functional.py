@@ -1,6 +1,6 @@
 """Drop-in layer functions whose backward also returns per-sample gradient dots.
 
-Every function here computes the ordinary layer, and is the honest derivative of one written with a *probe*:
+Every function here computes the ordinary layer, with the true derivative of one written with a *probe*:
 
     y[b] = f(x[b]; W + sum_m probe[b, m] * D[m])          at probe = 0
 
@@ -12,8 +12,8 @@ Autograd itself then adds layers, reuses, tied weights and microbatches up. Noth
 
 Shapes: `x` is `[B, ..., I]`, dimension 0 being the sample (a leading 1 is broadcast over the samples). With one
 direction, `probe` is `[B]` and a direction has its parameter's shape; with M of them, `[B, M]` and `[M, *shape]`.
-`directions` pairs the weight's with the bias's; either may be None. Gradients have the dtypes torch would give
-them; the probe's is the probe's: float32, or float64, loses nothing. With `probe=None` each function but `affine` and
+`directions` pairs the weight's with the bias's; either may be None. Gradients have the dtypes torch would give them;
+the probe's has its own dtype: float32 or float64 lose nothing. With `probe=None` each function but `affine` and
 `attach` is exactly torch's own.
 
 Packed documents: with `segments`, int64 offsets `[S + 1]` into the B*T tokens of an `x` that is `[B, T, ...]`, the
@@ -133,8 +133,8 @@ def embedding(
     Raises:
         ValueError: the leading dimension of `ids` is neither the number of samples nor 1; a direction of another shape,
             or a probe of another number of documents or directions.
-        RuntimeError: `ids` is `0, 1, ..., B-1`, or of four or more another run of numbers, which could be positions or
-            one id for each sample.
+        RuntimeError: `ids` is `0, 1, ..., B-1`, or with B of 4 or more any consecutive run: positions and one id per
+            sample look alike.
     """
     if probe is None or direction is None:
         return F.embedding(ids, weight, padding_idx)

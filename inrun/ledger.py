@@ -71,7 +71,7 @@ class Ledger(Reader):
         path: folder of shards, made at the first flush; None keeps everything in memory. Opening a folder
             reads the footers of its shards and changes nothing; the shards of all writers are read as one.
         rank: this writer's number, >= 0. Two processes must not write with one rank.
-        flush_rows: so many rows in memory are written as a shard without being asked.
+        flush_rows: at so many rows in memory, a shard is written unasked.
         metadata: what to record beside the values (run config, coverage), JSON-like. `self.metadata`, which
             may be added to, goes into every shard written from then on; without this argument it starts as
             what this writer's last shard holds.
@@ -255,10 +255,10 @@ class Ledger(Reader):
     def resume(self, step: int) -> None:
         """Drop every row of this writer at `step` or later, where `step` is the next step to be run.
 
-        On disk and in memory; of rank 0 also those of writers that are no more (`writers`). It may be killed at any
-        moment and called again: shards go from the last to the first, and a shard that straddles `step` is replaced
-        by its first part in one rename. Warns where a folder has nothing of the step before: what was not flushed when
-        a checkpoint was made is lost.
+        On disk and in memory; for rank 0, also rows of writers that are gone (`writers`). It may be killed at any
+        moment and called again: shards go from the last to the first, and a shard that straddles `step` is replaced by
+        its first part in one rename. Warns where a folder has nothing of the step before: what was not flushed when a
+        checkpoint was made is lost.
         """
         import pyarrow.compute as pc
 

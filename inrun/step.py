@@ -23,17 +23,17 @@ class Step:
     Attributes:
         number: the step's number in the ledger.
         ids: the ids of the step's samples, all its batches in order.
-        values: `[B]`, or `[B, M]` for M targets, float32 on the model's device, nats; ready when the block has
-            ended, with "secant" and "path_secant" over validation blocks when the next of those have.
-            > 0: the sample lowered the validation loss. Zero where the optimizer made no update.
-            `[S]` or `[S, M]` for S documents, `[B, T]` or `[B, T, M]` for tokens (see `batch`).
+        values: `[B]`, or `[B, M]` for M targets, float32 on the model's device, nats; ready when the block has ended;
+            with "secant" and "path_secant" over validation blocks, after the next of those. > 0: the sample lowered the
+            validation loss. Zero where the optimizer made no update. `[S]` or `[S, M]` for S documents, `[B, T]` or
+            `[B, T, M]` for tokens (see `batch`).
         drop: target -> what this step's batch took off the validation loss, measured (path methods with a
             validation callable and true ends, and "monte_carlo"): the loss at `w + u(0)` less that at `w + u(g_B)`, a
             scalar tensor. Excluded parameters are at both ends what the step makes of them ("monte_carlo": what they
             were before it).
         standard_error: of "monte_carlo", the values' own, float32, their shape and unit; 0 where they are exact. From
-            the pairs of an order and its reverse as if each were drawn by itself, which is a little too large; NaN of
-            one pair. None with the other methods.
+            pairs of an order and its reverse, as if pairs were drawn independently: a little too large; NaN with one
+            pair. None with the other methods.
     """
 
     def __init__(

@@ -61,10 +61,10 @@ class Tracker:
     Args:
         model: trained in place as before; its layers change class until `Tracker.close()`. DDP may wrap it before
             or after (before, if on another process group than the default one); `fully_shard` comes after.
-        optimizer: over every tracked parameter, or several that are so together and each step once in a step's block;
-            or later, by `Tracker.bind`, as with `fully_shard`. "first" and "secant" know SGD, Adam and AdamW,
-            "second" SGD, the path methods every optimizer that updates coordinate by coordinate, Muon and Adafactor
-            (torch's and transformers'), and "monte_carlo" every one whose `step()` needs no closure.
+        optimizer: over every tracked parameter; or several that together are, each stepping once in a step's block; or
+            later, by `Tracker.bind`, as with `fully_shard`. "first" and "secant" know SGD, Adam and AdamW, "second"
+            SGD, the path methods every optimizer that updates coordinate by coordinate, Muon and Adafactor (torch's and
+            transformers'), and "monte_carlo" every one whose `step()` needs no closure.
         method: "first": the first-order value with the optimizer's state frozen, scored within the backward. Of Adam
             the validation gradient's square stands in for the batch's in the second moment, also for "secant": the
             validation loss has to be a mean, and several targets of one scale.
@@ -85,10 +85,10 @@ class Tracker:
             outputs, which must be `[B, ...]`: for parameters that something inside it uses past their own module.
         ledger: where the values go: a `Ledger`, the folder of one, or None for one in memory. Of several processes
             each writes those of its own samples.
-        check: on the first step, compare the sum of the scores with the parameters' gradients, and raise where
-            they disagree; on some later ones for parameters of which the first could not tell. On the first of several
-            samples also run the model a few times more, without gradients, to tell the samples from as many rows of
-            something else, or in another order.
+        check: on the first step, compare the sum of the scores with the parameters' gradients, and raise where they
+            disagree; on some later ones for parameters that the first could not check. On the first of several samples
+            also run the model a few times more, without gradients, to tell samples from equally many rows of something
+            else, or in another order.
         keep: where a deferred method's activations wait: "device", or "host" for pinned host memory.
         keep_bytes: bytes that may wait; None for no limit.
         update: for path methods and an optimizer of another class: "elementwise" says that its step is (which is
@@ -96,22 +96,22 @@ class Tracker:
             adds to the parameter, which autograd must be able to differentiate where it is not elementwise. It is held
             to the optimizer's first step that moves something. Of several optimizers a function is asked for the
             parameters of each, which `group` tells apart.
-        clip: for path methods and "monte_carlo": the `max_norm` that the loop clips the gradient's norm to. Without
-            it what clipping left is taken for a constant.
-        pairwise: ids of the validation samples (of each target, where there are several): one value for each of
-            them, in place of one for their loss, as a target of its own in the ledger. Every forward of a validation
-            loss must then see all of its samples, in this order. What both sides' layers do is kept until the update.
-        permutations: for "monte_carlo": random orders of the samples, an even number; a step of B samples then takes
-            at most `permutations * (B - 1) + 2` validation losses, and all 2^B where those are no more. Errors fall
-            with the root of it. In batches of up to ten samples those after a single sample's step may be taken
-            as well, and with both ends' be differentiated (`inrun.quadratic`).
+        clip: for path methods and "monte_carlo": the `max_norm` that the loop clips the gradient's norm to. Without it
+            the clip coefficient is taken as constant.
+        pairwise: ids of the validation samples (of each target, where there are several): one value for each of them,
+            in place of one for their loss, as a target of its own in the ledger. Every forward of a validation loss
+            must then see all of its samples, in this order. Both sides' activations are kept until the update.
+        permutations: for "monte_carlo": random orders of the samples, an even number; a step of B samples then takes at
+            most `permutations * (B - 1) + 2` validation losses, and all 2^B where those are no more. Errors fall with
+            the root of it. For up to ten samples, losses after each single sample's step may be taken too, and
+            differentiated as both ends' are (`inrun.quadratic`).
 
     Attributes:
         coverage: names of the parameters: `{"tracked": [...], "excluded": [...], "frozen": [...]}`.
         ledger: the `Ledger` that holds the values.
         columns: names of the values' last axis: the targets, or with `pairwise` the validation samples.
-        tail: of the values' shape, what follows the sample: nothing, or how many columns there are.
-        many: how many targets, where directions have an axis for them; None where they have none.
+        tail: the values' shape after the sample: `()`, or `(number of columns,)`.
+        many: number of targets, where directions have an axis for them; else None.
         optimizers: those that are bound.
         steps: number of the next step; set it when resuming a run.
         last_validation: target -> last loss of its validation callable (a detached scalar tensor).

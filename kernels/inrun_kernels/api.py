@@ -52,9 +52,8 @@ def ghost_dot(
         segments: int32 or int64 `[S + 1]` offsets into the B*T flattened tokens, from 0 to B*T, never
             decreasing (as `cu_seqlens`): one dot per segment in place of one per row.
         per_token: one dot per token. Excludes `segments`.
-        backend: "triton", "torch", or None: triton for CUDA tensors where it is installed; on a CPU the
-            kernels in C where they can be built (`native`), which for `ghost_dot` take bfloat16 alone, and no pairs;
-            else torch.
+        backend: "triton", "torch", or None: triton for CUDA tensors where it is installed; on a CPU the kernels in C
+            where they can be built (`native`; `ghost_dot` in bfloat16 only, no pairs); else torch.
 
     Returns:
         `[B]`, `[S]` with segments, `[B, T]` with per_token; one more trailing axis M where val_grad has it.
@@ -93,17 +92,16 @@ def ghost_wgrad_dot(
     time, in registers (on the torch path, one scratch weight).
 
     Args, Raises, Source: as `ghost_dot`; there is no per_token.
-        form: how samples are kept apart. "two" accumulators: a dot's error is relative to the
-            sample's own terms, whatever else is in the batch. "prefix", faster on large tiles: a dot is the
-            difference of two running sums, so its error is relative to the terms of all samples up to it: one
-            float32 rounding (6e-8) of those for each 16 of the sample's tokens (on the CPU 2e-6 to 1e-5 of a typical
-            dot where they are alike), on tensor cores towards zero, so that they add up; and a sample that is no number
-            leaves none to those behind it. "direct": one GEMM and a `ghost_dot`, for samples of few tokens; errors as
-            in "two", and of that product's rounding of a float32 direction. The weight gradient is as exact in all.
-            None: what `explain` says. On a GPU "two", or "prefix" where its larger tiles are 10 % quicker by a model
-            (never in float32); "direct" for documents of fewer than 32 tokens. On a CPU the quickest: "two" in C or
-            "direct"; of one sample, without a C compiler, and in float16 and float64, any of the three, "prefix" only
-            if it is 5 % quicker than "two".
+        form: how samples are kept apart. "two" accumulators: a dot's error is relative to the sample's own terms,
+            whatever else is in the batch. "prefix", faster on large tiles: a dot is the difference of two running sums,
+            so its error is relative to the terms of all samples up to it: one float32 rounding (6e-8) of those for each
+            16 of the sample's tokens (on the CPU 2e-6 to 1e-5 of a typical dot where they are alike), on tensor cores
+            towards zero, so that they add up; and a sample that is not finite makes all later dots NaN. "direct": one
+            GEMM and a `ghost_dot`, for samples of few tokens; errors as in "two", and from rounding a float32
+            direction. The weight gradient is equally exact in all. None: what `explain` says. On a GPU "two", or
+            "prefix" where its larger tiles are 10 % quicker by a model (never in float32); "direct" for documents of
+            fewer than 32 tokens. On a CPU the quickest: "two" in C or "direct"; of one sample, without a C compiler,
+            and in float16 and float64, any of the three, "prefix" only if it is 5 % quicker than "two".
         grad_dtype: of the weight gradient: float16 or bfloat16 for float16 and bfloat16 `acts`, rounded once as it
             is written; None: float32, or float64 for float64 `acts`.
 
