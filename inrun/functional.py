@@ -159,7 +159,7 @@ def bias(
         return x + bias
     require_probe(probe, segments, (direction, bias.dim()))
     require_like(direction, bias, "bias")
-    y, lead = placed(x, probe, segments, bias.dim()) + bias, direction.shape[: direction.dim() - bias.dim()]
+    y, lead = placed(x, probe, segments, min(1, bias.dim())) + bias, direction.shape[: direction.dim() - bias.dim()]
     tangents = direction.view(*lead, *[1] * (y.dim() - bias.dim()), *bias.shape).expand(*lead, *y.shape)
     return attach(y, tangents, probe, segments)
 

@@ -23,7 +23,6 @@ from . import forward_mode, probing
 from .distributed import gathered
 from .errors import InRunError
 from .factors import Factors
-from .layers import direction_names
 from .restoring import (
     attributes_of,
     buffers_copied,
@@ -208,9 +207,8 @@ class Keeper:
         if self.weights_move:
             copies: dict[int, Tensor] = {}
             for owner in module.modules():
-                apart = direction_names(owner) if hasattr(owner, "_siblings") else ()
                 for local, p in owner._parameters.items():
-                    if p is not None and local not in apart and (owner, local) not in self._weights:
+                    if p is not None and not local.endswith(SUFFIX) and (owner, local) not in self._weights:
                         if id(p) not in copies:
                             # A parameter: a module that takes its own away for a while (PEFT's, of fused experts)
                             # would give another tensor back as a buffer.

@@ -2,8 +2,8 @@
 
 A tracked module changes class in place: to one of the same name, a `Linear` in every other respect, with the same
 parameters, `state_dict()` and `isinstance`. Beside each covered parameter it holds a frozen sibling, its direction
-(`weight_direction`), which is no parameter unless `fully_shard` is to split it. With neither a probe nor a deferred
-step that keeps what it does, it runs its original forward.
+(`weight_inrun_direction`), which is no parameter unless `fully_shard` is to split it. With neither a probe nor a
+deferred step that keeps what it does, it runs its original forward.
 """
 
 from __future__ import annotations
@@ -493,9 +493,8 @@ def require_whole_rows(module: Any, layout: Layout) -> None:
 
 
 def direction_names(module: Any) -> list[str]:
-    """Directions among a tracked module's parameters."""
-    ours = (local + SUFFIX for owner, local in module._inrun.owned if owner is module)
-    return [name for name in ours if name in module._parameters]
+    """Directions among a module's parameters."""
+    return [name for name in module._parameters if name.endswith(SUFFIX)]
 
 
 def affine_dots(normed, grad, last: int, direction: Tensor | None, bias_direction: Tensor | None, segments) -> Tensor:

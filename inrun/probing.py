@@ -133,7 +133,7 @@ def require_probe(probe: Tensor, segments: Tensor | None, *directions: tuple[Ten
 def require_like(direction: Tensor | None, parameter: Tensor | None, of: str, name: str = "direction") -> None:
     """Raise `ValueError` unless a direction has the shape of its parameter, or `[M, *shape]`: the kernels have both
     flattened, and would pair what does not belong together."""
-    if direction is None:
+    if direction is None or (parameter is not None and direction.shape == parameter.shape):
         return
     if parameter is None:
         raise ValueError(f"{name}: expected None, as there is no {of}, got {tuple(direction.shape)}")

@@ -89,11 +89,6 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
     for owner, local, full in (one for found in owned.values() for one in found):
         if (param := getattr(owner, local)).is_complex():
             raise InRunError(f"{full}: expected a parameter of real numbers, got {param.dtype}; exclude it")
-        if local + SUFFIX in {**owner._parameters, **owner._buffers}:
-            raise InRunError(
-                f"{full}: expected the name {local + SUFFIX!r} beside it free for its direction, got a parameter or "
-                "buffer that has it; rename that, or exclude this one"
-            )
     via = _via(modules, owned, list(names.values()), through or {})
     tokens_first = {m for block in modules.values() for m in _given_tokens_first(block)}
     flat: set[nn.Module] = set()
@@ -209,8 +204,9 @@ def remove(module: Any) -> None:
 
 
 def _adopt(module: nn.Module, mixin: type[Holder], tap: Tap, under: type[nn.Module] | None) -> None:
+    cls = getattr(module, "_inrun_class", type(module))  # its own, also where a module around it scores a part of it
     module.__dict__.update(_inrun=tap, _siblings=module._parameters)
-    module.__class__ = _tracked_class(mixin, type(module), under)
+    module.__class__ = _tracked_class(mixin, cls, under)
 
 
 @functools.cache

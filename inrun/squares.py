@@ -29,10 +29,9 @@ from inrun_kernels import ghost_square
 from .distributed import Ranks, gathered, shard_of
 from .factors import Factors, ends_of, joined, owners_of, split, summed, sums
 from .keep import Keeper, Kept
-from .layers import direction_names
 from .restoring import no_autocast
 from .slots import components
-from .tap import Layout
+from .tap import SUFFIX, Layout
 
 Batches = Iterable[tuple[Keeper, Mapping[int, int]]]
 
@@ -76,8 +75,7 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
         for members, taps in groups:
             owners = dict.fromkeys(owner for tap in taps for owner, _ in tap.owned)
             # Frozen ones too: a layer without factors runs once more.
-            apart = {owner: direction_names(owner) for owner in owners}
-            names = [(owner, name) for owner in owners for name in owner._parameters if name not in apart[owner]]
+            names = [(owner, name) for owner in owners for name in owner._parameters if not name.endswith(SUFFIX)]
             with gathered(names):
                 dtypes = [torch.promote_types(s.param.dtype, torch.float32) for s in members]
                 totals = {id(s.sibling): torch.zeros_like(s.param, dtype=d, memory_format=torch.contiguous_format)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from .errors import InRunError
 
-SUFFIX = "_direction"  # a parameter's direction stands beside it under this name
+SUFFIX = "_inrun_direction"  # a parameter's direction stands beside it under this name, which no model has
 
 
 class Tap:

@@ -1679,14 +1679,68 @@ def test_a_parameter_may_be_called_a_direction(method):
     assert found[0].abs().min() > 0 and torch.equal(*found)
 
 
-@pytest.mark.parametrize("kind", ["trained", "frozen", "excluded"])
-def test_a_name_that_a_direction_needs_is_to_be_free(kind):
-    model = Turned("a_direction")
-    model.a_direction.requires_grad_(kind != "frozen")
-    expected, exclude = model.state_dict(), ["a_direction"] if kind == "excluded" else []
-    with pytest.raises(inrun.InRunError, match=r"a: expected the name 'a_direction' beside it free"):
-        inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1), exclude=exclude)
-    assert model.state_dict().keys() == expected.keys()
-    if kind != "frozen":  # else nothing is left
-        inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1), exclude=["a"]).close()
-    assert model.state_dict().keys() == expected.keys()
+@pytest.mark.parametrize("kind", ["trained", "frozen", "excluded", "buffer"])
+@pytest.mark.parametrize("method", ["first", "secant"])
+def test_a_direction_takes_nobodys_name(kind, method):
+    found = []
+    for name in ("b", "a_direction"):
+        torch.manual_seed(0)
+        model, x, y = Turned(name).double(), *torch.randn(2, 7, WIDTH, dtype=torch.float64)
+        own = getattr(model, name)
+        own.requires_grad_(kind != "frozen")
+        if kind == "buffer":
+            delattr(model, name)
+            model.register_buffer(name, own.detach())
+        expected, optimizer = list(model.state_dict()), torch.optim.SGD(model.parameters(), lr=0.5)
+        exclude = [name] if kind == "excluded" else []
+        loss = lambda m=model, y=y: m(y).square().mean()  # noqa: E731
+        tracker = inrun.track(model, optimizer, method, validation=loss, exclude=exclude)
+        with tracker.step(range(7)) as step:
+            model(x).square().mean().backward()
+            optimizer.step()
+        found.append(step.values)
+        assert list(model.state_dict()) == expected and getattr(model, name).shape == (WIDTH, WIDTH)
+        tracker.close()
+        assert list(model.state_dict()) == expected
+    assert found[0].abs().min() > 0 and torch.equal(*found)
+
+
+class Scaled(nn.Module):
+    """Its model uses its number, and it that of a container inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.tensor([1.5])), nn.ParameterList([torch.randn(WIDTH, WIDTH) / 3])
+
+    def forward(self, x):
+        return torch.tanh(x @ self.inner[0])
+
+
+class Scaling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = Scaled()
+
+    def forward(self, x):
+        return self.body(x) * self.body.scale
+
+
+@pytest.mark.parametrize("method", ["first", "secant"])
+def test_a_module_scores_what_is_inside_it_and_one_around_it_its_number(method):
+    torch.manual_seed(0)
+    model, x, y = Scaling().double(), *torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    names, classes, found = list(model.state_dict()), [type(m) for m in model.modules()], []
+    for through in ({"body.scale": ""}, {"body.*": ""}):
+        copied = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(copied.parameters(), lr=0.5)
+        loss = lambda m=copied: (m(x) - y).square().mean()  # noqa: E731
+        tracker = inrun.track(copied, optimizer, method, validation=loss, through=through)
+        assert [tap.name for tap in tracker.taps] == (["", "body"] if len(found) == 0 else [""])
+        assert list(copied.state_dict()) == names and list(copy.deepcopy(copied).state_dict()) == names
+        with tracker.step(range(7)) as step:
+            loss().backward()
+            optimizer.step()
+        found.append(step.values)
+        tracker.close()
+        assert list(copied.state_dict()) == names and [type(m) for m in copied.modules()] == classes
+    torch.testing.assert_close(*found)

@@ -617,3 +617,25 @@ def test_documents_of_an_input_without_tokens_and_a_probe_without_samples_are_re
         IF.bias(x, w, w, probe, segments)
     with pytest.raises(ValueError, match=r"probe: expected \[B\], as there is one direction; got \(\)"):
         IF.linear(x, torch.ones(5, 8), None, (torch.ones(5, 8), None), torch.zeros((), requires_grad=True))
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (1, 8), (1, 1, 8)])
+def test_a_bias_of_positions_scores_documents(shape):
+    x, grad = torch.randn(2, 2, 5, 8).double()
+    bias, probe = torch.randn(shape).double(), torch.zeros(3, requires_grad=True)
+    (IF.bias(x, bias, bias, probe, torch.tensor([0, 2, 5, 10])) * grad).sum().backward()
+    of_tokens = (grad * bias).sum(2).flatten()
+    expected = torch.stack([of_tokens[:2].sum(), of_tokens[2:5].sum(), of_tokens[5:].sum()]).float()
+    torch.testing.assert_close(probe.grad, expected)
+
+
+def test_documents_of_tokens_that_a_norm_takes_together_are_refused():
+    x, w, segments = torch.randn(3, 2, 8), torch.ones(2, 8), torch.tensor([0, 1, 3])
+    probe = torch.zeros(2, requires_grad=True)
+    together = r"x: expected \[B, T, ..., I\] with segments, got \(3, 2, 8\)"
+    with pytest.raises(ValueError, match=together):
+        IF.layer_norm(x, (2, 8), w, w, 1e-5, (w, w), probe, segments)
+    with pytest.raises(ValueError, match=together):
+        IF.rms_norm(x, (2, 8), w, None, w, probe, segments)
+    with pytest.raises(ValueError, match=together):
+        IF.affine(x, w, w, (w, w), probe, segments)

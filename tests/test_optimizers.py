@@ -566,6 +566,21 @@ def test_training_with_muon_is_untouched_to_the_bit():
     assert all(torch.equal(v, plain[k]) for k, v in model.state_dict().items())
 
 
+def test_all_that_stands_for_an_update_is_counted():
+    """A gradient, what it moves, the parameter and its momentum."""
+    model, batch, validation = double("mlp")
+    optimizers, loss = muon_and_adamw(model), lambda: loss_of(model, *validation)
+    tracker = inrun.track(model, optimizers, "path", validation=loss)
+    with tracker.step(range(B)):
+        train(model, optimizers, batch)
+    slot = next(s for s in tracker.slots if s.optimizer is optimizers[0])
+    held, grad = coupled.Coupled(None), torch.ones_like(slot.param)
+    held.hold(0, slot, grad, grad.clone())
+    assert sum(x.nbytes for x in held.tensors()) == 4 * grad.nbytes
+    held.release()
+    assert not list(held.tensors())
+
+
 def test_a_step_that_an_exception_ended_leaves_nothing_behind():
     model, batch, validation = double("mlp")
     optimizer = Mixed(model.parameters(), 0.1)
