@@ -53,15 +53,18 @@ class Coupled:
         """Those of these numbered parameters whose update is of this kind.
 
         Where that is not known, it is tried: if an update is elementwise, then a coordinate moves by just as much when
-        half of the other coordinates have no gradient.
+        half of the other coordinates have no gradient. One that was found so is tried again in the next step: it may
+        couple coordinates where they are large, as what bounds the norm of an update does.
 
         Raises:
             InRunError: an update that was said to be elementwise is not, and no function of it is known.
         """
-        for part in chunks([(i, slot) for i, slot in moving if slot.name not in self._is]):
+        alone = {slot.name for _, slot in moving if slot.name in self._is and slot.param.numel() == 1}
+        unsure = [(i, slot) for i, slot in moving if slot.name not in alone and not self._is.get(slot.name)]
+        for part in chunks(unsure):
             kinds = {slot.name: self._known(slot) for _, slot in part}
-            unknown = [slot for _, slot in part if kinds[slot.name] is None]
-            kinds.update(zip((slot.name for slot in unknown), self._tried(unknown, unscale), strict=True))
+            if unknown := [slot for _, slot in part if kinds[slot.name] is None]:
+                kinds.update(zip((slot.name for slot in unknown), self._tried(unknown, unscale), strict=True))
             self._is.update({name: kind for name, kind in kinds.items() if kind is not None})
         return [(i, slot) for i, slot in moving if self._is.get(slot.name)]
 
@@ -72,12 +75,10 @@ class Coupled:
 
     def _tried(self, slots: Sequence[Any], unscale: Any) -> list[bool | None]:
         """None where the gradient moves nothing, as at a rate of zero: a later step tells."""
-        generator = torch.Generator("cpu").manual_seed(0)
         full = [slot.grad.double() * unscale for slot in slots]
-        kept = [torch.rand(g.shape, generator=generator, device="cpu") < 0.5 for g in full]
-        for mask in kept:  # some of both, of two coordinates too
-            mask.view(-1)[:2] = torch.tensor([True, False])[: mask.numel()]
-        kept = [mask.to(g.device) for mask, g in zip(kept, full, strict=True)]
+        # A bit of a multiple of each coordinate's number, as good as random: some of both, of two coordinates too.
+        numbers = [torch.arange(1, 1 + g.numel(), device=g.device).view(g.shape) for g in full]
+        kept = [n.mul_(2654435761).bitwise_right_shift_(31).bitwise_and_(1).bool() for n in numbers]
         half = [torch.where(k, g, 0.0) for g, k in zip(full, kept, strict=True)]
         try:
             ends = zip(updates(slots, full, self._rule), updates(slots, half, self._rule), kept, strict=True)
@@ -89,9 +90,14 @@ class Coupled:
                 f"of some parameters in float64; that of {type(slots[0].optimizer).__name__} says {error!r}. Give it "
                 "as a function: update=lambda grad, param, state, group: <what it adds to param>"
             ) from error
-        found = [None if k.numel() > 1 and torch.equal(a, b)
-                 else not torch.allclose(a[k], b[k], rtol=1e-9, atol=0.0, equal_nan=True)
-                 for a, b, k in ends]  # fmt: skip
+        told = []  # of each, whether it moved, and whether a coordinate did so otherwise
+        for a, b, k in ends:
+            apart = ~torch.isclose(a, b, rtol=1e-9, atol=0.0, equal_nan=True) & k
+            told.append(torch.stack([(a != b).any(), apart.any()]).to(full[0].device))
+        answers = torch.stack(told).tolist()  # a GPU is waited for once
+        found = [
+            coupled if moved or k.numel() == 1 else None for (moved, coupled), k in zip(answers, kept, strict=True)
+        ]
         if any(found) and not callable(self._rule):
             slot = slots[found.index(True)]
             raise InRunError(

@@ -9,10 +9,11 @@ directions.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inrun_kernels.grouped import by_groups, grouped_mm, grouped_wgrad
 
@@ -27,9 +28,11 @@ class ExpertsRule(Holder):
         if not self._inrun.scores():
             plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
             return plain(hidden_states, top_k_index, top_k_weights)
-        if self._inrun.keep is not None:
-            return eagerly(self._by_products, hidden_states, top_k_index, top_k_weights)
-        return self._by_products(hidden_states, top_k_index, top_k_weights)
+        inputs = hidden_states, top_k_index, top_k_weights
+        y = self._by_products(*inputs) if self._inrun.keep is None else eagerly(self._by_products, *inputs)
+        if self._inrun.rows.watched and not torch.compiler.is_compiling():
+            self._inrun.rows.take(self, y)
+        return y
 
     def _by_products(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         many = top_k_index.shape[-1]
@@ -104,7 +107,16 @@ def is_experts(module: Any) -> bool:
     if not all(hasattr(module, name) for name in needed):
         return False
     plain = not (module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False))
-    return plain and set(module._parameters) == {_first(module), "down_proj"}
+    return plain and _is_dispatched(module) and set(module._parameters) == {_first(module), "down_proj"}
+
+
+def _is_dispatched(module: Any) -> bool:
+    """Whether the forward is the one that `use_experts_implementation` gives a class, and not one around it."""
+    moe: Any = sys.modules.get("transformers.integrations.moe")
+    if moe is None:
+        return False
+    any_other = moe.use_experts_implementation(type("Experts", (nn.Module,), {}))
+    return getattr(type(module).forward, "__code__", None) is any_other.forward.__code__
 
 
 def _first(module: Any) -> str:

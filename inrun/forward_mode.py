@@ -210,13 +210,13 @@ def split_samples(tap: Tap, x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, -1))
 
 
-def sample_axis(module: Any, leaf: int) -> int:
-    """Of an output, counted in the order of `pytree`. A recurrent layer's states are `[layers, B, H]`; torch's
-    transformers without `batch_first` have layers of `[T, B, W]`."""
+def sample_axis(module: Any, leaf: int | None) -> int:
+    """Of an output, counted in the order of `pytree`, or of the input (None). A recurrent layer's states are
+    `[layers, B, H]`; torch's transformers without `batch_first` have layers of `[T, B, W]`."""
     if isinstance(module, nn.RNNBase):
         return 0 if leaf == 0 and module.batch_first else 1
     if isinstance(module, nn.MultiheadAttention):
-        return 0 if leaf > 0 or module.batch_first else 1
+        return 0 if leaf != 0 or module.batch_first else 1
     tap = getattr(module, "_inrun", None)
     return int(tap is not None and tap.tokens_first)
 

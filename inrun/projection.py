@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .affine import run_with
+from .affine import OFF, run_with
+from .errors import InRunError
 from .layers import LinearRule, Rule
-from .restoring import replaced, tried
+from .restoring import random_kept, replaced, state_kept, tried
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,17 @@ class ProjectionRule(LinearRule):
         if not tap.scores():
             return self._inrun_class.forward(self, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        return tap.form.rest(self, self.scored(x), x.dtype)
+        y = tap.form.rest(self, self.scored(x), x.dtype)
+        if not torch.compiler.is_compiling() and tap.rows.compared:
+            with torch.no_grad(), random_kept(), state_kept(self):
+                own = self._inrun_class.forward(self, x)
+            if not all(map(_near, pytree.tree_leaves(y), pytree.tree_leaves(own))):
+                raise InRunError(
+                    f"{tap}: expected {self._inrun_class.__name__} to project its input first of all, as it did when "
+                    "it was run on random numbers, got another output for this batch; score it by an enclosing "
+                    "module, track(..., through={parameter: module}), or exclude its parameters"
+                )
+        return y
 
     def plain(self, x):
         return F.linear(*self.operands(x))
@@ -81,11 +92,17 @@ def recognise(module: nn.Module) -> Projection | None:
     try:
         with tried(module):
             values = {name: torch.randn_like(p, dtype=torch.float32) for name, p in params.items()}
+            own = {name: p.float() for name, p in params.items()}
             x = torch.randn(2, 3, weight.shape[1], device=weight.device)
-            for mode in (True, False):
+            for mode, size, each_values in (
+                (True, 1, values),
+                (False, 1, values),
+                (False, 100, values),
+                (True, 1, own),
+            ):
                 for each in module.modules():  # dropout, say, is a module of its own
                     each.training = mode
-                if not _same(module, Projection(), x, values):
+                if not _same(module, Projection(), size * x, each_values):
                     return None
             values = {name: p.bfloat16() for name, p in values.items()}
             forms = (
@@ -108,6 +125,13 @@ def _same(module: Any, form: Projection, x: Tensor, values: dict[str, Tensor]) -
             outputs.append(pytree.tree_leaves(out))
     first, second = outputs
     return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _near(a: Any, b: Any) -> bool:
+    """Whether the numbers of an output are another's, to what half precision rounds."""
+    if not isinstance(a, Tensor) or not a.is_floating_point():
+        return True
+    return a.shape == b.shape and bool((a - b).float().norm() <= OFF * b.float().norm())
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -145,7 +145,8 @@ def _planted(
     for kind in sorted(set(kinds) - {""}):
         source = names[kinds == kind][0].removesuffix(f", {kind}")
         mine, clean, peers = value[kinds == kind], value[kinds == ""], value[names == source]
-        pairs = [(v, total.get(i.removesuffix(f"~{kind}"))) for i, v in total.items() if i.endswith(f"~{kind}")]
+        copied = [ids[i] for i in seen[kinds == kind] if ids[i].endswith(f"~{kind}")]
+        pairs = [(total[i], total.get(i.removesuffix(f"~{kind}"))) for i in copied]
         pairs = [pair for pair in pairs if pair[1] is not None]
         if not pairs or not len(peers):  # a short run has not seen them yet
             continue

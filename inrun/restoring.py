@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -137,12 +138,13 @@ def buffers_of(module: nn.Module) -> Callable[[], None]:
     return put_back
 
 
+_CONTAINERS = (list, deque, dict, OrderedDict, defaultdict, Counter, set)
 _OWN = frozenset(vars(nn.Module())) | {"_inrun", "_siblings"}  # of every module, and of those that are tracked
 
 
 def attributes_of(module: nn.Module, tensors: bool = True, apart: Set[str] = _OWN) -> Callable[[], None]:
     """What puts back what a module and those inside it hold beside parameters and buffers, as it is now: a count of its
-    calls, say, and what stands in its lists, dicts and sets.
+    calls, say, and what stands in its lists, queues, dicts and sets.
 
     Args:
         tensors: whether attributes that are tensors are put back too, and held until then; and those that are new go.
@@ -155,7 +157,7 @@ def attributes_of(module: nn.Module, tensors: bool = True, apart: Set[str] = _OW
         for m in module.modules()
     ]
     values = (x for _, found in before for x in found.values())
-    contents = [(x, x.copy()) for x in values if type(x) in (list, dict, set)]
+    contents = [(x, x.copy()) for x in values if type(x) in _CONTAINERS]
 
     def put_back() -> None:
         for m, found in before:
@@ -165,7 +167,7 @@ def attributes_of(module: nn.Module, tensors: bool = True, apart: Set[str] = _OW
             vars(m).update(found)
         for x, copied in contents:
             x.clear()
-            (x.extend if isinstance(x, list) else x.update)(copied)
+            (x.update if isinstance(x, (dict, set)) else x.extend)(copied)
 
     return put_back
 

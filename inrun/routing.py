@@ -4,6 +4,7 @@ A block that holds `experts` flattens its `[B, T, H]` input for the router, the 
 for some of them. Which see the tokens of the samples in order is found out by running the block on two random samples
 and changing the second: the first T rows of such a module's input must stay as they were, and all others change. A
 module that is given other rows (an expert called with the tokens routed to it) is scored by the block's own output.
+That a batch's rows are as those were, the first step of several samples sees (`rows.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from .restoring import tried
 
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def known(block: nn.Module) -> dict[nn.Module, bool]:
     """The modules inside `block` that see its tokens, sample after sample, and whether as rows `[B * T, ...]`.
@@ -25,12 +28,12 @@ def known(block: nn.Module) -> dict[nn.Module, bool]:
     if any(p.is_meta for p in params):
         return {}
     widths = sorted({size for p in params for size in p.shape if p.dim() > 1}, reverse=True)
+    # Codes of a quantised weight are no kind of input.
+    dtype = next((p.dtype for p in params if p.dtype in _FLOATING), torch.float32)
     with tried(block):
         block.eval()
         for width in widths:
-            x = torch.randn(
-                2, 3, width, dtype=params[0].dtype, generator=torch.Generator().manual_seed(0), device="cpu"
-            )
+            x = torch.randn(2, 3, width, dtype=dtype, generator=torch.Generator().manual_seed(0), device="cpu")
             x = x.to(params[0].device)
             try:
                 first, second = _inputs(block, x), _inputs(block, torch.cat([x[:1], -x[1:]]))

@@ -141,7 +141,7 @@ class _Taken(NamedTuple):
     module: Any
     of: int  # within which call, by the `id` of its kwargs; 0: of none that is to be made again
     number: int  # of the module's call within that one
-    leaf: int  # of the call's outputs
+    leaf: int | None  # of the call's outputs; None: of its input, whose rows are the tokens, flattened
     shape: tuple[int, ...]
 
     def is_square(self) -> bool:
@@ -210,6 +210,8 @@ class Rows:
         if isinstance(module, Part) or not (ours or self._call is None or not self._is_whole(self._call)):
             return
         of, number = (id(self._call.kwargs), self._count(module._inrun, self._call)) if ours and self._call else (0, 0)
+        if module._inrun.routed:  # by what a run on other numbers found
+            self._taken.add(_Taken(module, of, number, None, ()))
         for leaf, y in enumerate(pytree.tree_leaves(outputs)):
             axis = sample_axis(module, leaf)
             if isinstance(y, Tensor) and y.requires_grad and y.shape[axis : axis + 1] == (self.rows,):
@@ -306,7 +308,7 @@ class Rows:
                 calls[number] for run in runs if number < len(calls := run.get(module, [])) == len(more.get(module, ()))
             ]
             marks = [of_call[leaf] for of_call in each if leaf in of_call]
-            if len(marks) == 3 and _in_disorder(marks[0], marks[1], marks[2], call.rows):
+            if len(marks) == 3 and _in_disorder(marks[0], marks[1], marks[2], call.rows, leaf is None):
                 found.add(f"{module._inrun} ({module._inrun_class.__name__})")
         return sorted(found)
 
@@ -494,13 +496,18 @@ def _with_as_many_rows(taken: Iterable[_Taken], more: Shapes) -> dict[str, str]:
     return found
 
 
-def _in_disorder(before: Tensor, after: Tensor, of_one: Tensor, rows: int) -> bool:
-    """Whether rows are those they were before the samples moved on, and not all moved on; `of_one`: of one sample."""
-    if not before.shape == after.shape == of_one.shape or before.shape[1] != rows:
+def _in_disorder(before: Tensor, after: Tensor, of_one: Tensor, rows: int, tokens: bool) -> bool:
+    """Whether rows are those they were before the samples moved on, and not all moved on; `of_one`: of one sample.
+
+    Of `tokens` each sample has as many: with another number of them where all are one, they were picked out.
+    """
+    if before.shape != after.shape or before.shape[1] % rows or (before.shape[1] != rows and not tokens):
         return False
+    if of_one.shape != before.shape:
+        return tokens
     size = before.abs().amax(1, keepdim=True)
     same = (after.sort(1).values - before.sort(1).values).abs() <= SAME * size
-    elsewhere = ((after - before.roll(1, 1)).abs() > OTHER * size).any()
+    elsewhere = ((after - before.roll(before.shape[1] // rows, 1)).abs() > OTHER * size).any()
     return bool(same.all() & elsewhere & ((of_one - before).abs() > OTHER * size).any())
 
 

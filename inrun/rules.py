@@ -94,11 +94,14 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
     flat: set[nn.Module] = set()
     for path, block in modules.items():
         if isinstance(getattr(block, "experts", None), nn.Module) and path not in via:
-            known = routing.known(block)
+            known = {} if block in tokens_first else routing.known(block)
             flat |= {m for m, flattened in known.items() if flattened}
             others = [p for p in owned if is_inside(p, path) and modules[p] not in known]
             via |= {p: path for p in others if p not in via}
     tables = {p: p.rpartition(".")[0] for p in owned if p not in via and _is_relative_bias(p, modules)}
+    for path, around in [*tables.items()]:
+        if around in owned or around in via.values():  # which scores more than its bias
+            via |= {path: tables.pop(path), **({around: around} if around in owned else {})}
     taps = {
         path: _tap(path, modules[path], {local for _, local, _ in found})
         for path, found in owned.items()
@@ -258,7 +261,7 @@ def _tap(path: str, module: nn.Module, scored: set[str]) -> Tap:
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         return Tap(path, module, Conv1dRule)
     for base, rule in RULES.items():
-        if isinstance(module, base) and scored <= {"weight", "bias"} and not _pads_otherwise(module):
+        if isinstance(module, base) and scored <= {"weight", "bias"} and not _convolves_otherwise(module, base):
             under = None if cls.forward is base.forward else base
             if under is None or _calls_super(cls, base):
                 if base is nn.Embedding:
@@ -295,7 +298,8 @@ def _is_container(module: nn.Module) -> bool:
 
 def _is_dora(module: Any) -> bool:
     """Whether it is a layer of PEFT's that scales its adapted weight's columns, for which it reads its children's."""
-    return isinstance(module, nn.Module) and len(getattr(module, "lora_magnitude_vector", ())) > 0
+    held = getattr(module, "lora_magnitude_vector", None)
+    return isinstance(held, nn.ModuleDict) and len(held) > 0
 
 
 def _is_relative_bias(path: str, modules: dict[str, nn.Module]) -> bool:
@@ -326,8 +330,12 @@ def is_inside(path: str, ancestor: str) -> bool:
     return path != ancestor and path.startswith(f"{ancestor}." if ancestor else "")
 
 
-def _pads_otherwise(module: Any) -> bool:
-    return isinstance(getattr(module, "padding", None), str) or getattr(module, "padding_mode", "zeros") != "zeros"
+def _convolves_otherwise(module: Any, base: Any) -> bool:
+    """Whether a convolution pads as its rule does not, or its `forward` calls a method that is not torch's own."""
+    if not hasattr(base, "_conv_forward"):
+        return False
+    own = getattr(module._conv_forward, "__func__", None) is base._conv_forward
+    return not own or isinstance(module.padding, str) or module.padding_mode != "zeros"
 
 
 def _require_plain_embedding(module: nn.Module, path: str) -> None:

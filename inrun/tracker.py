@@ -41,7 +41,7 @@ from .rows import Rows
 from .slots import Slot, places, require_all, sibling, trainable
 from .step import Step
 from .tap import Layout, Tap, leave_as_they_are, size_of
-from .updates import UpdateRule, as_optimizers
+from .updates import UpdateRule, as_optimizers, of_scaler
 from .validation import Validation, as_losses, as_samples, as_targets, columns_of
 from .watch import Watch, skipped
 
@@ -585,7 +585,7 @@ class Tracker:
         if len(self.optimizers) > 1:  # of which a loss scaler skips those that overflow: the step has no values
             step.lost = ~factor.isfinite()
             factor = torch.where(step.lost, torch.zeros_like(factor), factor)
-        scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which divides it out itself
+        scale = of_scaler(optimizer, "grad_scale")  # of a fused optimizer, which divides it out itself
         unscale = 1.0 if scale is None else 1.0 / scale
         put_off = self.check_due and not bool(factor)  # an update that will be skipped tells nothing
         if put_off:

@@ -41,7 +41,7 @@ ELEMENTWISE = (
     optim.Rprop,
     optim.ASGD,
 )
-_SCALARS = ("step", "mu_product", "eta", "mu")  # state that does not belong to a coordinate
+_SCALARS = ("step", "mu_product", "eta", "mu")  # state that, as a number, does not belong to a coordinate
 CHUNK, CHUNK_OF_CPU = 1 << 22, 1 << 18  # elements of the parameters whose update is computed together
 
 # update(grad, param, state, group) -> what the step adds to param; all in float64, nothing changed.
@@ -82,6 +82,13 @@ def require_no_closure(optimizer: Optimizer) -> None:
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise InRunError(f"optimizer: expected one whose step() needs no closure, got {type(optimizer).__name__}")
+
+
+def of_scaler(optimizer: Any, name: str) -> Tensor | None:
+    """The `grad_scale` or `found_inf` that a gradient scaler gives an optimizer that heeds them, as fused ones do; what
+    another has by that name is its own."""
+    found = getattr(optimizer, name, None)
+    return found if isinstance(found, Tensor) and getattr(optimizer, "_step_supports_amp_scaling", False) else None
 
 
 def chunks(slots: Sequence[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
@@ -183,7 +190,7 @@ def _reshaped(slot: Any, change: Callable[[Tensor], Tensor]) -> Any:
     like = local(slot.param).detach()
     state = {key: local(value) for key, value in slot.state.items()}
     shaped = {key: change(value) for key, value in state.items()
-              if isinstance(value, Tensor) and value.shape == like.shape and key not in _SCALARS}  # fmt: skip
+              if isinstance(value, Tensor) and value.shape == like.shape and not _is_scalar(key, value)}  # fmt: skip
     return SimpleNamespace(
         param=change(like), optimizer=slot.optimizer, group=slot.group, options=slot.options, state={**state, **shaped}
     )
@@ -276,8 +283,10 @@ def _twin(optimizer: Any, instead: dict[int, Tensor], without: tuple[str, ...] =
         instead: `id` of a tensor -> what the copy has in its place.
         without: attributes that it has none of; nor a gradient scaler's, nor the `step` that a scheduler counts by.
     """
-    left_out = (*without, "step", "grad_scale", "found_inf")
-    held = {k: OrderedDict() if k.endswith("_hooks") else v for k, v in vars(optimizer).items() if k not in left_out}
+    left_out = (*without, "step", *(k for k in ("grad_scale", "found_inf") if of_scaler(optimizer, k) is not None))
+    held = {k: v for k, v in vars(optimizer).items() if k not in left_out}
+    # Torch's own: what else is called so belongs to the update.
+    held |= {k: OrderedDict() for k in held if k.startswith("_optimizer_") and k.endswith("_hooks")}
     twin = object.__new__(type(optimizer))
     try:
         twin.__dict__.update(copy.deepcopy(held, dict(instead)))
@@ -316,11 +325,15 @@ def weights_moved(
         yield
 
 
+def _is_scalar(key: str, value: Tensor) -> bool:
+    return key in _SCALARS and value.numel() == 1
+
+
 def copied(state: dict[str, Any], param: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """A copy of a parameter's state, in this dtype what is of the parameter's shape, or of its rows or columns."""
 
     def widened(key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or key in _SCALARS:
+        if not isinstance(value, Tensor) or _is_scalar(key, value):
             return copy.deepcopy(value)
         if value.shape == param.shape or (value.dim() and value.is_floating_point()):
             return value.to(dtype, copy=True)

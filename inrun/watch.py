@@ -22,6 +22,7 @@ from .distributed import Ranks, local
 from .errors import InRunError, Pending, few
 from .restoring import requiring
 from .tap import leave_as_they_are
+from .updates import of_scaler
 
 WATCHED_PER_GROUP, WATCHED = 8, 64  # parameters, the latter of all groups, but one of each
 # Of a parameter. A prime: elements so far apart lie in all columns of a weight, whose sums may cancel along a row
@@ -44,7 +45,8 @@ class Watch:
         self._to_clear: set[int] = set()  # `id` of optimizers of earlier steps, to whose gradients none has come since
         self._factor = torch.ones(())  # of the first
         self._watched: dict[str, Any] = {}  # those that are watched, by name
-        self._written: dict[str, int] = {}  # how often each gradient had been written to when it last came
+        self._written: dict[str, tuple[int, int]] = {}  # each gradient's `id` when it last came, and how often it had
+        # been written to
         self._first: dict[int, Any] = {}  # `id` of an optimizer -> its slot whose gradient came first in the step
         self._handles: list[Any] = []
 
@@ -76,7 +78,7 @@ class Watch:
     def _remember(self, slot: Any, param: Tensor) -> None:
         if self.active and param.grad is not None:
             self._reached[slot.name] = self._due[slot.name] = slot
-            self._written[slot.name] = param.grad._version
+            self._written[slot.name] = id(param.grad), param.grad._version
             if self._ranks.size == 1:  # else the first may be another in each
                 self._first.setdefault(id(slot.optimizer), slot)
             if slot.name in self._watched or self._first.get(id(slot.optimizer)) is slot:
@@ -208,11 +210,14 @@ class Watch:
         return self._factor, uneven
 
     def _watch_written(self) -> None:
-        """From the next step on, watch the gradients that were written to more or less often than most since they came:
-        those may have been changed alone."""
-        came = [(slot, grad) for slot in self._due.values() if (grad := slot.grad) is not None]
-        times = [grad._version - self._written[slot.name] for slot, grad in came]
-        usual = max(set(times), key=times.count, default=0)
+        """From the next step on, watch the gradients that were written to more or less often than most since they came,
+        or that another tensor has taken the place of: those may have been changed alone."""
+        came = [(slot, grad) for slot in self._due.values() if (grad := slot.param.grad) is not None]
+        times = []
+        for slot, grad in came:
+            which, before = self._written[slot.name]
+            times.append((id(grad) == which, grad._version - (before if id(grad) == which else 0)))
+        usual = max(set(times), key=times.count, default=None)
         for (slot, _), count in zip(came, times, strict=True):
             if count != usual and slot.name not in self._watched:
                 self._watched[slot.name] = slot
@@ -243,7 +248,7 @@ class Watch:
 
     def _compared(self, optimizer: Optimizer, slots: Sequence[Any], factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """The common factor, if it is not known yet, and whether there is none."""
-        ranks, scale = self._ranks, getattr(optimizer, "grad_scale", None)
+        ranks, scale = self._ranks, of_scaler(optimizer, "grad_scale")
         device = slots[0].param.device
         parts = {s.name: self._seen(s.grad) for s in slots}
         now = _together(parts.values(), device)
@@ -272,7 +277,7 @@ class Watch:
 
 def skipped(optimizer: Optimizer, factor: Tensor) -> Tensor:
     """The factor, or 0 where a fused optimizer will skip its update."""
-    if (overflow := getattr(optimizer, "found_inf", None)) is None:
+    if (overflow := of_scaler(optimizer, "found_inf")) is None:
         return factor
     return torch.where(overflow.to(factor.device).squeeze() > 0, torch.zeros_like(factor), factor)
 

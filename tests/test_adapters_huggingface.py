@@ -1182,6 +1182,14 @@ def test_ids_are_those_of_the_rows_of_tokens():
     assert collate(samples(3))["sample_id"] == {"ids": ["s0", "s1", "s2"], "segments": None}
     collate = huggingface.CarryIds(lambda examples: {"scale": torch.ones(()), "x": torch.zeros(3, 2)}, "sample_id")
     assert collate(samples(3))["sample_id"] == {"ids": ["s0", "s1", "s2"], "segments": None}
+    collate = huggingface.CarryIds(lambda examples: {"scale": torch.ones(1), "x": torch.zeros(3, 2)}, "sample_id")
+    assert collate(samples(3))["sample_id"] == {"ids": ["s0", "s1", "s2"], "segments": None}
+
+
+def test_a_collator_is_not_trls_by_its_name():
+    kind = type("DataCollatorForPreference", (), {"__call__": lambda _, examples: {"x": torch.zeros(3, 2)}})
+    collate = huggingface.CarryIds(kind(), "sample_id")
+    assert collate(samples(3))["sample_id"] == {"ids": ["s0", "s1", "s2"], "segments": None}
 
 
 @pytest.mark.parametrize("held", [list, torch.tensor, np.array])

@@ -354,3 +354,23 @@ def test_a_trainers_norm_is_taken_where_a_method_asks_for_it_and_nobody_has_said
         for none in (None, 0, -1):
             assert with_clip({"method": method}, none) == {"method": method}
     assert with_clip({}, 1) == {}
+
+
+def test_an_optimizer_around_another_is_not_taken_for_that():
+    class Lookahead(torch.optim.SGD):
+        """Goes half of the way that another goes."""
+
+        def __init__(self, optimizer):
+            super().__init__(optimizer.param_groups[0]["params"], lr=LR / 2)
+            self.optimizer = optimizer
+
+    model, inner, held_out = made()
+    weights, ids = {n: p.clone() for n, p in model.state_dict().items()}, ["s0", "s1", "s2"]
+    optimizer = Lookahead(inner)
+    loop = Loop(model, optimizer, held_out)
+    with loop.batch(ids):
+        F.cross_entropy(model(X[:3]), Y[:3]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(loop.last.values.double(), expected_values(weights, ids, 2), rtol=1e-4, atol=1e-7)
+    loop.close()

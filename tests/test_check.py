@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -847,3 +848,109 @@ def test_which_children_are_used_without_being_called():
     assert borrowers(modules, {name: [] for name in modules if name}) == {"used": ""}
     with_own = {name: [] for name in modules}  # the parent is run by forward-mode AD then
     assert borrowers(modules, with_own).keys() == {"used", "b", "listed"}
+
+
+class Experts(nn.Module):
+    """A mixture of experts, which every token goes to: its rows are tokens, flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(WIDTH, 2), nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, WIDTH)
+        shares = self.gate(rows).softmax(-1)
+        return sum(shares[:, i : i + 1] * each(rows) for i, each in enumerate(self.experts)).view(x.shape)
+
+
+class Mixed(nn.Module):
+    """Gives its experts the samples' tokens in their order, time first, or those of some samples."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.moe, self.head = kind, Experts(), nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "whole":
+            return self.head(self.moe(x))
+        if self.kind == "time first":
+            return self.head(self.moe(x.transpose(0, 1)).transpose(0, 1))
+        picked = torch.zeros(x.shape[:2], dtype=torch.bool)
+        picked[x[:, 0, 0] > 0, :4] = True
+        return self.head(x.masked_scatter(picked[..., None], self.moe(x[picked])))
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("kind", ["whole", "time first", "picked"])
+def test_experts_of_other_rows_than_each_samples_tokens_are_refused(kind, method):
+    torch.manual_seed(0)
+    model = Mixed(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x, y = torch.randn(B, T, WIDTH), torch.randint(VOCAB, (B, T))
+    x[:, 0, 0] = torch.tensor([1.0, -1.0, 2.0, -2.0])
+    expected = values_of(model, x, y)
+    for through in ({}, {"moe.*": ""}):
+        tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x, y), through=through)
+        fits = kind == "whole" or through
+        refused = pytest.raises(inrun.InRunError, match=r"moe.gate \(Linear\).*: expected the samples .* in the order")
+        with contextlib.nullcontext() if fits else refused, tracker.step(range(B)) as step:
+            loss_of(model, x, y).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        tracker.close()
+        if fits:
+            break
+    torch.testing.assert_close(step.values, expected, rtol=1e-4, atol=1e-7)
+
+
+def values_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Of a step whose batch is validation too, one sample at a time."""
+    params = list(model.parameters())
+    rows = [torch.autograd.grad(loss_of(model, x[[b]], y[[b]]) / B, params) for b in range(B)]
+    whole = torch.autograd.grad(loss_of(model, x, y), params)
+    return torch.stack([sum((g * v).sum() for g, v in zip(row, whole, strict=True)) * LR for row in rows])
+
+
+def test_a_layer_of_torchs_transformer_may_hold_experts():
+    """Their tokens come `[T, B, W]`, of which no run on other numbers tells."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, dropout=0.0)
+    layer.linear1 = Experts()
+    model = nn.Sequential(Transposed(), layer, Transposed(), nn.Linear(WIDTH, VOCAB))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x, y = torch.randn(B, T, WIDTH), torch.randint(VOCAB, (B, T))
+    expected = values_of(model, x, y)
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y))
+    with tracker.step(range(B)) as step:
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    torch.testing.assert_close(step.values, expected, rtol=1e-4, atol=1e-7)
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1)
+
+
+def test_what_a_check_runs_leaves_no_mark_in_containers():
+    class Counted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(WIDTH, VOCAB)
+            self.counter, self.numbers, self.ordered = Counter(), defaultdict(int), OrderedDict()
+            self.queue, self.plain, self.list = deque(maxlen=9), {}, []
+
+        def forward(self, x: Tensor) -> Tensor:
+            for each in (self.counter, self.numbers, self.ordered, self.plain):
+                each[len(each)] = 1
+            self.queue.append(1)
+            self.list.append(1)
+            return super().forward(x)
+
+    model = Counted()
+    optimizer, (x, y) = torch.optim.SGD(model.parameters(), lr=LR), next(batches())
+    tracker = inrun.track(model, optimizer, validation=lambda: model.weight.square().sum())
+    with tracker.step(range(B)):
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    kept = (model.counter, model.numbers, model.ordered, model.queue, model.plain, model.list)
+    assert [len(each) for each in kept] == [1] * 6

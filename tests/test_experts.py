@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from inrun import probing
-from inrun.experts import _Grouped
+from inrun.experts import _Grouped, is_experts
 from inrun_kernels import grouped
 from inrun_kernels.grouped import grouped_mm, grouped_wgrad
 
@@ -76,3 +76,17 @@ def test_the_rows_dots_and_second_derivatives(many):
         twice.append(torch.autograd.grad(sum(f.square().sum() for f in first), inputs))
     for ours, theirs in zip(*twice, strict=True):
         assert_close(ours, theirs)
+
+
+def test_a_forward_around_that_of_transformers_is_another_module():
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    config = mixtral.MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=3)
+
+    class Residual(mixtral.MixtralExperts):
+        def forward(self, x, *routes):
+            return x + super().forward(x, *routes)
+
+    assert is_experts(mixtral.MixtralExperts(config)) and is_experts(
+        type("Mine", (mixtral.MixtralExperts,), {})(config)
+    )
+    assert not is_experts(Residual(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -15,7 +16,7 @@ from models import VOCAB, WIDTH, B, data, gradient, loss_of, make, oracle_values
 from torch import nn
 
 import inrun
-from inrun import coupled, directions, formulas, inline, shapley, updates
+from inrun import coupled, directions, formulas, inline, shapley, turning, updates
 from inrun_kernels import adam, native
 
 
@@ -783,3 +784,84 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_no_miss():
             optimizer.step()
         assert step.values.abs().max() < 1e-12
         tracker.close()
+
+
+class Named(torch.optim.Optimizer):
+    """Calls what it keeps as a gradient scaler, torch's hooks and its averages are called."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+        self.grad_scale, self.found_inf, self.grad_hooks = 0.5, False, [lambda grad: 3 * grad]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            state, grad = self.state[p], p.grad * self.grad_scale
+            for hook in self.grad_hooks:
+                grad = hook(grad)
+            state.setdefault("mu", torch.zeros_like(p)).mul_(0.5).add_(grad)
+            p.sub_(self.param_groups[0]["lr"] * state["mu"])
+
+
+def test_names_that_others_have_too_are_the_optimizers_own(monkeypatch):
+    monkeypatch.setattr(turning, "LOOKED_AT", 16)  # coordinates of each parameter, and not all
+    found = []
+    for kind in (Named, lambda params, lr: torch.optim.SGD(params, lr=1.5 * lr, momentum=0.5)):
+        model, batch, validation = double("mlp")
+        optimizer = kind(model.parameters(), 0.1)
+        tracker = inrun.track(model, optimizer, "path", validation=lambda m=model, v=validation: loss_of(m, *v),
+                              update="elementwise")  # fmt: skip
+        for _ in range(2):
+            with tracker.step(range(B)) as step:
+                train(model, [optimizer], batch)
+        found.append(step.values.double())
+    close(*found)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_gradient_that_is_changed_alone_in_a_late_step_is_seen_in_the_next(in_place):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(30)), nn.Linear(WIDTH, VOCAB))
+    optimizer, (batch, validation) = torch.optim.SGD(model.parameters(), lr=0.1), (data("mlp"), data("mlp", 4, 2))
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, *validation), check=False)
+    param = model[3].weight
+
+    def change():
+        param.grad = param.grad.mul_(0.1) if in_place else param.grad * 0.1
+
+    with tracker.step(range(B)):
+        train(model, [optimizer], batch)
+    with tracker.step(range(B)):  # that it is not among those watched
+        train(model, [optimizer], batch, change)
+    with pytest.raises(inrun.InRunError, match="one common factor"), tracker.step(range(B)):
+        train(model, [optimizer], batch, change)
+
+
+def bounded(grad, param, state, group):
+    return -group["lr"] * grad / (grad.norm() / 0.3).clamp(min=1.0)
+
+
+@pytest.mark.parametrize("update", [bounded, "elementwise"])
+def test_an_update_whose_norm_is_bounded_couples_coordinates_where_it_is_large(update):
+    class Bounded(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.add_(bounded(p.grad, p, {}, self.param_groups[0]))
+
+    values = []
+    for sizes in ((5.0,), (1e-2, 5.0)):
+        model, batch, validation = double("mlp")
+        before, optimizer = copy.deepcopy(model.state_dict()), Bounded(model.parameters(), {"lr": 0.5})
+        tracker = inrun.track(model, optimizer, "path", validation=lambda m=model, v=validation: loss_of(m, *v),
+                              update=update)  # fmt: skip
+        for size in sizes:
+            model.load_state_dict(before)
+            refused = pytest.raises(inrun.InRunError, match="moves a coordinate by the gradients of others")
+            with contextlib.nullcontext() if callable(update) or size < 1 else refused, tracker.step(range(B)) as step:
+                (size * loss_of(model, *batch)).backward()
+                optimizer.step()
+            optimizer.zero_grad()
+        values.append(step)
+    if callable(update):
+        close(values[1].values.double(), values[0].values.double())

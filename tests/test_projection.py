@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -132,6 +133,26 @@ class Dropping(Router):
         return super().logits(self.drop(x))
 
 
+class Sparse(Router):
+    """Leaves small weights out: numbers that are drawn are larger."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight.data *= 1e-5
+
+    def logits(self, x):
+        return F.linear(x, torch.where(self.weight.abs() < 1e-5, 0.0, self.weight))
+
+
+class Bounded(Router):
+    def __init__(self, bound=20.0):
+        super().__init__()
+        self.bound = bound
+
+    def logits(self, x):
+        return super().logits(x.clamp(-self.bound, self.bound))
+
+
 NARROW, WIDE = Projection(), Projection(wide=True)
 
 
@@ -139,7 +160,7 @@ NARROW, WIDE = Projection(), Projection(wide=True)
     ("made", "form"),
     [(Router, NARROW), (Wide, WIDE), (RoundedThenWide, NARROW), (Noisy, NARROW), (Counting, NARROW), (Jittered, None),
      (WideThenRounded, None), (Normed, None), (Masked, None), (Residual, None), (lambda: Router(bias=True), NARROW),
-     (Scored, NARROW), (Deep, None), (Scaled, None)],
+     (Scored, NARROW), (Deep, None), (Scaled, None), (Sparse, None), (Bounded, None)],
 )  # fmt: skip
 def test_which_modules_project_first(made, form):
     module = made()
@@ -232,3 +253,25 @@ def test_what_is_tried_is_left_as_it_was():
         assert dict(module._buffers) == buffers and not module.seen and not module.tokens
         assert module.calls == 0 and vars(module).keys() == attributes.keys() and module.training
         assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_module_that_does_more_to_a_batch_than_to_what_was_tried_is_refused(method):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.head = Bounded(1e4), nn.Linear(E, E)
+
+        def forward(self, x):
+            return self.head(self.router(x)[0].softmax(-1))
+
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(torch.randn(2, H)).square().sum())
+    for size in (1.0, 1e5):
+        refused = pytest.raises(inrun.InRunError, match="router: expected Bounded to project its input first of all")
+        with contextlib.nullcontext() if size == 1.0 else refused, tracker.step(range(B)):
+            tracker._rows.compared = True
+            model(size * torch.randn(B, H)).square().sum().backward()
+            optimizer.step()
+        optimizer.zero_grad()

@@ -191,6 +191,15 @@ def test_planted_samples_are_held_to_clean_ones_of_all_sources_and_of_their_own(
     assert {kind: sum(each) for kind, each in counts.items()} == {"": 4, "duplicate": 1, "shuffled": 1}
 
 
+def test_a_name_that_ends_as_those_of_copies_do_is_no_copys(run):
+    before = report.figures(run)["planted"]["duplicate"]
+    with inrun.Ledger(run / "ledger") as ledger:
+        ledger.append(2, ["c~duplicate"], [5.0])
+    found = report.figures(run)["planted"]["duplicate"]
+    for name in ("samples", "originals_mean_per_sample", "correlation_with_original"):
+        assert found[name] == before[name]
+
+
 def test_losses_of_a_long_run_are_thinned_evenly(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [rows[0] | {"step": step, "loss": float(step)} for step in range(1001)] + [rows[-1] | {"step": 1001}]

@@ -3227,3 +3227,71 @@ def test_a_forward_mode_pass_normalises_rows_that_hardly_differ_in_float16_weigh
             optimizer.step()
         values.append(step.values.double())
     close(*values, rtol=2e-2)
+
+
+class Standardised(nn.Conv1d):
+    """As subclasses of convolutions are, in the method that their forward calls."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean((1, 2), keepdim=True), bias)
+
+
+def standardised(x, weight, bias):
+    return F.conv1d(x, weight - weight.mean((1, 2), keepdim=True), bias)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_convolution_that_does_something_to_its_weight_is_what_it_is(patched, method):
+    model = make("unknown")
+    bias, weight = model.conv.bias, model.conv.weight
+    model.conv = nn.Conv1d(3, 4, 3) if patched else Standardised(3, 4, 3)
+    model.conv.weight, model.conv.bias = weight, bias
+    if patched:
+        model.conv._conv_forward = standardised
+    train, validation = data("unknown"), data("unknown", 4, seed=2)
+    expected = oracle_values(model, lambda n, g: 0.1 * g, train, validation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    close(run_step(inrun.track(model, optimizer, method), model, optimizer, train, validation), expected)
+
+
+class Relative(nn.Module):
+    """Calls its table and what makes a bias of it as T5 does, and has parameters of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.relative_attention_bias, self.gain = nn.Embedding(9, 1), nn.Parameter(torch.rand(WIDTH))
+        self.query, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCAB)
+
+    def compute_bias(self, length):
+        at = torch.arange(length)
+        return self.relative_attention_bias((at[:, None] - at).clamp(-4, 4) + 4).permute(2, 0, 1)[None]
+
+    def forward(self, x):
+        scores = self.query(x) @ x.mT + self.compute_bias(x.shape[1])[:, 0]
+        return self.head(self.gain * (scores.softmax(-1) @ x))
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_an_attention_with_a_relative_bias_may_have_other_parameters(method):
+    torch.manual_seed(0)
+    model, (train, validation) = Relative(), (data("attention"), data("attention", 4, seed=2))
+    expected = oracle_values(model, lambda n, g: 0.1 * g, train, validation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    close(run_step(inrun.track(model, optimizer, method), model, optimizer, train, validation), expected)
+
+
+def test_a_block_of_experts_may_begin_with_codes_of_a_quantised_weight():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.codes = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+            self.experts = nn.ModuleList([nn.Linear(WIDTH, WIDTH)])
+            self.lora_magnitude_vector = 1.0  # no layer of PEFT's
+
+        def forward(self, x):
+            return self.experts[0](x.flatten(0, 1)).view(x.shape)
+
+    tracker = inrun.track(nn.Sequential(Block(), nn.Linear(WIDTH, VOCAB)))
+    assert [tap.flat for tap in tracker.taps] == [True, False]
+    tracker.close()

@@ -239,11 +239,12 @@ class CarryIds:
             return batch  # an evaluation set needs no ids; a training batch without them is refused
         found = [example[self.column] for example in examples]
         found = [i.tolist() if hasattr(i, "tolist") else i for i in found]
-        tensors = [v for v in (batch.get("input_ids"), *batch.values()) if isinstance(v, Tensor) and v.dim() > 0]
-        rows = tensors[0].shape[:2]  # before these, perhaps, patches of all images
         packed = isinstance(found[0], list)
-        names = [cls.__name__ for cls in type(self.collator).__mro__]
-        pairs = "DataCollatorForPreference" in names  # of TRL's: all chosen, then all rejected
+        kinds = [(cls.__module__.partition(".")[0], cls.__name__) for cls in type(self.collator).__mro__]
+        pairs = ("trl", "DataCollatorForPreference") in kinds  # all chosen, then all rejected
+        named = [batch["input_ids"]] if "input_ids" in batch else batch.values()  # not patches of all images, perhaps
+        tensors = [v for v in named if isinstance(v, Tensor) and v.dim() > 0]
+        rows = next((v for v in tensors if len(v) == len(examples) * (1 + pairs)), tensors[0]).shape[:2]
         if not packed and rows[0] == len(examples) * (1 + pairs):
             if self.looked_at < _LOOKED_AT and not pairs:
                 self._require_order(examples, batch)

@@ -16,12 +16,14 @@ A loop that has all batches of a step in one place, as torchtitan's, needs only 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..errors import InRunError
 from ..ledger import Ledger
@@ -87,9 +89,8 @@ class Loop:
                 f"ledger: expected an empty one for a run that begins at step 0, got steps up to {held}{remedy}"
             )
         model = getattr(model, "_orig_mod", model)  # of torch.compile
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate
-        if isinstance(optimizer, (list, tuple)):
-            optimizer = [getattr(each, "optimizer", each) for each in optimizer]
+        several = isinstance(optimizer, (list, tuple))
+        optimizer = [_unprepared(each) for each in optimizer] if several else _unprepared(optimizer)
         losses = {name: in_eval_mode(model)(loss) for name, loss in as_losses(validation).items()}
         self.tracker = track(model, optimizer, validation=losses, ledger=self.ledger, **options)
         self.step: Step | None = None
@@ -157,6 +158,14 @@ class Loop:
         """Give the model its classes back and flush the ledger."""
         self.abandon()
         self.tracker.close()
+
+
+def _unprepared(optimizer: Any) -> Any:
+    """What accelerate has wrapped, or what something that is no optimizer holds; one around another has its own update,
+    as Lookahead."""
+    accelerate: Any = sys.modules.get("accelerate.optimizer")
+    wrapped = accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer)
+    return getattr(optimizer, "optimizer", optimizer) if wrapped or not isinstance(optimizer, Optimizer) else optimizer
 
 
 def with_clip(options: Mapping[str, Any], max_norm: float | None) -> dict[str, Any]:
