@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from models import WIDTH, B, Bypass, Counting, data, gradient, loss_of, make, oracle_values, sample_gradients
+from models import VOCAB, WIDTH, B, Bypass, Counting, T, data, gradient, loss_of, make, oracle_values, sample_gradients
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
@@ -140,6 +140,35 @@ def test_second_order_and_secant_agree_to_the_third_order_of_the_learning_rate()
         gaps.append((found[0] - found[1]).double().norm().item())
     slopes = [math.log2(a / b) for a, b in itertools.pairwise(gaps)]
     assert all(2.5 < slope < 3.6 for slope in slopes), (gaps, slopes)
+
+
+class Configured(nn.Module):
+    """Norms over two dimensions with an eps that counts, and padding in a table that is the head too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCAB, WIDTH, padding_idx=0), nn.Linear(WIDTH, VOCAB)
+        self.norm, self.rms = nn.LayerNorm((2, WIDTH // 2), eps=0.5), nn.RMSNorm((2, WIDTH // 2), eps=0.5)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        h = self.embed(x).unflatten(-1, (2, -1))
+        return self.head(self.rms(self.norm(h).sin()).flatten(-2))
+
+
+@pytest.mark.parametrize("method", ["first", "path", "monte_carlo"])
+def test_layers_are_scored_with_the_options_that_they_have(method):
+    model, ids = Configured().double(), torch.arange(12 * T).view(12, T) ** 2 % VOCAB
+    model.embed.weight.data.mul_(0.5)
+    (x, y), validation = (ids[:B], ids[:B].roll(1, 1)), (ids[B:].clamp(1), ids[B:].roll(1, 1))
+    expected = oracle_values(model, lambda _, g: 1e-5 * g, (x, y), validation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)  # at which all of them are of first order
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, *validation))
+    with tracker.step(range(B)) as step:
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    close(step.values, expected, 1e-5 if method == "first" else 1e-4)
 
 
 OPTIMIZERS = {

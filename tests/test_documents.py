@@ -197,6 +197,22 @@ def test_tokens_may_follow_the_heads(method):
     assert {tap.name for tap in tracker.taps if tap.heads_first} == {"head_norm", "low"}
 
 
+def test_as_many_features_as_tokens_are_no_heads():
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Embedding(VOCAB, T), nn.Linear(T, VOCAB)), packed_data()
+
+    def values(tokens):
+        copied = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(copied.parameters(), lr=LR)
+        tracker = inrun.track(copied, optimizer, validation=lambda: F.cross_entropy(copied(x).mT, y))
+        with tracker.step(range(ROWS), tokens=tokens) as step:
+            F.cross_entropy(copied(x).mT, y).backward()
+            optimizer.step()
+        return step.values
+
+    close(values(T).sum(1), values(None).double())
+
+
 def test_as_many_tokens_as_heads_are_refused_until_it_is_known_which_is_which():
     torch.manual_seed(0)
     model = HeadsFirst(heads=4).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
@@ -70,6 +71,12 @@ def layer_cases(dtype=torch.float64, shape=(B, T)):
             [rand(IN), rand(IN)],
             lambda x, w, b: F.layer_norm(x, (IN,), w, b),
             lambda x, p, d, probe: IF.layer_norm(x, (IN,), p[0], p[1], 1e-5, (d[0], d[1]), probe),
+        ),
+        "layer_norm_of_a_large_eps": (
+            rand(*shape, IN),
+            [rand(IN), rand(IN)],
+            lambda x, w, b: F.layer_norm(x, (IN,), w, b, 0.5),
+            lambda x, p, d, probe: IF.layer_norm(x, (IN,), p[0], p[1], 0.5, (d[0], d[1]), probe),
         ),
         "rms_norm": (
             rand(*shape, IN),
@@ -193,6 +200,26 @@ def test_first_and_second_derivatives(name, many):
     assert torch.autograd.gradcheck(dots, inputs[:-1])
 
 
+@pytest.mark.parametrize("name", [*NAMES, "convolution"])
+@pytest.mark.parametrize("many", [None, 2])
+def test_a_backward_that_makes_a_graph_has_the_same_gradients_and_dots(name, many):
+    if name == "convolution":
+        g = torch.Generator().manual_seed(0)
+        x, *params = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((B, IN, T), (OUT, IN, 2), (OUT,)))
+
+        def probed(x, p, d, probe):
+            return convolution(x, *p, d, probe, Geometry((1,), (0,), (1,), 1))
+    else:
+        x, params, _, probed = layer_cases()[name]
+    params, directions = [p.requires_grad_() for p in params], directions_for(params, many)
+    found = []
+    for again in (False, True):
+        probe = torch.zeros((B,) if many is None else (B, many), dtype=torch.float64, requires_grad=True)
+        y = probed(x, params, directions, probe)
+        found.append(torch.autograd.grad((y.sin() * loss_weights(y)).sum(), (*params, probe), create_graph=again))
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("padding", [2, 2 - VOCAB])
 def test_padding_has_no_dot_where_a_second_derivative_may_follow_either(padding):
     ids, (table,), _, _ = layer_cases()["embedding"]
@@ -279,6 +306,13 @@ def test_autocast_matches_plain_autocast_and_scores():
     torch.testing.assert_close(probe.grad.sum(), total, rtol=1e-5, atol=1e-5)
 
 
+def test_autocast_leaves_float64_as_it_is():
+    x, params, plain, probed = layer_cases()["linear"]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = probed(x, params, directions_for(params), torch.zeros(B, dtype=torch.float64, requires_grad=True))
+        torch.testing.assert_close(y, plain(x, *params))
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("batch", [1, B])
 def test_weights_of_another_half_precision_than_autocasts(batch, has_bias):
@@ -324,6 +358,14 @@ def test_ambiguous_positions_are_refused_and_labels_are_not():
     assert IF.embedding(torch.tensor([4, 0, 4]), params[0], directions[0], probe).shape == (B, IN)
 
 
+@pytest.mark.parametrize("ids", [[0, 1], [0, 1, 2], [2, 3, 4, 5], [1], [1, 2], [2, 3, 4], [0, 1, 2, 4], [3, 2, 1, 0]])
+def test_of_four_samples_or_more_any_run_of_numbers_could_be_positions(ids):
+    table, probe = torch.randn(6, IN), torch.zeros(len(ids), requires_grad=True)
+    refused = ids in ([0, 1], [0, 1, 2], [2, 3, 4, 5])
+    with pytest.raises(RuntimeError, match=r"could be either") if refused else contextlib.nullcontext():
+        IF.embedding(torch.tensor(ids), table, table, probe)
+
+
 def test_a_wrong_leading_dimension_says_what_was_expected():
     x, params, _, probed = layer_cases()["linear"]
     probe = torch.zeros(B + 1, dtype=torch.float64, requires_grad=True)
@@ -352,6 +394,19 @@ def test_frozen_and_unscored_parameters(dtype):
         for leaf, grad in zip(leaves, wanted, strict=True):
             if leaf.requires_grad:
                 torch.testing.assert_close(leaf.grad, grad)
+
+
+@pytest.mark.parametrize("many", [None, 2])
+@pytest.mark.parametrize("alone", [0, 1])
+def test_a_layer_norm_may_have_one_of_both_scored(alone, many):
+    x, params, plain, probed = layer_cases()["layer_norm"]
+    directions = directions_for(params, many)
+    probe = torch.zeros((B,) if many is None else (B, many), dtype=torch.float64, requires_grad=True)
+    leaves = [p.clone().requires_grad_() for p in params]
+    y = probed(x, leaves, [d if i == alone else None for i, d in enumerate(directions)], probe)
+    (y.sin() * loss_weights(y)).sum().backward()
+    directions[1 - alone] = torch.zeros_like(directions[1 - alone])
+    torch.testing.assert_close(probe.grad, oracle(x, params, plain, directions, many))
 
 
 @pytest.mark.parametrize("shape", [(16,), (4, 6), (2, 3, 9), (1, 5)])
@@ -484,6 +539,17 @@ def test_directions_of_half_precision_layers_may_be_small_or_large(scale, segmen
     IF.attach(out, scale * tangents, probe, segments).backward(grad.half())
     expected = (grad.half().double() * (scale * tangents)).sum((1, 2))
     torch.testing.assert_close(probe.grad.double(), expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e3])
+def test_and_where_a_backward_makes_a_graph(scale):
+    g = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 4, 8, generator=g).half(), torch.randn(2, 4, 5, generator=g).half()
+    weight, direction = torch.ones(5, 8, dtype=torch.half, requires_grad=True), scale * torch.randn(5, 8, generator=g)
+    probe = torch.zeros(2, requires_grad=True)
+    found = torch.autograd.grad(IF.linear(x, weight, None, (direction, None), probe), probe, grad, create_graph=True)
+    expected = torch.einsum("bto,bti,oi->b", grad.double(), x.double(), direction.double())
+    torch.testing.assert_close(found[0].double(), expected, rtol=2e-3, atol=2e-3 * scale)
 
 
 @pytest.mark.filterwarnings("ignore:overflow")

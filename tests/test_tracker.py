@@ -1235,7 +1235,9 @@ def test_a_learning_rate_set_inside_the_block_counts(tensor):
         run_step(tracker, model, optimizer, train, validation, before_update=warm)
 
 
-@pytest.mark.parametrize("now", [(0.1, 0.1), (0.0, 0.1), (float("inf"), 0.1), (0.1, float("nan")), (0.2, 0.2, 0.1)])
+@pytest.mark.parametrize(
+    "now", [(0.1, 0.1), (0.0, 0.1), (0.1, 0.1001), (float("inf"), 0.1), (0.1, float("nan")), (0.2, 0.2, 0.1)]
+)
 @pytest.mark.parametrize("turned", [False, True])
 def test_learning_rates_of_no_one_factor_are_an_error(now, turned):
     before = {(0.1, 0.1): (0.1, 0.0), (0.0, 0.1): (0.1, 0.1)}.get(now, (0.1,) * len(now))
@@ -2426,6 +2428,14 @@ def test_options_that_the_scores_are_made_with_are_set_before_the_block(change):
         optimizer.zero_grad()
         take_step()
     assert tracker.steps == 2
+
+
+@pytest.mark.parametrize("change", [{"betas": (0.5, 0.999)}, {"eps": 1e-2}, {"amsgrad": True}, {"maximize": True}])
+def test_and_so_are_those_of_adam(change):
+    _, optimizer, _, take_step = in_loop(optimizer=torch.optim.Adam, groups=2)
+    take_step()
+    with pytest.raises(inrun.InRunError, match="expected the options the step began with"):
+        take_step(lambda: optimizer.param_groups[1].update(change))
 
 
 @pytest.mark.parametrize("block", [False, True])
