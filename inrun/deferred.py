@@ -501,7 +501,7 @@ class Deferred(Method):
                 value = torch.zeros_like(slot.shard) if g is None else g
                 if (bend := curved[i]) is not None:
                     value = value - bend / 2
-                slot.slices[m].copy_(value * coefficients[i])
+                slot.slices[m].copy_(value).mul_(coefficients[i])  # a product in float16 would have no range
 
 
 def _shorten(directions: Sequence[Tensor], moves: Iterable[Tensor], count: int, bound: Any) -> None:

@@ -130,11 +130,12 @@ class Inline(Method):
 @torch.no_grad()
 def write_direction(slot: Any, val_grads: list[Tensor | None]) -> None:
     """Write a parameter's first-order direction, one slice for each target's validation gradient."""
+    slices = slot.slices
+    val_grads = [None if g is None else g.to(slices[0].dtype) for g in val_grads]  # float16 has no range for them
     known = [g for g in val_grads if g is not None]
     if not known:
         slot.direction.zero_()
         return
-    slices = slot.slices
     for part in directions.parts(known[0]):
         place = slices[0][part] if len(slices) == 1 else None  # of one direction, its own memory will do
         factor = directions.coefficient(slot, known, part, out=place)

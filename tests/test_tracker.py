@@ -3209,6 +3209,26 @@ def test_a_forward_mode_pass_in_float16_weights(layer):
     close(*values, rtol=2e-2)
 
 
+@pytest.mark.parametrize("method", ["first", "secant", "second", "path"])
+def test_directions_of_float16_weights_have_a_range_that_they_have_not(method):
+    """Times a small learning rate a gradient is below float16's least number."""
+
+    def values(dtype):
+        torch.manual_seed(0)
+        model, (x, held) = nn.Linear(8, 4).half().to(dtype), torch.randn(2, 6, 8).half().to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-7)
+        tracker = inrun.track(model, optimizer, method, validation=lambda: model(held).float().square().mean())
+        for ids in (range(6), range(6)):
+            with tracker.step(ids):
+                model(x).float().square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return tracker.ledger.totals().sort_by("sample_id")["value"].to_numpy()
+
+    found, expected = values(torch.float16), values(torch.float32)
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("layer", [nn.LayerNorm(6), functools.partial(F.group_norm, num_groups=2)])
 def test_a_forward_mode_pass_normalises_rows_that_hardly_differ_in_float16_weights(layer):
     """As of an embedding that has just begun, or of padding: torch's own derivative is no number of theirs."""
