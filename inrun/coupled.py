@@ -76,9 +76,9 @@ class Coupled:
     def _tried(self, slots: Sequence[Any], unscale: Any) -> list[bool | None]:
         """None where the gradient moves nothing, as at a rate of zero: a later step tells."""
         full = [slot.grad.double() * unscale for slot in slots]
-        # A bit of a multiple of each coordinate's number, as good as random: some of both, of two coordinates too.
+        # A bit of a multiple of the square of each coordinate's number, as good as random: some of both, of two too.
         numbers = [torch.arange(1, 1 + g.numel(), device=g.device).view(g.shape) for g in full]
-        kept = [n.mul_(2654435761).bitwise_right_shift_(31).bitwise_and_(1).bool() for n in numbers]
+        kept = [n.square_().mul_(2654435761).bitwise_right_shift_(31).bitwise_and_(1).bool() for n in numbers]
         half = [torch.where(k, g, 0.0) for g, k in zip(full, kept, strict=True)]
         try:
             ends = zip(updates(slots, full, self._rule), updates(slots, half, self._rule), kept, strict=True)

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from .distributed import Ranks, local
 from .errors import InRunError
@@ -287,9 +289,10 @@ def _twin(optimizer: Any, instead: dict[int, Tensor], without: tuple[str, ...] =
     held = {k: v for k, v in vars(optimizer).items() if k not in left_out}
     # Torch's own: what else is called so belongs to the update.
     held |= {k: OrderedDict() for k in held if k.startswith("_optimizer_") and k.endswith("_hooks")}
+    handles = {id(x): x for x in pytree.tree_leaves(held) if isinstance(x, RemovableHandle)}  # which cannot be copied
     twin = object.__new__(type(optimizer))
     try:
-        twin.__dict__.update(copy.deepcopy(held, dict(instead)))
+        twin.__dict__.update(copy.deepcopy(held, instead | handles))
     except torch.OutOfMemoryError:  # which the loop may know what to do about
         raise
     except (TypeError, RuntimeError) as error:

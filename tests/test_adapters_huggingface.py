@@ -1184,6 +1184,8 @@ def test_ids_are_those_of_the_rows_of_tokens():
     assert collate(samples(3))["sample_id"] == {"ids": ["s0", "s1", "s2"], "segments": None}
     collate = huggingface.CarryIds(lambda examples: {"scale": torch.ones(1), "x": torch.zeros(3, 2)}, "sample_id")
     assert collate(samples(3))["sample_id"] == {"ids": ["s0", "s1", "s2"], "segments": None}
+    collate = huggingface.CarryIds(lambda _: {"input_ids": None, "inputs_embeds": torch.zeros(3, 2, 4)}, "sample_id")
+    assert collate(samples(3))["sample_id"] == {"ids": ["s0", "s1", "s2"], "segments": None}
 
 
 def test_a_collator_is_not_trls_by_its_name():

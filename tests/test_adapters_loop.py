@@ -374,3 +374,18 @@ def test_an_optimizer_around_another_is_not_taken_for_that():
         optimizer.zero_grad()
     torch.testing.assert_close(loop.last.values.double(), expected_values(weights, ids, 2), rtol=1e-4, atol=1e-7)
     loop.close()
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_fabrics_optimizer_is_the_one_that_it_has_wrapped(method):
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    model, optimizer, held_out = made()
+    weights, ids = {n: p.clone() for n, p in model.state_dict().items()}, ["s0", "s1", "s2"]
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    loop = Loop(model, optimizer, held_out, method=method)
+    with loop.batch(ids):
+        F.cross_entropy(wrapped(X[:3]), Y[:3]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(loop.last.values.double(), expected_values(weights, ids, 1), rtol=1e-4, atol=1e-7)
+    loop.close()

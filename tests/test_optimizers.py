@@ -232,6 +232,21 @@ def test_few_coordinates_that_move_by_each_others_gradients_are_found(size):
         assert bool(tries) is expected
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("shape", [(2, 2), (2, 8), (8, 2), (2, 21), (2, 610), (64, 64)])
+def test_coordinates_that_move_by_those_of_their_row_or_column_are_found(shape, dim):
+    param = nn.Parameter(torch.zeros(shape))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    slot = SimpleNamespace(name="p", param=param, shard=param, grad=torch.zeros(shape), optimizer=optimizer, group=0,
+                           options=optimizer.param_groups[0], state={})  # fmt: skip
+    rule = lambda grad, *_: grad / (1 + grad.norm(dim=dim, keepdim=True))  # noqa: E731
+    seen = 0  # rows or columns that tell: in a small one, some have all of theirs or none
+    for k in range(shape[1 - dim]):
+        slot.grad = torch.zeros(shape).index_fill_(1 - dim, torch.tensor([k]), 1.0)
+        seen += len(coupled.Coupled(rule).among([(0, slot)], 1.0))
+    assert seen >= shape[1 - dim] / 4
+
+
 @pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [*updates.ELEMENTWISE, torch.optim.Adafactor], ids=lambda kind: kind.__name__)
@@ -814,6 +829,32 @@ def test_names_that_others_have_too_are_the_optimizers_own(monkeypatch):
         for _ in range(2):
             with tracker.step(range(B)) as step:
                 train(model, [optimizer], batch)
+        found.append(step.values.double())
+    close(*found)
+
+
+def test_an_optimizer_may_keep_handles_of_hooks_on_gradients():
+    class Hooked(torch.optim.SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr)
+            self.seen, params = [], self.param_groups[0]["params"]
+            self.grad_hooks = [
+                p.register_post_accumulate_grad_hook(lambda p: self.seen.append(p.shape)) for p in params
+            ]
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.sub_(self.param_groups[0]["lr"] * p.grad)
+
+    found = []
+    for kind in (Hooked, torch.optim.SGD):
+        model, batch, validation = double("mlp")
+        optimizer = kind(model.parameters(), 0.1)
+        tracker = inrun.track(model, optimizer, "path", validation=lambda m=model, v=validation: loss_of(m, *v),
+                              update="elementwise")  # fmt: skip
+        with tracker.step(range(B)) as step:
+            train(model, [optimizer], batch)
         found.append(step.values.double())
     close(*found)
 

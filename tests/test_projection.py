@@ -153,6 +153,21 @@ class Bounded(Router):
         return super().logits(x.clamp(-self.bound, self.bound))
 
 
+class Overflowing(Router):
+    """Of large numbers it makes none."""
+
+    def logits(self, x):
+        return super().logits(x).exp() / super().logits(x).exp().sum(-1, keepdim=True)
+
+
+class Sieved(Router):
+    """Leaves all but two scores out."""
+
+    def logits(self, x):
+        logits = super().logits(x)
+        return logits.masked_fill(logits < logits.topk(2)[0][..., -1:], float("-inf"))
+
+
 NARROW, WIDE = Projection(), Projection(wide=True)
 
 
@@ -160,7 +175,8 @@ NARROW, WIDE = Projection(), Projection(wide=True)
     ("made", "form"),
     [(Router, NARROW), (Wide, WIDE), (RoundedThenWide, NARROW), (Noisy, NARROW), (Counting, NARROW), (Jittered, None),
      (WideThenRounded, None), (Normed, None), (Masked, None), (Residual, None), (lambda: Router(bias=True), NARROW),
-     (Scored, NARROW), (Deep, None), (Scaled, None), (Sparse, None), (Bounded, None)],
+     (Scored, NARROW), (Deep, None), (Scaled, None), (Sparse, None), (Bounded, None), (Overflowing, NARROW),
+     (Sieved, NARROW)],
 )  # fmt: skip
 def test_which_modules_project_first(made, form):
     module = made()
@@ -275,3 +291,28 @@ def test_a_module_that_does_more_to_a_batch_than_to_what_was_tried_is_refused(me
             model(size * torch.randn(B, H)).square().sum().backward()
             optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("kind", [Noisy, Sieved])
+def test_a_module_that_draws_or_masks_is_compared_with_what_it_returns(kind, method):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.head = kind(), nn.Linear(E, E)
+
+        def forward(self, x):
+            return self.head(self.router(x)[0].softmax(-1))
+
+    model, x = Model(), torch.randn(B, H)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    torch.manual_seed(0)
+    expected = model(x)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(torch.randn(2, H)).square().sum())
+    assert isinstance(model.router, ProjectionRule)
+    with tracker.step(range(B)):
+        torch.manual_seed(0)
+        y = model(x)
+        y.square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(y, expected)

@@ -242,7 +242,8 @@ class CarryIds:
         packed = isinstance(found[0], list)
         kinds = [(cls.__module__.partition(".")[0], cls.__name__) for cls in type(self.collator).__mro__]
         pairs = ("trl", "DataCollatorForPreference") in kinds  # all chosen, then all rejected
-        named = [batch["input_ids"]] if "input_ids" in batch else batch.values()  # not patches of all images, perhaps
+        # Not patches of all images, perhaps.
+        named = [batch["input_ids"]] if isinstance(batch.get("input_ids"), Tensor) else batch.values()
         tensors = [v for v in named if isinstance(v, Tensor) and v.dim() > 0]
         rows = next((v for v in tensors if len(v) == len(examples) * (1 + pairs)), tensors[0]).shape[:2]
         if not packed and rows[0] == len(examples) * (1 + pairs):

@@ -16,7 +16,6 @@ A loop that has all batches of a step in one place, as torchtitan's, needs only 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,8 @@ from ..step import Step
 from ..tracker import as_ledger, track
 from ..validation import as_losses
 from .loggers import Figures, Logger
+
+_WRAPPERS = ("AcceleratedOptimizer", "_FabricOptimizer")  # optimizers by their class, whose update is another's
 
 
 class Loop:
@@ -161,10 +162,9 @@ class Loop:
 
 
 def _unprepared(optimizer: Any) -> Any:
-    """What accelerate has wrapped, or what something that is no optimizer holds; one around another has its own update,
-    as Lookahead."""
-    accelerate: Any = sys.modules.get("accelerate.optimizer")
-    wrapped = accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer)
+    """What accelerate or Fabric has wrapped, or what something that is no optimizer holds; one around another has its
+    own update, as Lookahead."""
+    wrapped = not {cls.__name__ for cls in type(optimizer).__mro__}.isdisjoint(_WRAPPERS)
     return getattr(optimizer, "optimizer", optimizer) if wrapped or not isinstance(optimizer, Optimizer) else optimizer
 
 
