@@ -13,6 +13,7 @@ the output, as everywhere: they still add up to the parameter's gradient.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,15 +82,9 @@ class AffineRule(Rule):
         y = functional.affine(normed, weight, bias, self.directions(normed.dtype), probe, segments)
         y = y.movedim(-1, affine.axis)
         y = y.to(x.dtype) if affine.wide else y
-        if not torch.compiler.is_compiling() and self._inrun.rows.compared and affine.axis == -1:
-            with torch.no_grad(), random_kept(), state_kept(self):
-                own = self.plain(x).float()
-            if (y - own).norm() > OFF * own.norm():
-                raise InRunError(
-                    f"{self._inrun}: expected {self._inrun_class.__name__} to scale and shift what it "
-                    "computes, as it did when it was run on random numbers, got another output for this batch; score "
-                    "it by an enclosing module, track(..., through={parameter: module}), or exclude its parameters"
-                )
+        own = own_output(self, self.plain, x) if affine.axis == -1 else None
+        if own is not None and (y - own.float()).norm() > OFF * own.float().norm():
+            raise another_output(self, "scale and shift what it computes")
         return y
 
     def dots(self: Any, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
@@ -111,6 +106,24 @@ class AffineRule(Rule):
     def directions(self: Any, dtype: torch.dtype | None = None) -> tuple[Tensor | None, Tensor | None]:
         affine: Affine = self._inrun.form
         return along(self, affine.weight, dtype), along(self, affine.bias, dtype) if affine.bias else None
+
+
+def own_output(module: Any, forward: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """What the own forward of a module that was recognised by running it makes of this batch; None in steps that do not
+    compare it with the rule's. It leaves no mark and draws no random numbers."""
+    if torch.compiler.is_compiling() or not module._inrun.rows.compared:
+        return None
+    with torch.no_grad(), random_kept(), state_kept(module):
+        return forward(x)
+
+
+def another_output(module: Any, does: str) -> InRunError:
+    """The error where the two differ."""
+    return InRunError(
+        f"{module._inrun}: expected {module._inrun_class.__name__} to {does}, as it did when it was run on random "
+        "numbers, got another output for this batch; score it by an enclosing module, "
+        "track(..., through={parameter: module}), or exclude its parameters"
+    )
 
 
 def recognise(module: nn.Module) -> Affine | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .affine import OFF, run_with
-from .errors import InRunError
+from .affine import OFF, another_output, own_output, run_with
 from .layers import LinearRule, Rule
-from .restoring import random_kept, replaced, state_kept, tried
+from .restoring import replaced, tried
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,11 @@ class ProjectionRule(LinearRule):
         if not tap.scores():
             return self._inrun_class.forward(self, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        own = None
-        if not torch.compiler.is_compiling() and tap.rows.compared:  # before it leaves a mark or draws random numbers
-            with torch.no_grad(), random_kept(), state_kept(self):
-                own = self._inrun_class.forward(self, x)
+        # Before the rule leaves a mark or draws random numbers, as the rest of the module may.
+        own = own_output(self, partial(self._inrun_class.forward, self), x)
         y = tap.form.rest(self, self.scored(x), x.dtype)
         if own is not None and not all(map(_near, pytree.tree_leaves(y), pytree.tree_leaves(own))):
-            raise InRunError(
-                f"{tap}: expected {self._inrun_class.__name__} to project its input first of all, as it did when "
-                "it was run on random numbers, got another output for this batch; score it by an enclosing "
-                "module, track(..., through={parameter: module}), or exclude its parameters"
-            )
+            raise another_output(self, "project its input first of all")
         return y
 
     def plain(self, x):

@@ -45,8 +45,8 @@ class Watch:
         self._to_clear: set[int] = set()  # `id` of optimizers of earlier steps, to whose gradients none has come since
         self._factor = torch.ones(())  # of the first
         self._watched: dict[str, Any] = {}  # those that are watched, by name
-        self._written: dict[str, tuple[int, int]] = {}  # each gradient's `id` when it last came, and how often it had
-        # been written to
+        # Of each gradient when it last came, its `id` and how often it had been written to.
+        self._written: dict[str, tuple[int, int]] = {}
         self._first: dict[int, Any] = {}  # `id` of an optimizer -> its slot whose gradient came first in the step
         self._handles: list[Any] = []
 
