@@ -41,7 +41,7 @@ from .rows import Rows
 from .slots import Slot, places, require_all, sibling, trainable
 from .step import Step
 from .tap import Layout, Tap, leave_as_they_are, size_of
-from .updates import UpdateRule, as_optimizers, of_scaler
+from .updates import UpdateRule, as_optimizers, of_scaler, within_another
 from .validation import Validation, as_losses, as_samples, as_targets, columns_of
 from .watch import Watch, skipped
 
@@ -570,6 +570,8 @@ class Tracker:
         if step is None:
             return
         if any(optimizer is other for other in self._watch.begun):
+            if within_another(optimizer):
+                return
             raise InRunError("step: expected one optimizer.step() in the block, got a second one")
         if step.factor is not None:  # another optimizer's step, whose gradients and state were taken before the first
             self._watch.require_in_time()

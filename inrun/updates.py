@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import sys
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -91,6 +92,17 @@ def of_scaler(optimizer: Any, name: str) -> Tensor | None:
     another has by that name is its own."""
     found = getattr(optimizer, name, None)
     return found if isinstance(found, Tensor) and getattr(optimizer, "_step_supports_amp_scaling", False) else None
+
+
+def within_another(optimizer: Optimizer) -> bool:
+    """Whether the step of the optimizer that hooks are told of runs within another one of its own, as that of the class
+    it inherits from: torch tells hooks of both where both classes have been used in the process."""
+    frame, count = sys._getframe(), 0
+    while frame is not None:
+        hooked = frame.f_code.co_qualname == "Optimizer.profile_hook_step.<locals>.wrapper"
+        count += hooked and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return count > 1
 
 
 def chunks(slots: Sequence[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:

@@ -635,6 +635,36 @@ def test_a_step_of_its_own_is_said_and_one_that_needs_a_closure_is_refused(recwa
         inrun.track(model, lbfgs, "path", update="elementwise")
 
 
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_step_that_calls_that_of_its_class_is_one(closure):
+    """Torch tells hooks of both where both classes have been used."""
+
+    class Inheriting(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model, batch, validation = double("mlp")
+    torch.optim.SGD(model.parameters())
+    optimizer = Inheriting(model.parameters(), lr=0.1)
+    expected = oracle_values(model, lambda n, g: 0.1 * g, batch, validation)
+    with pytest.warns(UserWarning, match="taken for SGD"):
+        tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, *validation))
+
+    def loss():
+        optimizer.zero_grad()
+        loss = loss_of(model, *batch)
+        loss.backward()
+        return loss
+
+    with tracker.step(range(B)) as step:
+        optimizer.step(loss) if closure else (loss(), optimizer.step())
+    close(step.values, expected)
+    with pytest.raises(inrun.InRunError, match="got a second one"), tracker.step(range(B)):
+        for _ in range(2):
+            loss()
+            optimizer.step()
+
+
 def test_what_an_update_that_is_not_elementwise_cannot_do_is_said():
     def stepped(**options):
         model, batch, validation = double("mlp")
