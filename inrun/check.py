@@ -83,7 +83,8 @@ def efficiency(
         gradient = sum((of_slot[id(s)][0] for s in members), none)
         rounding = sum((of_slot[id(s)][1].sqrt() for s in members), none)
         shapes = few([f"{s.name} {tuple(s.param.shape)}" for s in members], 20)
-        tolerance = SUM_TOLERANCE * size + ROUNDING * rounding + NOTHING
+        coarse = max((tap.rule.coarse for slot in members for tap in slot.taps), default=1.0)
+        tolerance = coarse * (SUM_TOLERANCE * size + ROUNDING * rounding) + NOTHING
         if not bool(((total - gradient).abs() <= tolerance + beside).all()):
             wrong[f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}"] = members
         elif not count.any() and any(bool(of_slot[id(s)][2].any()) for s in members):

@@ -27,6 +27,7 @@ from inrun_kernels import adam
 
 from .distributed import local
 from .errors import InRunError
+from .updates import named
 
 SUPPORTED = (SGD, Adam, AdamW)
 LARGE = 10.0  # times a batch's gradient, or a part of it: another square is no part of a second moment any more
@@ -38,8 +39,8 @@ def require_supported(optimizer: Optimizer) -> None:
     if not isinstance(optimizer, SUPPORTED):
         names = ", ".join(c.__name__ for c in SUPPORTED)
         raise InRunError(
-            f"optimizer: expected one of torch.optim's {names} (or a subclass), got {type(optimizer).__name__}; method "
-            "'path_secant' knows every elementwise optimizer, Muon, Adafactor, and any whose update you give it"
+            f"optimizer: expected one of torch.optim's {names} (or a subclass), got {named(optimizer, SUPPORTED)}; "
+            "method 'path_secant' knows every elementwise optimizer, Muon, Adafactor, and any whose update you give it"
         )
 
 
@@ -154,8 +155,9 @@ AdamRates = tuple[float, tuple[float, float], float]
 
 def adam_rates(optimizer: Optimizer, group: Mapping[str, Any]) -> AdamRates | None:
     """Gain, betas and eps of a group whose directions `inrun_kernels.adam` can write; None where `coefficient` has
-    more to say: another optimizer, amsgrad, learning rates or betas on the device."""
-    if isinstance(optimizer, SGD) or group["amsgrad"]:
+    more to say: another optimizer, amsgrad, learning rates or betas on the device; and of a stand-in, whose moments
+    are there one at a time."""
+    if isinstance(optimizer, SGD) or group["amsgrad"] or not isinstance(optimizer.state, dict):
         return None
     lr, (beta1, beta2) = group["lr"], group["betas"]
     for number in (lr, beta1, beta2):

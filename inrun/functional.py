@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inrun_kernels import embedding_dot, ghost_dot, ghost_wgrad_dot, linear_wgrad_dot, ops
+from inrun_kernels import bias_dot, embedding_dot, ghost_dot, ghost_wgrad_dot, linear_wgrad_dot, ops
 
 from .norm_layers import affine, layer_norm, rms_norm
 from .probing import (
@@ -164,6 +164,15 @@ def bias(
     return attach(y, tangents, probe, segments)
 
 
+def scored_linear(
+    y: Tensor, x: Tensor, directions: Directions, probe: Tensor, segments: Tensor | None = None
+) -> Tensor:
+    """`y`, which a layer has made of `x` nearly as `linear` does and by a backward of its own, that scores its samples
+    by `x` and the gradient of `y`, as they are before the layer rounds them."""
+    (x,) = autocast(placed(x, probe, segments, 1))
+    return apply(_Scored, placed(y, probe, segments, 1), x.detach(), *directions, probe, segments)
+
+
 # Each layer but `bias` is one autograd function. `written_out` is the layer with its probe in place, in plain torch
 # operations: the fast backward is its gradient at probe = 0, and what a derivative of the backward goes through.
 # (Forwards take `ctx`: with `setup_context` torch binds the arguments by inspection at every call, which costs as much
@@ -185,12 +194,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def written_out(x, weight, bias, direction, bias_direction, probe, segments):
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        if direction is not None:
-            along = shifted(probe, lambda d: F.linear(x.to(d.dtype), d), direction, weight.dim(), segments)
-            y = y + along.to(y.dtype)
-        if bias_direction is not None:
-            y = y + shifted(probe, lambda d: d.expand(y.shape), bias_direction, 1, segments).to(y.dtype)
-        return y
+        return _Scored.written_out(y, x, direction, bias_direction, probe, segments)
 
     @staticmethod
     def backward(ctx, grad):
@@ -229,6 +233,44 @@ class _Linear(torch.autograd.Function):
             grad_bias, bias_dots = bias_gradient(grads, bias_direction, need_bias, bias_dtype, segments)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None, None, added(dots, bias_dots, probe), None
+
+
+class _Scored(torch.autograd.Function):
+    """The output of a linear layer that computes its gradients itself; its dots are of the input as it is given, and of
+    the output's gradient."""
+
+    @staticmethod
+    def forward(ctx, y, x, direction, bias_direction, probe, segments):
+        ctx.save_for_backward(x, direction, bias_direction, probe, segments)
+        return y.detach()
+
+    @staticmethod
+    def written_out(y, x, direction, bias_direction, probe, segments):
+        if direction is not None:
+            along = shifted(probe, lambda d: F.linear(x.to(d.dtype), d), direction, 2, segments)
+            y = y + along.to(y.dtype)
+        if bias_direction is not None:
+            y = y + shifted(probe, lambda d: d.expand(y.shape), bias_direction, 1, segments).to(y.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            inputs = (grad.detach(), *ctx.saved_tensors)  # the output itself does not matter
+            return written_out_backward(_Scored.written_out, inputs, ctx.needs_input_grad, grad)
+        x, direction, bias_direction, probe, segments = ctx.saved_tensors
+        return grad, None, None, None, linear_dots(x, grad, direction, bias_direction, segments).to(probe.dtype), None
+
+
+def linear_dots(
+    x: Tensor, grad: Tensor, direction: Tensor | None, bias_direction: Tensor | None, segments: Tensor | None
+) -> Tensor:
+    """The dots of a linear layer, from its input and the gradient of its output."""
+    acts, grads = rows(x.to(grad.dtype), 1), rows(grad, 1)
+    segments = by_row(segments, x, acts)
+    found = [] if direction is None else [ghost_dot(acts, grads, direction, segments=segments)]
+    found += [] if bias_direction is None else [bias_dot(grads, bias_direction, segments=segments)]
+    return sum(found[1:], found[0])
 
 
 class _Embedding(torch.autograd.Function):

@@ -46,9 +46,9 @@ class Inline(Method):
         tracker = self.tracker
         gradients, every = tracker.validations.gradients, tracker.validations.every
         self.probes = []
-        self._lr, self._options = learning_rates(tracker.optimizers), options(tracker.optimizers)
+        self._lr, self._options = learning_rates(tracker.updates), options(tracker.updates)
         launched, rates = [], {}
-        for each in tracker.optimizers if len(tracker.targets) == 1 else ():
+        for each in tracker.updates if len(tracker.targets) == 1 else ():
             rates |= {(each, k): directions.adam_rates(each, group) for k, group in enumerate(each.param_groups)}
         for i, slot in enumerate(tracker.slots):
             found = [gradients[name][i] for name in tracker.targets]
@@ -102,13 +102,13 @@ class Inline(Method):
             dots = [{tap: probe.grad for tap, probe in probes.items()} for probes in self.probes]
             along = [s.direction for s in tracker.slots]
             tracker.check(dots, along, factor, unscale)
-        now = options(tracker.optimizers)
+        now = options(tracker.updates)
         if changed := [was for was, group in zip(self._options, now, strict=False) if was != group]:
             raise InRunError(
                 f"optimizer: expected the options the step began with, {changed[0]}, which the scores of its backward "
                 "are made with; got others. Set them before the step block"
             )
-        change = lr_change(self._lr, learning_rates(tracker.optimizers), tracker.validations.pending)
+        change = lr_change(self._lr, learning_rates(tracker.updates), tracker.validations.pending)
         return factor * (change.to(factor) if isinstance(change, Tensor) else change)
 
     def memory(self) -> dict[str, int]:

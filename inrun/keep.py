@@ -241,8 +241,10 @@ class Keeper:
             self._hooks.append(forward_mode.refuse_losses_of(grad, kept.module._inrun, kept.accumulators))
         if not any(forward_mode.runs(node) for node in kept.accumulators):  # torch.autograd.grad leaves no gradients
             return
-        # A copy: a parameter that is an output, or a term of one, may take this memory for its own gradient.
-        grad = grad.clone() if rows is None else grad[rows]
+        # A copy: a parameter that is an output, or a term of one, may take this memory for its own gradient; and a
+        # module of its own code, as Liger's norms, may write the gradient of its input there.
+        grad = grad.clone() if rows is None or kept.module._inrun.form is not None else grad
+        grad = grad if rows is None else grad[rows]
         if not kept.grads:
             if kept.module._inrun.forward_mode:  # of any other, autograd has looked at what it needs
                 kept.require_unchanged()

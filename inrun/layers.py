@@ -9,6 +9,7 @@ deferred step that keeps what it does, it runs its original forward.
 from __future__ import annotations
 
 import copy
+from types import MethodType
 from typing import Any
 
 import torch
@@ -25,10 +26,14 @@ from .forward_mode import drawing_alike, forward_mode, split_samples
 from .shared import Shared
 from .tap import SUFFIX, Layout, Tap, along, eagerly, targets_first
 
+SET_ON = "_inrun_set_on"  # of a class that has the forward which was set on a module: the module's own class
+HOOKED = "_old_forward"  # what accelerate's hooks call, in the forward that they set on a module
+
 
 class Holder:
     """Mixin of every module that holds directions: they appear in no checkpoint, pickle or deep copy."""
 
+    coarse = 1.0  # how many times further than others its scores may be from the gradient
     _inrun: Tap
     _inrun_class: type[nn.Module]  # the module's own
     # Directions, by their parameters' names and SUFFIX; the module's `_parameters` themselves while they may be sharded
@@ -44,8 +49,14 @@ class Holder:
 
     def _untracked(self) -> Any:
         """The module as it is without its tracker."""
-        plain: Any = object.__new__(self._inrun_class)
+        own = vars(self._inrun_class)
+        plain: Any = object.__new__(own.get(SET_ON, self._inrun_class))
         plain.__dict__.update(self.__dict__)
+        # Methods of this module, in whose place a copy has its own.
+        if SET_ON in own:
+            plain.__dict__["forward"] = MethodType(own["forward"], self)
+        if HOOKED in plain.__dict__:
+            plain.__dict__[HOOKED] = MethodType(self._inrun_class.forward, self)
         del plain.__dict__["_inrun"], plain.__dict__["_siblings"]
         without = direction_names(self)
         plain.__dict__["_parameters"] = {n: p for n, p in plain._parameters.items() if n not in without}
@@ -246,6 +257,15 @@ class LinearRule(Rule):
 
     def weight_dots(self, acts: Tensor, grads: Tensor, direction: Tensor, segments: Tensor | None) -> Tensor:
         return ghost_dot(acts, grads, direction, segments=segments)
+
+
+class Float8Rule(LinearRule):
+    """torchao's `Float8Linear`: it runs as it is, in products of numbers rounded to 8 bits."""
+
+    coarse = 8.0
+
+    def probed(self, x, probe, segments):
+        return functional.scored_linear(self.plain(x), x, self.directions(x.dtype), probe, segments)
 
 
 class Conv1dRule(LinearRule):

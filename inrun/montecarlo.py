@@ -249,7 +249,7 @@ class MonteCarlo(Method):
         return torch.stack([loss.double().reshape(()).to(found[0].device) for loss in found])
 
     def _moves(self, gradient_of: Callable[[Any], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        for optimizer in self.tracker.optimizers:
+        for optimizer in self.tracker.updates:
             moving = [(i, slot) for i, slot in self._moving if slot.optimizer is optimizer]
             alone = is_known(optimizer, self.update, ELEMENTWISE)
             for part in chunks(moving) if alone else [moving]:

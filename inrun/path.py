@@ -29,7 +29,7 @@ from .coupled import Coupled
 from .errors import InRunError
 from .squares import Batches, squares
 from .turning import Beside, slopes, turns
-from .updates import UpdateRule, chunks, compare, updates
+from .updates import COMPARED, UpdateRule, chunks, compare, updates
 
 if TYPE_CHECKING:
     from .tracker import Tracker
@@ -53,7 +53,7 @@ class Path:
         self.tracker, self.update = tracker, update
         self._clipping = Clipping(tracker, clip)
         self._coupled = Coupled(update)
-        self._to_compare = False  # whether what was said of the update still is to be held to a step
+        self._to_compare = 0  # steps that what was said of the update is still to be held to
         self.release()
 
     def release(self) -> None:
@@ -95,9 +95,10 @@ class Path:
         held = [slot for _, slot in moving]
         clipped = self._clipping.of(held, factor, unscale, scale)
         coupled = {i for i, _ in self._among_coupled(moving, unscale)}
-        self._to_compare |= tracker.first_check and not tracker.ranks.sharded
-        if self._to_compare and self.update is not None:
-            self._to_compare = not compare(held, unscale, self.update)
+        if tracker.first_check and not tracker.ranks.sharded:
+            self._to_compare = COMPARED
+        if self._to_compare > 0 and self.update is not None:
+            self._to_compare -= compare(held, unscale, self.update)
         linear = self.update is None and all(type(slot.optimizer) is SGD for slot in held)
         size = _size_of_gradients(held, unscale)
         near = [] if linear else _have_nothing(held, unscale, size)

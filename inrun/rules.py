@@ -10,24 +10,30 @@ second forward through it.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.hooks import RemovableHandle
 
 from . import affine, attention, experts, projection, routing
 from .borrowed import borrowers
 from .errors import InRunError
 from .forward_mode import sample_axis
 from .layers import (
+    HOOKED,
+    SET_ON,
     Conv1dRule,
     ConvRule,
     EmbeddingRule,
+    Float8Rule,
     ForwardModeRule,
     Holder,
     LayerNormRule,
@@ -37,6 +43,7 @@ from .layers import (
     Rule,
     direction_names,
 )
+from .restoring import undone
 from .tap import SUFFIX, Tap
 
 RULES: dict[type[nn.Module], type[Holder]] = {
@@ -78,6 +85,11 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
         ValueError: a pattern matches no parameter; `through` names no module, or one that does not enclose.
         InRunError: a parameter that no rule can score, named, with the reason; or nothing is left to score.
     """
+    with _in_classes(model):
+        return _plan(model, exclude, through or {})
+
+
+def _plan(model: nn.Module, exclude: Sequence[str], through: Mapping[str, str]) -> Plan:
     names = {id(p): n for n, p in model.named_parameters()}
     excluded = _matching("exclude", list(names.values()), exclude)
     modules = dict(model.named_modules())
@@ -89,7 +101,7 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
     for owner, local, full in (one for found in owned.values() for one in found):
         if (param := getattr(owner, local)).is_complex():
             raise InRunError(f"{full}: expected a parameter of real numbers, got {param.dtype}; exclude it")
-    via = _via(modules, owned, list(names.values()), through or {})
+    via = _via(modules, owned, list(names.values()), through)
     tokens_first = {m for block in modules.values() for m in _given_tokens_first(block)}
     flat: set[nn.Module] = set()
     for path, block in modules.items():
@@ -120,11 +132,11 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
         tap.flat = tap.routed = tap.module in flat
         tap.tokens_first = tap.module in tokens_first
         tap.by_row = _takes_one_sample(tap)
-        if "forward" in vars(tap.module):
+        if "forward" in vars(tap.module) and HOOKED not in vars(tap.module):
             raise InRunError(
                 f"{path or 'model'}: expected {type(tap.module).__name__}'s own forward, got one that was set on the "
-                "module (by accelerate's hooks, say, or kernels that replace it), which no rule sees. Track the model "
-                "before that, or name a module around it, track(..., through={parameter: module})"
+                "module and is no method of it, which no rule sees. Track the model before that, or name a module "
+                "around it, track(..., through={parameter: module})"
             )
     for path, found in owned.items():
         tap = taps[whole_of.get(path, tables.get(path, path))]
@@ -190,6 +202,29 @@ def install(tap: Tap, directions: dict[str, nn.Parameter]) -> None:
     tap.names = tuple(name for name in tap.module.__dict__ if name != "_siblings")
 
 
+def call_heads(model: nn.Module) -> list[RemovableHandle]:
+    """Let models of Liger's call their output layers where these are scored: for a loss without logits they take the
+    weight past the layer. Returns the hooks that see to it."""
+    found = []
+    for module in model.modules():
+        head = module.get_output_embeddings() if _may_skip_logits(module) else None  # pyright: ignore
+        if head is not None and any(isinstance(m, Holder) for m in head.modules()):
+            found.append(module.register_forward_pre_hook(_with_logits, with_kwargs=True))
+    return found
+
+
+def _may_skip_logits(module: nn.Module) -> bool:
+    with contextlib.suppress(TypeError, ValueError):  # of what is not written in Python
+        return "skip_logits" in inspect.signature(module.forward).parameters and hasattr(
+            module, "get_output_embeddings"
+        )
+    return False
+
+
+def _with_logits(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "skip_logits": False}
+
+
 def set_apart(model: nn.Module) -> None:
     """Take the directions out of the parameters, where `fully_shard` has not come to split them alike: what averages,
     counts or copies parameters is to see none."""
@@ -203,13 +238,55 @@ def remove(module: Any) -> None:
     for name in direction_names(module):
         del module._parameters[name]
     del module.__dict__["_inrun"], module.__dict__["_siblings"]
-    module.__class__ = type(module)._inrun_class
+    tracked, own = type(module), type(module)._inrun_class
+    module.__class__ = own
+    for name in ("forward", HOOKED):
+        if getattr(vars(module).get(name), "__func__", None) is tracked.forward:
+            module.__dict__[name] = MethodType(own.forward, module)
+    if (bare := vars(own).get(SET_ON)) is not None:
+        module.__class__, module.forward = bare, MethodType(own.forward, module)
+
+
+@contextlib.contextmanager
+def _in_classes(model: nn.Module) -> Iterator[None]:
+    """Modules on which a method was set in place of their forward, as Liger and other libraries of kernels do, are for
+    the block of classes that have it."""
+    found = [(m, type(m), vars(m)["forward"], _class_of(m)) for m in model.modules() if _class_of(m) is not type(m)]
+
+    def put_back() -> None:
+        for module, cls, forward, _ in found:
+            module.__class__, module.forward = cls, forward
+
+    with undone(put_back):
+        for module, _, _, with_forward in found:
+            del module.__dict__["forward"]
+            module.__class__ = with_forward
+        yield
+
+
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or where a method was set on it in place of its forward, one that has this."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        return _with_forward(type(module), forward.__func__)
+    return type(module)
+
+
+@functools.cache
+def _with_forward(cls: type[nn.Module], forward: Callable) -> type[nn.Module]:
+    namespace = {"forward": forward, SET_ON: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), namespace)
 
 
 def _adopt(module: nn.Module, mixin: type[Holder], tap: Tap, under: type[nn.Module] | None) -> None:
-    cls = getattr(module, "_inrun_class", type(module))  # its own, also where a module around it scores a part of it
+    # Its own, also where a module around it scores a part of it.
+    cls = getattr(module, "_inrun_class", None) or _class_of(module)
     module.__dict__.update(_inrun=tap, _siblings=module._parameters)
     module.__class__ = _tracked_class(mixin, cls, under)
+    if HOOKED in vars(module):
+        module.__dict__[HOOKED] = MethodType(type(module).forward, module)
+    else:
+        module.__dict__.pop("forward", None)
 
 
 @functools.cache
@@ -260,6 +337,8 @@ def _tap(path: str, module: nn.Module, scored: set[str]) -> Tap:
         _require_plain_embedding(module, path)
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         return Tap(path, module, Conv1dRule)
+    if cls.__name__ == "Float8Linear" and cls.__module__.partition(".")[0] == "torchao":
+        return Tap(path, module, Float8Rule)
     for base, rule in RULES.items():
         if isinstance(module, base) and scored <= {"weight", "bias"} and not _convolves_otherwise(module, base):
             under = None if cls.forward is base.forward else base

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import directions, distributed, rules
+from . import directions, distributed, rules, stand_ins
 from .check import Agenda, efficiency
 from .deferred import METHODS as DEFERRED
 from .deferred import Deferred
@@ -210,6 +210,7 @@ class Tracker:
         self._seconds = {"direction": 0.0, "harvest": 0.0}
         self._closed = False
         self.optimizers: tuple[Optimizer, ...] = ()
+        self.updates: tuple[Optimizer, ...] = ()  # what stands for them
         self._handles: list[Any] = []
         try:
             if optimizers:
@@ -247,6 +248,7 @@ class Tracker:
             for (owner, local), full in zip(tap.owned, tap.parameters, strict=True):
                 slots.setdefault(full, Slot(full, owner, local, [])).taps.append(tap)
         self.slots.extend(slots.values())
+        self._of_heads = rules.call_heads(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -294,12 +296,13 @@ class Tracker:
         siblings = {id(s.sibling) for s in self.slots}
         for group in (group for each in optimizers for group in each.param_groups):
             group["params"] = [p for p in group["params"] if id(p) not in siblings]
-        where = places(optimizers)
+        self.updates = tuple(map(stand_ins.of, optimizers))
+        where = places(self.updates)
         require_all([s.name for s in self.slots if id(s.param) not in where])
         for slot in self.slots:
             slot.optimizer, slot.group = where[id(slot.param)]
         if self._frozen:
-            directions.warn_of_own_step(optimizers)
+            directions.warn_of_own_step(self.updates)
         self.optimizers = optimizers
         self._come_last()
         leave_as_they_are(Tracker._before_update)
@@ -326,7 +329,7 @@ class Tracker:
         return found
 
     def _require_supported(self, optimizers: Sequence[Optimizer]) -> None:
-        for optimizer in optimizers:
+        for optimizer in map(stand_ins.of, optimizers):
             if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
                 raise InRunError(
                     "optimizer: expected one that holds the state of all its process's parameters, got "
@@ -440,7 +443,7 @@ class Tracker:
 
     def _let_go(self) -> None:
         """Give the model its own classes back, without directions and hooks."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._of_heads):
             handle.remove()
         self._watch.close()
         for module in [] if self.ranks.fully_sharded() else self.model.modules():
@@ -513,7 +516,7 @@ class Tracker:
     def _find_places(self, training: Mapping[int, nn.Parameter], modules: set[nn.Module]) -> None:
         """Look up again which group of which optimizer each parameter is in: the loop may have changed that, or the
         model, whose parameters that train and modules are given."""
-        where, gone = places(self.optimizers), []
+        where, gone = places(self.updates), []
         for slot in self.slots:
             param = slot.owner._parameters.get(slot.local)
             if id(param) in where and slot.owner in modules:
@@ -569,8 +572,9 @@ class Tracker:
         step = self._step
         if step is None:
             return
+        real, optimizer = optimizer, self.updates[self.optimizers.index(optimizer)]
         if any(optimizer is other for other in self._watch.begun):
-            if within_another(optimizer):
+            if within_another(real):
                 return
             raise InRunError("step: expected one optimizer.step() in the block, got a second one")
         if step.factor is not None:  # another optimizer's step, whose gradients and state were taken before the first
@@ -601,7 +605,7 @@ class Tracker:
             step.factor = self._method.before_update(factor, unscale)
         if self.first_check and self._frozen and self.validations.norms:
             grads = [slot.grad for slot in self.slots if slot.grad is not None]
-            directions.warn_of_sizes(self.optimizers, self.validations.norms, self.ranks.norm(grads) * unscale)
+            directions.warn_of_sizes(self.updates, self.validations.norms, self.ranks.norm(grads) * unscale)
         self._watch.updated(optimizer)
         self.check_due, self.first_check = put_off, False
         self._shared_due = self._shared_due and self._largest < 2

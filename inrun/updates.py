@@ -45,6 +45,7 @@ ELEMENTWISE = (
     optim.ASGD,
 )
 _SCALARS = ("step", "mu_product", "eta", "mu")  # state that, as a number, does not belong to a coordinate
+COMPARED = 2  # steps that what a user says of an update is held to: without a state, and with one
 CHUNK, CHUNK_OF_CPU = 1 << 22, 1 << 18  # elements of the parameters whose update is computed together
 
 # update(grad, param, state, group) -> what the step adds to param; all in float64, nothing changed.
@@ -73,11 +74,18 @@ def require_known(optimizer: Optimizer, rule: UpdateRule | str | None, known: Se
         return
     names = ", ".join(c.__name__ for c in known)
     raise InRunError(
-        f"optimizer: expected one of torch.optim's {names}, whose update is known, got {type(optimizer).__name__}. If "
+        f"optimizer: expected one of torch.optim's {names}, whose update is known, got {named(optimizer, known)}. If "
         "it updates weights coordinate by coordinate, track with update='elementwise'; else give its update, "
         "differentiable: update=lambda grad, param, state, group: <what the step adds to param>; or use method="
         "'monte_carlo', which takes any"
     )
+
+
+def named(optimizer: Optimizer, known: Sequence[type]) -> str:
+    """The name of an optimizer's class, and where that is also the name of one of these, whose it is."""
+    kind = type(optimizer)
+    alike = kind not in known and kind.__name__ in [c.__name__ for c in known]
+    return f"{kind.__name__} of {kind.__module__}" if alike else kind.__name__
 
 
 def require_no_closure(optimizer: Optimizer) -> None:
@@ -245,9 +253,10 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
 
 
 @torch.no_grad()
-def compare(slots: Sequence[Any], unscale: Any, rule: UpdateRule | str) -> bool:
+def compare(slots: Sequence[Any], unscale: Any, rule: UpdateRule | str) -> int:
     """Warn where the update that a user gave, or says of, does not add what the optimizer's own step does, if a copy of
-    the whole optimizer can take one. Returns whether the step told: one at a rate of zero does not."""
+    the whole optimizer can take one. Returns how many comparisons that was worth: none at a rate of zero, which tells
+    nothing; all after a warning."""
     told = False
     for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
         ours = [slot for slot in slots if slot.optimizer is optimizer]
@@ -270,8 +279,8 @@ def compare(slots: Sequence[Any], unscale: Any, rule: UpdateRule | str) -> bool:
                     "are of the update that was given",
                     stacklevel=2,
                 )
-                return True
-    return told
+                return COMPARED
+    return int(told)
 
 
 @torch.no_grad()
@@ -345,12 +354,13 @@ def _is_scalar(key: str, value: Tensor) -> bool:
 
 
 def copied(state: dict[str, Any], param: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """A copy of a parameter's state, in this dtype what is of the parameter's shape, or of its rows or columns."""
+    """A copy of a parameter's state, in this dtype what numbers are of the parameter's shape, or of its rows or
+    columns; codes and masks stay as they are."""
 
     def widened(key: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or _is_scalar(key, value):
             return copy.deepcopy(value)
-        if value.shape == param.shape or (value.dim() and value.is_floating_point()):
+        if value.is_floating_point() and (value.dim() or value.shape == param.shape):
             return value.to(dtype, copy=True)
         return copy.deepcopy(value)
 

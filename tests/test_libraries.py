@@ -1,0 +1,362 @@
+"""What other libraries put in the place of a model's own: kernels set on modules, hooks, losses without logits, layers
+in 8 bits, and optimizers whose state has 8 bits or 4."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+from models import VOCAB, WIDTH, B, T, data, loss_of, make, oracle_values
+from torch import nn
+
+import inrun
+from inrun import slots, stand_ins, updates
+
+METHODS = "first", "path"
+LR = 0.1
+
+
+def close(found, expected, rtol=1e-5):
+    torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=rtol * expected.abs().max().item())
+
+
+def values_of(model, batch, validation, method="first", optimizer=None, loss=loss_of, **options):
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss(model, *validation), **options)
+    with tracker, tracker.step(range(len(batch[0]))) as step:
+        loss(model, *batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step.values
+
+
+class _RMSNorm(torch.autograd.Function):
+    """A norm as kernels have it: of one function, without a derivative forward, whose backward writes into what it
+    was given."""
+
+    @staticmethod
+    def forward(ctx, x, weight, offset):
+        rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
+        return x * rstd * (offset + weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, rstd = ctx.saved_tensors
+        normed = x * rstd
+        of_weight = (grad * normed).flatten(0, -2).sum(0)
+        along = grad.mul_(ctx.offset + weight)
+        return (along - normed * (along * normed).mean(-1, keepdim=True)) * rstd, of_weight, None
+
+
+def kernel_forward(self, hidden_states):
+    return _RMSNorm.apply(hidden_states, self.weight, self.offset)
+
+
+def with_kernels(model):
+    """As Liger and Hugging Face's kernels replace norms."""
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm) or type(module).__name__ == "Scale":
+            module.offset = 0.0 if isinstance(module, nn.RMSNorm) else 1.0
+            module.eps = 1e-6
+            module.__dict__["forward"] = kernel_forward.__get__(module, type(module))
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["gpt_untied", "unknown"])
+def test_methods_that_are_set_on_modules_in_place_of_their_forward_are_scored(name, method):
+    model, batch, validation = with_kernels(make(name)), data(name), data(name, 4, 2)
+    found = [m for m in model.modules() if "forward" in vars(m)]
+    assert found
+    kinds, before = [type(m) for m in found], model(batch[0])
+    expected = oracle_values(model, lambda n, g: LR * g, batch, validation)
+    tracked = copy.deepcopy(model)
+    close(values_of(tracked, batch, validation, method), expected)
+    for module, kind in zip([m for m in tracked.modules() if "forward" in vars(m)], kinds, strict=True):
+        assert type(module) is kind and vars(module)["forward"].__func__ is kernel_forward
+        assert vars(module)["forward"].__self__ is module
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR), method)
+    assert not [m for m in found if "forward" in vars(m)]
+    assert torch.equal(model(batch[0]), before)
+    copied = copy.deepcopy(model)
+    tracker.close()
+    for one in (model, copied):
+        assert torch.equal(one(batch[0]), before)
+        own = [m for m in one.modules() if "forward" in vars(m) and vars(m)["forward"].__self__ is m]
+        assert len(own) == len(found)
+
+
+def test_a_model_that_cannot_be_tracked_keeps_the_methods_that_were_set_on_it():
+    model = with_kernels(make("gpt_untied"))
+    model.blocks[0].forward = lambda x: x
+    held = [(m, type(m), vars(m)["forward"]) for m in model.modules() if "forward" in vars(m)]
+    with pytest.raises(ValueError, match="expected names of parameters"):
+        inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR), exclude=["nothing"])
+    assert all(type(m) is kind and vars(m)["forward"] is forward for m, kind, forward in held)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_modules_that_have_hooks_of_accelerates_are_scored(method):
+    model, batch, validation = make("attention"), data("attention"), data("attention", 4, 2)
+    expected = values_of(copy.deepcopy(model), batch, validation, method)
+    before = model(batch[0])
+    inside = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    for module in inside:
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    copied = copy.deepcopy(model)
+    close(values_of(copied, batch, validation, method), expected, 1e-6)
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR), method)
+    remove_hook_from_submodules(model)
+    tracker.close()
+    for module in inside:  # taken away before or after
+        assert module.forward.__func__ is type(module).forward
+    assert torch.equal(model(batch[0]), before)
+    remove_hook_from_submodules(copied)
+    assert copied(batch[0]).shape == before.shape
+
+
+class Headed(nn.Module):
+    """A language model that by default uses its output layer's weight past the layer, as Liger's do in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lm_head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, ids, labels=None, skip_logits=None):
+        x = self.embed(ids).tanh()
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        logits = _past(self.lm_head, x) if skip_logits else self.lm_head(x)
+        return (None if skip_logits else logits), F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def _past(head, x):
+    return x @ head.weight.t()
+
+
+def test_a_loss_without_logits_calls_the_output_layer_while_it_is_scored():
+    torch.manual_seed(0)
+    model, batch, validation = Headed(), data("gpt"), data("gpt", 4, 2)
+    logits = types.SimpleNamespace(model=copy.deepcopy(model).eval())
+    plain = nn.Sequential(logits.model.embed, nn.Tanh(), logits.model.lm_head)
+    expected = oracle_values(plain, lambda n, g: LR * g, batch, validation)
+    close(values_of(model, batch, validation, loss=lambda m, x, y: m(x, labels=y)[1]), expected)
+    assert model(batch[0], labels=batch[1])[0] is None
+    frozen = Headed()
+    frozen.lm_head.requires_grad_(False)
+    tracker = inrun.track(frozen, torch.optim.SGD(frozen.embed.parameters(), lr=LR))
+    assert frozen(batch[0], labels=batch[1])[0] is None
+    tracker.close()
+
+
+# ------------------------------------------------------------------ layers in 8 bits
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.parametrize("method", METHODS)
+def test_float8_layers_are_scored_by_their_inputs_and_output_gradients(method, recipe):
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 16))
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=True)
+    model = convert_to_float8_training(model, config=config)
+    layers = {name: m for name, m in model.named_modules() if type(m).__name__ == "Float8Linear"}
+    assert len(layers) == 2
+    x, y, vx, vy = (torch.randn(n, T, 16) for n in (B, B, 4, 4))
+
+    def loss(model, x, y):
+        return (model(x) - y).square().mean()
+
+    kept = {}
+
+    def keep(layer, args, out):
+        kept[layer] = [args[0].detach()]
+        out.register_hook(kept[layer].append)
+
+    own = copy.deepcopy(model)
+    names = {own.get_submodule(name): name for name in layers}
+    for layer in names:
+        layer.register_forward_hook(keep)
+    loss(own, vx, vy).backward()
+    direction = {n: LR * p.grad.clone() for n, p in own.named_parameters()}
+    own.zero_grad()
+    kept.clear()
+    loss(own, x, y).backward()
+    expected = torch.zeros(B)
+    for layer, (acts, grads) in kept.items():
+        expected += torch.einsum("bti,bto,oi->b", acts, grads, direction[f"{names[layer]}.weight"])
+        expected += grads.sum(1) @ direction[f"{names[layer]}.bias"]
+    norm = {n: direction[n] for n in direction if n.startswith("2.")}
+    exact = sum((direction[n] * p.grad).sum() for n, p in own.named_parameters() if n not in norm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    exclude = list(norm)
+    found = values_of(model, (x, y), (vx, vy), method, optimizer, loss, exclude=exclude)
+    close(found, expected, 1e-4)
+    rounded = 1e-4 if recipe.endswith("hp") else 0.05
+    assert abs(found.sum() - exact) < rounded * found.abs().sum()
+
+
+# ------------------------------------------------------------------ optimizers
+
+
+def _torchao(name, **options):
+    from torchao import optim
+
+    return lambda params: getattr(optim, name)(params, lr=1e-3, weight_decay=0.1, **options)
+
+
+def _bitsandbytes(name, **options):
+    from bitsandbytes import optim
+
+    return lambda params: getattr(optim, name)(params, lr=1e-3, weight_decay=0.1, **options)
+
+
+OPTIMIZERS = {
+    "torchao 8 bits": (_torchao, "AdamW8bit", {}),
+    "torchao 8 bits, L2": (_torchao, "Adam8bit", {}),
+    "torchao 4 bits": (_torchao, "AdamW4bit", {}),
+    "torchao float8": (_torchao, "AdamWFp8", {}),
+    "bitsandbytes": (_bitsandbytes, "AdamW", {}),
+    "bitsandbytes 8 bits": (_bitsandbytes, "AdamW8bit", {"betas": (0.8, 0.95)}),
+    "bitsandbytes paged": (_bitsandbytes, "PagedAdamW8bit", {}),
+    "bitsandbytes Adam": (_bitsandbytes, "Adam8bit", {}),
+}
+
+
+@pytest.fixture
+def eagerly():
+    """Not compiled, as torchao's optimizers would be."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def wide():
+    """A model with a weight of the size from which optimizers take 8 bits, and others."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(VOCAB, 64), nn.LayerNorm(64), nn.Linear(64, 80), nn.Tanh(), nn.Linear(80, VOCAB))
+
+
+def trained(model, optimizer, steps):
+    for i in range(steps):
+        loss_of(model, *data("gpt", 4, 10 + i)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_with_a_state_of_few_bits_make_the_update_of_what_stands_for_them(eagerly, name, steps):
+    library, kind, options = OPTIMIZERS[name]
+    model = wide()
+    optimizer = library(kind, **options)(model.parameters())
+    trained(model, optimizer, steps)
+    loss_of(model, *data("gpt")).backward()
+    stands = stand_ins.of(optimizer)
+    assert type(stands) in (torch.optim.Adam, torch.optim.AdamW) and type(optimizer) is not type(stands)
+    held = {n: slots.Slot(n, *_owner(model, n), [], stands, 0) for n, _ in model.named_parameters()}
+    state = {p: dict(s) for p, s in optimizer.state.items()}
+    assert stands.state.get(torch.zeros(3), "none") == "none" and len(stands.state) == len(state)
+    moved = updates.updates(list(held.values()), [p.grad.double() for p in model.parameters()])
+    assert {p: dict(s) for p, s in optimizer.state.items()} == state  # the same tensors
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    for p, was, u in zip(model.parameters(), before, moved, strict=True):
+        assert ((p - was) - u).norm() < 1e-3 * u.norm()
+
+
+def _owner(model, name):
+    path, _, local = name.rpartition(".")
+    return model.get_submodule(path), local
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_their_steps_are_scored_from_their_state(eagerly, name):
+    library, kind, options = OPTIMIZERS[name]
+    model, batch, validation = wide(), data("gpt"), data("gpt", 4, 2)
+    optimizer = library(kind, **options)(model.parameters())
+    trained(model, optimizer, 2)
+
+    def direction(n, g):
+        p = dict(model.named_parameters())[n]
+        group, moments = optimizer.param_groups[0], stand_ins.of(optimizer).state[p]
+        (beta1, beta2), t = group["betas"], int(moments["step"]) + 1
+        v = beta2 * moments["exp_avg_sq"].double() + (1 - beta2) * g.square()
+        v = torch.maximum(v, moments["max_exp_avg_sq"].double()) if "max_exp_avg_sq" in moments else v
+        return float(group["lr"]) * (1 - beta1) / (1 - beta1**t) * g / ((v / (1 - beta2**t)).sqrt() + group["eps"])
+
+    expected = oracle_values(model, direction, batch, validation)
+    close(values_of(model, batch, validation, "first", optimizer), expected, 1e-4)
+    losses = {"validation": lambda: loss_of(model, *validation)}
+    with inrun.track(model, optimizer, "path_secant", validation=losses) as tracker, tracker.step(range(B)) as step:
+        loss_of(model, *batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert step.values.sum().item() == pytest.approx(step.drop["validation"].item(), rel=1e-3)
+    assert step.values.abs().min() > 0
+
+
+def test_bitsandbytes_optimizers_of_another_update_are_refused_by_name():
+    import bitsandbytes
+
+    model = wide()
+    for kind, options in (("LAMB8bit", {}), ("AdEMAMix8bit", {}), ("Lion8bit", {})):
+        optimizer = getattr(bitsandbytes.optim, kind)(model.parameters(), **options)
+        with pytest.raises(inrun.InRunError, match=f"got {kind};"):
+            inrun.track(model, optimizer)
+    optimizer = bitsandbytes.optim.RMSprop(model.parameters(), lr=1e-3)
+    with pytest.raises(inrun.InRunError, match=r"got RMSprop of bitsandbytes\.optim\.rmsprop\."):
+        inrun.track(model, optimizer, "path")
+
+
+class Picky(torch.optim.Optimizer):
+    """Knows of one dtype, as kernels do, once it has a state: 1 / count in codes of 8 bits for one in three rows."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["average"], state["codes"] = torch.zeros_like(p), torch.zeros(p.shape, dtype=torch.uint8)
+                elif state["codes"].dtype != torch.uint8:
+                    raise RuntimeError("codes")
+                elif state["average"].dtype != torch.float32:
+                    continue
+                state["codes"] += 1
+                state["average"].lerp_(p.grad, 0.1)
+                p -= group["lr"] * state["average"]
+
+
+def test_what_is_said_of_an_update_is_held_to_a_step_with_a_state_too():
+    model, batch, validation = make("mlp"), data("mlp"), data("mlp", 4, 2)
+    optimizer = Picky(model.parameters())
+    tracker = inrun.track(
+        model, optimizer, "path", validation=lambda: loss_of(model, *validation), update="elementwise"
+    )
+
+    def stepped():
+        with tracker.step(range(B)) as step:
+            loss_of(model, *batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return step.values
+
+    assert stepped().abs().min() > 0
+    with pytest.warns(UserWarning, match=r"update: expected what the step adds.*got one of norm 0"):
+        stepped()
