@@ -67,7 +67,7 @@ class _Product(Part):
 
     def scored(self, x):
         tap, like = self._inrun, self.weight[:0]
-        if self.module.config._experts_implementation == "eager":  # the one that autocast reaches
+        if self.module.config._experts_implementation in ("eager", "batched_mm"):  # those that autocast reaches
             _, like = probing.autocast(x, like)
         x = x.to(like.dtype)
         if self.direction is None:

@@ -88,11 +88,32 @@ def _by_differences(tracker: Tracker, name: str, vector: list[Tensor], times: fl
     size, weight = tracker.ranks.total_norm(vector), tracker.ranks.total_norm(s.shard for s in slots)
     if size == 0:
         return [None] * len(slots)
-    eps = times * torch.finfo(slots[0].param.dtype).eps ** (1 / 3) * (1 + weight) / size
-    ends = []
-    for sign in (1.0, -1.0):
-        moves = ((i, sign * eps * v) for i, v in enumerate(vector))
+    dtypes = {s.param.dtype for s in slots}
+
+    def noted(x: Tensor) -> Tensor:
+        if x.is_floating_point() and x.element_size() > 1:
+            dtypes.add(x.dtype)
+        return x.detach()
+
+    def eps() -> float:
+        """What autocast or FSDP computes in half precision sees no smaller move. All processes' have the same."""
+        coarsest = torch.tensor(max(torch.finfo(d).eps for d in dtypes), dtype=torch.float64)
+        return times * tracker.ranks.mean(coarsest.to(slots[0].shard.device)).item() ** (1 / 3) * (1 + weight) / size
+
+    def end(move: float) -> list[Tensor | None]:
+        moves = ((i, move * v) for i, v in enumerate(vector))
         with weights_moved(slots, tracker.ranks, moves, {}), torch.enable_grad():
-            ends.append(tracker.validations.here(name)[1])
-    pairs = zip(ends[0], ends[1], strict=True)
-    return [None if a is None or b is None else (a - b) / (2 * eps) for a, b in pairs]
+            return tracker.validations.here(name)[1]
+
+    here = eps()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(noted, lambda x: x):
+            far = end(here)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):  # which torch.func's derivatives do not take
+            raise
+        far = end(here)
+    if (coarser := eps()) > here:
+        here, far = coarser, end(coarser)
+    pairs = zip(far, end(-here), strict=True)
+    return [None if a is None or b is None else (a - b) / (2 * here) for a, b in pairs]

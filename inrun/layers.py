@@ -357,13 +357,14 @@ class LayerNormRule(Rule):
         return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, both, probe, segments)
 
     def dots(self, x, grad, segments):
-        return affine_dots(self._normed(x), grad, self.feature_dims(), *self.directions(x.dtype), segments)
+        normed = self._normed(x)
+        return affine_dots(normed, grad, self.feature_dims(), *self.directions(normed.dtype), segments)
 
     def gradient_factors(self, x, grad):
         return affine_factors(self._normed(x), grad, self.feature_dims(), "weight", "bias")
 
     def _normed(self, x):
-        return torch.nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps)
+        return torch.nn.functional.layer_norm(_wide(x), self.normalized_shape, None, None, self.eps)
 
 
 class RMSNormRule(LayerNormRule):
@@ -372,7 +373,7 @@ class RMSNormRule(LayerNormRule):
         return functional.rms_norm(x, shape, self.weight, self.eps, direction, probe, segments)
 
     def _normed(self, x):
-        return torch.nn.functional.rms_norm(x, list(self.normalized_shape), None, self.eps)
+        return torch.nn.functional.rms_norm(_wide(x), list(self.normalized_shape), None, self.eps)
 
 
 class ConvRule(Rule):
@@ -518,7 +519,8 @@ def direction_names(module: Any) -> list[str]:
 
 
 def affine_dots(normed, grad, last: int, direction: Tensor | None, bias_direction: Tensor | None, segments) -> Tensor:
-    normed, grads = probing.rows(normed, last).to(grad.dtype), probing.rows(grad, last)
+    wide = torch.promote_types(normed.dtype, grad.dtype)
+    normed, grads = probing.rows(normed, last).to(wide), probing.rows(grad, last).to(wide)
     segments = probing.by_row(segments, grad, grads)
     return _sum(
         None if direction is None else norm_dot(normed, grads, probing.flat(direction, last), segments=segments),
@@ -530,6 +532,11 @@ def affine_factors(normed, grad, last: int, weight: str, bias: str | None = None
     wide = torch.promote_types(grad.dtype, torch.float32)
     normed, grads = probing.rows(normed, last).to(wide), probing.rows(grad, last)
     return {weight: Factors(normed * grads, None)} | ({bias: Factors(grads, None)} if bias else {})
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor:

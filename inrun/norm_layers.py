@@ -168,13 +168,14 @@ class _RMSNorm(torch.autograd.Function):
         last = weight.dim()
         axes = tuple(range(-last, 0))
         rstd = torch.rsqrt(x.to(wide).square().mean(axes, keepdim=True) + eps)
-        normed, along = x.to(wide) * rstd, grad.to(wide) * weight
+        normed, grads = x.to(wide) * rstd, grad.to(wide)
+        along = grads * weight
         grad_x = (along - normed * (along * normed).mean(axes, keepdim=True)) * rstd if need_x else None
-        normed, grads = rows(normed.to(grad.dtype), last), rows(grad, last)
+        normed, grads = rows(normed, last), rows(grads, last)
         dots = grad_weight = None
         if need_probe:
             segments = by_row(segments, x, grads)
-            grad_weight, dots = norm_wgrad_dot(normed, grads, flat(direction, last), segments=segments)
+            grad_weight, dots = norm_wgrad_dot(normed, grads, flat(direction.to(wide), last), segments=segments)
             dots = added(dots, None, probe)
         elif need_weight:
             grad_weight = (normed * grads).flatten(0, 1).sum(0)

@@ -667,6 +667,31 @@ def test_sft_training_and_its_metrics_are_untouched(tmp_path):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_sft_on_labels_that_a_collator_has_shifted_is_untouched(alone, tmp_path):
+    datasets, trained = pytest.importorskip("datasets"), []
+
+    def collate(examples):
+        batch = pad(examples)
+        shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        shifted[:, 0] = -100
+        batch = {k: v for k, v in batch.items() if k != "labels"} if alone else batch
+        return {**batch, "shift_labels": shifted}
+
+    for attached in (True, False):
+        trainset = datasets.Dataset.from_list(samples()).remove_columns("extra")
+        trainer, _, _ = sft(tmp_path, trainset, False, max_length=20, max_steps=1)
+        trainer.data_collator = collate
+        if attached:
+            loss = functools.partial(lambda model: model(**HELD_OUT).loss, trainer.model)
+            pytest.importorskip("inrun.adapters.trl").attach(trainer, loss)
+        trainer.train()
+        trained.append(list(trainer.model.parameters()))
+    for a, b in zip(*trained, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_sft_of_experts_is_untouched(tmp_path):
     """With the loss that balances them."""
@@ -1256,6 +1281,19 @@ def test_a_loss_function_that_divides_by_the_items_has_their_count_in_validation
     every = sum(len(s["input_ids"]) - 1 for s in held)
     expected = values(lambda model: {"validation": lambda: loss(model(**pad(held)), pad(held)["labels"], every)})
     torch.testing.assert_close(values(lambda model: {"validation": held}), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_loss_that_writes_into_its_batch_leaves_the_validation_set_as_it_was(tmp_path):
+    def shifting(outputs, labels, num_items_in_batch):
+        labels[:, :-1] = labels[:, 1:].clone()
+        labels[:, -1] = -100
+        flat = outputs.logits.flatten(0, 1)
+        return torch.nn.functional.cross_entropy(flat, labels.flatten(), reduction="sum") / num_items_in_batch
+
+    trainer, _, _ = build(tmp_path, options=None, per_device_eval_batch_size=2)
+    trainer.compute_loss_func = shifting
+    loss = attach(trainer, samples(5)).options["validation"]["validation"]
+    assert torch.equal(loss(), loss())
 
 
 def test_batches_that_one_process_sends_the_others_have_no_ids(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import inrun
-from inrun import attention
-from inrun.attention import AttentionRule
+from inrun import attention, path
+from inrun.attention import AttentionRule, is_attention
 
 B, L, S, E, HEADS, LR = 3, 4, 5, 8, 2, 0.01
 CAUSAL = torch.ones(S, S).triu(1).bool()
@@ -28,13 +28,20 @@ CASES = {
     "no weights": ({}, "xxx", {"need_weights": False}),
     "weights of each head": ({}, "xxx", {"average_attn_weights": False}),
     "keys are values": ({}, "qkk", {}),
+    "queries are keys": ({}, "xxv", {}),
     "three inputs": ({"bias": False}, "qkv", {"need_weights": False}),
     "other widths": ({"kdim": 6, "vdim": 7}, "qkv", {}),
     "time first": ({"batch_first": False}, "xxx", {"need_weights": False}),
     "causal": ({}, "xxx", {"attn_mask": CAUSAL, "is_causal": True, "need_weights": False}),
     "causal and padded": ({}, "xxx", {"attn_mask": CAUSAL, "is_causal": True, "key_padding_mask": PADDED}),
+    "causal and padded, no weights": (
+        {},
+        "xxx",
+        {"attn_mask": CAUSAL, "is_causal": True, "key_padding_mask": PADDED, "need_weights": False},
+    ),
     "a mask for each head": ({}, "xxx", {"attn_mask": PER_HEAD, "key_padding_mask": PADDED, "need_weights": False}),
-    "added bias": ({"add_bias_kv": True}, "qkk", {}),  # by forward-mode AD
+    "added bias": ({"add_bias_kv": True}, "qkk", {}),  # by forward-mode AD, as is the next
+    "added zeros": ({"add_zero_attn": True}, "qkk", {}),
 }
 
 
@@ -91,7 +98,8 @@ def test_attention(case, method):
     expected: list[Any] = [sum(LR * (d * g).sum() for d, g in zip(g_v, gs, strict=True)) for gs in gradients]
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     tracker = inrun.track(model, optimizer, method, validation=lambda: loss(model, validation))
-    assert isinstance(model.attention, AttentionRule) == ("add_bias_kv" not in made)
+    known = "add_bias_kv" not in made and "add_zero_attn" not in made
+    assert isinstance(model.attention, AttentionRule) == known
     with tracker.step(range(B)) as step:
         found = model(*train)
         loss(model, train).backward()
@@ -101,6 +109,28 @@ def test_attention(case, method):
         optimizer.step()
     torch.testing.assert_close(found, plain(*train))
     close(step.values, torch.stack(expected))
+
+
+@pytest.mark.parametrize("case", ["self", "keys are values", "other widths"])
+def test_squares_of_projections_are_those_of_single_samples(case, monkeypatch):
+    """Which Adam's first step takes, as it turns."""
+    (made, kind, call), found, step_squares = CASES[case], [], path.squares
+    monkeypatch.setattr(path, "squares", lambda *a: found.append(step_squares(*a)) or found[-1])
+    torch.manual_seed(0)
+    model, train, validation = Attention(made, call), data(made, kind, 1), data(made, kind, 2)
+    double, squared = copy.deepcopy(model).double(), []
+    for b in range(B):
+        one = one_tensor([x.double().narrow(0, b, 1) for x in train], kind)
+        grads = torch.autograd.grad(loss(double, one), list(double.parameters()))
+        squared.append([g.square() for g in grads])
+    optimizer = torch.optim.Adam(model.parameters())
+    tracker = inrun.track(model, optimizer, "path", validation=lambda: loss(model, validation))
+    with tracker.step(range(B)):
+        loss(model, train).backward()
+        optimizer.step()
+    for i, of_samples in enumerate(zip(*squared, strict=True)):
+        close(found[0].of_slots[i], sum(of_samples))
+    close(found[0].of_samples[0], torch.stack([sum(x.sum() for x in of_sample) for of_sample in squared]))
 
 
 def close(found, expected):
@@ -149,9 +179,33 @@ def test_documents_tokens_and_one_run(method, monkeypatch):
     close(found[1].flatten()[owner.flatten() == 1].sum(), expected[1])
 
 
-def test_dropout_draws_what_torch_draws():
+class Scaled(nn.MultiheadAttention):
+    def forward(self, *args, **kwargs):
+        out, weights = super().forward(*args, **kwargs)
+        return 2 * out, weights
+
+
+def test_a_forward_around_torchs_is_another_module():
+    assert is_attention(nn.MultiheadAttention(E, HEADS)) and not is_attention(Scaled(E, HEADS))
+
+
+def test_what_torch_refuses_and_an_input_without_samples_are_errors():
+    model, x = nn.MultiheadAttention(E, HEADS, batch_first=True), torch.randn(B, S, E)
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR), validate_every=2)
+    with tracker.validation():
+        model(x, x, x)[0].square().sum().backward()
+    with pytest.raises(RuntimeError, match="Need attn_mask"), tracker.step(range(B)):
+        model(x, x, x, is_causal=True)
+    one = x[0, :B]  # as many tokens as samples
+    refused = pytest.raises(inrun.InRunError, match=r"expected a query with a batch axis, got \(3, 8\)")
+    with refused, tracker.step(range(B)):
+        model(one, one, one)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_dropout_draws_what_torch_draws(train):
     torch.manual_seed(0)
-    model, x = nn.MultiheadAttention(E, HEADS, dropout=0.5, batch_first=True), torch.randn(B, S, E)
+    model, x = nn.MultiheadAttention(E, HEADS, dropout=0.5, batch_first=True).train(train), torch.randn(B, S, E)
     plain, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=LR)
     tracker = inrun.track(model, optimizer, validation=lambda: model(x, x, x)[0].square().sum())
     with tracker.step(range(B)):

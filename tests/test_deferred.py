@@ -983,6 +983,59 @@ def test_a_hidden_second_derivative_is_an_error(loss, dtype):
         optimizer.step()
 
 
+class TanhOnce(torch.autograd.Function):
+    """Whose backward has no derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.tanh())
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Times.apply(grad, 1 - ctx.saved_tensors[0].square())
+
+
+class Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y):
+        return x * y
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError("not implemented")
+
+
+@pytest.mark.parametrize("half", ["autocast", "a layer's weights", "nothing"])
+def test_differences_are_as_large_as_half_precision_sees(half):
+    """Smaller ones are rounded away, and with them the second order: what is left of it is noise."""
+    x, y = torch.randn(14, 16, generator=torch.Generator().manual_seed(1)), torch.arange(14) % 8
+
+    def values(method, twice=True, dtype=torch.float64, autocast=False, halved=False):
+        torch.manual_seed(0)
+        layers = nn.ModuleList([nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 8)]).to(dtype)
+        layers[1].to(torch.bfloat16 if halved else dtype)
+
+        def loss(rows):
+            h = x[rows].to(dtype)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                for layer in layers:
+                    h = layer((h.tanh() if twice else TanhOnce.apply(h)).to(layer.weight.dtype))
+            bend = torch.func.grad(lambda h: h.sum())(h)  # takes no hooks
+            return F.cross_entropy(h.to(dtype) * (bend if half == "nothing" else 1), y[rows])
+
+        optimizer = torch.optim.SGD(layers.parameters(), lr=1.0)
+        tracker = inrun.track(layers, optimizer, method, validation=lambda: loss(slice(6, 14)))
+        with tracker.step(range(6)) as step:
+            loss(slice(6)).backward()
+            optimizer.step()
+        return step.values.double()
+
+    exact, first = values("second"), values("first")
+    found = values("second", False, torch.float32, half == "autocast", half == "a layer's weights")
+    assert (found - exact).norm() < (0.01 if half == "nothing" else 0.3) * (first - exact).norm()
+
+
 class Apply(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -1109,6 +1162,25 @@ def test_an_update_that_is_not_the_optimizers_is_seen():
     with pytest.warns(UserWarning, match="update: expected what the step adds"):
         values(lambda grad, param, *rest: param + right(grad, param, *rest))
     close(values(right), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_a_norm_in_halves_is_scored_as_exactly_as_in_the_backward(kind, dtype):
+    torch.manual_seed(0)
+    x, grad, of_validation = (torch.randn(4, 8, 64).to(dtype) for _ in range(3))
+    found = []
+    for method in ("first", "path"):
+        model = nn.Sequential(kind(64)).to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        loss = lambda m=model: (m(x).float() * of_validation.float()).sum()  # noqa: E731
+        tracker = inrun.track(model, optimizer, method, validation=loss)
+        with tracker.step(range(4)) as step:
+            (model(x) * grad).sum().backward()
+            optimizer.step()
+        tracker.close()
+        found.append(step.values)
+    assert (found[0] - found[1]).abs().max() < 1e-5 * found[0].abs().max()
 
 
 @pytest.mark.parametrize("warm", [0, 20])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
+import inrun
 from inrun import probing
-from inrun.experts import _Grouped, is_experts
+from inrun.experts import _Grouped, _row_dots, is_experts
 from inrun_kernels import grouped
 from inrun_kernels.grouped import grouped_mm, grouped_wgrad
 
@@ -78,6 +82,69 @@ def test_the_rows_dots_and_second_derivatives(many):
         assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", ["eager", "batched_mm", "grouped_mm"])
+def test_autocast_reaches_the_products_that_it_reaches_untracked(kind):
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_local_experts": 3, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 8), mixtral.MixtralSparseMoeBlock(mixtral.MixtralConfig(**sizes)))
+    for p in plain.parameters():
+        nn.init.normal_(p, std=0.3)
+    plain[1].experts.config._experts_implementation = kind
+    model, x, seen = copy.deepcopy(plain), torch.randn(5, 6, 8), []
+    for each in (plain, model):
+        each[1].experts.act_fn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+
+    def backward(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x).float().square().sum()
+        loss.backward()
+        return set(seen)
+
+    untracked = backward(plain)
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with tracker.validation():
+        backward(model)
+    seen.clear()
+    with tracker.step(range(5)):
+        assert backward(model) == untracked
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_a_frozen_weight_earns_nothing_beside_one_that_trains(name, method):
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_local_experts": 3, "num_experts_per_tok": 2}
+    config = mixtral.MixtralConfig(**sizes, _experts_implementation="eager")
+
+    def values(frozen):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), mixtral.MixtralSparseMoeBlock(config))
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.3)
+        x, held, full = torch.randn(5, 6, 8), torch.randn(5, 6, 8), f"1.experts.{name}"
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker = inrun.track(model, optimizer, method, exclude=[] if frozen else [full])
+        model.get_parameter(full).requires_grad_(not frozen)
+        with tracker.validation():
+            model(held).square().mean().backward()
+        with tracker.step(range(5)) as step:
+            model(x).square().mean().backward()
+            optimizer.step()
+        return step.values
+
+    assert_close(values(True), values(False))
+
+
+def test_directions_of_experts_in_float16_may_be_large():
+    g, offsets = torch.Generator().manual_seed(0), torch.tensor(ENDS, dtype=torch.int32)
+    x, grad = torch.randn(10, 16, generator=g).half(), torch.full((10, 24), 1e-3, dtype=torch.float16)
+    direction = 1e6 * torch.randn(5, 24, 16, generator=g)
+    group = torch.tensor([sum(n >= end for end in ENDS) for n in range(10)])
+    expected = torch.einsum("ni,noi,no->n", x.double(), direction.double()[group], grad.double())
+    assert_close(_row_dots(x, grad, direction, offsets).double(), expected, rtol=1e-4, atol=1e-2)
+
+
 def test_a_forward_around_that_of_transformers_is_another_module():
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     config = mixtral.MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=3)
@@ -90,3 +157,10 @@ def test_a_forward_around_that_of_transformers_is_another_module():
         type("Mine", (mixtral.MixtralExperts,), {})(config)
     )
     assert not is_experts(Residual(config))
+    for name in ("has_bias", "is_transposed", "has_post_expert_norm"):
+        other = mixtral.MixtralExperts(config)
+        setattr(other, name, True)
+        assert not is_experts(other)
+    other = mixtral.MixtralExperts(config)
+    other.scale = nn.Parameter(torch.ones(8))
+    assert not is_experts(other)

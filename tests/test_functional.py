@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from inrun import functional as IF
-from inrun.convolution import Geometry, convolution
+from inrun.convolution import Geometry, _Convolution, convolution, convolution_dots
 from inrun_kernels import forms
 
 B, T, IN, OUT, VOCAB = 3, 5, 7, 6, 11
@@ -484,6 +484,17 @@ def test_a_norm_of_very_large_or_small_inputs_is_as_exact(kind, size, eps):
     assert (run(torch.float32) - exact).norm() < 1e-6 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_rms_norm_of_halves_is_not_rounded_before_its_dots(dtype):
+    g = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(4, 8, 64, generator=g).to(dtype) for _ in range(2))
+    weight, direction = torch.ones(64, dtype=dtype), torch.randn(64, generator=g)
+    probe = torch.zeros(4, requires_grad=True)
+    IF.rms_norm(x, (64,), weight, 1e-5, direction, probe).backward(grad)
+    exact = (F.rms_norm(x.double(), (64,), None, 1e-5) * grad.double() * direction.double()).sum((1, 2))
+    assert (probe.grad - exact).abs().max() < 1e-6 * exact.abs().max()
+
+
 def test_an_rms_norm_of_another_shape_than_its_weight_is_torchs_error():
     probe = torch.zeros(2, requires_grad=True)
     with pytest.raises(RuntimeError, match="weight"):
@@ -508,6 +519,55 @@ def test_a_backward_inside_autocast_keeps_the_products_of_float32(form, has_bias
     exact = (dots, g.T @ x.double(), g.sum(0))[: 1 + len(leaves)]
     for found, right in zip((probe.grad, *(leaf.grad for leaf in leaves)), exact, strict=True):
         assert (found - right).abs().max() <= 1e-4 * right.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("many", [None, 2])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions_of_any_dimension_in_groups(dims, many):
+    """Against one convolution of each sample; the second derivatives are those of the written-out layer."""
+    g = torch.Generator().manual_seed(0)
+    lead = [] if many is None else [many]
+    shapes = (3, 4, *[5] * dims), (6, 2, *[3] * dims), (6,), (*lead, 6, 2, *[3] * dims), (*lead, 6)
+    x, weight, bias, d, along_bias = (torch.randn(s, generator=g, dtype=torch.float64) for s in shapes)
+    probe = torch.zeros(3, *lead, dtype=torch.float64)
+    geometry = Geometry((2,) * dims, (1,) * dims, (1,) * dims, 2)
+    inputs = [t.requires_grad_() for t in (x, weight, bias, probe)]
+
+    def plain(x, weight, bias, probe):
+        conv, rows = (F.conv1d, F.conv2d, F.conv3d)[dims - 1], []
+        for one, p in zip(x, probe.view(3, -1), strict=True):
+            moved = [v + torch.tensordot(p, a.view(-1, *v.shape), 1) for v, a in ((weight, d), (bias, along_bias))]
+            rows.append(conv(one[None], *moved, geometry.stride, geometry.padding, geometry.dilation, 2))
+        return torch.cat(rows)
+
+    found = []
+    for y in (convolution(x, weight, bias, (d, along_bias), probe, geometry), plain(*inputs)):
+        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        twice = torch.autograd.grad(sum(f.square().sum() for f in first), inputs)
+        found.append([y, *first, *twice])
+    with torch.no_grad():
+        ones = convolution_dots(x, found[0][0].cos(), (d, along_bias), geometry)
+    for ours, theirs in zip([*found[0], ones], [*found[1], found[1][4]], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_convolution_of_one_input_for_all_under_autocast_and_of_large_directions_in_float16():
+    g, geometry = torch.Generator().manual_seed(0), Geometry((1,), (0,), (1,), 1)
+    x, weight, d = torch.randn(1, 3, 8, generator=g), *torch.randn(2, 4, 3, 3, generator=g)
+    probe = torch.zeros(2, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, plain = convolution(x, weight, d[:, 0, 0], (d, d[:, 0, 0]), probe, geometry), F.conv1d(x, weight, d[:, 0, 0])
+        written_out = _Convolution.written_out(
+            x.bfloat16(), weight.bfloat16(), None, d, d[:, 0, 0], probe[:1], geometry
+        )
+    torch.testing.assert_close(y, plain.expand(2, -1, -1))
+    assert written_out.dtype == torch.bfloat16
+    y.float().sum().backward()
+    expected = (F.conv1d(x, d, d[:, 0, 0])).sum().expand(2)
+    torch.testing.assert_close(probe.grad, expected, rtol=2e-2, atol=2e-2)
+    large, grad = 1e6 * d, torch.full((1, 4, 6), 1e-3, dtype=torch.float16)
+    found = convolution_dots(x.half(), grad, (large, None), geometry)
+    torch.testing.assert_close(found, (F.conv1d(x.half().float(), large) * grad).sum((1, 2)))
 
 
 @pytest.mark.parametrize("many", [None, 2])

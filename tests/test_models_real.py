@@ -164,7 +164,9 @@ def test_experts_by_documents_and_by_tokens(name, method):
     case, found = CASES[name], []
     x, y = case.batch(5, 1)
     tokens = y.shape[1]
-    for layout in ({}, {"tokens": tokens, "segments": torch.arange(6) * tokens}, {"tokens": tokens}):
+    uneven = torch.tensor([0, 1, tokens + 2, 2 * tokens, 2 * tokens, 5 * tokens])
+    layouts = [{"tokens": tokens, "segments": ends} for ends in (torch.arange(6) * tokens, uneven)]
+    for layout in ({}, layouts[0], {"tokens": tokens}, layouts[1]):
         model = case.built()
         tracker, optimizer = tracked(case, model, method)
         with tracker.step(range(5), **layout) as one:
@@ -174,6 +176,8 @@ def test_experts_by_documents_and_by_tokens(name, method):
     assert found[2].shape == (5, tokens)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found[2].sum(1), found[0], rtol=1e-4, atol=1e-6)
+    parts = torch.segment_reduce(found[2].flatten(), "sum", offsets=uneven, initial=0)
+    torch.testing.assert_close(found[3], parts, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["first", "path"])

@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import inrun
-from inrun import pairwise
+from inrun import factors, pairwise
+from inrun.factors import Factors
+from inrun.tap import Layout
 
 V, LR = 4, 0.3
 IDS = [f"v{v}" for v in range(V)]
@@ -246,6 +248,23 @@ class Heads(nn.Module):
 
     def forward(self, x, head):
         return self.heads[head](x)
+
+
+@pytest.mark.parametrize("segments", [None, torch.tensor([0, 3, 3, 11, 24])])
+@pytest.mark.parametrize("kind", ["weight", "table", "bias"])
+def test_gradients_of_factors_in_half_precision_are_summed_in_float32(kind, segments):
+    g = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(3, 8, n, generator=g).bfloat16() for n in (9, 4))
+    if kind == "table":
+        left = torch.randint(9, (3, 8), generator=g)
+    rows, layout = torch.tensor([1, 2, 5, 6, 7]), Layout(3, None if segments is None else 8, segments)
+    of_rows = F.one_hot(left, 9).double() if kind == "table" else left.double()
+    tokens = of_rows if kind == "bias" else of_rows[..., None] * right.double()[:, :, None]
+    ends = torch.arange(4) * 8 if segments is None else segments
+    samples = [x.sum(0)[rows] for x in tokens.flatten(0, 1).tensor_split(ends[1:-1])]
+    run = Factors(left, None if kind == "bias" else right)
+    found = torch.cat(list(factors.gradients([run], layout, rows, 2, torch.float32)), 1)
+    torch.testing.assert_close(found.double(), torch.stack(samples).flatten(1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])

@@ -19,6 +19,7 @@ from inrun.tasks import Lion
 
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.0005),
+    "fused": lambda p: torch.optim.Adam(p, lr=0.0005, fused=True),
     "lion": lambda p: Lion(p, lr=0.0005),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
 }
@@ -124,7 +125,7 @@ def exact(name, kind, steps, clip=None):
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("adam", 0), ("adam", 2), ("lion", 5), ("adam", 40)])
-@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("clip", [None, 0.1, 0.75])
 @pytest.mark.parametrize("name", ["gpt_tied", "gpt_untied", "unknown"])
 def test_values_are_the_written_out_ones(name, kind, steps, clip):
     """All of `turning.py` in plain loops, from per-sample gradients and the optimizer's own step."""
@@ -199,6 +200,37 @@ def test_values_are_near_the_exact_shapley_value(kind, steps, within, clip, monk
         found = values("gpt_tied", kind, "path_secant", steps=steps, clip=clip)
         of_path = ((found - expected).norm() / expected.norm()).item()
         assert of_path > 1.5 * error
+
+
+@pytest.mark.parametrize("steps", [0, 40])
+def test_a_fused_optimizer_divides_the_loss_scale_out_itself(steps):
+    """Whether it turns, and its slope, are those of the gradients without it."""
+
+    def found(scale):
+        model, optimizer = start("mlp", "fused", steps)
+        held, scaler = of("mlp", size=4, seed=2), torch.amp.GradScaler("cpu", init_scale=scale)
+        tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *held))
+        with tracker.step(range(B)) as step:
+            scaler.scale(loss_of(model, *of("mlp"))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return step.values
+
+    torch.testing.assert_close(found(1024.0), found(1.0), rtol=1e-5, atol=1e-9)
+
+
+def test_tokens_share_what_their_row_earns_by_its_norm():
+    def found(**layout):
+        model, optimizer = start("gpt_tied", "adam", 2)
+        held = of("gpt_tied", size=4, seed=2)
+        tracker = inrun.track(model, optimizer, "path", validation=lambda: loss_of(model, *held), clip=0.1)
+        with tracker.step(range(B), **layout) as step:
+            loss_of(model, *of("gpt_tied")).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+        return step.values
+
+    torch.testing.assert_close(found(tokens=models.T).sum(1), found(), rtol=1e-4, atol=1e-8)
 
 
 class Recurrent(nn.Module):
@@ -373,6 +405,7 @@ def test_squares_in_one_product_are_those_of_single_samples(name, dtype, autocas
         for i, squared in expected.of_slots.items():
             close = {"rtol": rtol, "atol": atol * squared.max().item()}
             torch.testing.assert_close(here.of_slots[i], squared, **close)
+            assert here.of_slots[i].dtype == torch.promote_types(dtype, torch.float32)
         for i, norms in expected.of_samples.items():
             torch.testing.assert_close(here.of_samples[i], norms, rtol=max(rtol, 1e-6), atol=0)
 

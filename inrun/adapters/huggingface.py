@@ -18,6 +18,7 @@ packed before hold a list in the id column, one id per token. TRL's trainers hav
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -203,7 +204,7 @@ class SetLoss:
         """A batch's mean loss, in eval mode in a backward too that computes it again."""
         trainer = self.trainer
         with in_eval_mode(trainer.model), trainer.compute_loss_context_manager():
-            inputs, counted = trainer._prepare_inputs(batch), {}
+            inputs, counted = trainer._prepare_inputs(copy.deepcopy(batch)), {}  # a loss may write into its batch
             if trainer.compute_loss_func is not None:  # which may divide by it, and has it in an evaluation too
                 _, counted["num_items_in_batch"] = trainer.get_batch_samples(iter([inputs]), 1, trainer.args.device)
             return trainer.compute_loss(trainer.model, inputs, **counted)

@@ -226,12 +226,16 @@ def _call_the_head(model: Any, temperature: float, preferences: bool, bonus: boo
     own = type(model).forward
 
     @functools.wraps(own)
-    def forward(self, *args, fused_lm_head=False, labels: Any = None, num_items_in_batch=None, **kwargs):
+    def forward(
+        self, *args, fused_lm_head=False, labels: Any = None, shift_labels=None, num_items_in_batch=None, **kwargs
+    ):
         if not fused_lm_head:
-            counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-            return own(self, *args, labels=labels, **counted, **kwargs)
+            given = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            given = {name: value for name, value in given.items() if value is not None}
+            return own(self, *args, labels=labels, **given, **kwargs)
         outputs = own(self, *args, **{**kwargs, "use_cache": False})
-        logits, labels = outputs.logits[:, :-1].float() / temperature, labels[:, 1:]
+        logits = outputs.logits.float() / temperature
+        logits, labels = (logits[:, :-1], labels[:, 1:]) if shift_labels is None else (logits, shift_labels)
         mask = labels != -100
         every = logits.log_softmax(-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and bonus):

@@ -100,8 +100,8 @@ def ghost_wgrad_dot(
             GEMM and a `ghost_dot`, for samples of few tokens; errors as in "two", and from rounding a float32
             direction. The weight gradient is equally exact in all. None: what `explain` says. On a GPU "two", or
             "prefix" where its larger tiles are 10 % quicker by a model (never in float32); "direct" for documents of
-            fewer than 32 tokens. On a CPU the quickest: "two" in C or "direct"; of one sample, without a C compiler,
-            and in float16 and float64, any of the three, "prefix" only if it is 5 % quicker than "two".
+            fewer than 32 tokens. On a CPU the quicker of "two" and "direct"; of one sample, "prefix" is the plain
+            product and a dot as well.
         grad_dtype: of the weight gradient: float16 or bfloat16 for float16 and bfloat16 `acts`, rounded once as it
             is written; None: float32, or float64 for float64 `acts`.
 

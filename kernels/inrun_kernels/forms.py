@@ -22,6 +22,7 @@ tensor cores wait less for.
                     gradients   2*(N + V*S_v + S*V)*I*O        S + V                  (N + V*S_v)*(I + O)
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -208,8 +209,9 @@ def _pairwise(cpu: str, threads: int, *sizes: int) -> Choice:
 
 
 def quickest_wgrad(costs: dict[str, Cost], threads: int, native: bool, *sizes: int) -> Choice:
-    """The form of `ghost_wgrad_dot`; `sizes` as `wgrad_work` takes them."""
-    tokens, _, inputs, outputs, _ = sizes
+    """The form of `ghost_wgrad_dot`; `sizes` as `wgrad_work` takes them. Of several samples never "prefix": it is at
+    most a quarter quicker than "two", and one large sample takes the digits of all that come after it."""
+    tokens, samples, inputs, outputs, _ = sizes
     if tokens == 1 and inputs * outputs >= _LARGE:
         return Choice("direct", {}, "direct: one token, and a large weight")
     work = wgrad_work(*sizes)
@@ -217,7 +219,7 @@ def quickest_wgrad(costs: dict[str, Cost], threads: int, native: bool, *sizes: i
         costs, work = {**costs, "two": costs["native"]}, {"two": work["native"], "direct": work["direct"]}
     else:
         work.pop("native")
-    return quickest(costs, threads, work)
+    return quickest(costs, threads, work, math.inf if samples > 1 else _EXACT)
 
 
 def wgrad_work(tokens: int, samples: int, inputs: int, outputs: int, directions: int) -> dict[str, tuple[float, ...]]:
@@ -249,12 +251,14 @@ def pairwise_work(
     }
 
 
-def quickest(costs: dict[str, Cost], threads: int, work: dict[str, tuple[float, ...]]) -> Choice:
-    """The form of the least predicted time; "prefix" has to be clearly quicker than "two"."""
-    return _least({form: costs[form].seconds(of_form, threads) for form, of_form in work.items()})
+def quickest(
+    costs: dict[str, Cost], threads: int, work: dict[str, tuple[float, ...]], margin: float = _EXACT
+) -> Choice:
+    """The form of the least predicted time; "prefix" has to be so many times quicker than "two"."""
+    return _least({form: costs[form].seconds(of_form, threads) for form, of_form in work.items()}, margin)
 
 
-def _least(seconds: dict[str, float], margin: float = _EXACT) -> Choice:
+def _least(seconds: dict[str, float], margin: float) -> Choice:
     rounds = "prefix" in seconds and seconds["prefix"] * margin > seconds["two"]
     best = min((form for form in seconds if not (rounds and form == "prefix")), key=seconds.__getitem__)
     others = ", ".join(f"{form} {s * 1e3:.3g}" for form, s in seconds.items() if form != best)

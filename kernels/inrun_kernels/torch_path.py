@@ -17,7 +17,8 @@ from torch import Tensor
 
 _CHUNK = 1 << 20  # elements of a temporary: 4 MB in float32, about an L2 cache
 _ROWS = 1 << 17  # elements of the buffer in which products of rows are formed: 512 KB, which stay in an L2 cache
-_DOT = 1 << 17  # elements of a float32 dot: a longer one's own rounding is most of a value's error
+_FEW_ROWS = 256  # that BLAS adds up: one after the other, so that of many the rounding grows
+_DOT = 1 << 17  # elements whose products are formed and then added up: BLAS's own dot may lose three digits
 _BLOCK = 1 << 21  # elements of the block of weight-gradient rows that ghost_wgrad_dot fills at a time
 _GRADIENTS = 1 << 20, 1 << 25  # elements of samples' gradients together, on a CPU (where they stay in its cache), a GPU
 _FEWEST = 16  # rows of them; of fewer, a product reads the activations for hardly anything
@@ -66,10 +67,9 @@ def ghost_wgrad_dot(
     total = (acts.new_empty if alone else acts.new_zeros)(val_grad.shape[1:], dtype=wide)
     samples = list(zip(_split_tokens(acts, segments), _split_tokens(grads, segments), strict=True))
     dots = acts.new_zeros(n_samples, val_grad.shape[0], dtype=torch.float64)
+    terms = total.new_empty(min(_DOT, total.numel()))
     for rows in _chunks(total.shape[0], total.shape[1], _BLOCK):
-        block, directions = total[rows], val_grad[:, rows].to(wide).flatten(1).unbind(0)
-        # MKL's dot product is thirty times less exact where an operand does not begin at 16 bytes.
-        directions = [x if x.data_ptr() % 16 == 0 else x.clone() for x in directions]
+        block, directions = total[rows], val_grad[:, rows].to(wide).flatten(1)
         pieces = [piece for direction in directions for piece in direction.split(_DOT)]
         flat = block.view(-1).split(_DOT) * len(directions)
         product, contracted = block, []
@@ -81,7 +81,7 @@ def ghost_wgrad_dot(
                 product.zero_()  # MKL adds to zeros faster than it overwrites
             of_rows, a = g[:, rows].to(wide).T, a.to(wide)
             torch.mm(of_rows, a, out=product) if alone else product.addmm_(of_rows, a)
-            contracted += map(torch.dot, pieces, flat)
+            contracted += [torch.mul(x, y, out=terms[: len(x)]).sum() for x, y in zip(pieces, flat, strict=True)]
             if product is not block:
                 block += product
         dots += torch.stack(contracted).view(*dots.shape, -1).sum(-1, dtype=dots.dtype)
@@ -103,11 +103,10 @@ def ghost_square(acts: Tensor, grads: Tensor, segments: Tensor | None) -> tuple[
     norms = acts.new_zeros(len(samples), dtype=torch.float64)
     for rows in _chunks(total.shape[0], total.shape[1], _BLOCK):
         block, product = total[rows], torch.empty_like(total[rows])
-        pieces = product.view(-1).split(_DOT)
         for s, (a, g) in enumerate(samples):
-            torch.mm(g[:, rows].to(wide).T, a.to(wide), out=product)
-            block.addcmul_(product, product)
-            norms[s] += torch.stack([torch.dot(piece, piece) for piece in pieces]).sum(dtype=norms.dtype)
+            torch.mm(g[:, rows].to(wide).T, a.to(wide), out=product).square_()
+            block += product
+            norms[s] += product.sum()
     return total, norms.to(wide)
 
 
@@ -198,13 +197,16 @@ def row_wgrad_dot(
     wide = accumulate_dtype(grads)
     if segments is None:
         sums = grads.new_zeros(batch, 1, width, dtype=wide)
-        ones = sums.new_ones(1, 1, max(1, tokens))  # BLAS adds rows up quicker than torch.sum does
+        ones = sums.new_ones(1, 1, _FEW_ROWS)  # BLAS adds a few wide rows up quicker than torch.sum does
         buffer = None if normed is None else grads.new_empty(max(_ROWS, width), dtype=wide)
         for part in _chunks(batch, tokens * width, _ROWS):
             here = sums[part]
             for span in _chunks(tokens, len(here) * width, _ROWS):
                 products = _product(grads[part, span], normed, (part, span), buffer)
-                here.baddbmm_(ones[..., : products.shape[1]].expand(len(here), 1, -1), products)
+                if products.shape[1] > _FEW_ROWS:
+                    here += products.sum(1, keepdim=True)
+                else:
+                    here.baddbmm_(ones[..., : products.shape[1]].expand(len(here), 1, -1), products)
         sums = sums.squeeze(1)
     else:
         sums = grads.new_empty(segments.shape[0] - 1, width, dtype=wide)

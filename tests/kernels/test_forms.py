@@ -59,6 +59,18 @@ def test_a_little_quicker_is_not_enough_for_the_rounding_of_prefix():
         assert choice.form == form
 
 
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_a_large_sample_takes_no_digits_of_others_unless_prefix_is_asked_for(backend):
+    dtype, generator = torch.float16 if backend is None else torch.float32, torch.Generator().manual_seed(0)
+    acts, grads, direction = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((4, 512, 128), (4, 512, 1024), (1024, 128))
+    )
+    grads *= torch.tensor([1e3, 1e-2, 1e-2, 1e-2], dtype=dtype).view(4, 1, 1)
+    exact = torch.einsum("bto,bti,oi->b", grads.double(), acts.double(), direction.double())
+    _, dots = k.ghost_wgrad_dot(acts, grads, direction, backend=backend)
+    assert ((dots - exact).abs() < 1e-4 * exact.abs()).all()
+
+
 def test_documents_count_as_samples(cpu):
     acts, grads = pair(2, 512, 768, 768)
     direction = torch.ones(768, 768)

@@ -262,6 +262,27 @@ def test_a_large_weight_costs_no_digits(form, digits):
     assert (dots - exact).square().mean().sqrt() < digits * exact.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_terms_of_one_sign_cost_no_digits(tokens):
+    """As of a sample along its own gradient, of which a few inputs make the most: BLAS's dot product loses three."""
+    generator = torch.Generator().manual_seed(0)
+    acts, grads = (torch.randn(1, tokens, width, generator=generator) for width in (768, 1024))
+    acts[..., :3] *= 1e3
+    case = Case("linear", acts, grads, grads[0].T @ acts[0])
+    for form in ("two", "prefix"):
+        assert_close(in_form(form, case, "torch")[1], dots_of, case)
+    _, norms = k.ghost_square(acts, grads, backend="torch")
+    assert_close(norms, norms_of, case)
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("layer", ["bias", "norm"])
+def test_many_rows_cost_no_digits(layer, backend):
+    """Alike, as of a mean loss, so that each addition to a running sum would round the same way."""
+    rows = torch.full((1, 1 << 17, 3), 1.3e-3)
+    check(Case(layer, torch.full_like(rows, 0.7), rows, torch.ones(3)), backend)
+
+
 @pytest.mark.parametrize(("form", "digits"), [("two", 5e-6), ("prefix", 1.2e-5)])
 def test_several_directions_of_an_odd_weight_cost_no_digits(form, digits):
     """MKL's dot product of what begins between 16 bytes loses two."""

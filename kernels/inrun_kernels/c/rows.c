@@ -78,9 +78,13 @@ int64_t inrun_row_wgrad_dot(const product *p, float *total, float *dots, char *s
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t at = 0; at < tasks * across; at++)
         pieces(p, at / across, at % across * PIECE, totals + at / across * width, piece_dots + at % across * numbers);
-    memset(total, 0, 4 * width);
-    for (int64_t task = 0; task < tasks; task++)
-        for (int64_t i = 0; i < width; i++) total[i] += totals[task * width + i];
+    for (int64_t low = 0; low < width; low += PIECE) {
+        int64_t count = least(PIECE, width - low);
+        double sums[PIECE] = {0};
+        for (int64_t task = 0; task < tasks; task++)
+            for (int64_t i = 0; i < count; i++) sums[i] += totals[task * width + low + i];
+        for (int64_t i = 0; i < count; i++) total[low + i] = sums[i];
+    }
     for (int64_t s = 0; s < p->samples; s++)
         for (int64_t m = 0; m < n_dirs; m++) {
             int64_t start = p->ends[s], piece = start / DEPTH + s; /* the number of its first one */
