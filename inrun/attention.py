@@ -10,32 +10,23 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InRunError
-from .layers import Holder, LinearRule, Part
-from .tap import Tap, along, eagerly
+from .layers import InPartsRule, LinearRule, Part
+from .tap import Tap, along
 
 _ALL = "in_proj_weight"  # holds the projections of queries, keys and values, unless their widths differ
 
 
-class AttentionRule(Holder):
+class AttentionRule(InPartsRule):
     """Torch's own forward without a probe; with one, or in a deferred step, its projections as layers."""
 
-    def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
-        tap = self._inrun
-        if not tap.scores():
-            plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
-            return plain(query, key, value, *args, **kwargs)
+    def in_parts(self: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if query.dim() != 3:
-            raise InRunError(f"{tap}: expected a query with a batch axis, got {tuple(query.shape)}")
-        inputs = (self, query, key, value, *args)
-        out = _attend(*inputs, **kwargs) if tap.keep is None else eagerly(_attend, *inputs, **kwargs)
-        if tap.rows.watched and not torch.compiler.is_compiling():
-            tap.rows.take(self, out)
-        return out
+            raise InRunError(f"{self._inrun}: expected a query with a batch axis, got {tuple(query.shape)}")
+        return _attend(self, query, *args, **kwargs)
 
 
 class _Projection(Part, LinearRule):

@@ -19,22 +19,12 @@ from inrun_kernels.grouped import by_groups, grouped_mm, grouped_wgrad
 
 from . import probing
 from .forward_mode import split_samples
-from .layers import Holder, Part
-from .tap import Layout, along, eagerly
+from .layers import InPartsRule, Part
+from .tap import Layout, along
 
 
-class ExpertsRule(Holder):
-    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if not self._inrun.scores():
-            plain: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue]
-            return plain(hidden_states, top_k_index, top_k_weights)
-        inputs = hidden_states, top_k_index, top_k_weights
-        y = self._by_products(*inputs) if self._inrun.keep is None else eagerly(self._by_products, *inputs)
-        if self._inrun.rows.watched and not torch.compiler.is_compiling():
-            self._inrun.rows.take(self, y)
-        return y
-
-    def _by_products(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+class ExpertsRule(InPartsRule):
+    def in_parts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         many = top_k_index.shape[-1]
         experts, order = top_k_index.reshape(-1).sort(stable=True)
         numbers = torch.arange(self.num_experts, device=experts.device)

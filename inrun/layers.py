@@ -458,6 +458,20 @@ class _RelativeBias(Part):
         return torch.stack(found) if many else found[0]
 
 
+class InPartsRule(Holder):
+    """A module that uses parameters past layers: with a probe, or in a deferred step, its `in_parts` does what its own
+    forward does, by `Part`s."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tap = self._inrun
+        if not tap.scores():
+            return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        out = self.in_parts(*args, **kwargs) if tap.keep is None else eagerly(self.in_parts, *args, **kwargs)
+        if tap.rows.watched and not torch.compiler.is_compiling():
+            tap.rows.take(self, out)
+        return out
+
+
 class ForwardModeRule(Holder):
     """Any other module: `dot_b = <dL/dout_b, JVP_D(out)_b>`."""
 
