@@ -56,8 +56,6 @@ RULES: dict[type[nn.Module], type[Holder]] = {
     nn.Conv3d: ConvRule,
 }
 
-# Modules that use their children's parameters without calling the children.
-_WHOLE = (nn.MultiheadAttention,)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -169,7 +167,8 @@ def _wholes(
     One forward-mode pass, the outermost's, carries the tangents of all that lies inside it; but not of what has a
     rule, and not that of single numbers, which may multiply products of different samples' rows (CLIP's logit_scale).
     """
-    numbers = {p for p in via.values() if all(_is_number(one) for q in owned if via.get(q) == p for one in owned[q])}
+    params = ((path, getattr(owner, local)) for path, found in owned.items() for owner, local, _ in found)
+    numbers = set(via.values()) - {via.get(path) for path, param in params if param.numel() != 1}
     kinds = {p: _whole_rule(modules[p], flat) for p in via.values()}
     taking = [p for p, kind in kinds.items() if kind is ForwardModeRule and p not in numbers]
     outermost = [
@@ -305,7 +304,7 @@ def _via(
     modules: dict[str, nn.Module], owned: dict[str, Any], names: list[str], through: Mapping[str, str]
 ) -> dict[str, str]:
     """Owner -> the module that scores all of its parameters by forward-mode AD, where that is not the owner."""
-    wholes = [p for p, m in modules.items() if isinstance(m, _WHOLE) or is_parametrized(m) or _is_dora(m)]
+    wholes = [p for p, m in modules.items() if _is_whole(m)]
     via, whole_of = borrowers(modules, owned), {}
     for path in owned:
         whole = next((p for p in wholes if p == path or is_inside(path, p)), None)
@@ -366,19 +365,16 @@ def _takes_one_sample(tap: Tap) -> bool:
     return sample_axis(tap.module, 0) == 0 and not isinstance(tap.module, nn.RNNBase)
 
 
-def _is_number(one: tuple[nn.Module, str, str]) -> bool:
-    owner, local, _ = one
-    return getattr(owner, local).numel() == 1
-
-
 def _is_container(module: nn.Module) -> bool:
     return type(module).forward is nn.Module.forward
 
 
-def _is_dora(module: Any) -> bool:
-    """Whether it is a layer of PEFT's that scales its adapted weight's columns, for which it reads its children's."""
-    held = getattr(module, "lora_magnitude_vector", None)
-    return isinstance(held, nn.ModuleDict) and len(held) > 0
+def _is_whole(module: Any) -> bool:
+    """Whether it uses its children's parameters without calling the children; so do those of PEFT's layers that scale
+    their adapted weight's columns."""
+    scales = getattr(module, "lora_magnitude_vector", None)
+    scaled = isinstance(scales, nn.ModuleDict) and len(scales) > 0
+    return scaled or isinstance(module, nn.MultiheadAttention) or is_parametrized(module)
 
 
 def _is_relative_bias(path: str, modules: dict[str, nn.Module]) -> bool:
