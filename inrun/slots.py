@@ -75,16 +75,14 @@ def components(slots: Sequence[Any]) -> list[list[Any]]:
             by_tap.setdefault(tap, []).append(slot)
     found, seen = [], set()
     for slot in slots:
-        if id(slot) in seen:
-            continue
         component, queue = [], [slot]
         while queue:
-            one = queue.pop()
-            if id(one) not in seen:
+            if id(one := queue.pop()) not in seen:
                 seen.add(id(one))
                 component.append(one)
                 queue.extend(other for tap in one.taps for other in by_tap[tap])
-        found.append(component)
+        if component:
+            found.append(component)
     return found
 
 
