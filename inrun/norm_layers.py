@@ -189,8 +189,6 @@ def _norm_backward(x, grad, weight, bias, stats, directions, segments):
     scale, shift = directions
     acts, grads, last = x, grad, weight.dim()
     if last > 1:
-        if any(d is not None and d.shape[-last:] != weight.shape for d in directions):
-            return None, None, None, None  # torch's operations will say so
         weight, scale, shift = weight.flatten(), *(None if d is None else d.flatten(-last) for d in directions)
     if last > 1 or x.dim() != 3:
         acts, grads = rows(x, last), rows(grad, last)
