@@ -322,7 +322,10 @@ def _unpacked(x: Any, scale: Tensor | None) -> tuple[Any, Tensor | None]:
 def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
     """The parameters carry their directions as tangents; yields what those were divided by, if anything."""
     # Fused attention, recurrent layers and grouped products have no forward derivative; written out they have one.
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _written_out_layers(tap), _as_backward(tap):
+    experts = setting("_experts_implementation", [(config, "eager") for config in tap.configs])
+    recurrent = any(isinstance(owner, nn.RNNBase) for owner, _ in tap.owned)
+    layers = _no_fused_recurrence() if recurrent else contextlib.nullcontext()
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), experts, layers, _as_backward(tap):
         held: list[Any] = [(owner, local, owner._parameters[local]) for owner, local in tap.owned]
         plain = [(owner, local, param) for owner, local, param in held if param.requires_grad]
         tangents: list[Any] = [along(owner, local) for owner, local, _ in plain]
@@ -345,14 +348,6 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
             for owner, local, param in plain:
                 owner._parameters[local] = param
                 _refresh(owner)
-
-
-@contextlib.contextmanager
-def _written_out_layers(tap: Tap) -> Iterator[None]:
-    eager = setting("_experts_implementation", [(config, "eager") for config in tap.configs])  # of fused experts
-    native = not any(isinstance(owner, nn.RNNBase) for owner, _ in tap.owned)
-    with eager, contextlib.nullcontext() if native else _no_fused_recurrence():
-        yield
 
 
 @contextlib.contextmanager
