@@ -226,26 +226,17 @@ def pinned(group: dict[str, Any]) -> dict[str, Any]:
     return {**group, "eps": (torch.finfo(group["params"][0].dtype).eps, *eps[1:])}
 
 
-def _has_tensor_rates(group: dict[str, Any]) -> bool:
-    """Whether the learning rate or betas are tensors, which `foreach` takes of a capturable optimizer alone."""
-    return any(isinstance(rate, Tensor) for rate in (group.get("lr"), *group.get("betas", ())))
-
-
 def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any], int]]) -> None:
     """Take the optimizer's step with other parameters, each with its state and the number of its group."""
     twin = _twin(
         optimizer, {id(p): p for group in optimizer.param_groups for p in group["params"]}, ("state", "param_groups")
     )
-    plain = {"fused": False, "capturable": False, "differentiable": False}
-    twin.param_groups = [
-        {
-            **pinned(group),
-            **{k: v for k, v in plain.items() if k in group},
-            **({"foreach": False} if _has_tensor_rates(group) else {}),
-            "params": [p for p, _, number in held if number == i],
-        }
-        for i, group in enumerate(optimizer.param_groups)
-    ]
+    twin.param_groups = []
+    for i, group in enumerate(optimizer.param_groups):
+        options = pinned(group) | {k: False for k in ("fused", "capturable", "differentiable") if k in group}
+        if any(isinstance(rate, Tensor) for rate in (group.get("lr"), *group.get("betas", ()))):
+            options["foreach"] = False  # which takes rates that are tensors of a capturable optimizer alone
+        twin.param_groups.append({**options, "params": [p for p, _, number in held if number == i]})
     # What it keeps for all parameters, as MADGRAD's count, is under other keys.
     of_all = {k: copy.deepcopy(v) for k, v in optimizer.state.items() if not isinstance(k, Tensor)}
     twin.state = defaultdict(dict, {p: state for p, state, _ in held if state} | of_all)
