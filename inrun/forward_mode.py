@@ -331,7 +331,9 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
         tangents: list[Any] = [along(owner, local) for owner, local, _ in plain]
         tangents = tangents if target is None else [t[target] for t in tangents]
         scale = None
-        if _in_float16(tangents[0].device.type, plain[0][2].dtype):  # which has no range for a direction
+        device, dtype = tangents[0].device.type, plain[0][2].dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        if dtype == torch.float16:  # which has no range for a direction
             scale = torch.stack([t.abs().max() for t in tangents]).max().clamp(min=torch.finfo(torch.float32).tiny)
             tangents = [(t / scale).to(p.dtype) for t, (_, _, p) in zip(tangents, plain, strict=True)]
         try:
@@ -501,10 +503,6 @@ def _no_fused_recurrence() -> Iterator[None]:
     tf32: Any = None  # as it is: to set it makes torch warn where there is no Intel GPU
     with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False, allow_tf32=tf32):
         yield
-
-
-def _in_float16(device: str, dtype: torch.dtype) -> bool:
-    return (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype) == torch.float16
 
 
 def _refresh(owner: Any) -> None:
