@@ -285,15 +285,11 @@ class EmbeddingRule(Rule):
     padding_idx: int | None
 
     def scored(self, x):
-        if x.dim() == 1 and self._is_of_one():  # all of them are its: the output is what it is without a tracker
-            return super().scored(x[None])[0]
-        return super().scored(x)
-
-    def _is_of_one(self):
-        """Whether the batch has one sample, or row of documents."""
         tap = self._inrun
         like = tap.probe if tap.layout is None else tap.layout.like
-        return (tap.rows.rows if like is None else like.shape[0]) == 1
+        if x.dim() == 1 and (tap.rows.rows if like is None else like.shape[0]) == 1:  # sample, or row of documents
+            return super().scored(x[None])[0]  # all ids are its: the output is what it is without a tracker
+        return super().scored(x)
 
     def by_sample(self, x, batch):
         captured = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
