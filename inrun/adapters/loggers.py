@@ -66,9 +66,10 @@ class Figures:
         self._steps = []
         figures = {"inrun/seconds": sum(seconds.values())}
         for name, loss in losses.items():
-            figures[f"inrun/validation_loss{self._suffix(name, len(losses))}"] = float(loss)
+            suffix = f"/{name}" if len(losses) > 1 else ""
+            figures[f"inrun/validation_loss{suffix}"] = float(loss)
         for name, column in zip(self.columns, values.unbind(1), strict=True):
-            suffix = self._suffix(name, len(self.columns))
+            suffix = f"/{name}" if len(self.columns) > 1 else ""
             figures[f"inrun/value{suffix}"] = float(column.mean())
             figures[f"inrun/negative{suffix}"] = float((column < 0).float().mean())
             if self.source_of is not None:
@@ -77,7 +78,3 @@ class Figures:
                     mine = torch.tensor([s == source for s in sources])
                     figures[f"inrun/value{suffix}/{source}"] = float(column[mine].mean())
         return figures
-
-    @staticmethod
-    def _suffix(name: str, count: int) -> str:
-        return f"/{name}" if count > 1 else ""
