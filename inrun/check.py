@@ -126,11 +126,10 @@ class Agenda:
     def made_at(self, step: int, certain: set[str], every: Iterable[str]) -> None:
         self.certain |= certain
         self.made += 1
-        told = self.certain.issuperset(every)
-        if not told:
-            self.due = step + (1 << min(self.made - 1, 30))
-        else:
+        if self.certain.issuperset(every):
             self.due = step + APART if self.made < CHECKS else math.inf
+        else:
+            self.due = step + (1 << min(self.made - 1, 30))
 
 
 def _require_every_batch(batches: Sequence[Mapping[Any, Tensor | None]]) -> None:
