@@ -395,26 +395,24 @@ class Deferred(Method):
             still = at == 0.0 and not moved
             if still and all(validations.is_of_these_weights(name) for name in validations.losses):
                 gradients = dict(validations.gradients)  # the last step's end is where this one starts
-                losses = dict(validations.last_losses)
+                self.drop = dict(validations.last_losses)
             else:
-                losses, gradients = self._moved_by((i, u0 + at * rest) for i, (u0, rest) in moves.items())
+                gradients = self._moved_by(at, ((i, u0 + at * rest) for i, (u0, rest) in moves.items()))
             self._along.append(gradients)
-            if at == 0.0:
-                self.drop = losses
 
     @torch.no_grad()
     def _run_back(self, at: float) -> dict[str, Gradients]:
         """Validation gradients `at` a part of the way from w + u(0) to where the weights are now, w + u(g_B)."""
-        losses, gradients = self._moved_by((i, (at - 1) * rest) for i, rest in self._rest.items())
-        if at == 0.0:
-            self.drop = losses
-        return gradients
+        return self._moved_by(at, ((i, (at - 1) * rest) for i, rest in self._rest.items()))
 
-    def _moved_by(self, along: Iterable[tuple[int, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Gradients]]:
-        """Validation losses and gradients where slots' weights are moved by so much, for as long as that takes."""
+    def _moved_by(self, at: float, along: Iterable[tuple[int, Tensor]]) -> dict[str, Gradients]:
+        """Validation gradients where slots' weights are moved by so much, for as long as that takes: to `at` a part of
+        the step, whose start's losses are those that its drop is from."""
         with weights_moved(self.tracker.slots, self.tracker.ranks, along, {}), torch.enable_grad():
             found = {name: self.tracker.validations.here(name) for name in self.tracker.targets}
-        return {name: loss for name, (loss, _) in found.items()}, {name: g for name, (_, g) in found.items()}
+        if at == 0.0:
+            self.drop = {name: loss for name, (loss, _) in found.items()}
+        return {name: g for name, (_, g) in found.items()}
 
     @torch.no_grad()
     def _multiply_in(self) -> None:
