@@ -243,7 +243,9 @@ def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list
         plain = checkpoints(lambda: None)
         # With a graph, which takes memory, only where what is under `no_grad` inside must be told from the rest.
         grad_mode = torch.set_grad_enabled(tap.sets_grad_mode)
-        muted = _others_muted(module) if tap.apart else contextlib.nullcontext()
+        # Modules inside that forward-mode AD scores too run plainly: theirs is a pass of their own.
+        others = {getattr(each, "_inrun", tap) for each in module.modules()} - {tap} if tap.apart else ()
+        muted = setting("probe", [(other, None) for other in others if other.forward_mode])
         with grad_mode, random_kept(), state_kept(module), muted, plain, _without_graphs(), dual(tap, m) as scale:
             return [_unpacked(x, scale)[1] for x in pytree.tree_leaves(_run(module, args, kwargs))]
 
@@ -258,13 +260,6 @@ def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list
 def _without_graphs() -> contextlib.AbstractContextManager[None]:
     """Compiled modules inside of a pass run eagerly, as their graphs take no tangents."""
     return torch.compiler.set_stance("force_eager")
-
-
-def _others_muted(module: Any) -> contextlib.AbstractContextManager[None]:
-    """Modules inside that forward-mode AD scores too run plainly: theirs is a pass of their own."""
-    tap = module._inrun
-    inside = {getattr(each, "_inrun", tap) for each in module.modules()} - {tap}
-    return setting("probe", [(other, None) for other in inside if other.forward_mode])
 
 
 def refuse_losses_of(grad: Tensor, tap: Tap, nodes: Sequence[Any]) -> Any:
