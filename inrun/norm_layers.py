@@ -149,7 +149,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def written_out(x, weight, direction, probe, segments, eps):
         normed = F.rms_norm(x, weight.shape, None, eps)
-        return _Affine.written_out(normed, weight, None, direction, None, probe, segments).to(_norm_dtype(x, normed))
+        # Torch's norms keep the input's dtype, or the one autocast normalised in, whatever the weight's is.
+        dtype = normed.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return _Affine.written_out(normed, weight, None, direction, None, probe, segments).to(dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -252,8 +254,3 @@ class _Affine(torch.autograd.Function):
             grad_bias, bias_dots = bias_gradient(grads, along, need_bias, bias.dtype, segments)
             grad_bias = None if grad_bias is None else grad_bias.view(bias.shape)
         return grad_normed, grad_weight, grad_bias, None, None, added(dots, bias_dots, probe), None
-
-
-def _norm_dtype(x: Tensor, normed: Tensor) -> torch.dtype:
-    """Torch's norms keep the input's dtype, or the one autocast normalised in, whatever the weight's is."""
-    return normed.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
