@@ -489,7 +489,9 @@ class Tracker:
                 self._method.begin(step.scale)
             self._watch.begin()
             looks = self.check_due or self._shared_due
-            eager = looks and (not any(_is_compiled(m) for m in self.model.modules()) or _runs_eagerly())
+            compiled = looks and any(_is_compiled(m) for m in self.model.modules())
+            # By `torch.compiler.set_stance`, compiled modules may run as they are.
+            eager = looks and not (compiled and torch._dynamo.eval_frame._stance.stance != "force_eager")
             self._rows.watched, self._rows.compared = eager and self._shared_due, eager and self.check_due
             for tap in self.taps:
                 tap.passed_by = tap.met = False
@@ -699,11 +701,6 @@ class Tracker:
 
 
 track = Tracker
-
-
-def _runs_eagerly() -> bool:
-    """Whether `torch.compiler.set_stance("force_eager")` has compiled modules run as they are."""
-    return torch._dynamo.eval_frame._stance.stance == "force_eager"
 
 
 def _is_compiled(module: nn.Module) -> bool:
