@@ -16,6 +16,7 @@ part is `g_z` less its component along `g_B`.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,8 @@ from torch import Tensor
 from torch.optim import SGD
 
 from . import directions
-from .clipping import Clipping
 from .coupled import Coupled
+from .distributed import local
 from .errors import InRunError
 from .squares import Batches, squares
 from .turning import Beside, slopes, turns
@@ -51,7 +52,7 @@ class Path:
 
     def __init__(self, tracker: Tracker, update: UpdateRule | str | None, clip: float | None) -> None:
         self.tracker, self.update = tracker, update
-        self._clipping = Clipping(tracker, clip)
+        self._clip, self._warned = clip, False
         self._coupled = Coupled(update)
         self._to_compare = 0  # steps that what was said of the update is still to be held to
         self.release()
@@ -93,7 +94,7 @@ class Path:
         tracker, moves = self.tracker, {}
         moving = [(i, s) for i, s in enumerate(tracker.slots) if s.grad is not None]
         held = [slot for _, slot in moving]
-        clipped = self._clipping.of(held, factor, unscale, scale)
+        clipped = self._clipped(held, factor, unscale, scale)
         coupled = {i for i, _ in self._among_coupled(moving, unscale)}
         if tracker.first_check and not tracker.ranks.sharded:
             self._to_compare = COMPARED
@@ -180,6 +181,58 @@ class Path:
             both = [torch.stack(of_targets) for of_targets in zip(*self._earned, strict=True)]
             surplus, by_size = both if self.tracker.many is not None else (both[0][0], both[1][0])
         return self._beside.shared(found, surplus, by_size, self.tracker.ranks)
+
+    def _clipped(
+        self, slots: Sequence[Any], factor: Tensor, unscale: Any, scale: float | Tensor
+    ) -> tuple[float, float] | None:
+        """What the gradient was multiplied by when it was clipped, and its norm since; None where it was not.
+
+        Args: of the parameters that have a gradient; as in `write`.
+
+        Raises:
+            InRunError: clipped to another norm, or that of other parameters too.
+        """
+        rounding = 4 * max([0.0, *(torch.finfo(s.grad.dtype).eps for s in slots)])
+        if self._clip is None:
+            others = self.tracker.coverage["excluded"] or self.tracker.validations.outside
+            if self.tracker.first_check and not (self.tracker.samples or others):
+                self._warn_of_none(float(factor) * float(scale) * self.tracker.ranks.divisor, max(1e-4, rounding))
+            return None
+        norm = self.tracker.ranks.total_norm(s.grad.double() * unscale for s in slots)
+        shrunk = float(factor) * float(scale) * self.tracker.ranks.divisor  # of the mean over the processes
+        if not 0 < shrunk < 1 - 1e-6:  # 0: a fused optimizer will skip the update
+            return None
+        if norm > self._clip * (1 + 1e-2 + rounding):
+            raise InRunError(
+                f"clip: expected gradients of at most the norm {self._clip}, got {norm:.4g} after they were made "
+                f"{shrunk:.4g} of what they were"
+            )
+        if norm > self._clip * (1 - 1e-3 - rounding):
+            return shrunk, norm
+        params = *self.tracker.model.parameters(), *self.tracker.validations.outside
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        every = self.tracker.ranks.total_norm(g.double() * unscale for g in grads)
+        if every > self._clip * (1 - 1e-3 - rounding):
+            raise InRunError(
+                f"clip: expected gradients clipped to the norm {self._clip} over the tracked parameters together, "
+                f"got their norm {norm:.4g}, and {every:.4g} with the excluded ones and those that are not the model's"
+            )
+        if norm / shrunk > self._clip:  # else it was something else that made them smaller
+            self._warn(f"clip: gradients of the norm {norm / shrunk:.4g} were made {shrunk:.4g} of that, which is not "
+                       f"the norm {self._clip}. If they were clipped to another one, say to which")  # fmt: skip
+        return None
+
+    def _warn_of_none(self, shrunk: float, rounding: float) -> None:
+        """A loss scaler's factor is one over a power of two, and that of a mean over batches over their number."""
+        times = 1 / max(shrunk, 1e-30)
+        if times > 1 and abs(times - round(times)) > rounding * times:
+            self._warn(f"gradients were made {shrunk:.4g} of what they were before the update. If they were clipped by "
+                       "norm, say to which: track(..., clip=max_norm)")  # fmt: skip
+
+    def _warn(self, what: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{what}. Clipping is a part of the update; here it is taken for a constant", stacklevel=3)
 
     def _ratio(self, slot: Any, g: Tensor, at_zero: Tensor, at_full: Tensor, over: Tensor | None) -> Tensor:
         """-(u(g) - u(0)) / g; where g is nothing beside `over`, and moves nothing, the slope over that."""
