@@ -111,10 +111,6 @@ class Inline(Method):
         change = lr_change(self._lr, learning_rates(tracker.updates), tracker.validations.pending)
         return factor * (change.to(factor) if isinstance(change, Tensor) else change)
 
-    def memory(self) -> dict[str, int]:
-        """Nothing is kept."""
-        return {"kept": 0, "kept_peak": 0, "weights": 0}
-
     def release(self) -> None:
         self.probes = []
 
