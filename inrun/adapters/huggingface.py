@@ -195,10 +195,8 @@ class SetLoss:
         loss_of = self.of_batch
         if any(getattr(module, "gradient_checkpointing", False) for module in self.trainer.model.modules()):
             loss_of = functools.partial(checkpoint, loss_of, use_reentrant=False)
-        total = 0.0
-        for batch, weight in zip(self.batches, self.weights, strict=True):
-            total += weight * loss_of(batch)
-        return total  # pyright: ignore[reportReturnType]
+        weighed = zip(self.batches, self.weights, strict=True)
+        return sum(weight * loss_of(batch) for batch, weight in weighed)  # pyright: ignore[reportReturnType]
 
     def of_batch(self, batch: Any) -> Tensor:
         """A batch's mean loss, in eval mode in a backward too that computes it again."""
