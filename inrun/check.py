@@ -92,18 +92,17 @@ def efficiency(
         tells.append(float((gradient.abs() > 2 * tolerance).any()))
     if wrong:
         more = [] if len(wrong) <= _SHOWN else [f"and {len(wrong) - _SHOWN} more"]
-        error = InRunError(
+        of_all = 2 * len(wrong) > len(groups)  # then it is another reason
+        raise InRunError(
             "the scores do not add up to the gradients. Either something uses these parameters past their modules "
             "(call the module, track with through={parameter: the module that does}, or exclude the parameter), or "
             "gradients were left over from before the step, or were changed since element by element (clipping by "
             "value) or of one optimizer and not yet of another (scaler.unscale_ each before the first step), or the "
             "loss has a term of the parameters alone (a penalty, which belongs to no sample: take weight_decay, or "
             "check=False), or is no number, or dimension 0 of a layer's input is not the sample:\n  "
-            + "\n  ".join([*list(wrong)[:_SHOWN], *more])
+            + "\n  ".join([*list(wrong)[:_SHOWN], *more]),
+            suspected=() if of_all else {s.name for members in wrong.values() for s in members},
         )
-        if 2 * len(wrong) <= len(groups):  # of all together it is another reason
-            error.suspected = {s.name for members in wrong.values() for s in members}
-        raise error
     everywhere = ranks.sum(torch.tensor(tells, device=factor.device)).tolist()
     return {s.name for members, n in zip(groups, everywhere, strict=True) if n == ranks.size for s in members}
 

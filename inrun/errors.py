@@ -18,7 +18,9 @@ class InRunError(RuntimeError):
     parameter that no rule covers, a validation pass that is missing, a step that was recorded already.
     """
 
-    suspected: Collection[str] = ()  # names of layers or parameters that are to be scored otherwise
+    def __init__(self, *args: object, suspected: Collection[str] = ()) -> None:
+        super().__init__(*args)
+        self.suspected = suspected  # names of layers or parameters that are to be scored otherwise
 
 
 def require_scale(scale: Any) -> None:

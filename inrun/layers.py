@@ -304,9 +304,7 @@ class EmbeddingRule(Rule):
         found = probing.may_be_positions(x)
 
         def refused() -> InRunError:
-            error = InRunError(f"{tap}: ids: {probing.positions(batch)}")
-            error.suspected = {tap.name}
-            return error
+            return InRunError(f"{tap}: ids: {probing.positions(batch)}", suspected={tap.name})
 
         if tap.takes_positions:
             tap.pending.ask(~found, refused)

@@ -268,13 +268,12 @@ class Rows:
                 still = _with_as_many_rows(ours, again)
                 wrong = {name: what for name, what in wrong.items() if name in still}
             if wrong:
-                error = InRunError(
+                raise InRunError(
                     f"{few(sorted(wrong.values()))}: expected the samples at dimension 0; got {call.rows} rows, as "
                     "many as there are samples, and as many still when the model's input had one sample more. "
-                    f"{_INSTEAD}"
+                    f"{_INSTEAD}",
+                    suspected=wrong,
                 )
-                error.suspected = wrong
-                raise error
             if more and alone and (elsewhere := self._in_another_order(ours, call, more, which)):
                 raise InRunError(
                     f"{few(elsewhere)}: expected the samples at dimension 0, in the order of the model's input; got "
@@ -332,13 +331,12 @@ class Rows:
                 failed[layer._inrun] = shape
         if failed:
             tap, shape = next(iter(failed.items()))
-            error = InRunError(
+            raise InRunError(
                 f"{tap}: expected an input [B, ...], or [B * T, ...] of tokens, sample after sample, with "
                 f"B = {call.rows}; got {shape}, whose rows did not move on when the samples of the model's input did. "
-                f"{_INSTEAD}"
-            )
-            error.suspected = {other.name for other in failed}
-            raise error from why
+                f"{_INSTEAD}",
+                suspected={other.name for other in failed},
+            ) from why
         self._known.update(self._asked)
 
     def _all_can(self, ready: bool) -> bool:

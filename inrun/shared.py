@@ -158,12 +158,11 @@ def _raise(error: Exception) -> None:
 
 
 def _refused(layer: str, size: int, func: Any) -> InRunError:
-    error = InRunError(
+    return InRunError(
         f"{layer or 'model'}: expected its output, which belongs to no sample alone, to be added to the batch or to be "
         f"worked on row by row, got {getattr(func, '__name__', func)}(). In a step it has a row for each of the {size} "
         "samples. Give the layer an input that has them, [B, ...]; or score it by an enclosing module whose outputs "
         "are [B, ...], track(..., through={parameter: module}); or exclude its parameters. (A penalty on it belongs "
-        "to no sample: check=False lets it pass.)"
+        "to no sample: check=False lets it pass.)",
+        suspected={layer},
     )
-    error.suspected = {layer}
-    return error
