@@ -281,7 +281,7 @@ class Deferred(Method):
         """Score a batch by computing its loss and backward once more, with probes; `seen` takes some of its gradients,
         where no other process has a part in the step's."""
         inline = Inline(self.tracker)
-        with self._as_it_was(again, layout, inline.end):
+        with self._computed_again(again, layout, inline.end):
             inline.batch(layout)
             again.backward()
             if self.tracker.ranks.size == 1:
@@ -299,7 +299,7 @@ class Deferred(Method):
                 continue
             budget = Budget(self.budget.where, None)
             keeper = Keeper(self.tracker.taps, budget, weights_move=self.tracker.ranks.sharded)
-            with self._as_it_was(again, self.keeper.layouts[i], keeper.pause):
+            with self._computed_again(again, self.keeper.layouts[i], keeper.pause):
                 keeper.begin_batch(self.keeper.layouts[i])
                 again.backward()
             self.budget.peak = max(self.budget.peak, self.budget.bytes + budget.peak)
@@ -307,7 +307,7 @@ class Deferred(Method):
             keeper.reset()
 
     @contextlib.contextmanager
-    def _as_it_was(self, batch: _Again, layout: Layout, end: Callable[[], None]) -> Iterator[None]:
+    def _computed_again(self, batch: _Again, layout: Layout, end: Callable[[], None]) -> Iterator[None]:
         """Compute a batch again with the weights, random numbers and modes that it had, until `end`; no gradient or
         buffer stays."""
         tracker = self.tracker

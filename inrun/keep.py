@@ -298,7 +298,7 @@ class Keeper:
         args, kwargs = moved(kept.x, device)
         columns = []
         for m in [None] if many is None else range(many):
-            with self._as_it_was(kept):
+            with self._as_in_its_step(kept):
                 tangents = forward_mode.tangents_only(module, args, kwargs, m)
             columns.append(self._contract(module, kept, tangents, device))
         return columns[0] if many is None else torch.stack(columns, 1)
@@ -353,7 +353,7 @@ class Keeper:
         places = [(owner, local) for owner, local, trained in kept.trained if trained]
         # A checkpoint would compute its part again in the backward, where all of this is as it is now.
         uncheckpointed = forward_mode.checkpoints(lambda: None)
-        with self._as_it_was(kept), buffers_copied(module), uncheckpointed, torch.enable_grad():
+        with self._as_in_its_step(kept), buffers_copied(module), uncheckpointed, torch.enable_grad():
             params = [get_gradient_edge(owner._parameters[local]) for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
         for leaf in grads:
@@ -382,7 +382,7 @@ class Keeper:
         return self._ends[batch]
 
     @contextlib.contextmanager
-    def _as_it_was(self, kept: Kept) -> Iterator[None]:
+    def _as_in_its_step(self, kept: Kept) -> Iterator[None]:
         """Run a module with the random numbers, autocast state, weights, buffers and training mode of its step."""
         places = ((owner, name) for owner in kept.module.modules() for name in owner._parameters)
         weights = ((*place, self._weights[place]) for place in places if place in self._weights)

@@ -82,7 +82,7 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
                         for s, d in zip(members, dtypes, strict=True)}  # fmt: skip
                 for batch in counts:
                     here = [kept for tap in taps for kept in runs.get(tap, ()) if kept.batch == batch]
-                    _add_squares(keeper, here, totals, found.of_samples[numbers[batch]])
+                    _add_runs(keeper, here, totals, found.of_samples[numbers[batch]])
             for slot, total in zip(members, totals.values(), strict=True):
                 i = number[id(slot)]
                 part = shard_of(ranks.sum(total), slot.param) if ranks.sharded else total
@@ -95,7 +95,7 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
 
 
 @no_autocast()
-def _add_squares(keeper: Keeper, runs: Sequence[Kept], totals: dict[int, Tensor], norms: Tensor) -> None:
+def _add_runs(keeper: Keeper, runs: Sequence[Kept], totals: dict[int, Tensor], norms: Tensor) -> None:
     """Add the squared gradients of a batch's samples, as these runs of layers gave them, to `totals`, by the `id` of a
     parameter's direction, and their squared norms to `norms`, `[B]` or `[S]`."""
     found = [keeper.factors(kept) for kept in runs]
