@@ -132,7 +132,7 @@ class Rule(Holder):
 
     def _watched(self, x: Tensor) -> Tensor:
         """The layer's output, and where all samples share it, what becomes of it."""
-        lead, shared = True, isinstance(x, Shared)
+        lead, shared = True, isinstance(x, Shared)  # lead: whether plain training has the one row as [1, ...]
         if isinstance(x, Shared):
             lead, x = x._lead, x.as_subclass(Tensor)
         tap, rows = self._inrun, self._inrun.rows

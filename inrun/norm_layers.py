@@ -115,15 +115,15 @@ class _LayerNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             return written_out_backward(_LayerNorm.written_out, (*inputs, ctx.eps), ctx.needs_input_grad, grad)
         x, weight, bias, direction, bias_direction, probe, segments = inputs
-        needs = list(ctx.needs_input_grad)
+        *of_layer, _, _, need_probe, _, _ = ctx.needs_input_grad
         dots = None
-        if needs[5]:
+        if need_probe:
             along, stats = (direction, bias_direction), (mean, rstd)
             *found, dots = _norm_backward(x, grad, weight, bias, stats, along, segments)
             if dots is not None:
                 return *found, None, None, dots, None, None
-        grads = torch.ops.aten.native_layer_norm_backward(grad, x, weight.shape, mean, rstd, weight, bias, needs[:3])
-        if needs[5]:
+        grads = torch.ops.aten.native_layer_norm_backward(grad, x, weight.shape, mean, rstd, weight, bias, of_layer)
+        if need_probe:
             wide = x.to(probe.dtype)
             scales = torch.zeros_like(weight).expand_as(bias_direction) if direction is None else direction
             if probe.dim() == 1:

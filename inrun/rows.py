@@ -48,7 +48,7 @@ SAME, OTHER = 1e-3, 1e-2  # of the largest mark: up to the former two are equal,
 
 class _Call(NamedTuple):
     """What the model, or a module of it that the loop calls itself, was called with, of how many samples, and its
-    autocast."""
+    autocast. It is told from other calls by `kwargs` itself: each call has a dict of its own, which is held here."""
 
     module: nn.Module
     args: tuple

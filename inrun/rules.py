@@ -88,6 +88,8 @@ def plan(model: nn.Module, exclude: Sequence[str] = (), through: Mapping[str, st
 
 
 def _plan(model: nn.Module, exclude: Sequence[str], through: Mapping[str, str]) -> Plan:
+    # Each path in `owned`, of a module that holds parameters, has one scorer: `taps[path]`, or that of a module around
+    # it which `via` names, or of the attention which `tables` does.
     names = {id(p): n for n, p in model.named_parameters()}
     excluded = _matching("exclude", list(names.values()), exclude)
     modules = dict(model.named_modules())

@@ -42,7 +42,11 @@ class Slot:
 
     @property
     def direction(self) -> Tensor:
-        """This process's part of it, as of the gradient; of M targets `[M, *shape]`."""
+        """This process's part of it, as of the gradient; of M targets `[M, *shape]`.
+
+        Before it is known, deferred methods have other tensors there: K, and what the kept layers are scored along to
+        check them, or for some validation samples at a time.
+        """
         return targets_first(distributed.local(self.sibling), self.param)
 
     @property
