@@ -94,7 +94,7 @@ class Tracker:
         update: for path methods and an optimizer of another class: "elementwise" says that its step is (which is
             tried at the first); or its update as a function, `update(grad, param, state, group)`, of what the step
             adds to the parameter, which autograd must be able to differentiate where it is not elementwise. It is held
-            to the optimizer's first step that moves something. Of several optimizers a function is asked for the
+            to the optimizer's first two steps that move something. Of several optimizers a function is asked for the
             parameters of each, which `group` tells apart.
         clip: for path methods and "monte_carlo": the `max_norm` that the loop clips the gradient's norm to. Without it
             the clip coefficient is taken as constant.

@@ -207,6 +207,32 @@ def test_float8_layers_are_scored_by_their_inputs_and_output_gradients(method, r
     assert abs(found.sum() - exact) < rounded * found.abs().sum()
 
 
+def test_adapters_beside_weights_of_four_bits_are_scored():
+    import bitsandbytes
+    import peft
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(VOCAB, 64), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, VOCAB))
+    four = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+    four.weight = bitsandbytes.nn.Params4bit(base[1].weight.data.clone(), requires_grad=False, quant_type="nf4")
+    base[1] = four.to("cpu")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["1"], init_lora_weights=False))
+    batch, validation = data("gpt"), data("gpt", 4, 2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2
+
+    def gradients(x, y):
+        shares = (loss_of(model, x[b : b + 1], y[b : b + 1]) / len(x) for b in range(len(x)))
+        return [torch.autograd.grad(share, trained) for share in shares]
+
+    held = [sum(of) for of in zip(*gradients(*validation), strict=True)]
+    expected = [sum(LR * (g * d).sum() for g, d in zip(one, held, strict=True)) for one in gradients(*batch)]
+    optimizer = bitsandbytes.optim.PagedAdamW8bit(trained, lr=1e-3)
+    with inrun.track(model, optimizer, validation=lambda: loss_of(model, *validation)) as tracker:
+        assert len(tracker.coverage["tracked"]) == 2
+    close(values_of(model, batch, validation, optimizer=torch.optim.SGD(trained, lr=LR)), torch.stack(expected))
+
+
 # ------------------------------------------------------------------ optimizers
 
 
