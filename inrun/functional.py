@@ -140,7 +140,7 @@ def embedding(
         return F.embedding(ids, weight, padding_idx)
     require_probe(probe, segments, (direction, 2))
     require_like(direction, weight, "weight")
-    ids = ids_by_sample(ids, probe.shape[0]) if segments is None else ids
+    ids = ids_by_sample(ids, probe.shape[0]) if segments is None else placed(ids, probe, segments, 0, "ids")
     return apply(_Embedding, ids, weight, direction, probe, segments, padding_idx)
 
 

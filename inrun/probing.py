@@ -32,6 +32,8 @@ def attach(out: Tensor, tangents: Tensor, probe: Tensor, segments: Tensor | None
         ValueError: the probe has another number of documents or directions.
     """
     require_probe(probe, segments, (tangents, out.dim()))
+    if segments is not None:
+        placed(out, probe, segments, 0, "out")
     if tangents.shape[-out.dim() :] != out.shape or (segments is None and len(probe) != len(out)):
         raise ValueError(
             f"attach: expected an entry of the probe for each of {len(out)} samples, and tangents [..., "
@@ -100,13 +102,13 @@ def apply(function: Any, *inputs: Any) -> Tensor:
     return function.apply(*inputs)
 
 
-def placed(x: Tensor, probe: Tensor, segments: Tensor | None, last: int) -> Tensor:
+def placed(x: Tensor, probe: Tensor, segments: Tensor | None, last: int, name: str = "x") -> Tensor:
     """`x` with the axis in front that the probe counts; documents say nothing of rows, their `x` has all of them, and
     tokens before its `last` dimensions."""
     if segments is None:
         return by_sample(x, probe.shape[0])
     if x.dim() < 2 + last:
-        raise ValueError(f"x: expected [B, T, ..., I] with segments, got {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected [B, T, ...{', I' * (last > 0)}] with segments, got {tuple(x.shape)}")
     return x
 
 

@@ -53,9 +53,18 @@ UpdateRule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], Tensor]
 
 
 def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
-    """The optimizers of one, of several, or of a container that holds them as its `optimizers` (as torchtitan's)."""
+    """The optimizers of one, of several, or of a container that holds them as its `optimizers` (as torchtitan's).
+
+    Raises:
+        TypeError: no optimizer of torch's kind; InRunError: one of DeepSpeed's.
+    """
     if given is None:
         return ()
+    if type(given).__name__.startswith("DeepSpeed"):
+        raise InRunError(
+            f"optimizer: expected one over the model's own parameters and gradients, got {type(given).__name__}, which "
+            "holds parts of its own, flattened; take fully_shard, or DDP (DeepSpeed without ZeRO has torch's)"
+        )
     given = getattr(given, "optimizers", given)
     found = tuple(given) if isinstance(given, Iterable) else (given,)
     if others := [each for each in found if not isinstance(each, Optimizer)]:

@@ -741,6 +741,10 @@ def test_documents_of_an_input_without_tokens_and_a_probe_without_samples_are_re
         IF.rms_norm(x, (8,), w, None, w, probe, segments)
     with pytest.raises(ValueError, match=without):
         IF.bias(x, w, w, probe, segments)
+    with pytest.raises(ValueError, match=r"ids: expected \[B, T, ...\] with segments, got \(3,\)"):
+        IF.embedding(torch.arange(3), torch.ones(5, 8), torch.ones(5, 8), probe, segments=segments)
+    with pytest.raises(ValueError, match=r"out: expected \[B, T, ...\] with segments, got \(3,\)"):
+        IF.attach(x[:, 0], x[:, 0], probe, segments)
     with pytest.raises(ValueError, match=r"probe: expected \[B\], as there is one direction; got \(\)"):
         IF.linear(x, torch.ones(5, 8), None, (torch.ones(5, 8), None), torch.zeros((), requires_grad=True))
 

@@ -345,6 +345,14 @@ def test_bitsandbytes_optimizers_of_another_update_are_refused_by_name():
         inrun.track(model, optimizer, "path")
 
 
+@pytest.mark.parametrize("base", [object, torch.optim.SGD])
+def test_deepspeeds_optimizers_are_refused(base):
+    """Which are no torch.optim.Optimizer; accelerate's wrapper of them is one."""
+    kind = type("DeepSpeedZeroOptimizer", (base,), {"__init__": lambda self: None})
+    with pytest.raises(inrun.InRunError, match="got DeepSpeedZeroOptimizer, which holds parts of its own"):
+        inrun.track(make("mlp"), kind())
+
+
 class Picky(torch.optim.Optimizer):
     """Knows of one dtype, as kernels do, once it has a state: 1 / count in codes of 8 bits for one in three rows."""
 
