@@ -80,16 +80,7 @@ class Coupled:
         numbers = [torch.arange(1, 1 + g.numel(), device=g.device).view(g.shape) for g in full]
         kept = [n.square_().mul_(2654435761).bitwise_right_shift_(31).bitwise_and_(1).bool() for n in numbers]
         half = [torch.where(k, g, 0.0) for g, k in zip(full, kept, strict=True)]
-        try:
-            ends = zip(updates(slots, full, self._rule), updates(slots, half, self._rule), kept, strict=True)
-        except Exception as error:
-            if self._rule != "elementwise" or isinstance(error, (InRunError, torch.OutOfMemoryError)):
-                raise
-            raise InRunError(
-                "update: expected an elementwise one, as update='elementwise' says, whose step can be taken for copies "
-                f"of some parameters in float64; that of {type(slots[0].optimizer).__name__} says {error!r}. Give it "
-                "as a function: update=lambda grad, param, state, group: <what it adds to param>"
-            ) from error
+        ends = zip(updates(slots, full, self._rule), updates(slots, half, self._rule), kept, strict=True)
         told = []  # of each, whether it moved, and whether a coordinate did so otherwise
         for a, b, k in ends:
             apart = ~torch.isclose(a, b, rtol=1e-9, atol=0.0, equal_nan=True) & k

@@ -149,6 +149,10 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
 
     Returns:
         float64 tensors, the gradients' shapes.
+
+    Raises:
+        InRunError: the step of an optimizer that was said to be elementwise cannot be taken so, or a user's function
+            returns no tensor of the parameter's shape.
     """
     if not callable(rule) and len(slots) == 1 and _is_long(slots[0], grads[0]):
         moved = torch.empty_like(grads[0])
@@ -176,7 +180,16 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
     for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
         held = [(p, state, s.group) for p, state, s in zip(params, states, slots, strict=True)
                 if s.optimizer is optimizer]  # fmt: skip
-        _step_twin(optimizer, held)
+        try:
+            _step_twin(optimizer, held)
+        except Exception as error:
+            if rule != "elementwise" or isinstance(error, (InRunError, torch.OutOfMemoryError)):
+                raise
+            raise InRunError(
+                "update: expected an elementwise one, as update='elementwise' says, whose step can be taken for copies "
+                f"of some parameters in float64; that of {type(optimizer).__name__} says {error!r}. Give it as a "
+                "function: update=lambda grad, param, state, group: <what it adds to param>"
+            ) from error
     for p in params:
         p.grad = None  # or what holds the result would hold the gradient
     return [p.sub_(local(s.param).detach()) for p, s in zip(params, slots, strict=True)]
