@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import nn
 
+from .layers import SET_ON
+
 _ASKS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "stride", "is_meta", "is_cuda"}
 _ASKS |= {"requires_grad", "data", "detach", "grad", "type", "data_ptr", "element_size", "is_contiguous"}
 _ASKS |= {"is_floating_point", "is_sparse", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
@@ -31,7 +33,9 @@ def borrowers(modules: dict[str, nn.Module], owned: dict[str, Any]) -> dict[str,
     found = {}
     for path in owned:
         parent, _, child = path.rpartition(".")
-        read, called = _read(type(modules[parent])) if path else ((), ())
+        cls = type(modules[parent])
+        read_in = _read.__wrapped__ if SET_ON in vars(cls) else _read  # of a class that goes with its modules
+        read, called = read_in(cls) if path else ((), ())
         if child in read and (child not in called or parent in owned):
             found[path] = parent
     return found

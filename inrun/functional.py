@@ -256,7 +256,8 @@ class _Scored(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
-            inputs = (grad.detach(), *ctx.saved_tensors)  # the output itself does not matter
+            y = grad.detach().requires_grad_(ctx.needs_input_grad[0])  # what it is itself does not matter
+            inputs = (y, *ctx.saved_tensors)
             return written_out_backward(_Scored.written_out, inputs, ctx.needs_input_grad, grad)
         x, direction, bias_direction, probe, segments = ctx.saved_tensors
         return grad, None, None, None, linear_dots(x, grad, direction, bias_direction, segments).to(probe.dtype), None

@@ -23,10 +23,12 @@ from .convolution import Geometry, convolution, convolution_dots
 from .errors import InRunError
 from .factors import Factors
 from .forward_mode import drawing_alike, forward_mode, split_samples
+from .restoring import undone
 from .shared import Shared
 from .tap import SUFFIX, Layout, Tap, along, eagerly, targets_first
 
 SET_ON = "_inrun_set_on"  # of a class that has the forward which was set on a module: the module's own class
+TRACKED = "_inrun_tracked"  # and what makes the classes that it is tracked as
 HOOKED = "_old_forward"  # what accelerate's hooks call, in the forward that they set on a module
 
 
@@ -45,18 +47,20 @@ class Holder:
 
     def deep_copied(self, memo: dict[int, Any]) -> Any:
         """The `__deepcopy__` of a module whose class has its own, as a parametrized one's has."""
-        return copy.deepcopy(self._untracked(), memo)
+        tracked, plain = (type(self), self.__dict__), self._untracked()
+
+        def put_back() -> None:
+            self.__class__, self.__dict__ = tracked
+
+        with undone(put_back):  # itself, of which it may hold methods
+            self.__class__, self.__dict__ = type(plain), plain.__dict__
+            return copy.deepcopy(self, memo)
 
     def _untracked(self) -> Any:
         """The module as it is without its tracker."""
-        own = vars(self._inrun_class)
-        plain: Any = object.__new__(own.get(SET_ON, self._inrun_class))
+        plain: Any = object.__new__(vars(self._inrun_class).get(SET_ON, self._inrun_class))
         plain.__dict__.update(self.__dict__)
-        # Methods of this module, in whose place a copy has its own.
-        if SET_ON in own:
-            plain.__dict__["forward"] = MethodType(own["forward"], self)
-        if HOOKED in plain.__dict__:
-            plain.__dict__[HOOKED] = MethodType(self._inrun_class.forward, self)
+        give_forward_back(self, plain.__dict__)  # methods of this module, in whose place a copy has its own
         del plain.__dict__["_inrun"], plain.__dict__["_siblings"]
         without = direction_names(self)
         plain.__dict__["_parameters"] = {n: p for n, p in plain._parameters.items() if n not in without}
@@ -519,6 +523,17 @@ def require_whole_rows(module: Any, layout: Layout) -> None:
             f"{module._inrun} ({module._inrun_class.__name__}): expected a layer that goes token by "
             "token, to score tokens or documents. Exclude its parameters, or score whole rows"
         )
+
+
+def give_forward_back(module: Any, attributes: dict[str, Any]) -> None:
+    """In a tracked module's attributes its own forward stands again where its tracked one does, or where one was set on
+    it."""
+    own = module._inrun_class
+    for name in ("forward", HOOKED):
+        if getattr(attributes.get(name), "__func__", None) is type(module).forward:
+            attributes[name] = MethodType(own.forward, module)
+    if SET_ON in vars(own):
+        attributes.setdefault("forward", MethodType(own.forward, module))
 
 
 def direction_names(module: Any) -> list[str]:

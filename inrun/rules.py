@@ -14,6 +14,7 @@ import contextlib
 import fnmatch
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -30,6 +31,7 @@ from .forward_mode import sample_axis
 from .layers import (
     HOOKED,
     SET_ON,
+    TRACKED,
     Conv1dRule,
     ConvRule,
     EmbeddingRule,
@@ -42,6 +44,7 @@ from .layers import (
     RMSNormRule,
     Rule,
     direction_names,
+    give_forward_back,
 )
 from .restoring import undone
 from .tap import SUFFIX, Tap
@@ -56,6 +59,8 @@ RULES: dict[type[nn.Module], type[Holder]] = {
     nn.Conv3d: ConvRule,
 }
 
+# By a class and a forward that was set on modules of it; none outlives these, as the forward may hold them.
+_WITH_FORWARD: weakref.WeakValueDictionary[tuple[type, Callable], type] = weakref.WeakValueDictionary()
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -132,7 +137,7 @@ def _plan(model: nn.Module, exclude: Sequence[str], through: Mapping[str, str]) 
         tap.flat = tap.routed = tap.module in flat
         tap.tokens_first = tap.module in tokens_first
         tap.by_row = _takes_one_sample(tap)
-        if "forward" in vars(tap.module) and HOOKED not in vars(tap.module):
+        if "forward" in vars(tap.module) and _method_set_on(tap.module) is None:
             raise InRunError(
                 f"{path or 'model'}: expected {type(tap.module).__name__}'s own forward, got one that was set on the "
                 "module and is no method of it, which no rule sees. Track the model before that, or name a module "
@@ -208,8 +213,7 @@ def call_heads(model: nn.Module) -> list[RemovableHandle]:
     weight past the layer. Returns the hooks that see to it."""
     found = []
     for module in model.modules():
-        head = module.get_output_embeddings() if _may_skip_logits(module) else None  # pyright: ignore
-        if head is not None and any(isinstance(m, Holder) for m in head.modules()):
+        if _may_skip_logits(module):
             found.append(module.register_forward_pre_hook(_with_logits, with_kwargs=True))
     return found
 
@@ -222,8 +226,13 @@ def _may_skip_logits(module: nn.Module) -> bool:
     return False
 
 
-def _with_logits(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "skip_logits": False}
+def _scores_its_head(module: Any) -> bool:
+    head = module.get_output_embeddings()
+    return head is not None and any(isinstance(m, Holder) for m in head.modules())
+
+
+def _with_logits(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    return (args, {**kwargs, "skip_logits": False}) if _scores_its_head(module) else None  # a copy has the hook too
 
 
 def set_apart(model: nn.Module) -> None:
@@ -239,13 +248,9 @@ def remove(module: Any) -> None:
     for name in direction_names(module):
         del module._parameters[name]
     del module.__dict__["_inrun"], module.__dict__["_siblings"]
-    tracked, own = type(module), type(module)._inrun_class
-    module.__class__ = own
-    for name in ("forward", HOOKED):
-        if getattr(vars(module).get(name), "__func__", None) is tracked.forward:
-            module.__dict__[name] = MethodType(own.forward, module)
-    if (bare := vars(own).get(SET_ON)) is not None:
-        module.__class__, module.forward = bare, MethodType(own.forward, module)
+    give_forward_back(module, module.__dict__)
+    own = module._inrun_class
+    module.__class__ = vars(own).get(SET_ON, own)
 
 
 @contextlib.contextmanager
@@ -267,27 +272,38 @@ def _in_classes(model: nn.Module) -> Iterator[None]:
 
 def _class_of(module: nn.Module) -> type[nn.Module]:
     """The class of a module, or where a method was set on it in place of its forward, one that has this."""
-    forward = vars(module).get("forward")
-    if isinstance(forward, MethodType) and forward.__self__ is module:
-        return _with_forward(type(module), forward.__func__)
-    return type(module)
+    forward = _method_set_on(module)
+    if forward is None or (HOOKED in vars(module) and forward is type(module).forward):
+        return type(module)
+    return _with_forward(type(module), forward)
 
 
-@functools.cache
+def _method_set_on(module: nn.Module) -> Callable | None:
+    """What was set on a module in place of its forward, beneath accelerate's hooks, where it is a method of it."""
+    held = vars(module)
+    forward = held.get(HOOKED, held["forward"]) if "forward" in held else None
+    return forward.__func__ if isinstance(forward, MethodType) and forward.__self__ is module else None
+
+
 def _with_forward(cls: type[nn.Module], forward: Callable) -> type[nn.Module]:
-    namespace = {"forward": forward, SET_ON: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (cls,), namespace)
+    if (found := _WITH_FORWARD.get((cls, forward))) is None:
+        tracked = functools.cache(_tracked_class.__wrapped__)
+        namespace = {"forward": forward, SET_ON: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        found = _WITH_FORWARD[cls, forward] = type(cls.__name__, (cls,), namespace | {TRACKED: tracked})
+    return found
 
 
 def _adopt(module: nn.Module, mixin: type[Holder], tap: Tap, under: type[nn.Module] | None) -> None:
     # Its own, also where a module around it scores a part of it.
     cls = getattr(module, "_inrun_class", None) or _class_of(module)
     module.__dict__.update(_inrun=tap, _siblings=module._parameters)
-    module.__class__ = _tracked_class(mixin, cls, under)
+    module.__class__ = vars(cls).get(TRACKED, _tracked_class)(mixin, cls, under)
+    if _method_set_on(module) is None:  # a function, in what is run as it is
+        return
     if HOOKED in vars(module):
         module.__dict__[HOOKED] = MethodType(type(module).forward, module)
     else:
-        module.__dict__.pop("forward", None)
+        del module.__dict__["forward"]
 
 
 @functools.cache

@@ -38,6 +38,10 @@ def _of_bitsandbytes(optimizer: Any) -> tuple[type[Optimizer], Callable] | None:
     plain = {"max_unorm": 0.0, "skip_zeros": False, "percentile_clipping": 100, "block_wise": True}
     if any(getattr(optimizer.args, name, value) != value for name, value in plain.items()):
         return None
+    said = optimizer.mng  # of single parameters, by all of the process
+    for options in (*said.pid2config.values(), *(options for _, _, options in said.module_weight_config_triple)):
+        if options.keys() - {"optim_bits"}:
+            return None
     return AdamW, _of_eight_bits  # its Adam too takes the weight decay off the weights
 
 
@@ -78,8 +82,7 @@ class _Groups(Sequence):
         return len(self._optimizer.param_groups)
 
     def __getitem__(self, index: Any) -> Any:
-        group = self._optimizer.param_groups[index]
-        return {**self._plain, **{name: value for name, value in group.items() if name in self._plain}}
+        return {**self._plain, **self._optimizer.param_groups[index]}
 
 
 class _State(Mapping):

@@ -177,6 +177,7 @@ class Tracker:
         self.validations = Validation(
             model, self.slots, planned.excluded, losses, self.targets, validate_every, self.ranks, self._pending
         )
+        self._given = callable(update)
         self._frozen = method in ("first", "secant")  # whether the optimizer's state is taken as frozen
         inline = method == "first" and not self.samples and not self.in_batch
         self._method: Method = (
@@ -296,7 +297,7 @@ class Tracker:
         siblings = {id(s.sibling) for s in self.slots}
         for group in (group for each in optimizers for group in each.param_groups):
             group["params"] = [p for p in group["params"] if id(p) not in siblings]
-        self.updates = tuple(map(stand_ins.of, optimizers))
+        self.updates = self._stand_ins(optimizers)
         where = places(self.updates)
         require_all([s.name for s in self.slots if id(s.param) not in where])
         for slot in self.slots:
@@ -328,8 +329,12 @@ class Tracker:
         self.validations.outside = found
         return found
 
+    def _stand_ins(self, optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
+        """What stands for them; nothing does where a user's function is given their own options and state."""
+        return tuple(optimizers if self._given else map(stand_ins.of, optimizers))
+
     def _require_supported(self, optimizers: Sequence[Optimizer]) -> None:
-        for optimizer in map(stand_ins.of, optimizers):
+        for optimizer in self._stand_ins(optimizers):
             if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
                 raise InRunError(
                     "optimizer: expected one that holds the state of all its process's parameters, got "

@@ -260,7 +260,7 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
             options["foreach"] = False  # which takes rates that are tensors of a capturable optimizer alone
         twin.param_groups.append({**options, "params": [p for p, _, number in held if number == i]})
     # What it keeps for all parameters, as MADGRAD's count, is under other keys.
-    of_all = {k: copy.deepcopy(v) for k, v in optimizer.state.items() if not isinstance(k, Tensor)}
+    of_all = {k: copy.deepcopy(optimizer.state[k]) for k in optimizer.state if not isinstance(k, Tensor)}
     twin.state = defaultdict(dict, {p: state for p, state, _ in held if state} | of_all)
     twin.step()
 

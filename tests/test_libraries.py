@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
+import itertools
 import types
+import weakref
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from models import VOCAB, WIDTH, B, T, data, loss_of, make, oracle_values
 from torch import nn
 
 import inrun
-from inrun import slots, stand_ins, updates
+from inrun import directions, slots, stand_ins, updates
 
 METHODS = "first", "path"
 LR = 0.1
@@ -122,6 +125,111 @@ def test_modules_that_have_hooks_of_accelerates_are_scored(method):
     assert copied(batch[0]).shape == before.shape
 
 
+def hooked(model):
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hooks_around_methods_that_are_set_on_modules_leave_these(method):
+    model, batch, validation = with_kernels(make("unknown")), data("unknown"), data("unknown", 4, 2)
+    set_on = [m for m in model.modules() if "forward" in vars(m)]
+    for module in set_on:
+        module.offset = 0.0  # so that the class's forward would do something else
+    before = model(batch[0])
+    expected = oracle_values(model, lambda n, g: LR * g, batch, validation)
+    hooked(model)
+    copied = copy.deepcopy(model)
+    close(values_of(copied, batch, validation, method), expected)
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR), method)
+    assert torch.equal(model(batch[0]), before)
+    copied = copy.deepcopy(model)
+    tracker.close()
+    for one in (model, copied):
+        assert torch.equal(one(batch[0]), before)
+        remove_hook_from_submodules(one)
+        assert torch.equal(one(batch[0]), before)
+    assert all(vars(m)["forward"].__func__ is kernel_forward for m in set_on)
+
+
+def test_hooks_that_come_or_go_while_a_model_is_tracked_stay_so():
+    model, batch = with_kernels(make("gpt_untied")), data("gpt")
+    before = model(batch[0])
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR))
+    hooked(model)
+    copied = copy.deepcopy(model)
+    tracker.close()
+    for one in (model, copied):
+        assert torch.equal(one(batch[0]), before)
+        inside = [m for m in one.modules() if hasattr(m, "_old_forward")]
+        assert inside and not [m for m in inside if isinstance(vars(m)["forward"], types.MethodType)]
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR))
+    remove_hook_from_submodules(model)
+    copied = copy.deepcopy(model)
+    tracker.close()
+    for one in (model, copied):
+        assert torch.equal(one(batch[0]), before)
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+def test_functions_that_are_set_on_modules_need_a_module_around_them_and_stay(hooks):
+    torch.manual_seed(0)
+    model, batch, validation = make("gpt_untied"), data("gpt"), data("gpt", 4, 2)
+    block = model.blocks[0]
+    inner = next(m for m in block.modules() if isinstance(m, nn.Linear))
+    name = next(n for n, m in model.named_modules() if m is inner)
+    inner.forward = types.MethodType(lambda self, x: 2 * F.linear(x, self.weight, self.bias), inner)
+    expected = oracle_values(model, lambda n, g: LR * g, batch, validation)
+    holder = types.SimpleNamespace(inner=inner)
+    function = types.MethodType(lambda self, x: 2 * F.linear(x, self.inner.weight, self.inner.bias), holder)
+    inner.forward = function  # no method of its own
+    if hooks:
+        hooked(model)
+    before = model(batch[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with pytest.raises(inrun.InRunError, match=f"{name}: expected Linear's own forward.*is no method of it"):
+        inrun.track(model, optimizer)
+    assert torch.equal(model(batch[0]), before)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    found = values_of(model, batch, validation, "first", optimizer, through={f"{name}.*": "blocks.0"})
+    close(found, expected)
+    model.load_state_dict(weights, strict=False)
+    assert torch.equal(model(batch[0]), before)
+    assert vars(inner)["_old_forward" if hooks else "forward"] is function
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+def test_methods_and_hooks_of_modules_that_copy_themselves(hooks):
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+    model, x = nn.Sequential(layer), torch.randn(2, 4)
+    if hooks:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    else:
+        layer.forward = types.MethodType(lambda self, x: 2 * F.linear(x, self.weight, self.bias), layer)
+    before = model(x)
+    with inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR)):
+        copied = copy.deepcopy(model)
+        assert torch.equal(model(x), before)
+    for one in (model, copied):
+        assert torch.equal(one(x), before)
+        assert vars(one[0])["_old_forward" if hooks else "forward"].__self__ is one[0]
+
+
+def test_a_method_that_holds_its_module_goes_with_it():
+    model = nn.Sequential(nn.Linear(4, 3))
+    for module in model.modules():
+        module.forward = types.MethodType(lambda self, x, plain=module.forward: plain(x), module)
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR))
+    tracker.close()
+    weight = weakref.ref(model[0].weight)
+    del model, module, tracker
+    gc.collect()  # the class it had
+    gc.collect()  # and so the method
+    assert weight() is None
+
+
 class Headed(nn.Module):
     """A language model that by default uses its output layer's weight past the layer, as Liger's do in training."""
 
@@ -152,11 +260,44 @@ def test_a_loss_without_logits_calls_the_output_layer_while_it_is_scored():
     expected = oracle_values(plain, lambda n, g: LR * g, batch, validation)
     close(values_of(model, batch, validation, loss=lambda m, x, y: m(x, labels=y)[1]), expected)
     assert model(batch[0], labels=batch[1])[0] is None
+    with inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR)):
+        copied = copy.deepcopy(model)
+    assert copied(batch[0], labels=batch[1])[0] is None
+    assert not model._forward_pre_hooks
     frozen = Headed()
     frozen.lm_head.requires_grad_(False)
     tracker = inrun.track(frozen, torch.optim.SGD(frozen.embed.parameters(), lr=LR))
     assert frozen(batch[0], labels=batch[1])[0] is None
     tracker.close()
+
+
+class Headless(nn.Module):
+    """Of modules that take `skip_logits`: one whose output layer is elsewhere, or that is not asked for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x, skip_logits=None):
+        return self.linear(x) if skip_logits is None else None
+
+
+class Tokenless(Headless):
+    def get_output_embeddings(self):
+        return None
+
+
+class Written(nn.Module):
+    """Its forward is not written in Python, and has no signature."""
+
+    forward = staticmethod(torch.tanh)
+
+
+def test_modules_that_take_the_argument_of_a_loss_without_logits_and_have_no_output_layer():
+    for kind in (Headless, Tokenless):
+        model = nn.Sequential(kind(), Written())
+        with inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR)):
+            assert model(torch.ones(2, 4)).shape == (2, 3)
 
 
 # ------------------------------------------------------------------ layers in 8 bits
@@ -205,6 +346,70 @@ def test_float8_layers_are_scored_by_their_inputs_and_output_gradients(method, r
     close(found, expected, 1e-4)
     rounded = 1e-4 if recipe.endswith("hp") else 0.05
     assert abs(found.sum() - exact) < rounded * found.abs().sum()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("of", ["samples", "tokens", "documents"])
+def test_float8_layers_by_tokens_documents_and_targets(of, autocast):
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    torch.manual_seed(0)
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=True)
+    model = convert_to_float8_training(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)), config=config)
+    x = torch.randn(B, T, 16)
+
+    def loss(x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(x).float().square().mean()
+
+    inputs = {"a": torch.randn(3, T, 16), "b": torch.randn(2, T, 16)}
+    held_by = {k: torch.autograd.grad(loss(v), list(model.parameters())) for k, v in inputs.items()}
+    own, kept = copy.deepcopy(model), []
+
+    def keep(layer, args, out):
+        x = args[0].detach()
+        out.register_hook(lambda g: kept.append((x, g)))
+
+    for layer in model:
+        layer.register_forward_hook(keep)
+    expected = torch.zeros(B, T, 2)
+    loss(x).backward()
+    for (a, g), w in zip(reversed(kept), (0, 2), strict=True):
+        for k, held in enumerate(held_by.values()):
+            a, g = a.to(torch.bfloat16).float() if autocast else a, g.float()
+            expected[..., k] += LR * (torch.einsum("bti,bto,oi->bt", a, g, held[w]) + g @ held[w + 1])
+    model, ends = own, [0, 3, T, B * T - 1, B * T]
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation={k: lambda v=v: loss(v) for k, v in inputs.items()})
+    shape, many = {"samples": {}, "tokens": {"tokens": T}}, B
+    if of == "documents":
+        shape[of], many = {"segments": torch.tensor(ends), "tokens": T}, len(ends) - 1
+        flat = expected.flatten(0, 1)
+        expected = torch.stack([flat[i:j].sum(0) for i, j in itertools.pairwise(ends)])
+    elif of == "samples":
+        expected = expected.sum(1)
+    with tracker, tracker.step(range(many), **shape[of]) as step:
+        loss(x).backward()
+        optimizer.step()
+    close(step.values, expected, 5e-3 if autocast else 1e-5)
+
+
+def test_float8_layers_take_a_backward_that_can_be_differentiated():
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    torch.manual_seed(0)
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=True)
+    model = convert_to_float8_training(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)), config=config)
+    x, found = torch.randn(B, T, 16), []
+    for create_graph in (False, True):
+        own = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(own.parameters(), lr=LR)
+        tracker = inrun.track(own, optimizer, validation=lambda own=own: own(x[:2]).square().mean())
+        with tracker, tracker.step(range(B)) as step:
+            own(x).square().mean().backward(create_graph=create_graph)
+            optimizer.step()
+        found.append(step.values)
+    close(*found)
 
 
 def test_adapters_beside_weights_of_four_bits_are_scored():
@@ -289,6 +494,8 @@ def test_optimizers_with_a_state_of_few_bits_make_the_update_of_what_stands_for_
     trained(model, optimizer, steps)
     loss_of(model, *data("gpt")).backward()
     stands = stand_ins.of(optimizer)
+    assert steps or not optimizer.state[model[0].weight]  # which makes an empty one
+    assert directions.adam_rates(stands, stands.param_groups[0]) is None  # its moments are there one at a time
     assert type(stands) in (torch.optim.Adam, torch.optim.AdamW) and type(optimizer) is not type(stands)
     held = {n: slots.Slot(n, *_owner(model, n), [], stands, 0) for n, _ in model.named_parameters()}
     state = {p: dict(s) for p, s in optimizer.state.items()}
@@ -332,10 +539,72 @@ def test_their_steps_are_scored_from_their_state(eagerly, name):
     assert step.values.abs().min() > 0
 
 
+def test_states_of_few_bits_are_read_once_for_each_parameter_of_an_update(monkeypatch):
+    import bitsandbytes
+
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    optimizer = bitsandbytes.optim.AdamW8bit(model.parameters())
+    model(torch.randn(2, 64)).square().sum().backward()
+    optimizer.step()
+    stands, read = stand_ins.of(optimizer), []
+    of = stand_ins._of_eight_bits
+    monkeypatch.setattr(stands.state, "_moments", lambda state: (read.append(state), of(state))[1])
+    held = [slots.Slot(n, *_owner(model, n), [], stands, 0) for n, _ in model.named_parameters()]
+    for slot in held:
+        updates.updates([slot], [slot.param.grad.double()])
+    assert len(read) <= 3 * len(held)
+
+
+def test_options_of_single_parameters_are_refused():
+    from bitsandbytes import optim
+
+    manager, model = optim.GlobalOptimManager.get_instance(), wide()
+    try:
+        manager.register_module_override(model[0], "weight", {"optim_bits": 32})
+        optimizer = optim.AdamW8bit(model.parameters())
+        trained(model, optimizer, 1)
+        assert type(stand_ins.of(optimizer)) is torch.optim.AdamW
+        for override in ("register_module_override", "override_config"):
+            manager.initialize()
+            where = (model[2], "weight") if override == "register_module_override" else (model[2].weight,)
+            getattr(manager, override)(*where, **_named(override, {"lr": 0.1}))
+            for method in ("first", "path"):
+                with pytest.raises(inrun.InRunError, match="got AdamW8bit"):
+                    inrun.track(model, optimizer, method)
+    finally:
+        manager.initialize()
+
+
+def _named(override, options):
+    return {"config" if override == "register_module_override" else "key_value_dict": options}
+
+
+def test_an_update_that_is_given_as_a_function_gets_the_options_and_state_of_the_optimizer_itself():
+    import bitsandbytes
+
+    model, batch, validation = wide(), data("gpt"), data("gpt", 4, 2)
+    optimizer = bitsandbytes.optim.AdamW8bit([{"params": list(model.parameters()), "of": "all"}])
+    trained(model, optimizer, 1)
+    given = []
+
+    def update(grad, param, state, group):
+        given.append((set(state), group["of"]))
+        return -group["lr"] * grad
+
+    with pytest.warns(UserWarning, match="by AdamW8bit"):
+        values_of(model, batch, validation, "path", optimizer, update=update)
+    assert all({"state1", "state2"} <= names and of == "all" for names, of in given)
+
+
 def test_bitsandbytes_optimizers_of_another_update_are_refused_by_name():
     import bitsandbytes
 
     model = wide()
+    for option, value in {"max_unorm": 0.1, "skip_zeros": True, "percentile_clipping": 5, "block_wise": False}.items():
+        optimizer = bitsandbytes.optim.AdamW8bit(model.parameters())
+        setattr(optimizer.args, option, value)
+        with pytest.raises(inrun.InRunError, match="got AdamW8bit"):
+            inrun.track(model, optimizer)
     for kind, options in (("LAMB8bit", {}), ("AdEMAMix8bit", {}), ("Lion8bit", {})):
         optimizer = getattr(bitsandbytes.optim, kind)(model.parameters(), **options)
         with pytest.raises(inrun.InRunError, match=f"got {kind};"):

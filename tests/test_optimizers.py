@@ -665,6 +665,21 @@ def test_a_step_that_calls_that_of_its_class_is_one(closure):
             optimizer.step()
 
 
+def test_two_steps_within_that_of_another_optimizer_are_two():
+    class Around(torch.optim.SGD):
+        def step(self, closure=None):
+            for _ in range(2):
+                self.inner.step()
+
+    model, batch, validation = double("mlp")
+    around = Around(model.parameters())
+    around.inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, around.inner, validation=lambda: loss_of(model, *validation))
+    with pytest.raises(inrun.InRunError, match="got a second one"), tracker.step(range(B)):
+        loss_of(model, *batch).backward()
+        around.step()
+
+
 def test_what_an_update_that_is_not_elementwise_cannot_do_is_said():
     def stepped(**options):
         model, batch, validation = double("mlp")
