@@ -99,7 +99,7 @@ class Coupled:
         for slot in (slot for slot, coupled in zip(slots, found, strict=True) if coupled):
             update, _, dtype = self._function(slot)
             with torch.enable_grad():
-                if not update(slot.grad.to(dtype).requires_grad_()).requires_grad:
+                if not update(slot.grad.to(dtype, copy=True).requires_grad_()).requires_grad:
                     raise InRunError(
                         f"update: expected a function that autograd differentiates, as that of {slot.name} is not "
                         "elementwise; got a result that does not depend on the gradient"

@@ -87,7 +87,7 @@ class _Product(Part):
 
     def dots(self, x, grad, segments):
         assert self.direction is not None
-        rows = _row_dots(x.to(grad.dtype), grad, self.direction, self.offsets)
+        rows = _row_dots(x, grad, self.direction, self.offsets)
         return rows.new_zeros(self.count, *rows.shape[1:]).index_put_((self.owners,), rows, accumulate=True)
 
 

@@ -416,7 +416,8 @@ class _AsBackward(TorchFunctionMode):
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`torch._weight_norm`, written out."""
     over = [i for i in range(v.dim()) if dim == -1 or i != dim % v.dim()]
-    return v * (g / torch.linalg.vector_norm(v, dim=over, keepdim=True))
+    norm = torch.linalg.vector_norm(v, dim=over, keepdim=True) if over else v.abs()  # of no dimension: of all
+    return v * (g / norm)
 
 
 def _embedding_bag(

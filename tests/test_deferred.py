@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from models import VOCAB, WIDTH, B, Bypass, Counting, T, data, gradient, loss_of, make, oracle_values, sample_gradients
 from torch import nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import inrun
-from inrun import hessian, shapley, turning
+from inrun import forward_mode, hessian, shapley, turning
 from inrun.deferred import METHODS
 from inrun.tasks import Lion
 
@@ -1036,6 +1037,39 @@ def test_differences_are_as_large_as_half_precision_sees(half):
     assert (found - exact).norm() < (0.01 if half == "nothing" else 0.3) * (first - exact).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("times", [0.02, 0.2])
+def test_differences_are_the_cube_root_of_rounding_apart_whatever_the_size_of_the_step(times, dtype, monkeypatch):
+    model, (x, y), moves, moved = make("mlp").to(dtype), data("mlp"), [], hessian.weights_moved
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1), "second",
+                          validation=lambda: loss_of(model, x.to(dtype), y))  # fmt: skip
+
+    def noted(slots, ranks, found, buffers):
+        found = list(found)
+        moves.append(math.sqrt(sum(move.square().sum().item() for _, move in found)))
+        return moved(slots, ranks, found, buffers)
+
+    monkeypatch.setattr(hessian, "weights_moved", noted)
+    weight = math.sqrt(sum(p.detach().square().sum().item() for p in model.parameters()))
+    with torch.no_grad():
+        for size in (1e-3, 7.0):
+            vector = [torch.full_like(slot.shard, size) for slot in tracker.slots]
+            hessian._by_differences(tracker, "validation", vector, times)
+    assert moves == pytest.approx([times * torch.finfo(dtype).eps ** (1 / 3) * (1 + weight)] * 4, rel=1e-4)
+    still = [torch.zeros_like(slot.shard) for slot in tracker.slots]
+    assert hessian._by_differences(tracker, "validation", still, times) == [None] * len(still)
+
+
+def test_differences_that_do_not_agree_themselves_tell_nothing_of_the_hessian(monkeypatch):
+    of_sizes = {0.05: [torch.tensor([1.0, 0.0])], 0.2: [torch.tensor([1.0, 0.3])]}
+    monkeypatch.setattr(hessian, "_by_differences", lambda tracker, name, vector, times: of_sizes[times])
+    vector, found = [torch.zeros(2)], [torch.tensor([2.0, 0.0])]
+    hessian._check(None, "validation", vector, found)
+    of_sizes[0.2] = of_sizes[0.05]
+    with pytest.raises(inrun.InRunError, match="is 100% off differences"):
+        hessian._check(None, "validation", vector, found)
+
+
 class Apply(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -1596,6 +1630,22 @@ def test_second_order_of_a_weight_norm(seed):
         F.cross_entropy(model(x[:3]), y[:3]).backward()
         optimizer.step()
     torch.testing.assert_close(step.values.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((5,), 0), ((5,), -1), ((4, 3), 0), ((4, 3), 1), ((4, 3), -1), ((2, 3, 4), 1)]
+)
+def test_a_weight_norm_written_out_is_torchs(shape, dim):
+    v = torch.randn(shape, dtype=torch.float64)
+    g = 1 + torch.norm_except_dim(v, 2, dim)
+    torch.testing.assert_close(forward_mode.weight_norm(v, g, dim), torch._weight_norm(v, g, dim))
+
+
+def test_padding_counted_from_the_end_has_no_tangent():
+    with forward_ad.dual_level(), forward_mode._AsBackward(None):
+        table = forward_ad.make_dual(torch.ones(5, 2), torch.ones(5, 2))
+        tangent = forward_ad.unpack_dual(F.embedding(torch.tensor([0, 3]), table, -2)).tangent
+    assert tangent.tolist() == [[1.0, 1.0], [0.0, 0.0]]
 
 
 def test_second_order_of_a_compiled_model():

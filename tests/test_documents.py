@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+from types import SimpleNamespace
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
@@ -17,7 +18,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import inrun
-from inrun import functional
+from inrun import forward_mode, functional
+from inrun.tap import Layout, Tap
 from inrun_kernels import forms
 
 LR = 0.3
@@ -417,6 +419,20 @@ def test_a_layer_that_does_not_go_token_by_token_is_refused(kind, sizes, method)
     with refused, tracker.step(range(B), tokens=T):
         model(x).square().mean().backward()
         optimizer.step()
+
+
+def test_outputs_of_tokens_first_are_not_cut_into_documents():
+    """Of which there are as many."""
+    module, layout = SimpleNamespace(_inrun=Tap("scale", None, None)), Layout(2, 6, torch.tensor([0, 4, 12]))
+    assert forward_mode.by_sample(module, 0, torch.ones(2, 6, 3), layout).shape == (2, 6, 3)
+    with pytest.raises(inrun.InRunError, match=r"scale: expected its input and output to be \[B, T, ...\]"):
+        forward_mode.by_sample(module, 0, torch.ones(6, 2, 3), layout)
+
+
+def test_the_sample_axis_of_a_recurrent_layers_states_is_the_second():
+    for first in (False, True):
+        axes = [forward_mode.sample_axis(nn.LSTM(2, 2, batch_first=first), leaf) for leaf in range(3)]
+        assert axes == [0 if first else 1, 1, 1]
 
 
 def test_bad_offsets_and_tokens_are_one_clear_error():

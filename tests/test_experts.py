@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch.testing import assert_close
 
 import inrun
 from inrun import probing
-from inrun.experts import _Grouped, _row_dots, is_experts
+from inrun.experts import _Grouped, _Product, _row_dots, is_experts
+from inrun.tap import Layout, Tap
 from inrun_kernels import grouped
 from inrun_kernels.grouped import grouped_mm, grouped_wgrad
 
@@ -53,6 +56,8 @@ def test_groups_without_rows_have_no_gradient_where_torch_leaves_one(monkeypatch
     found = grouped_wgrad(x, grads, torch.tensor(ENDS, dtype=torch.int32))
     assert not found[[0, 2]].any()
     assert_close(found.sum(0), grads.T @ x)
+    found = grouped_wgrad(x, grads, torch.tensor([0, 1, 1, 7, 10], dtype=torch.int32))
+    assert_close(found[1], grads[:1].T @ x[:1])
 
 
 @pytest.mark.parametrize("many", [None, 2])
@@ -143,6 +148,16 @@ def test_directions_of_experts_in_float16_may_be_large():
     group = torch.tensor([sum(n >= end for end in ENDS) for n in range(10)])
     expected = torch.einsum("ni,noi,no->n", x.double(), direction.double()[group], grad.double())
     assert_close(_row_dots(x, grad, direction, offsets).double(), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_documents_of_other_tokens_than_experts_are_given_are_refused():
+    like, rows = torch.empty(6, 0), torch.arange(6)
+    product = SimpleNamespace(_inrun=Tap("experts", None, None), like=like, tokens=rows)
+    layout = Layout(2, 3, torch.tensor([0, 2, 6]))
+    _Product.placed(product, like, layout)
+    assert product.count == 2 and product.owners.tolist() == [0, 0, 1, 1, 1, 1]
+    with pytest.raises(inrun.InRunError, match=r"experts: expected its input and output to be \[B, T, ...\]"):
+        _Product.placed(product, like, dataclasses.replace(layout, tokens=4))
 
 
 def test_a_forward_around_that_of_transformers_is_another_module():

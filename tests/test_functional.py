@@ -621,6 +621,12 @@ def test_attach_adds_products_up_in_float32():
         torch.testing.assert_close(probe.grad, 8 * half[0, 0].float().square().expand(2))
 
 
+def test_what_follows_may_write_into_what_was_attached():
+    out, probe = torch.ones(3, 4, requires_grad=True), torch.zeros(3, requires_grad=True)
+    IF.attach(out, torch.ones(3, 4), probe).mul_(2.0).sum().backward()
+    assert probe.grad.tolist() == [8.0] * 3 and (out.grad == 2.0).all()
+
+
 def test_a_probe_has_an_entry_for_each_direction_and_document():
     x, w, d = torch.randn(3, 4, 8), torch.randn(5, 8), torch.randn(5, 8)
     probe, three, table = torch.zeros(3, requires_grad=True), torch.randn(3, 8), torch.randn(9, 8)

@@ -185,6 +185,46 @@ def test_a_users_rule_that_mixes_coordinates_is_the_written_out_one(clip, recomp
     close(step.values, expected, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0.0, 1.0])
+def test_a_coupled_direction_is_the_mean_slope_along_the_path(size, dtype):
+    """Of an update that bends, writes into its gradient and goes by the weights; those move before it is asked for."""
+    torch.manual_seed(0)
+    param, grad = nn.Parameter(torch.randn(5).to(dtype)), (size * torch.randn(5)).to(dtype)
+    before, g, along = param.detach().double().clone(), grad.double(), torch.randn(5, dtype=torch.float64)
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    slot = SimpleNamespace(name="p", param=param, shard=param, grad=grad, optimizer=optimizer, group=0,
+                           options=optimizer.param_groups[0], state={})  # fmt: skip
+
+    def rule(grad, param, state, group):
+        grad.mul_(-group["lr"])
+        return grad * param / (0.01 + grad.square().sum())
+
+    def update(at):
+        return rule(at.clone(), before, {}, slot.options)
+
+    held = coupled.Coupled(rule)
+    assert held.among([(0, slot)], 1.0) == ([(0, slot)] if size else []) and not grad.requires_grad
+    held.hold(0, slot, g, update(g))
+    with torch.no_grad():
+        param.zero_()
+    times = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    slopes = [torch.autograd.functional.jacobian(update, t * g).T @ along for t in times]
+    found = held.direction(0, along)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    close(found, -torch.stack(slopes).mean(0), 2e-3)
+
+
+def test_whether_an_update_couples_is_seen_at_the_size_of_the_gradient_and_past_what_is_no_number():
+    param = nn.Parameter(torch.zeros(64))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    slot = SimpleNamespace(name="p", param=param, shard=param, grad=torch.ones(64), optimizer=optimizer, group=0,
+                           options=optimizer.param_groups[0], state={})  # fmt: skip
+    assert coupled.Coupled(bounded).among([(0, slot)], 1.0) and not coupled.Coupled(bounded).among([(0, slot)], 0.01)
+    slot.grad[3] = math.nan
+    assert not coupled.Coupled(lambda grad, *_: grad.sign() + grad).among([(0, slot)], 1.0)
+
+
 class Signed(torch.optim.Optimizer):
     """Keeps what its step needs beside what `Optimizer` keeps."""
 

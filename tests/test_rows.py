@@ -873,6 +873,18 @@ def test_an_evaluation_of_what_has_a_gradient_is_none_of_a_functions():
     torch.testing.assert_close(taken.values.double(), want, rtol=1e-5, atol=1e-9)
 
 
+def test_an_evaluation_in_a_reentrant_checkpoint_is_no_forward_of_the_step():
+    model, x = made(nn.Linear, WIDTH, 2), torch.randn(B, WIDTH, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x).square().mean())
+    with tracker.step(range(B)) as taken:
+        model(x).square().mean().backward()
+        with torch.no_grad():
+            assert len(checkpoint(model, torch.cat([x, x]), use_reentrant=True)) == 2 * B
+        optimizer.step()
+    assert taken.values.abs().min() > 0
+
+
 @pytest.mark.parametrize("given", ["a list of one", "how many there are"])
 def test_a_batch_may_be_a_list_of_one_or_come_with_its_size(given):
     class Given(nn.Module):

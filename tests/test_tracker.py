@@ -2198,6 +2198,43 @@ def test_a_checkpoint_around_a_checkpoint(method):
     torch.testing.assert_close(*values)
 
 
+def test_what_is_drawn_before_a_checkpoint_inside_is_drawn_once():
+    class Drops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.inner = nn.Parameter(torch.ones(8)), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return checkpoint(self.inner, F.dropout(x * self.scale), use_reentrant=False)
+
+    losses, x = [], torch.randn(3, 8)
+    for tracked in (False, True):
+        torch.manual_seed(0)
+        model = Drops()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker = tracked and inrun.track(model, optimizer, validation=lambda m=model: m(x).square().mean())
+        torch.manual_seed(1)
+        with tracker.step(range(3)) if tracker else contextlib.nullcontext():
+            losses.append(model(x).square().mean())
+            losses[-1].backward()
+            optimizer.step()
+    torch.testing.assert_close(*losses)
+
+
+def test_a_checkpoint_around_a_forward_mode_pass_has_the_gradients_that_it_has_untracked():
+    gradients, x = [], torch.randn(3, 8)
+    for tracked in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.PReLU(8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker = tracked and inrun.track(model, optimizer, validation=lambda m=model: m(x).square().mean())
+        with tracker.step(range(3)) if tracker else contextlib.nullcontext():
+            checkpoint(model, x, use_reentrant=False).square().mean().backward()
+            optimizer.step()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_checkpoint_that_comes_later_is_said():
     model, x = Positioned(None), torch.randn(B, 3, WIDTH)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -3205,6 +3242,33 @@ def test_a_forward_mode_pass_in_float16_weights(layer):
         with tracker.step(range(3)) as step:
             model(ids).float().square().mean().backward()
             optimizer.step()
+        values.append(step.values.double())
+    close(*values, rtol=2e-2)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_directions_of_a_forward_mode_pass_may_be_larger_than_float16(autocast):
+    class Products(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.near, self.far = nn.Parameter(torch.ones(6)), nn.Parameter(torch.rand(6, 6))
+
+        def forward(self, x):
+            return x.to(self.far.dtype) @ self.far + 1e-6 * self.near  # of which the first has a small direction
+
+    torch.manual_seed(0)
+    whole, x, held, values = Products().half().float(), torch.rand(3, 6).half(), torch.rand(5, 6).half(), []
+    for model, within in (
+        (copy.deepcopy(whole) if autocast else copy.deepcopy(whole).half(), autocast),
+        (whole, False),
+    ):
+        tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=6e4))
+        with torch.autocast("cpu", torch.float16, enabled=within):
+            with tracker.validation():
+                (1e3 * model(held).float().square().mean()).backward()
+            with tracker.step(range(3)) as step:
+                model(x).float().square().mean().backward()
+                tracker.optimizers[0].step()
         values.append(step.values.double())
     close(*values, rtol=2e-2)
 

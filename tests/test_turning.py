@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -13,8 +16,11 @@ from models import B, data, gradient, loss_of, make, sample_gradients
 from torch import nn
 
 import inrun
-from inrun import path, shapley, squares
+from inrun import path, shapley, squares, turning
+from inrun.distributed import Ranks
+from inrun.factors import Factors
 from inrun.keep import Keeper
+from inrun.tap import Layout
 from inrun.tasks import Lion
 
 OPTIMIZERS = {
@@ -273,6 +279,34 @@ def test_layers_that_hold_no_sample_in_a_row_are_clipped_along_the_path(kind, st
     assert (found - expected).norm() < 0.4 * expected.norm()
 
 
+def test_layers_without_squares_are_taken_to_be_as_the_others():
+    """In how far a coalition is clipped, and what a sample earns by the squared norm that is known of it."""
+
+    def points(some, unscale):
+        slots = [SimpleNamespace(grad=torch.full((4,), 0.5 / unscale)) for _ in range(2)]
+        of, clipped = squares.Squares({i: torch.full((4,), 0.3) for i in some}, {}, 5), (0.5, math.sqrt(2))
+        return turning._points(of, slots, unscale, torch.tensor(0.5), clipped, False, Ranks(nn.Module()))
+
+    for both, one in zip(points((0, 1), 1.0), points((0,), 0.25), strict=True):
+        expected = dataclasses.replace(both, along_self=2 * both.along_self)
+        assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(expected))
+    assert both.along_self != 0
+
+
+def test_a_parameter_of_which_some_coordinates_are_looked_at_stands_for_all(monkeypatch):
+    small, large = nn.Parameter(torch.zeros(500)), nn.Parameter(torch.zeros(10 * turning.LOOKED_AT))
+    optimizers = Lion([small], lr=1.0), torch.optim.SGD([large], lr=1.0)
+    slots = [
+        SimpleNamespace(param=p, shard=p, grad=torch.ones_like(p), optimizer=o, group=0, options=o.param_groups[0],
+                        state={})
+        for p, o in zip((small, large), optimizers, strict=True)
+    ]  # fmt: skip
+    of = functools.partial(turning.turns, unscale=1.0, update="elementwise", ranks=Ranks(nn.Module()))
+    assert of(slots[:1]) and not of(slots)  # a quarter of it, and hardly a hundredth
+    monkeypatch.setattr(turning, "TURNS", 1e-6)
+    assert not of(slots[1:])
+
+
 @pytest.mark.parametrize("kind", ["adam", "lion"])
 def test_they_depend_neither_on_order_nor_on_microbatches_nor_on_what_is_kept(kind):
     expected = values("gpt_tied", kind)
@@ -408,6 +442,54 @@ def test_squares_in_one_product_are_those_of_single_samples(name, dtype, autocas
             assert here.of_slots[i].dtype == torch.promote_types(dtype, torch.float32)
         for i, norms in expected.of_samples.items():
             torch.testing.assert_close(here.of_samples[i], norms, rtol=max(rtol, 1e-6), atol=0)
+
+
+def squares_of_a_step(model, monkeypatch, autocast=False):
+    """By names of parameters."""
+    found, of_step = [], squares.squares
+    monkeypatch.setattr(path, "squares", lambda *a: found.append(of_step(*a)) or found[-1])
+    x, y = of("mlp" if isinstance(model, nn.Sequential) else "gpt_tied", torch.float32)
+    tracker = inrun.track(model, OPTIMIZERS["adam"](model.parameters()), "path",
+                          validation=lambda: loss_of(model, x, y))  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), tracker.step(range(B)):
+        with torch.autocast("cpu", enabled=False):
+            loss_of(model, x, y).backward()
+        tracker.optimizers[0].step()
+    monkeypatch.setattr(path, "squares", of_step)
+    return {tracker.slots[i].name: squared for i, squared in found[0].of_slots.items()}
+
+
+def test_an_autocast_around_the_step_does_not_round_squares(monkeypatch):
+    plain, within = (squares_of_a_step(make("gpt_tied"), monkeypatch, autocast) for autocast in (False, True))
+    for name, squared in plain.items():
+        torch.testing.assert_close(within[name], squared, rtol=1e-5, atol=1e-12)
+
+
+def test_what_layers_of_samples_share_with_others_has_no_squares(monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, models.VOCAB))
+    model[3].weight = model[1].weight
+    assert squares_of_a_step(model, monkeypatch).keys() == {"0.weight", "0.bias", "4.weight", "4.bias"}
+
+
+def test_gradients_in_halves_are_squared_in_float32():
+    keeper = SimpleNamespace(
+        factors=lambda kept: None, sample_gradients=lambda kept, rows: [{0: torch.tensor([1e-4 * (1 + i)]).half()}
+                                                                        for i in rows])  # fmt: skip
+    totals, norms = {0: torch.zeros(1)}, torch.zeros(2)
+    squares._add_runs(keeper, [None, None], totals, norms)
+    torch.testing.assert_close(norms, torch.tensor([4e-8, 16e-8]), rtol=1e-2, atol=0.0)
+    torch.testing.assert_close(totals[0], norms.sum()[None])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_factors_in_halves_are_added_up_and_multiplied_in_float32(tied):
+    ids, ups, downs = (torch.tensor([[0, 2, 0]]), *(torch.full((1, 3, n), 250.0).half() for n in (4, 3)))
+    expected = torch.tensor([500.0, 0.0, 250.0])[:, None] + (3 * 250.0**2 if tied else 0.0)
+    total = torch.zeros(3, 4)
+    runs = [Factors(ids, ups), *([Factors(downs, ups)] if tied else [])]
+    norms = squares.add_squares(runs, Layout(1), total)
+    torch.testing.assert_close(total, (expected**2).expand(3, 4))
+    torch.testing.assert_close(norms, total.sum()[None])
 
 
 def test_targets_documents_tokens_and_pairs_score_as_whole_samples_do():
