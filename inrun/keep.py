@@ -208,7 +208,10 @@ class Keeper:
             copies: dict[int, Tensor] = {}
             for owner in module.modules():
                 for local, p in owner._parameters.items():
-                    if p is not None and not local.endswith(SUFFIX) and (owner, local) not in self._weights:
+                    # A frozen one of another class, as bitsandbytes', stays as it is, and holds more than numbers.
+                    if p is None or not (p.requires_grad or type(p) is torch.nn.Parameter):
+                        continue
+                    if not local.endswith(SUFFIX) and (owner, local) not in self._weights:
                         if id(p) not in copies:
                             # A parameter: a module that takes its own away for a while (PEFT's, of fused experts)
                             # would give another tensor back as a buffer.

@@ -264,7 +264,8 @@ class LinearRule(Rule):
 
 
 class Float8Rule(LinearRule):
-    """torchao's `Float8Linear`: it runs as it is, in products of numbers rounded to 8 bits."""
+    """torchao's `Float8Linear`, and layers whose weight is of a class that rounds too: it runs as it is, in products of
+    numbers rounded to 8 bits."""
 
     coarse = 8.0
 

@@ -61,6 +61,7 @@ RULES: dict[type[nn.Module], type[Holder]] = {
 
 # By a class and a forward that was set on modules of it; none outlives these, as the forward may hold them.
 _WITH_FORWARD: weakref.WeakValueDictionary[tuple[type, Callable], type] = weakref.WeakValueDictionary()
+PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -218,6 +219,15 @@ def call_heads(model: nn.Module) -> list[RemovableHandle]:
     return found
 
 
+def leave_unpacked(model: nn.Module) -> list[Any]:
+    """Let bitsandbytes not pack weights of four bits for inference, as it does on some CPUs in eval mode: they stay so,
+    and no gradient goes through them. Returns the modules that did."""
+    found: list[Any] = [module for module in model.modules() if getattr(module, PACKS, False)]
+    for module in found:
+        setattr(module, PACKS, False)
+    return found
+
+
 def _may_skip_logits(module: nn.Module) -> bool:
     with contextlib.suppress(TypeError, ValueError):  # of what is not written in Python
         return "skip_logits" in inspect.signature(module.forward).parameters and hasattr(
@@ -354,7 +364,7 @@ def _tap(path: str, module: nn.Module, scored: set[str]) -> Tap:
         _require_plain_embedding(module, path)
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         return Tap(path, module, Conv1dRule)
-    if cls.__name__ == "Float8Linear" and cls.__module__.partition(".")[0] == "torchao":
+    if (cls.__name__ == "Float8Linear" and cls.__module__.partition(".")[0] == "torchao") or _multiplies_itself(module):
         return Tap(path, module, Float8Rule)
     for base, rule in RULES.items():
         if isinstance(module, base) and scored <= {"weight", "bias"} and not _convolves_otherwise(module, base):
@@ -367,6 +377,14 @@ def _tap(path: str, module: nn.Module, scored: set[str]) -> Tap:
         if (form := kind.recognise(module)) is not None:
             return Tap(path, module, rule, form=form)
     return Tap(path, module, ForwardModeRule)
+
+
+def _multiplies_itself(module: nn.Module) -> bool:
+    """Whether it is a linear layer whose weight says what a product with it is, as those of torchao's trained in 8 bits
+    and BitNet do."""
+    weight = module._parameters.get("weight")
+    own = weight is not None and type(weight).__torch_function__ is not nn.Parameter.__torch_function__
+    return own and type(module).forward is nn.Linear.forward
 
 
 def _whole_rule(module: nn.Module, flat: set[nn.Module]) -> type[Holder]:

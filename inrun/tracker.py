@@ -250,6 +250,7 @@ class Tracker:
                 slots.setdefault(full, Slot(full, owner, local, [])).taps.append(tap)
         self.slots.extend(slots.values())
         self._of_heads = rules.call_heads(self.model)
+        self._unpacked = rules.leave_unpacked(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -450,6 +451,8 @@ class Tracker:
         """Give the model its own classes back, without directions and hooks."""
         for handle in (*self._handles, *self._of_heads):
             handle.remove()
+        for module in self._unpacked:
+            setattr(module, rules.PACKS, True)
         self._watch.close()
         for module in [] if self.ranks.fully_sharded() else self.model.modules():
             if isinstance(module, rules.Holder):

@@ -219,10 +219,12 @@ def counts_read(slots: Iterable[Any]) -> contextlib.AbstractContextManager[None]
 def sampled(slot: Any, most: int, rule: UpdateRule | str | None) -> tuple[Any, slice]:
     """At most so many coordinates of a parameter, for the `updates` of an elementwise optimizer; and which they are.
 
-    All of them, in their shape, for a user's function, which may look at the shape.
+    All of them, in their shape, for a user's function, which may look at the shape, and where the state has scales of
+    blocks of them.
     """
-    size = local(slot.param).numel()
-    every = 1 if callable(rule) else -(-size // most) | 1  # odd: no column of a matrix is seen alone
+    shape, size = local(slot.param).shape, local(slot.param).numel()
+    blocks = any(isinstance(x, Tensor) and x.numel() > 1 and local(x).shape != shape for x in slot.state.values())
+    every = 1 if callable(rule) or blocks else -(-size // most) | 1  # odd: no column of a matrix is seen alone
     if every <= 1:
         return _reshaped(slot, lambda x: x), slice(None)
     here = slice(None, None, every)
@@ -255,14 +257,17 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
     )
     twin.param_groups = []
     for i, group in enumerate(optimizer.param_groups):
-        options = pinned(group) | {k: False for k in ("fused", "capturable", "differentiable") if k in group}
+        options = {k: v for k, v in pinned(group).items() if k != "params"}
+        options = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, options)  # counts of steps, say
+        options |= {k: False for k in ("fused", "capturable", "differentiable") if k in group}
         if any(isinstance(rate, Tensor) for rate in (group.get("lr"), *group.get("betas", ()))):
             options["foreach"] = False  # which takes rates that are tensors of a capturable optimizer alone
         twin.param_groups.append({**options, "params": [p for p, _, number in held if number == i]})
     # What it keeps for all parameters, as MADGRAD's count, is under other keys.
     of_all = {k: copy.deepcopy(optimizer.state[k]) for k in optimizer.state if not isinstance(k, Tensor)}
     twin.state = defaultdict(dict, {p: state for p, state, _ in held if state} | of_all)
-    twin.step()
+    with contextlib.nullcontext() if type(optimizer) in ELEMENTWISE else random_kept():
+        twin.step()
 
 
 @torch.no_grad()
@@ -274,9 +279,8 @@ def compare(slots: Sequence[Any], unscale: Any, rule: UpdateRule | str) -> int:
     for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
         ours = [slot for slot in slots if slot.optimizer is optimizer]
         try:
-            with random_kept():
-                grads = [slot.grad.double() * unscale for slot in ours]
-                real = joint_updates(optimizer, ours, grads)
+            grads = [slot.grad.double() * unscale for slot in ours]
+            real = joint_updates(optimizer, ours, grads)
         except Exception:  # whatever its step may need beside gradients
             told = True
             continue
@@ -308,7 +312,9 @@ def joint_updates(optimizer: Optimizer, slots: Sequence[Any], grads: Sequence[Te
     copies = [nn.Parameter(s.param.detach().clone()) for s in slots]
     for p, grad in zip(copies, grads, strict=True):
         p.grad = grad.to(p.dtype, copy=True)
-    _twin(optimizer, {id(s.param): p for s, p in zip(slots, copies, strict=True)}).step()
+    twin = _twin(optimizer, {id(s.param): p for s, p in zip(slots, copies, strict=True)})
+    with random_kept():  # which a step may draw, and will draw itself
+        twin.step()
     return [p.detach() - s.param.detach() for p, s in zip(copies, slots, strict=True)]
 
 
@@ -368,7 +374,10 @@ def _is_scalar(key: str, value: Tensor) -> bool:
 
 def copied(state: dict[str, Any], param: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """A copy of a parameter's state, in this dtype what numbers are of the parameter's shape, or of its rows or
-    columns; codes and masks stay as they are."""
+    columns; codes and masks stay as they are, and all of bitsandbytes' state, which its steps know in its dtypes alone.
+    """
+    if "state1" in state:
+        return {key: copy.deepcopy(local(value)) for key, value in state.items()}
 
     def widened(key: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or _is_scalar(key, value):

@@ -412,6 +412,36 @@ def test_float8_layers_take_a_backward_that_can_be_differentiated():
     close(*found)
 
 
+@pytest.mark.parametrize("kind", ["bitnet", "int8_mixed_precision", "int8_weight_only_quantized"])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_of_classes_that_round_in_products_train_as_ever_and_are_scored(method, kind):
+    from torchao import quantize_
+    from torchao.prototype import quantized_training
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+    quantize_(model, getattr(quantized_training, f"{kind}_training")())
+    x, y, vx, vy = (torch.randn(n, T, 16) for n in (B, B, 4, 4))
+
+    def loss(model, x, y):
+        return (model(x) - y).square().mean()
+
+    def gradients(x, y):
+        own.zero_grad()
+        loss(own, x, y).backward()
+        return [p.grad.clone() for p in own.parameters()]
+
+    own = copy.deepcopy(model)
+    held, total = gradients(vx, vy), gradients(x, y)
+    shares = [sum((g * d).sum() for g, d in zip(gradients(*one), held, strict=True)) * LR / B
+              for one in zip(x.split(1), y.split(1), strict=True)]  # fmt: skip
+    found = values_of(model, (x, y), (vx, vy), method, loss=loss)
+    close(found, torch.stack(shares), 2e-2)
+    for p, was, g in zip(model.parameters(), own.parameters(), total, strict=True):
+        if kind != "int8_weight_only_quantized" or p.dim() == 1:  # which is rounded at random when it is written
+            close((was - p).detach() / LR, g, 1e-3)
+
+
 def test_adapters_beside_weights_of_four_bits_are_scored():
     import bitsandbytes
     import peft
@@ -436,6 +466,59 @@ def test_adapters_beside_weights_of_four_bits_are_scored():
     with inrun.track(model, optimizer, validation=lambda: loss_of(model, *validation)) as tracker:
         assert len(tracker.coverage["tracked"]) == 2
     close(values_of(model, batch, validation, optimizer=torch.optim.SGD(trained, lr=LR)), torch.stack(expected))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_that_scale_weights_of_four_bits_are_scored(method):
+    import bitsandbytes
+    import peft
+
+    torch.manual_seed(0)
+    four = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+    four.weight = bitsandbytes.nn.Params4bit(four.weight.data, requires_grad=False, quant_type="nf4")
+    base = nn.Sequential(nn.Embedding(VOCAB, 64), four.to("cpu"), nn.Tanh(), nn.Linear(64, VOCAB))
+    config = peft.LoraConfig(r=2, target_modules=["1"], use_dora=True, init_lora_weights=False)
+    model, batch, validation = peft.get_peft_model(base, config), data("gpt"), data("gpt", 4, 2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    held = torch.autograd.grad(loss_of(model, *validation), trained)
+    shares = [
+        torch.autograd.grad(loss_of(model, x, y) / B, trained)
+        for x, y in zip(*(v.split(1) for v in batch), strict=True)
+    ]
+    expected = [sum(LR * (g * d).sum() for g, d in zip(share, held, strict=True)) for share in shares]
+    found = values_of(model, batch, validation, method, torch.optim.SGD(trained, lr=LR))
+    close(found, torch.stack(expected), 1e-4)
+
+
+def test_weights_of_four_bits_are_not_packed_for_inference_while_a_model_is_tracked():
+    import bitsandbytes
+
+    torch.manual_seed(0)
+    four = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+    model = nn.Sequential(nn.Embedding(VOCAB, 64), nn.LayerNorm(64), four.to("cpu"), nn.Linear(64, VOCAB))
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(False)
+    model[2].support_avx512bf16_for_cpu = True  # whatever this CPU has
+    batch, held = data("gpt"), data("gpt", 4, 2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=LR)
+
+    def evaluated():
+        with torch.no_grad():
+            return loss_of(model.eval(), *held)
+
+    before = model[2].weight.data.clone()
+    with inrun.track(model, optimizer, "path", validation=lambda: loss_of(model.eval(), *held)) as tracker:
+        for _ in range(2):
+            model.train()
+            with tracker.step(range(B)) as step:
+                loss_of(model, *batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert step.values.abs().min() > 0
+            evaluated()
+        assert torch.equal(model[2].weight.data, before)
+    assert model[2].support_avx512bf16_for_cpu
 
 
 # ------------------------------------------------------------------ optimizers
@@ -620,6 +703,30 @@ def test_deepspeeds_optimizers_are_refused(base):
     kind = type("DeepSpeedZeroOptimizer", (base,), {"__init__": lambda self: None})
     with pytest.raises(inrun.InRunError, match="got DeepSpeedZeroOptimizer, which holds parts of its own"):
         inrun.track(make("mlp"), kind())
+
+
+@pytest.mark.filterwarnings("error:update")
+@pytest.mark.parametrize("kind", ["Lion8bit", "PagedLion", "SGD8bit", "RMSprop8bit", "Adagrad8bit", "AdEMAMix8bit"])
+def test_elementwise_optimizers_of_bitsandbytes_are_scored_by_their_own_steps(kind):
+    import bitsandbytes
+
+    model, batch, validation = wide(), data("gpt"), data("gpt", 4, 2)
+    options = {"momentum": 0.9} if kind == "SGD8bit" else {}
+    optimizer = getattr(bitsandbytes.optim, kind)(model.parameters(), lr=1e-3, **options)
+    trained(model, optimizer, 2)
+    losses, unmoved = {"validation": lambda: loss_of(model, *validation)}, copy.deepcopy(model)
+    aside = getattr(bitsandbytes.optim, kind)(unmoved.parameters(), lr=1e-3, **options)
+    aside.load_state_dict(optimizer.state_dict())
+    for p in unmoved.parameters():
+        p.grad = torch.zeros_like(p)
+    aside.step()
+    tracker = inrun.track(model, optimizer, "path_secant", validation=losses, update="elementwise")
+    with tracker, tracker.step(range(B)) as step:
+        loss_of(model, *batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    drop = (loss_of(unmoved, *validation) - loss_of(model, *validation)).item()
+    assert step.values.sum().item() == pytest.approx(drop, rel=1e-2)
 
 
 class Picky(torch.optim.Optimizer):

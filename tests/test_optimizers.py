@@ -332,7 +332,24 @@ class CountedInPlace(Counted):
         self.state["k"] = torch.zeros((), dtype=torch.int64)
 
 
-@pytest.mark.parametrize("kind", [Signed, Counted, CountedInPlace])
+class CountedInItsGroup(Signed):
+    """In a tensor that is an option of its group, as torch-optimi's do."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.param_groups[0]["k"] = torch.zeros((), dtype=torch.int64)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps[0] += 1
+        (group,) = self.param_groups
+        group["k"] += 1
+        assert self.steps == [group["k"]]
+        for p in group["params"]:
+            p.sub_(self.rate["lr"] / group["k"] * p.grad.abs().sqrt() * p.grad.sign())
+
+
+@pytest.mark.parametrize("kind", [Signed, Counted, CountedInPlace, CountedInItsGroup])
 def test_an_elementwise_optimizer_may_keep_attributes_of_its_own(kind):
     def values(**options):
         model, batch, validation = double("mlp")
@@ -351,6 +368,37 @@ def test_an_elementwise_optimizer_may_keep_attributes_of_its_own(kind):
     close(values(update=written_out), values(update="elementwise"), 1e-6)
     with pytest.raises(ValueError, match="expected 'elementwise', a function or None, got 'elementwize'"):
         values(update="elementwize")
+
+
+class Drawing(Signed):
+    """Draws random numbers, as a rounding to bfloat16 may."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.addcmul_(p.grad, torch.rand_like(p), value=-self.rate["lr"])
+
+
+@pytest.mark.parametrize("method, options", [("path_secant", {"update": "elementwise"}), ("monte_carlo", {})])
+def test_a_step_that_draws_random_numbers_is_scored_with_those_and_draws_them_itself(method, options):
+    def ended(tracked):
+        model, batch, validation = double("mlp")
+        optimizer = Drawing(model.parameters(), 0.1)
+        loss = lambda: loss_of(model, *validation)  # noqa: E731
+        torch.manual_seed(1)
+        if not tracked:
+            train(model, [optimizer], batch)
+            return model, loss()
+        before = loss()
+        tracker = inrun.track(model, optimizer, method, validation=loss, **options)
+        with tracker, tracker.step(range(B)) as step:
+            train(model, [optimizer], batch)
+        assert step.values.sum().item() == pytest.approx((before - loss()).item(), rel=1e-4)
+        return model, loss()
+
+    (tracked, after), (plain, expected) = ended(True), ended(False)
+    assert after == expected
+    assert all(map(torch.equal, tracked.parameters(), plain.parameters()))
 
 
 def test_an_elementwise_update_that_is_another_for_some_parameters_alone_is_said(monkeypatch):
