@@ -47,10 +47,17 @@ def product(tracker: Tracker, name: str, vector: list[Tensor]) -> list[Tensor | 
     except (RuntimeError, NotImplementedError) as error:
         # Then: checkpoints that take no autograd.grad or run again without `_WrittenOut`, and what is compiled.
         known = ("not implemented", "not differentiable", "use_reentrant", "number of tensors was saved",
-                 "donated buffers", "double backward")  # fmt: skip
+                 "donated buffers", "double backward", "modified by an inplace operation")  # fmt: skip
         if not any(each in str(error) for each in known):
             raise
         return _by_differences(tracker, name, vector)
+    except AssertionError as error:
+        if "Float8" not in str(error):
+            raise
+        raise InRunError(
+            f"method 'second': expected operations with a second derivative in {name!r}, got torchao's Float8Linear, "
+            "which has none, and rounds away what differences would see; take method 'secant'"
+        ) from error
     found = tracker.ranks.mean_gradients(list(bent), params)
     if tracker.first_check:
         _check(tracker, name, vector, found)

@@ -96,6 +96,12 @@ def test_methods_that_are_set_on_modules_in_place_of_their_forward_are_scored(na
         assert len(own) == len(found)
 
 
+def test_a_kernel_whose_backward_writes_into_what_it_was_given_has_second_order_by_differences():
+    model, batch, validation = make("gpt_untied"), data("gpt"), data("gpt", 4, 2)
+    found, expected = (values_of(m, batch, validation, "second") for m in (with_kernels(copy.deepcopy(model)), model))
+    close(found, expected, 1e-3)
+
+
 def test_a_model_that_cannot_be_tracked_keeps_the_methods_that_were_set_on_it():
     model = with_kernels(make("gpt_untied"))
     model.blocks[0].forward = lambda x: x
@@ -301,6 +307,16 @@ def test_modules_that_take_the_argument_of_a_loss_without_logits_and_have_no_out
 
 
 # ------------------------------------------------------------------ layers in 8 bits
+
+
+def test_a_float8_layer_has_no_second_order():
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig(emulate=True)
+    model = convert_to_float8_training(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)), config=config)
+    x = torch.randn(B, 16)
+    with pytest.raises(inrun.InRunError, match=r"method 'second'.*got torchao's Float8Linear"):
+        values_of(model, (x, x), (x, x), "second", loss=lambda m, x, y: (m(x) - y).square().mean())
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
