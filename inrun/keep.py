@@ -208,8 +208,8 @@ class Keeper:
             copies: dict[int, Tensor] = {}
             for owner in module.modules():
                 for local, p in owner._parameters.items():
-                    # A frozen one of another class, as bitsandbytes', stays as it is, and holds more than numbers.
-                    if p is None or not (p.requires_grad or type(p) is torch.nn.Parameter):
+                    # A frozen one of another class that holds more than numbers, as bitsandbytes', stays as it is.
+                    if p is None or not (p.requires_grad or type(p) is torch.nn.Parameter or not vars(p)):
                         continue
                     if not local.endswith(SUFFIX) and (owner, local) not in self._weights:
                         if id(p) not in copies:

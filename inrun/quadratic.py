@@ -22,7 +22,7 @@ from torch import Tensor, optim
 
 from .coalitions import gray
 from .formulas import muon
-from .updates import ELEMENTWISE, UpdateRule, is_known, repeated, updates
+from .updates import ELEMENTWISE, UpdateRule, in_blocks, is_known, repeated, updates
 
 # Beyond so many samples the 2^B updates take longer than all the losses of a few orders. Those that are had one at a
 # time cost more: a signed, coupled or clipped update's have two samples less, and the others' small error is let stand.
@@ -83,7 +83,7 @@ def worth(
         first, still, *taken = start.pop(i), *(step.pop(i) for step in steps)
         along[i] = torch.cat([first, torch.stack(taken) - still, *(slopes[J].pop(i) - first for J in known)])
 
-    together = _together(moving, update)
+    together = 1 if any(in_blocks(slot) for _, slot in moving) else _together(moving, update)
     every, found = gray(players), []
     for at in range(0, len(every), together):
         part = every[at : at + together]

@@ -222,7 +222,7 @@ def call_heads(model: nn.Module) -> list[RemovableHandle]:
 def leave_unpacked(model: nn.Module) -> list[Any]:
     """Let bitsandbytes not pack weights of four bits for inference, as it does on some CPUs in eval mode: they stay so,
     and no gradient goes through them. Returns the modules that did."""
-    found: list[Any] = [module for module in model.modules() if getattr(module, PACKS, False)]
+    found: list[Any] = [module for module in model.modules() if vars(module).get(PACKS, False)]
     for module in found:
         setattr(module, PACKS, False)
     return found

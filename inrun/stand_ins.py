@@ -19,9 +19,10 @@ from .distributed import local
 _BLOCK = 256  # elements that share a scale, of bitsandbytes' moments in 8 bits
 
 
-def of(optimizer: Optimizer) -> Optimizer:
-    """What stands for an optimizer: itself, unless it is one of these."""
-    found = _of_bitsandbytes(optimizer) or _of_torchao(optimizer)
+def of(optimizer: Optimizer, for_function: bool = False) -> Optimizer:
+    """What stands for an optimizer: itself, unless it is one of these. For a user's function bitsandbytes' stand for
+    themselves, as it knows their state by their names."""
+    found = (None if for_function else _of_bitsandbytes(optimizer)) or _of_torchao(optimizer)
     if found is None:
         return optimizer
     kind, moments = found

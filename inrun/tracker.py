@@ -177,8 +177,8 @@ class Tracker:
         self.validations = Validation(
             model, self.slots, planned.excluded, losses, self.targets, validate_every, self.ranks, self._pending
         )
-        self._given = callable(update)
         self._frozen = method in ("first", "secant")  # whether the optimizer's state is taken as frozen
+        self._given = callable(update) and not self._frozen  # whether a user's function has the optimizer's state
         inline = method == "first" and not self.samples and not self.in_batch
         self._method: Method = (
             Inline(self)
@@ -331,8 +331,8 @@ class Tracker:
         return found
 
     def _stand_ins(self, optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
-        """What stands for them; nothing does where a user's function is given their own options and state."""
-        return tuple(optimizers if self._given else map(stand_ins.of, optimizers))
+        """What stands for them."""
+        return tuple(stand_ins.of(optimizer, self._given) for optimizer in optimizers)
 
     def _require_supported(self, optimizers: Sequence[Optimizer]) -> None:
         for optimizer in self._stand_ins(optimizers):

@@ -207,6 +207,14 @@ def repeated(slot: Any, count: int) -> Any:
     return _reshaped(slot, lambda x: x.expand(count, *x.shape))
 
 
+def in_blocks(slot: Any) -> bool:
+    """Whether a parameter's state is not to be taken apart or repeated with it: it has tensors of another shape, or is
+    bitsandbytes', which `copied` leaves as it lies."""
+    shape = local(slot.param).shape
+    others = any(isinstance(x, Tensor) and x.numel() > 1 and local(x).shape != shape for x in slot.state.values())
+    return others or "state1" in slot.state
+
+
 def counts_read(slots: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
     """Counts of steps that an optimizer (fused, capturable) holds on a device are read once, together, for all updates
     of the block: a twin would wait for each by itself."""
@@ -222,9 +230,8 @@ def sampled(slot: Any, most: int, rule: UpdateRule | str | None) -> tuple[Any, s
     All of them, in their shape, for a user's function, which may look at the shape, and where the state has scales of
     blocks of them.
     """
-    shape, size = local(slot.param).shape, local(slot.param).numel()
-    blocks = any(isinstance(x, Tensor) and x.numel() > 1 and local(x).shape != shape for x in slot.state.values())
-    every = 1 if callable(rule) or blocks else -(-size // most) | 1  # odd: no column of a matrix is seen alone
+    size = local(slot.param).numel()
+    every = 1 if callable(rule) or in_blocks(slot) else -(-size // most) | 1  # odd: no column of a matrix is seen alone
     if every <= 1:
         return _reshaped(slot, lambda x: x), slice(None)
     here = slice(None, None, every)
@@ -258,7 +265,10 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
     twin.param_groups = []
     for i, group in enumerate(optimizer.param_groups):
         options = {k: v for k, v in pinned(group).items() if k != "params"}
-        options = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, options)  # counts of steps, say
+        for name, value in options.items():
+            numbers = isinstance(value, tuple) and {*map(type, value)} <= {int, float}  # betas: most groups' only one
+            if isinstance(value, (Tensor, list, tuple, dict)) and not numbers:  # counts of steps, say
+                options[name] = pytree.tree_map_only(Tensor, Tensor.clone, value)
         options |= {k: False for k in ("fused", "capturable", "differentiable") if k in group}
         if any(isinstance(rate, Tensor) for rate in (group.get("lr"), *group.get("betas", ()))):
             options["foreach"] = False  # which takes rates that are tensors of a capturable optimizer alone

@@ -1641,6 +1641,33 @@ def test_a_weight_norm_written_out_is_torchs(shape, dim):
     torch.testing.assert_close(forward_mode.weight_norm(v, g, dim), torch._weight_norm(v, g, dim))
 
 
+@pytest.mark.parametrize("method", ["path", "monte_carlo"])
+@pytest.mark.parametrize("kind", [nn.Parameter, type("Target", (nn.Parameter,), {})])
+def test_a_frozen_weight_that_moves_after_the_update_is_scored_as_it_was(kind, method):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.target, self.scale = kind(torch.randn(8, 8), requires_grad=False), nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return torch.tanh(x @ self.target * self.scale)
+
+    values, x = [], torch.randn(5, 8)
+    for moves in (False, True):
+        torch.manual_seed(0)
+        model = Scaled()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker = inrun.track(model, optimizer, method, validation=lambda m=model: m(x[:2]).square().mean())
+        with tracker.step(range(5)) as step:
+            model(x).square().mean().backward()
+            optimizer.step()
+            if moves:
+                with torch.no_grad():
+                    model.target.mul_(2.0)
+        values.append(step.values)
+    torch.testing.assert_close(*values)
+
+
 def test_padding_counted_from_the_end_has_no_tangent():
     with forward_ad.dual_level(), forward_mode._AsBackward(None):
         table = forward_ad.make_dual(torch.ones(5, 2), torch.ones(5, 2))

@@ -695,6 +695,55 @@ def test_an_update_that_is_given_as_a_function_gets_the_options_and_state_of_the
     assert all({"state1", "state2"} <= names and of == "all" for names, of in given)
 
 
+@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+@pytest.mark.parametrize("method", ["path", "monte_carlo"])
+def test_an_update_that_is_given_as_a_function_gets_the_moments_of_torchaos_optimizers_as_numbers(
+    eagerly, kind, method
+):
+    from torchao import optim
+
+    def adamw(grad, param, state, group):
+        assert group["of"] == "all"
+        (a, b), step = group["betas"], state["step"] + 1
+        mean = torch.lerp(grad, state["exp_avg"], a) / (1 - a**step)
+        root = (torch.lerp(grad.square(), state["exp_avg_sq"], b) / (1 - b**step)).sqrt()
+        return -group["lr"] * (mean / (root + group["eps"]) + group["weight_decay"] * param)
+
+    values = []
+    for options in {}, {"update": adamw}:
+        model, batch, validation = wide(), data("gpt"), data("gpt", 4, 2)
+        optimizer = getattr(optim, kind)([{"params": list(model.parameters()), "of": "all"}], lr=1e-2)
+        trained(model, optimizer, 2)
+        values.append(values_of(model, batch, validation, method, optimizer, **options))
+    close(*values)
+
+
+@pytest.mark.parametrize("method", ["first", "secant"])
+def test_a_method_that_asks_for_no_update_takes_bitsandbytes_optimizers_beside_a_function_of_it(method):
+    import bitsandbytes
+
+    values = []
+    for options in {}, {"update": lambda grad, *_: -grad}:
+        model, batch, validation = wide(), data("gpt"), data("gpt", 4, 2)
+        optimizer = bitsandbytes.optim.AdamW8bit(model.parameters())
+        trained(model, optimizer, 1)
+        values.append(values_of(model, batch, validation, method, optimizer, **options))
+    assert torch.equal(*values)
+
+
+@pytest.mark.parametrize("kind", ["Lion8bit", "PagedLion", "RMSprop8bit"])
+def test_coalitions_of_an_elementwise_optimizer_of_bitsandbytes_move_as_its_own_steps_do(kind):
+    import bitsandbytes
+
+    values, samples = [], 7
+    for options in {}, {"update": "elementwise"}:
+        model, batch, validation = wide(), data("gpt", samples), data("gpt", 4, 2)
+        optimizer = getattr(bitsandbytes.optim, kind)(model.parameters(), lr=1e-3)
+        trained(model, optimizer, 2)
+        values.append(values_of(model, batch, validation, "monte_carlo", optimizer, **options))
+    close(*values)
+
+
 def test_bitsandbytes_optimizers_of_another_update_are_refused_by_name():
     import bitsandbytes
 

@@ -2198,6 +2198,19 @@ def test_a_checkpoint_around_a_checkpoint(method):
     torch.testing.assert_close(*values)
 
 
+def test_a_module_that_has_an_attribute_of_any_name_is_left_alone():
+    class Anything(nn.Identity):
+        def __getattr__(self, name):
+            if name.startswith("_"):
+                raise AttributeError(name)
+            return torch.ones(2)
+
+    model = nn.Sequential(nn.Linear(8, 8), Anything())
+    before = dict(vars(model[1]))
+    inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1)).close()
+    assert vars(model[1]) == before
+
+
 def test_what_is_drawn_before_a_checkpoint_inside_is_drawn_once():
     class Drops(nn.Module):
         def __init__(self):
