@@ -42,7 +42,8 @@ def ghost_dot(
 
         dots[b] = <grads_b^T acts_b, val_grad> = sum_{t,o} (acts @ val_grad^T)[b,t,o] * grads[b,t,o]
 
-    2*B*T*I*O FLOPs per direction; reads acts, grads and val_grad once, writes B (or B*T) numbers.
+    2*B*T*I*O FLOPs per direction; reads acts, grads and val_grad once, writes B (or B*T) numbers. (In C on a CPU
+    2*B*T*I*O for all directions, and a scratch weight.)
 
     Args:
         acts: `[B, T, I]`, the layer's input.
@@ -53,7 +54,8 @@ def ghost_dot(
             decreasing (as `cu_seqlens`): one dot per segment in place of one per row.
         per_token: one dot per token. Excludes `segments`.
         backend: "triton", "torch", or None: triton for CUDA tensors where it is installed; on a CPU the kernels in C
-            where they can be built (`native`; `ghost_dot` in bfloat16 only, no pairs); else torch.
+            where they can be built (`native`; `ghost_dot` in bfloat16, of several directions, which take one product
+            there, and on AMD's Zen 5, where they multiply quicker than BLAS; no pairs); else torch.
 
     Returns:
         `[B]`, `[S]` with segments, `[B, T]` with per_token; one more trailing axis M where val_grad has it.

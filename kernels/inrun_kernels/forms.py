@@ -52,7 +52,8 @@ class Cost:
 # Two cores of an AMD EPYC (Zen 3, and with AVX-512 Zen 4), of an Intel Xeon (Sapphire Rapids), and Zen 3 and Xeon
 # together for any other CPU: torch 2.13 with MKL, float32, cold caches. Each is: call, sample, flop, weight, row. Left
 # out are the Xeon's times of one token a sample in C, from before these had a way of their own; the "gradients" of
-# pairs were timed on Zen 3 alone, whose pairs serve Zen 4 as well. Zen 5 is served by Zen 4's.
+# pairs were timed on Zen 3 alone, whose pairs serve Zen 4 as well. Zen 5 (family 26), on which MKL's products take
+# two and a half times as long as those in C, has its own.
 COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     "AuthenticAMD": {
         "ghost_wgrad_dot": {
@@ -102,8 +103,22 @@ COSTS["AuthenticAMD avx512f"] = COSTS["AuthenticAMD"] | {
         "direct": Cost(110e-6, 0.079e-6, 10.3e-12, 0.532e-9, 0.921e-9),
     },
 }
+COSTS["AuthenticAMD 26"] = {
+    "ghost_wgrad_dot": {
+        "native": Cost(68.8e-6, 0.0318e-6, 3.84e-12, 0.175e-9, 0.341e-9),
+        "two": Cost(132e-6, 7.74e-6, 9.92e-12, 0.177e-9, 0.418e-9),
+        "prefix": Cost(129e-6, 7.14e-6, 10.1e-12, 0.249e-9, 0.351e-9),
+        "direct": Cost(76.2e-6, 0.113e-6, 9.74e-12, 0.395e-9, 0.749e-9),
+    },
+    "ghost_dot_pairwise": {
+        "pairwise": Cost(126e-6, 1.01e-6, 10.9e-12, 0, 0.99e-9),
+        "direct": Cost(72.3e-6, 30.2e-6, 9.67e-12, 0.538e-9, 0.251e-9),
+        "gradients": Cost(64e-6, 1.54e-6, 11.4e-12, 0.412e-9, 0.11e-9),
+    },
+}
 _EXACT = 1.05  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
 _MODELLED = 1.1  # the same where a model says it that was not fitted
+_FORMED = 1.25  # times quicker that C has to be for dots alone, as it forms a weight's gradient
 _LARGE = 1 << 20  # elements of a weight that is better not read again for one token's dot
 _STORED = 2  # times fewer FLOPs that make up for gradients which are written and read again on a GPU
 _FEW_TOKENS = 32  # of a document, below which a GPU's tiles are mostly empty
@@ -168,13 +183,30 @@ def of_pairwise(acts: Tensor, grads: Tensor, val_acts: Tensor, backend: str | No
     return _pairwise(cpu_vendor(), torch.get_num_threads(), *sizes)
 
 
+def dots_in_c(*sizes: int) -> bool:
+    """Whether a CPU has float32 dots alone sooner by `ghost_wgrad_dot` in C than by a product of BLAS; `sizes` as
+    `wgrad_work` takes them."""
+    return _dots_in_c(cpu_vendor(), torch.get_num_threads(), *sizes)
+
+
+@lru_cache(4096)
+def _dots_in_c(cpu: str, threads: int, *sizes: int) -> bool:
+    costs, work = COSTS.get(cpu, COSTS["cpu"])["ghost_wgrad_dot"], wgrad_work(*sizes)
+    samples, flops, weights, rows = work["direct"]
+    alone = sizes[-1] / (1 + sizes[-1])  # of the products of "direct", those that are not the weight's gradient
+    dots = costs["direct"].seconds((samples, alone * flops, alone * weights, alone * rows), threads)
+    return _FORMED * costs["native"].seconds(work["native"], threads) < dots
+
+
 @lru_cache(1)
 def cpu_vendor() -> str:
-    """The key of this processor's costs: the name that it gives its maker, and "avx512f" where those differ by that;
-    "" where Linux does not tell."""
-    vendor, flags = next(iter(cpuinfo("vendor_id")), ""), next(iter(cpuinfo("flags")), "").split()
+    """The key of this processor's costs: the name that it gives its maker, with its family or "avx512f" where those
+    differ by that; "" where Linux does not tell."""
+    vendor, family, flags = (next(iter(cpuinfo(field)), "") for field in ("vendor_id", "cpu family", "flags"))
+    if f"{vendor} {family}" in COSTS:
+        return f"{vendor} {family}"
     with_vectors = f"{vendor} avx512f"
-    return with_vectors if with_vectors in COSTS and "avx512f" in flags else vendor
+    return with_vectors if with_vectors in COSTS and "avx512f" in flags.split() else vendor
 
 
 def cpuinfo(*fields: str) -> list[str]:

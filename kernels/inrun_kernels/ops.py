@@ -71,11 +71,21 @@ def ghost_dot(
     with launch_context(acts):
         if use_triton(backend, acts, grads):
             from inrun_kernels.dot import launch_dot as run
-        elif not per_token and use_native(backend, acts, grads, val_grad) and native.dots_fit(acts, grads, segments):
+        elif (
+            not per_token and use_native(backend, acts, grads, val_grad) and _dots_in_c(acts, grads, val_grad, segments)
+        ):
             return native.ghost_wgrad_dot(acts, grads, val_grad, None, segments)[2]
         else:
             run = torch_path.ghost_dot
         return run(acts, grads, val_grad, segments, per_token)
+
+
+def _dots_in_c(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None) -> bool:
+    if acts.dtype != torch.float32:
+        return native.dots_fit(acts, grads, segments)
+    samples = acts.shape[0] if segments is None else segments.shape[0] - 1
+    sizes = acts.shape[0] * acts.shape[1], samples, acts.shape[2], grads.shape[2], len(val_grad)
+    return min(sizes) > 0 and forms.dots_in_c(*sizes)
 
 
 @torch.library.custom_op("inrun::ghost_wgrad_dot", mutates_args=())

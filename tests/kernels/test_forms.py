@@ -24,7 +24,7 @@ def cpu(request, monkeypatch):
     return vendor
 
 
-ALIKE = "AuthenticAMD avx512f"  # there both forms take single tokens in the same time, to a hundredth
+ALIKE = "AuthenticAMD avx512f", "AuthenticAMD 26"  # there "two" takes single tokens in no more time, to a hundredth
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ ALIKE = "AuthenticAMD avx512f"  # there both forms take single tokens in the sam
 )
 def test_the_form_of_the_weight_gradient_in_clear_cases(batch, tokens, inputs, outputs, quick, in_c, cpu):
     """`in_c`: where there is the kernel in C, which takes the place of "two" for more than one sample."""
-    in_c = in_c | {"two"} if cpu == ALIKE and (batch, tokens) == (512, 1) else in_c
+    in_c = in_c | {"two"} if cpu in ALIKE and (batch, tokens) == (512, 1) else in_c
     choice = k.explain(k.ghost_wgrad_dot, *pair(batch, tokens, inputs, outputs), torch.ones(outputs, inputs))
     assert choice.form in (in_c if native.runs() else quick)
     assert choice.reason.startswith(choice.form)
@@ -71,12 +71,36 @@ def test_a_large_sample_takes_no_digits_of_others_unless_prefix_is_asked_for(bac
     assert ((dots - exact).abs() < 1e-4 * exact.abs()).all()
 
 
+@pytest.mark.parametrize("directions", [1, 3])
+def test_dots_alone_are_made_in_c_where_that_multiplies_quicker_or_once_for_several(directions, cpu):
+    sizes = [(8 * 256, 8, 768, 3072), (8 * 32, 8, 384, 384), (256, 1, 768, 768)]
+    assert {forms.dots_in_c(*each, directions) for each in sizes} == {directions > 1 or cpu == "AuthenticAMD 26"}
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+@pytest.mark.parametrize("segments", [None, torch.tensor([0, 0, 7, 40, 63])])
+def test_dots_in_c_are_those_of_a_product(segments, directions, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    acts, grads, direction = (
+        torch.randn(shape, generator=generator) for shape in ((7, 9, 33), (7, 9, 20), (directions, 20, 33))
+    )
+    asked = []
+    monkeypatch.setattr(forms, "dots_in_c", lambda *sizes: asked.append(sizes) or True)
+    found = k.ghost_dot(acts, grads, direction, segments=segments)
+    expected = k.ghost_dot(acts.double(), grads.double(), direction.double(), segments=segments)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    if native.runs(acts):
+        assert asked == [(63, 7 if segments is None else 4, 33, 20, directions)]
+    empty = k.ghost_dot(acts[:0], grads[:0], direction)
+    assert empty.shape == (0, directions) and (len(asked) == 1 or not native.runs(acts))
+
+
 def test_documents_count_as_samples(cpu):
     acts, grads = pair(2, 512, 768, 768)
     direction = torch.ones(768, 768)
     every_token = torch.arange(1025)
     of_tokens = k.explain(k.ghost_wgrad_dot, acts, grads, direction, segments=every_token)
-    assert of_tokens.form == "direct" or (cpu == ALIKE and native.runs())
+    assert of_tokens.form == "direct" or (cpu in ALIKE and native.runs())
     assert k.explain(k.ghost_wgrad_dot, acts, grads, direction).form != "direct"
     interpreted = {"backend": "triton"}
     assert k.explain(k.ghost_wgrad_dot, acts, grads, direction, segments=every_token, **interpreted).form == "direct"
