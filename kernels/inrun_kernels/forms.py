@@ -52,8 +52,8 @@ class Cost:
 # Two cores of an AMD EPYC (Zen 3, and with AVX-512 Zen 4), of an Intel Xeon (Sapphire Rapids), and Zen 3 and Xeon
 # together for any other CPU: torch 2.13 with MKL, float32, cold caches. Each is: call, sample, flop, weight, row. Left
 # out are the Xeon's times of one token a sample in C, from before these had a way of their own; the "gradients" of
-# pairs were timed on Zen 3 alone, whose pairs serve Zen 4 as well. Zen 5 (family 26), on which MKL's products take
-# two and a half times as long as those in C, has its own.
+# pairs were timed on Zen 3 alone, whose pairs serve Zen 4 and 5 as well. On Zen 5 (family 26) MKL's products take two
+# and a half times as long as those in C.
 COSTS: dict[str, dict[str, dict[str, Cost]]] = {
     "AuthenticAMD": {
         "ghost_wgrad_dot": {
@@ -103,17 +103,12 @@ COSTS["AuthenticAMD avx512f"] = COSTS["AuthenticAMD"] | {
         "direct": Cost(110e-6, 0.079e-6, 10.3e-12, 0.532e-9, 0.921e-9),
     },
 }
-COSTS["AuthenticAMD 26"] = {
+COSTS["AuthenticAMD 26"] = COSTS["AuthenticAMD"] | {
     "ghost_wgrad_dot": {
         "native": Cost(68.8e-6, 0.0318e-6, 3.84e-12, 0.175e-9, 0.341e-9),
         "two": Cost(132e-6, 7.74e-6, 9.92e-12, 0.177e-9, 0.418e-9),
         "prefix": Cost(129e-6, 7.14e-6, 10.1e-12, 0.249e-9, 0.351e-9),
         "direct": Cost(76.2e-6, 0.113e-6, 9.74e-12, 0.395e-9, 0.749e-9),
-    },
-    "ghost_dot_pairwise": {
-        "pairwise": Cost(126e-6, 1.01e-6, 10.9e-12, 0, 0.99e-9),
-        "direct": Cost(72.3e-6, 30.2e-6, 9.67e-12, 0.538e-9, 0.251e-9),
-        "gradients": Cost(64e-6, 1.54e-6, 11.4e-12, 0.412e-9, 0.11e-9),
     },
 }
 _EXACT = 1.05  # "prefix" rounds at the size of the whole batch's dots; it has to be so much quicker than "two"
