@@ -268,9 +268,13 @@ def linear_dots(
 ) -> Tensor:
     """The dots of a linear layer, from its input and the gradient of its output."""
     acts, grads = rows(x.to(grad.dtype), 1), rows(grad, 1)
-    segments = by_row(segments, x, acts)
-    found = [] if direction is None else [ghost_dot(acts, grads, direction, segments=segments)]
-    found += [] if bias_direction is None else [bias_dot(grads, bias_direction, segments=segments)]
+    segments, found = by_row(segments, x, acts), []
+    if direction is not None and direction.stride(-1) != 1:  # a transposed weight (conv1d), as in `_weight_gradient`
+        found.append(ghost_dot(grads, acts, direction.mT, segments=segments))
+    elif direction is not None:
+        found.append(ghost_dot(acts, grads, direction, segments=segments))
+    if bias_direction is not None:
+        found.append(bias_dot(grads, bias_direction, segments=segments))
     return sum(found[1:], found[0])
 
 

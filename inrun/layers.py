@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from inrun_kernels import bias_dot, embedding_dot, ghost_dot, norm_dot
+from inrun_kernels import bias_dot, embedding_dot, norm_dot
 
 from . import functional, probing
 from .convolution import Geometry, convolution, convolution_dots
@@ -251,16 +251,7 @@ class LinearRule(Rule):
         return Factors(grads, acts)
 
     def dots(self, x, grad, segments):
-        acts, grads = probing.rows(x.to(grad.dtype), 1), probing.rows(grad, 1)
-        segments = probing.by_row(segments, x, acts)
-        weight, bias = self.directions(grad.dtype)
-        return _sum(
-            None if weight is None else self.weight_dots(acts, grads, weight, segments),
-            None if bias is None else bias_dot(grads, bias, segments=segments),
-        )
-
-    def weight_dots(self, acts: Tensor, grads: Tensor, direction: Tensor, segments: Tensor | None) -> Tensor:
-        return ghost_dot(acts, grads, direction, segments=segments)
+        return functional.linear_dots(x, grad, *self.directions(grad.dtype), segments)
 
 
 class Float8Rule(LinearRule):
@@ -277,8 +268,9 @@ class Conv1dRule(LinearRule):
     def probed(self, x, probe, segments):
         return functional.conv1d(*self.operands(x), self.directions(x.dtype), probe, segments)
 
-    def weight_dots(self, acts, grads, direction, segments):
-        return ghost_dot(grads, acts, direction, segments=segments)  # the weight is [I, O]
+    def dots(self, x, grad, segments):
+        weight, bias = self.directions(grad.dtype)  # the weight is [I, O]
+        return functional.linear_dots(x, grad, None if weight is None else weight.mT, bias, segments)
 
     def weight_factors(self, acts, grads):
         return Factors(acts, grads)
