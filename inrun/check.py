@@ -62,7 +62,7 @@ def efficiency(
     for slot, direction in zip(slots, directions, strict=True):
         expected[id(slot)] = [none] * 3
         if slot.grad is not None:
-            expected[id(slot)] = [x.to(none) for x in _along(slot.grad, direction, unscale, len(lead))]
+            expected[id(slot)] = [x.to(none) * slot.share for x in _along(slot.grad, direction, unscale, len(lead))]
     groups = components(slots)
     scored = []
     for members in groups:
@@ -70,7 +70,7 @@ def efficiency(
         dots = [d.to(none) * factor for batch in batches for tap, d in batch.items() if tap in taps and d is not None]
         sums = (sum((d.sum(0) for d in dots), none), sum((d.abs().sum(0) for d in dots), none))
         scored.append(torch.stack([*sums, none + len(dots)]))
-    scores = ranks.sum(torch.stack(scored)).cpu()
+    scores = ranks.over_parts(ranks.sum(torch.stack(scored))).cpu()
     sums = ranks.over_shards(torch.stack([torch.stack(found) for found in expected.values()])).cpu()
     of_slot, none = dict(zip(expected, sums, strict=True)), none.cpu()
     sizes = torch.stack([size for _, size, _ in scores])

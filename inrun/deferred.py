@@ -284,7 +284,7 @@ class Deferred(Method):
         with self._computed_again(again, layout, inline.end):
             inline.batch(layout)
             again.backward()
-            if self.tracker.ranks.size == 1:
+            if self.tracker.ranks.alone:
                 seen.append(self.tracker.seen())
         if self.tracker.first_check:
             self.tracker.note_unmet()
@@ -443,14 +443,15 @@ class Deferred(Method):
         enough, the middle's is a third to all of the mean, the ends in equal parts; Simpson's two thirds where that is
         not enough either (or the loss has noise, as of dropout). Where rounding hides the difference, the ends alone.
         """
-        ranks, losses = self.tracker.ranks, self.tracker.validations.last_losses
+        ranks, losses, slots = self.tracker.ranks, self.tracker.validations.last_losses, self.tracker.slots
         noise = {name: 16 * torch.finfo(loss.dtype).eps * loss.double() for name, loss in losses.items()}
         drop = {name: self.drop[name].double() for name in start}
         nothing = torch.zeros((), dtype=torch.float64, device=self.tracker.device)
 
         def taken_off(gradients: Gradients) -> Tensor:
-            pairs = [(g, rest) for i, rest in self._rest.items() if (g := gradients[i]) is not None]
-            parts = [nothing, *((g * rest).sum(dtype=torch.float64).to(nothing.device) for g, rest in pairs)]
+            pairs = [(g, rest, slots[i].share) for i, rest in self._rest.items() if (g := gradients[i]) is not None]
+            sums = ((g * rest).sum(dtype=torch.float64) * share for g, rest, share in pairs)
+            parts = [nothing, *(x.to(nothing.device) for x in sums)]
             return -ranks.over_shards(torch.stack(parts).sum())
 
         def share(name: str, of: Tensor, instead: Tensor) -> Tensor:

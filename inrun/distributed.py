@@ -2,7 +2,8 @@
 
 Each process scores its own samples. The validation gradient is the mean over the processes, as DDP and FSDP take the
 mean of training's gradients. Replicated parameters (DDP) have whole gradients in every process; sharded ones (FSDP2's
-`fully_shard`) have a shard of the mean in each, and all work on them is done shard by shard.
+`fully_shard`) have a shard of the mean in each, and all work on them is done shard by shard. Processes of tensor
+parallelism have the same samples, and each has a part of their layers and dots (`tensor_parallel.py`).
 
 The sums and means here are collectives: every process must come to them. With one process they do nothing.
 """
@@ -27,6 +28,13 @@ from .restoring import replaced, setting
 def local(tensor: Any) -> Any:
     """This process's shard of a sharded tensor; anything else as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def shard_of_gradient(grad: Any, param: Any) -> Any:
+    """This process's shard of a parameter's gradient; tensor parallelism may leave it whole, or a sum to be made."""
+    if grad is not None and getattr(grad, "placements", None) != getattr(param, "placements", None):
+        grad = grad.redistribute(placements=param.placements)
+    return local(grad)
 
 
 def rank() -> int:
@@ -55,11 +63,14 @@ class Ranks:
 
     Attributes:
         sharded: whether each process holds a shard of every parameter.
+        parts: the mesh of tensor parallelism, whose processes have the same samples, and parts of the layers.
     """
 
     def __init__(self, model: nn.Module, alike: bool = False) -> None:
         self._model, self._alike = model, alike
         self._groups: list[Any] = [model.process_group if isinstance(model, DistributedDataParallel) else None]
+        self.parts: Any = None
+        self._in_parts: set[str] = set()  # names of parameters on that mesh
         self.sharded = False
         self.are_aside = False  # whether gradients are, so that those that come are no step's
 
@@ -69,12 +80,33 @@ class Ranks:
             return 1
         return math.prod(dist.get_world_size(group) for group in self._groups)
 
+    def begin(self, params: Iterable[tuple[str, Any]]) -> None:
+        """See which parameters are spread over processes before they are tracked.
+
+        Raises:
+            InRunError: in any other way than by `parallelize_module`, over one mesh of one dimension.
+        """
+        for name, param in params:
+            _require_no_flat(name, param)
+            if hasattr(param, "placements"):
+                mesh = param.device_mesh
+                if mesh.ndim > 1 or self.parts not in (None, mesh) or self.fully_sharded():
+                    raise InRunError(
+                        f"{name}: expected a whole parameter, or one that parallelize_module has spread over one mesh "
+                        f"of one dimension, got one with placements {param.placements} on {mesh}; call track before "
+                        "fully_shard, and bind(optimizer) after it"
+                    )
+                self.parts = mesh
+                self._in_parts.add(name)
+        if self.parts is not None:
+            self.sharded, self._groups = True, []
+
     def bind(self, slots: Sequence[Any]) -> None:
         """See how the tracked parameters (`name`, `param`, `sibling`) are spread over the processes.
 
         Raises:
-            InRunError: in any other way than by DDP or `fully_shard`, or not all in the same way, or inside of a module
-                that forward-mode AD scores.
+            InRunError: in any other way than by `begin`'s, DDP or `fully_shard`, or not all in the same way, or inside
+                of a module that forward-mode AD scores.
         """
         for slot in slots:
             if (param := slot.owner._parameters.get(slot.local)) is None:
@@ -83,23 +115,57 @@ class Ranks:
                     "went into a parametrization (track after that) or into FullyShardedDataParallel (use fully_shard)"
                 )
             _require_no_flat(slot.name, param)
-        sharded = [s for s in slots if hasattr(s.param, "placements")]
-        if not sharded:
-            return
-        if not self.fully_sharded():
+        sharded = [s for s in slots if hasattr(s.param, "placements") and s.name not in self._in_parts]
+        if self.fully_sharded() and (sharded or self._in_parts):
+            self._groups = self._data_groups((sharded or slots)[0])
+            for slot in slots:
+                self._require_fully_sharded(slot)
+            self._require_none_inside({tap for slot in slots for tap in slot.taps if tap.forward_mode})
+            self.sharded = True
+        elif sharded:
             raise InRunError(
                 f"{sharded[0].name}: expected a whole parameter, or one sharded by fully_shard, got the placements "
-                f"{sharded[0].param.placements} (tensor parallelism is not supported)"
+                f"{sharded[0].param.placements}. Call parallelize_module before track"
             )
-        mesh = sharded[0].param.device_mesh
+        elif self.parts is not None and self.parts.size() < dist.get_world_size():
+            raise InRunError(
+                f"parallelize_module: expected a mesh of all {dist.get_world_size()} processes, or fully_shard over "
+                f"the others, got {self.parts} alone"
+            )
         for slot in slots:
-            _require_fully_sharded(slot, mesh)
-        self._require_none_inside({tap for slot in slots for tap in slot.taps if tap.forward_mode})
-        self.sharded, self._groups = True, [mesh.get_group(i) for i in range(mesh.ndim)]
+            slot.share = self.share(slot.param)
 
     def fully_sharded(self) -> list[Any]:
         """The modules that `fully_shard` was called with."""
         return [module for module in self._model.modules() if hasattr(module, "set_requires_gradient_sync")]
+
+    def _data_groups(self, slot: Any) -> list[Any]:
+        """Of each dimension of a mesh along which `fully_shard` has spread a parameter, the processes."""
+        mesh = getattr(slot.param, "device_mesh", None)
+        return [] if mesh is None else [mesh.get_group(i) for i in range(mesh.ndim - (slot.name in self._in_parts))]
+
+    def _require_fully_sharded(self, slot: Any) -> None:
+        def members(groups: Sequence[Any]) -> list[list[int]]:
+            return [dist.get_process_group_ranks(group) for group in groups]
+
+        param, sibling, groups = slot.param, slot.sibling, self._data_groups(slot)
+        placements: Any = getattr(param, "placements", ())
+        split = [not p.is_replicate() for p in placements[: len(groups)]]
+        if members(groups) != members(self._groups) or split != [False] * (len(groups) - 1) + [True]:
+            raise InRunError(
+                f"{slot.name}: expected a parameter sharded by fully_shard along the last axis of its mesh and by "
+                f"nothing else (parallelize_module comes before track), got "
+                f"{f'placements {placements}' if placements else 'a whole one'}"
+            )
+        several = sibling.dim() > param.dim()  # targets, along dimension 1
+        there = [*placements[: len(groups)], *beside(placements[len(groups) :], several)]
+        along_0 = not several or placements[len(groups) - 1].dim == 0
+        if list(getattr(sibling, "placements", ())) != there or not along_0:
+            raise InRunError(
+                f"{slot.name}: expected its direction, {tuple(sibling.shape)}, to be sharded alike, {placements}"
+                f"{' and along dimension 0, as of several targets' if several else ''}; got "
+                f"{getattr(sibling, 'placements', 'a whole one')}. A shard_placement_fn must see to it"
+            )
 
     def _require_none_inside(self, taps: Iterable[Any]) -> None:
         """Raise `InRunError` where `fully_shard` would gather weights within a forward that carries tangents."""
@@ -152,9 +218,35 @@ class Ranks:
         """The sum over the processes."""
         return _reduce(tensor, self._groups) if self.size > 1 else tensor
 
+    def over_parts(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes of tensor parallelism, each of which has a part of the same samples' dots."""
+        return tensor if self.parts is None else _reduce(tensor, [self.parts.get_group()])
+
     def over_shards(self, tensor: Tensor) -> Tensor:
-        """The sum over the shards of a parameter of what belongs to each shard."""
-        return _reduce(tensor, self._groups[-1:]) if self.sharded else tensor
+        """The sum over the shards of a parameter of what belongs to each shard; of one that several processes of tensor
+        parallelism hold alike, each gives its `share`."""
+        return self.over_parts(_reduce(tensor, self._groups[-1:])) if self.sharded else tensor
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes its samples' values, of those that have them."""
+        return self.parts is None or self.parts.get_local_rank() == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other process has a part in the model, or samples of the step."""
+        return self.size == 1 and self.parts is None
+
+    @property
+    def alike(self) -> int:
+        """How many processes have the same samples, and parts of their layers."""
+        return 1 if self.parts is None else self.parts.size()
+
+    def share(self, param: Any) -> float:
+        """One over how many processes of tensor parallelism hold the same of a parameter."""
+        placements: Any = getattr(param, "placements", ())
+        apart = len(placements) > len(self._groups) and placements[-1].is_shard()
+        return 1.0 if apart else 1 / self.alike
 
     def total(self, numbers: Iterable[Tensor], device: torch.device) -> float:
         """The sum of scalar tensors, over the shards too; a GPU is waited for once."""
@@ -175,9 +267,10 @@ class Ranks:
         norm = nn.utils.get_total_norm(grads)
         return self.over_shards(norm.square()).sqrt() if self.sharded and grads else norm
 
-    def total_norm(self, tensors: Iterable[Tensor]) -> float:
-        """The float64 norm of tensors, all their shards together; a GPU is waited for once."""
-        squares = [x.square().sum() for x in tensors]  # one tensor at a time: they may be made on the way
+    def total_norm(self, tensors: Iterable[tuple[Tensor, float]]) -> float:
+        """The float64 norm of tensors, given with their parameters' `share`, all their shards together; a GPU is waited
+        for once."""
+        squares = [x.square().sum() * share for x, share in tensors]  # one at a time: they may be made on the way
         return math.sqrt(self.total(squares, squares[0].device if squares else torch.device("cpu")))
 
     @torch.no_grad()
@@ -197,7 +290,8 @@ class Ranks:
         """
         if self.size == 1 or self.sharded:
             times = self.divisor / self.size  # 1 where shards hold the mean
-            return [g if g is None or times == 1 else g * times for g in map(local, grads)]
+            found = [shard_of_gradient(g, p) for g, p in zip(grads, like, strict=True)]
+            return [g if g is None or times == 1 else g * times for g in found]
         count = self.sum(torch.tensor([any(g is not None for g in grads), *(g is not None for g in grads)],
                                       dtype=torch.int32, device=like[0].device)).tolist()  # fmt: skip
         if 0 < count[0] < self.size:
@@ -273,33 +367,73 @@ class Ranks:
 
 
 @contextmanager
-def gathered(places: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
-    """Sharded parameters, by owner and name, are whole ones for the block; every process comes to it."""
+def gathered(places: Iterable[tuple[Any, str]]) -> Iterator[None]:
+    """Sharded parameters, by owner (a tracked module) and name, are whole ones for the block, or of those on the mesh
+    of tensor parallelism this process's part; every process comes to it."""
     found: list[Any] = [(owner, name, owner._parameters.get(name)) for owner, name in places]
-    shards = [(owner, name, p) for owner, name, p in found if hasattr(p, "full_tensor")]
-    with replaced((o, n, p.full_tensor().detach().requires_grad_(p.requires_grad)) for o, n, p in shards):
+    shards = [(owner, name, p) for owner, name, p in found if hasattr(p, "placements")]
+    with replaced((o, n, _gathered(o, p).detach().requires_grad_(p.requires_grad)) for o, n, p in shards):
         yield
 
 
-def shard_of(whole: Tensor, param: Any) -> Tensor:
-    """Of a tensor of a parameter's whole shape, what belongs to this process's shard of it."""
+def _gathered(owner: Any, param: Any) -> Tensor:
+    if owner._inrun.in_parts is None:
+        return param.full_tensor()
+    from torch.distributed.tensor import DTensor
+
+    if (mesh := _data_mesh(param)) is None:
+        return param.to_local()
+    whole, place, parts = list(param.shape), param.placements[-1], param.device_mesh
+    if place.is_shard():
+        rank = parts.get_local_rank(parts.ndim - 1)
+        whole[place.dim] = place.local_shard_size_and_offset(whole[place.dim], parts.size(parts.ndim - 1), rank)[0]
+    like = torch.empty(whole, device="meta")
+    shard = DTensor.from_local(param.to_local(), mesh, _data_placements(param), shape=like.shape, stride=like.stride())
+    return shard.full_tensor()
+
+
+def _data_mesh(param: Any) -> Any:
+    """Where a parameter on the mesh of tensor parallelism is sharded by `fully_shard` too, the mesh of that."""
+    mesh = param.device_mesh
+    return None if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[:-1]]
+
+
+def _data_placements(param: Any) -> list[Any]:
+    """How its part is sharded there."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    return [Replicate() if p.is_replicate() else Shard(p.dim) for p in param.placements[:-1]]
+
+
+def shard_of(whole: Tensor, slot: Any) -> Tensor:
+    """Of a tensor of the shape that a parameter has when it is `gathered`, what belongs to this process's shard."""
+    param = slot.param
     if not hasattr(param, "placements"):
         return whole
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh = param.device_mesh
-    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim).redistribute(mesh, param.placements).to_local()
+    mesh, placements = param.device_mesh, param.placements
+    if slot.taps[0].in_parts is not None:
+        if (mesh := _data_mesh(param)) is None:
+            return whole
+        placements = _data_placements(param)
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim).redistribute(mesh, placements).to_local()
 
 
-def require_whole(names: Iterable[tuple[str, Any]]) -> None:
-    """Raise `InRunError` where a parameter is spread over processes already."""
-    for name, param in names:
-        _require_no_flat(name, param)
-        if hasattr(param, "placements"):
-            raise InRunError(
-                f"{name}: expected a whole parameter, got one with placements {param.placements}; call track before "
-                "fully_shard, and bind(optimizer) after it (tensor parallelism is not supported)"
-            )
+def laid_as(param: Any, part: Tensor, shape: Sequence[int]) -> Tensor:
+    """This process's part of a parameter's direction as one of the whole shape, on the parameter's mesh."""
+    if not hasattr(param, "placements"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    like, placements = torch.empty(shape, device="meta"), beside(param.placements, len(shape) > param.dim())
+    return DTensor.from_local(part, param.device_mesh, placements, shape=like.shape, stride=like.stride())
+
+
+def beside(placements: Sequence[Any], several: bool) -> list[Any]:
+    """How the direction of a parameter that lies so on the mesh of tensor parallelism lies there: with several targets
+    along dimension 1."""
+    return [type(p)(p.dim + 1) if several and p.is_shard() and p.dim > 0 else p for p in placements]
 
 
 def _require_no_flat(name: str, param: Any) -> None:
@@ -307,25 +441,6 @@ def _require_no_flat(name: str, param: Any) -> None:
     if getattr(param, "_fsdp_flattened", False) or hasattr(param, "_is_flat_param"):
         raise InRunError(
             f"{name}: expected a parameter of its own, got a part of one of FullyShardedDataParallel's; use fully_shard"
-        )
-
-
-def _require_fully_sharded(slot: Any, mesh: Any) -> None:
-    param, sibling = slot.param, slot.sibling
-    placements: Any = getattr(param, "placements", ())
-    split = [not p.is_replicate() for p in placements]
-    if getattr(param, "device_mesh", None) != mesh or split != [False] * (mesh.ndim - 1) + [True]:
-        raise InRunError(
-            f"{slot.name}: expected a parameter sharded by fully_shard along the last axis of {mesh} and by nothing "
-            f"else, got {f'placements {placements}' if placements else 'a whole one'} (tensor parallelism is not "
-            "supported)"
-        )
-    several = sibling.dim() > param.dim()  # targets, along dimension 1
-    if getattr(sibling, "placements", ()) != placements or (several and not placements[-1].is_shard(0)):
-        raise InRunError(
-            f"{slot.name}: expected its direction, {tuple(sibling.shape)}, to be sharded alike, {placements}"
-            f"{' and along dimension 0, as of several targets' if several else ''}; got "
-            f"{getattr(sibling, 'placements', 'a whole one')}. A shard_placement_fn must see to it"
         )
 
 

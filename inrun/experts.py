@@ -64,8 +64,8 @@ class _Product(Part):
             return self.plain(x)
         if tap.keep is not None:
             return tap.keep(self, self.plain, x)
-        assert tap.probe is not None
-        return self.probed(self.placed(x, tap.layout or Layout(tap.probe.shape[0])), tap.probe, None)
+        probe = tap.shared_probe()
+        return self.probed(self.placed(x, tap.layout or Layout(probe.shape[0])), probe, None)
 
     def plain(self, x):
         return probing.apply(_Grouped, x, self.weight.to(x.dtype), None, None, self.offsets)

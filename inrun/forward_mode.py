@@ -34,8 +34,7 @@ def forward_mode(module: Any, args: tuple, kwargs: dict, uncaptured: bool = Fals
     # A graph is neither entered nor left while tensors carry tangents. So all of this function is captured in one, or,
     # where it runs eagerly or takes several passes, nothing of it.
     tap = module._inrun
-    probe = tap.probe
-    assert probe is not None
+    probe = tap.shared_probe()
     if not uncaptured and (probe.dim() > 1 or tap.apart or not torch.compiler.is_compiling()):
         return _outside(forward_mode)(module, args, kwargs, True)
     layout = tap.layout or Layout(probe.shape[0])

@@ -92,7 +92,8 @@ def _check(tracker: Tracker, name: str, vector: list[Tensor], found: list[Tensor
 
 def _by_differences(tracker: Tracker, name: str, vector: list[Tensor], times: float = 0.02) -> list[Tensor | None]:
     slots = tracker.slots
-    size, weight = tracker.ranks.total_norm(vector), tracker.ranks.total_norm(s.shard for s in slots)
+    size = tracker.ranks.total_norm((v, s.share) for v, s in zip(vector, slots, strict=True))
+    weight = tracker.ranks.total_norm((s.shard, s.share) for s in slots)
     if size == 0:
         return [None] * len(slots)
     dtypes = {s.param.dtype for s in slots}

@@ -64,13 +64,14 @@ class Kept:
     autocast: Any = None  # as `torch.autocast` takes it
     buffers: list[_Buffer] = field(default_factory=list)  # of it, as they were before its forward
     put_attributes_back: Any = None
+    share: float = field(init=False)  # of its dots
     modes: list[tuple[Any, bool]] = field(init=False)  # modules, and whether they were in training mode
     trained: list[tuple[Any, str, bool]] = field(init=False)  # owner and name of its parameters, and whether they were
     accumulators: list[Any] = field(init=False)  # nodes of the graph that add to the gradients of its parameters
     versions: list[int] = field(init=False)  # of the input
 
     def __post_init__(self) -> None:
-        self.modes = modes_of(self.module)
+        self.modes, self.share = modes_of(self.module), self.module._inrun.share
         held = [(owner, local, owner._parameters[local]) for owner, local in self.module._inrun.owned]
         self.trained = [(owner, local, p.requires_grad) for owner, local, p in held if p is not None]
         self.accumulators = [get_gradient_edge(p).node for *_, p in held if p is not None and p.requires_grad]
@@ -292,6 +293,10 @@ class Keeper:
 
     def dots_of(self, kept: Kept, many: int | None) -> Tensor:
         """`[B]` or `[B, M]`: what one run of a layer adds to its batch's dots."""
+        dots = self._dots_of(kept, many)
+        return dots if kept.share == 1.0 else dots * kept.share
+
+    def _dots_of(self, kept: Kept, many: int | None) -> Tensor:
         kept.require_unchanged()
         module, device = kept.module, next(kept.module.parameters()).device
         if not module._inrun.forward_mode:
@@ -315,7 +320,8 @@ class Keeper:
         kept.require_unchanged()
         device = next(module.parameters()).device
         with kept.as_it_ran():
-            found = module.gradient_factors(moved(kept.x, device), moved(kept.grads[0], device))
+            x, grad = (module._inrun.whole_rows(moved(each, device)) for each in (kept.x, kept.grads[0]))
+            found = module.gradient_factors(x, grad)
             if found is None:
                 return None
             return {id(direction): factors for name, factors in found.items()

@@ -104,6 +104,11 @@ class Rule(Holder):
         tap = self._inrun
         if not tap.scores():
             return self.plain(x)
+        return self.scored_here(x) if tap.in_parts is None else tap.in_parts(self, x)
+
+    def scored_here(self, x: Tensor) -> Tensor:
+        """The output of the layer as this process has it."""
+        tap = self._inrun
         require_unmapped(tap, x)
         watched = not torch.compiler.is_compiling() and (
             tap.rows.watched or isinstance(x, Shared) or self._is_first_of_all(x)
@@ -165,7 +170,7 @@ class Rule(Holder):
                     x, segments = self.placed(x, layout), layout.segments
                 elif tap.flat:
                     x = split_samples(tap, x, tap.probe.shape[0])
-                y = self.probed(x, tap.probe, segments)
+                y = self.probed(x, tap.shared_probe(), segments)
             except ValueError as error:
                 raise ValueError(f"{tap}: {error}") from None
         return y.flatten(0, 1) if tap.flat else y

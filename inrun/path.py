@@ -26,7 +26,7 @@ from torch.optim import SGD
 
 from . import directions
 from .coupled import Coupled
-from .distributed import local
+from .distributed import shard_of_gradient
 from .errors import InRunError
 from .squares import Batches, squares
 from .turning import Beside, slopes, turns
@@ -157,7 +157,7 @@ class Path:
             else:
                 slice_.mul_(g)
             if slope is not None:
-                along.append((slope * self._units[i]).sum())
+                along.append((slope * self._units[i]).sum() * self.tracker.slots[i].share)
         taken_off = 0.0
         if self._log:  # sums over the processes, to which all of them come
             taken_off = self._log * ranks.total(along, slices[0].device)
@@ -198,8 +198,9 @@ class Path:
             if self.tracker.first_check and not (self.tracker.samples or others):
                 self._warn_of_none(float(factor) * float(scale) * self.tracker.ranks.divisor, max(1e-4, rounding))
             return None
-        norm = self.tracker.ranks.total_norm(s.grad.double() * unscale for s in slots)
-        shrunk = float(factor) * float(scale) * self.tracker.ranks.divisor  # of the mean over the processes
+        ranks = self.tracker.ranks
+        norm = ranks.total_norm((s.grad.double() * unscale, s.share) for s in slots)
+        shrunk = float(factor) * float(scale) * ranks.divisor  # of the mean over the processes
         if not 0 < shrunk < 1 - 1e-6:  # 0: a fused optimizer will skip the update
             return None
         if norm > self._clip * (1 + 1e-2 + rounding):
@@ -210,8 +211,8 @@ class Path:
         if norm > self._clip * (1 - 1e-3 - rounding):
             return shrunk, norm
         params = *self.tracker.model.parameters(), *self.tracker.validations.outside
-        grads = [local(p.grad) for p in params if p.grad is not None]
-        every = self.tracker.ranks.total_norm(g.double() * unscale for g in grads)
+        grads = [(shard_of_gradient(p.grad, p), ranks.share(p)) for p in params if p.grad is not None]
+        every = ranks.total_norm((g.double() * unscale, share) for g, share in grads)
         if every > self._clip * (1 - 1e-3 - rounding):
             raise InRunError(
                 f"clip: expected gradients clipped to the norm {self._clip} over the tracked parameters together, "
@@ -259,7 +260,8 @@ class Path:
         ranks = self.tracker.ranks
         of = squares(batches, slots, ranks)
         only = {k for k, i in enumerate(numbers) if i not in self._coupled}
-        self._beside = Beside(factor, of.of_samples, 0.0 if clipped is None else clipped[1])
+        shares = {i: slot.share for i, slot in moving}
+        self._beside = Beside(factor, of.of_samples, 0.0 if clipped is None else clipped[1], shares)
         for k, slope, by_clipping in slopes(of, slots, only, unscale, factor, clipped, turning, self.update, ranks):
             i, slot = numbers[k], slots[k]
             of_path = slot.slices[0]

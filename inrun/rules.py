@@ -383,7 +383,9 @@ def _multiplies_itself(module: nn.Module) -> bool:
     """Whether it is a linear layer whose weight says what a product with it is, as those of torchao's trained in 8 bits
     and BitNet do."""
     weight = module._parameters.get("weight")
-    own = weight is not None and type(weight).__torch_function__ is not nn.Parameter.__torch_function__
+    if weight is None or hasattr(weight, "placements"):  # of a DTensor, what is whole
+        return False
+    own = type(weight).__torch_function__ is not nn.Parameter.__torch_function__
     return own and type(module).forward is nn.Linear.forward
 
 

@@ -25,6 +25,7 @@ class Slot:
     taps: list[Tap]
     optimizer: Any = None  # that updates it, and the number of its group there
     group: int = -1
+    share: float = 1.0  # one over how many processes of tensor parallelism hold the same of it
     count: Tensor | None = None  # its steps, on the host, while `updates.counts_read` holds what it read from a device
 
     @property
@@ -57,7 +58,7 @@ class Slot:
 
     @property
     def grad(self) -> Tensor | None:
-        return distributed.local(self.param.grad)
+        return distributed.shard_of_gradient(self.param.grad, self.param)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -109,8 +110,12 @@ def trainable(model: nn.Module) -> tuple[dict[int, nn.Parameter], set[nn.Module]
 def sibling(param: nn.Parameter, many: int | None) -> nn.Parameter:
     # float16 has no range for a direction; every other dtype keeps its parameter's, so that they shard alike.
     dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
-    shape = param.shape if many is None else (*param.shape[:1], many, *param.shape[1:])
-    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=param.device), requires_grad=False)
+
+    def shape(like: Tensor) -> Sequence[int]:
+        return like.shape if many is None else (*like.shape[:1], many, *like.shape[1:])
+
+    zeros = torch.zeros(shape(distributed.local(param)), dtype=dtype, device=param.device)
+    return nn.Parameter(distributed.laid_as(param, zeros, shape(param)), requires_grad=False)
 
 
 def places(optimizers: Iterable[Optimizer]) -> dict[int, tuple[Optimizer, int]]:

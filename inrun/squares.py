@@ -80,13 +80,15 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
                 dtypes = [torch.promote_types(s.param.dtype, torch.float32) for s in members]
                 totals = {id(s.sibling): torch.zeros_like(s.param, dtype=d, memory_format=torch.contiguous_format)
                         for s, d in zip(members, dtypes, strict=True)}  # fmt: skip
+                shares = {id(s.sibling): s.share for s in members}
                 for batch in counts:
                     here = [kept for tap in taps for kept in runs.get(tap, ()) if kept.batch == batch]
-                    _add_runs(keeper, here, totals, found.of_samples[numbers[batch]])
+                    _add_runs(keeper, here, totals, shares, found.of_samples[numbers[batch]])
             for slot, total in zip(members, totals.values(), strict=True):
                 i = number[id(slot)]
-                part = shard_of(ranks.sum(total), slot.param) if ranks.sharded else total
+                part = shard_of(ranks.sum(total), slot) if ranks.sharded else total
                 found.of_slots[i] = found.of_slots[i] + part if i in found.of_slots else part
+    found.of_samples = {b: ranks.over_parts(norms) for b, norms in found.of_samples.items()}
     if not ranks.sharded:
         found.of_slots = {i: ranks.sum(total) for i, total in found.of_slots.items()}
     players = sum((norms.count_nonzero() for norms in found.of_samples.values()), torch.tensor(0, device=device))
@@ -95,15 +97,17 @@ def squares(batches: Batches, slots: Sequence[Any], ranks: Ranks) -> Squares:
 
 
 @no_autocast()
-def _add_runs(keeper: Keeper, runs: Sequence[Kept], totals: dict[int, Tensor], norms: Tensor) -> None:
+def _add_runs(
+    keeper: Keeper, runs: Sequence[Kept], totals: dict[int, Tensor], shares: dict[int, float], norms: Tensor
+) -> None:
     """Add the squared gradients of a batch's samples, as these runs of layers gave them, to `totals`, by the `id` of a
-    parameter's direction, and their squared norms to `norms`, `[B]` or `[S]`."""
+    parameter's direction, and their squared norms, times its share, to `norms`, `[B]` or `[S]`."""
     found = [keeper.factors(kept) for kept in runs]
     known = [of_run for of_run in found if of_run is not None]
     if len(known) == len(runs):
         for name, total in totals.items():
             if factors := [of_run[name] for of_run in known if name in of_run]:
-                norms += add_squares(factors, keeper.layouts[runs[0].batch], total).to(norms)
+                norms += add_squares(factors, keeper.layouts[runs[0].batch], total).to(norms) * shares[name]
         return
     samples = [keeper.sample_gradients(kept, range(len(norms))) for kept in runs]
     for i, of_runs in enumerate(zip(*samples, strict=True)):
@@ -111,7 +115,7 @@ def _add_runs(keeper: Keeper, runs: Sequence[Kept], totals: dict[int, Tensor], n
             if parts := [of_run[name] for of_run in of_runs if name in of_run]:
                 squared = functools.reduce(torch.add, parts).to(total.dtype).square()
                 total += squared
-                norms[i] += squared.sum().to(norms)
+                norms[i] += squared.sum().to(norms) * shares[name]
 
 
 def add_squares(runs: Sequence[Factors], layout: Layout, total: Tensor) -> Tensor:

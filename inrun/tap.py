@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from . import distributed
 from .errors import InRunError
 
 SUFFIX = "_inrun_direction"  # a parameter's direction stands beside it under this name, which no model has
@@ -44,6 +45,11 @@ class Tap:
         self.routed = False  # whether its rows are always the tokens of [B, T], flattened
         self.tokens_first = False  # whether it is given [T, B, ...]
         self.heads_first: bool | None = None  # whether it was given [B, H, T, ...], where that counts
+        # Of tensor parallelism.
+        self.in_parts: Callable | None = None  # computes the module where its parameters are on the mesh
+        self.share = 1.0  # of its dots, where other processes compute the same
+        self.bias_share = 1.0  # of its bias, and of that one's direction
+        self.whole_rows: Callable = as_it_is  # of an input or output gradient, of which it may have some tokens' alone
         # This batch.
         self.probe: Tensor | None = None
         self.layout: Layout | None = None  # where values belong to documents or tokens
@@ -61,6 +67,11 @@ class Tap:
 
     def __str__(self) -> str:
         return self.name or "model"
+
+    def shared_probe(self) -> Tensor:
+        """The probe, whose gradient is then this process's share."""
+        assert self.probe is not None
+        return self.probe if self.share == 1.0 else self.probe * self.share
 
     def scores(self) -> bool:
         """Whether a forward that begins now is to be scored; notes that it has come, or that all its parameters are
@@ -84,6 +95,10 @@ class Tap:
                 return True
         self.passed_by = True
         return False
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _will_have_a_graph() -> bool:
@@ -173,7 +188,9 @@ def along(module: Any, name: str, dtype: torch.dtype | None = None) -> Any:
     direction = module._siblings.get(name + SUFFIX)
     if direction is None or not (param := module._parameters[name]).requires_grad:
         return None
-    direction = targets_first(direction, param)
+    direction = targets_first(distributed.local(direction), param)
+    if name == "bias" and module._inrun.bias_share != 1.0:
+        direction = direction * module._inrun.bias_share
     return direction if dtype is None else direction.to(torch.promote_types(direction.dtype, dtype))
 
 

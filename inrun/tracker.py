@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import directions, distributed, rules, stand_ins
+from . import directions, distributed, rules, stand_ins, tensor_parallel
 from .check import Agenda, efficiency
 from .deferred import METHODS as DEFERRED
 from .deferred import Deferred
@@ -60,7 +60,8 @@ class Tracker:
 
     Args:
         model: trained in place as before; its layers change class until `Tracker.close()`. DDP may wrap it before
-            or after (before, if on another process group than the default one); `fully_shard` comes after.
+            or after (before, if on another process group than the default one); `fully_shard` comes after,
+            `parallelize_module` before.
         optimizer: over every tracked parameter; or several that together are, each stepping once in a step's block; or
             later, by `Tracker.bind`, as with `fully_shard`. "first" and "secant" know SGD, Adam and AdamW, "second"
             SGD, the path methods every optimizer that updates coordinate by coordinate, Muon and Adafactor (torch's and
@@ -160,7 +161,7 @@ class Tracker:
         self.many = len(self.targets) if len(self.targets) > 1 and not self.samples and not sampled else None
         self.ranks = Ranks(model, alike=bool(self.samples))
         model = distributed.unwrapped(model)
-        distributed.require_whole(model.named_parameters())
+        self.ranks.begin(model.named_parameters())
         if isinstance(ledger, Ledger) and ledger.path is not None and ledger.rank != distributed.rank():
             raise InRunError(f"ledger: expected Ledger(path, rank={distributed.rank()}), the number of this process, "
                              f"got rank={ledger.rank}")  # fmt: skip
@@ -238,6 +239,8 @@ class Tracker:
                           f"{now}; sums will add them up", stacklevel=3)  # fmt: skip
 
     def _install(self, plan: rules.Plan) -> None:
+        for tap in plan.taps if self.ranks.parts is not None else ():
+            tensor_parallel.prepare(tap, self.ranks.alike)
         params = dict(self.model.named_parameters())
         siblings = {name: sibling(params[name], self.many) for name in plan.tracked}
         slots: dict[str, Slot] = {}
@@ -308,7 +311,7 @@ class Tracker:
         self.optimizers = optimizers
         self._come_last()
         leave_as_they_are(Tracker._before_update)
-        if not self.ranks.sharded:
+        if not self.ranks.fully_sharded():
             rules.set_apart(self.model)
         self._watch.watch(self.slots)
         if outside := self._note_outside(trainable(self.model)[0]):
@@ -488,7 +491,7 @@ class Tracker:
             self.validations.require_fresh()
         self._largest = 0
         self.check_due = self.check_due or (
-            self._checked and (self.steps >= self.agenda.due or (self.ranks.size == 1 and self._has_company))
+            self._checked and (self.steps >= self.agenda.due or (self.ranks.alone and self._has_company))
         )
         self.first_check = self.check_due and not self.agenda.made
         self._step = step
@@ -614,7 +617,7 @@ class Tracker:
             self._rows.verify()
             step.factor = self._method.before_update(factor, unscale)
         if self.first_check and self._frozen and self.validations.norms:
-            grads = [slot.grad for slot in self.slots if slot.grad is not None]
+            grads = [g if s.share == 1.0 else g * s.share**0.5 for s in self.slots if (g := s.grad) is not None]
             directions.warn_of_sizes(self.updates, self.validations.norms, self.ranks.norm(grads) * unscale)
         self._watch.updated(optimizer)
         self.check_due, self.first_check = put_off, False
@@ -638,9 +641,9 @@ class Tracker:
         """The check of `check.efficiency`, which says when the next one is due."""
         certain = efficiency(self.slots, dots, along, factor, unscale, self.ranks, self.first_check)
         self.agenda.made_at(self.steps, certain, [s.name for s in self.slots if s.param.requires_grad])
-        if self.ranks.size > 1:  # all of them check, or none
+        if not self.ranks.alone:  # all of them check, or none
             company = torch.tensor(float(self._has_company), device=self.device)
-            self.agenda.due = self.steps + 1 if self.ranks.sum(company) else self.agenda.due
+            self.agenda.due = self.steps + 1 if self.ranks.over_parts(self.ranks.sum(company)) else self.agenda.due
 
     @property
     def _has_company(self) -> bool:
@@ -653,7 +656,7 @@ class Tracker:
     def end(self, step: Step, error: BaseException | None = None, failed: bool = False) -> None:
         """The block is over, whatever ended it; a validation gradient has served it even if an exception did."""
         try:
-            if isinstance(error, Exception) and step.factor is None and self.ranks.size == 1:  # no update has begun
+            if isinstance(error, Exception) and step.factor is None and self.ranks.alone:  # no update has begun
                 self._rows.explain(error)
         finally:
             if failed and step.factor is not None:
@@ -693,13 +696,14 @@ class Tracker:
         self._waiting = None
         with self._timed("harvest"):
             self.ranks.settle()
-            values = step.scaled(self._method.finish())
+            values = self.ranks.over_parts(step.scaled(self._method.finish()))
             if step.uneven is not None:
                 self._watch.require_even(step.number, step.uneven)
             if self.validations.excluded_share is not None:
                 self.ledger.metadata["excluded_share"] = self.validations.excluded_share
             step.settle(values, self._method.drop, self._method.standard_error)
-            self.ledger.append(step.number, step.ids, values, self.columns, per_token=step.per_token)
+            mine = len(step.ids) if self.ranks.writes or self.ledger.path is None else 0
+            self.ledger.append(step.number, step.ids[:mine], values[:mine], self.columns, per_token=step.per_token)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -31,7 +31,7 @@ of Ruiz, Valenciano and Zarzuelo (1998). To take the slope for the update, and c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +65,8 @@ def turns(slots: Sequence[Any], unscale: Any, update: UpdateRule | str | None, r
         ends = [updates([few for few, _ in some], [t * g for g in grads], update) for t in (0.0, 0.5, 1.0)]
         for (_, slot), zero, half, full in zip(part, *ends, strict=True):
             squared = [(half - (zero + full) / 2).square().sum(), (full - zero).square().sum()]
-            total += torch.stack(squared).to(total.device) * (slot.shard.numel() / max(1, zero.numel()))
-    aside, moved = ranks.sum(total).tolist()  # of all processes, so that all decide alike
+            total += torch.stack(squared).to(total.device) * (slot.shard.numel() * slot.share / max(1, zero.numel()))
+    aside, moved = ranks.over_parts(ranks.sum(total)).tolist()  # of all processes, so that all decide alike
     return aside > TURNS * moved
 
 
@@ -142,7 +142,8 @@ def _points(
         parts = torch.zeros(2, dtype=torch.float64, device=factor.device)
         for i, squared in of.of_slots.items():
             g = slots[i].grad.double() * unscale
-            parts += torch.stack([squared.sum(dtype=g.dtype), g.square().sum()]).to(parts.device)
+            both = torch.stack([squared.sum(dtype=g.dtype), g.square().sum()])
+            parts += both.to(parts.device) * slots[i].share
         spread, here = ranks.over_shards(parts).tolist()
         others = norm**2 / here if here else 1.0  # slots without squares, taken to be as the others
         spread *= others * float(factor) ** 2
@@ -176,16 +177,17 @@ class Beside:
         factor: what the dots are multiplied by to be values.
         of_samples: as in `Squares`.
         norm: of g_B, where it was clipped.
+        shares: of each slot, what counts here of a sum over it.
 
     Attributes:
         left: number of a slot -> -(u(g_B) - u(0)) - K g_B.
         along: -> A and B, where g_B was clipped.
     """
 
-    def __init__(self, factor: Tensor, of_samples: dict[int, Tensor], norm: float) -> None:
+    def __init__(self, factor: Tensor, of_samples: dict[int, Tensor], norm: float, shares: Mapping[int, float]) -> None:
         self.left: dict[int, Tensor] = {}
         self.along: dict[int, tuple[Tensor, Tensor]] = {}
-        self._factor, self._of_samples, self._norm = factor, of_samples, norm
+        self._factor, self._of_samples, self._norm, self._shares = factor, of_samples, norm, shares
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.left.values()
@@ -198,7 +200,7 @@ class Beside:
         for i, left in self.left.items():
             if (g := gradients[i]) is not None:
                 for k, x in enumerate((left, *self.along.get(i, ()))):
-                    sums[k] += (x * g).sum(dtype=torch.float64).to(sums.device)
+                    sums[k] += (x * g).sum(dtype=torch.float64).to(sums.device) * self._shares[i]
         left, a, b = ranks.over_shards(sums)
         squared = sum((norms.double().sum().to(sums) for norms in self._of_samples.values()), sums[0] * 0)
         squared = ranks.sum(squared) * self._factor.double() ** 2
@@ -222,6 +224,7 @@ class Beside:
                 squares[batch] = of_rows.repeat_interleave(tokens) / max(1, tokens)
         count = ranks.sum(sum(((of > 0).sum() for of in squares.values()), torch.zeros_like(factor)))
         surplus, by_size = (torch.as_tensor(x, device=factor.device) for x in (surplus, by_size))
+        surplus, by_size = surplus / ranks.alike, by_size / ranks.alike
         share = surplus / (factor * count)
         result = list(found)
         for batch, of in squares.items():

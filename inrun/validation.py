@@ -165,7 +165,8 @@ class Validation:
                 grads = self.ranks.mean_gradients([p.grad for p in wanted], wanted)
                 if "torch._inductor.cudagraph_trees" in sys.modules:  # what a captured graph made is its next run's
                     grads = [g if g is None else g.clone() for g in grads]
-                found.extend(grads)
+                shares = [1.0] * len(tracked) + [self.ranks.share(p) for p in wanted[len(tracked) :]]  # in their norm
+                found.extend(g if g is None or s == 1.0 else g * s**0.5 for g, s in zip(grads, shares, strict=True))
         finally:
             self.seconds += time.perf_counter() - start
 
@@ -177,10 +178,11 @@ class Validation:
                 f"validation({name!r}): no backward pass of the block reached a tracked parameter, or its gradients "
                 "were taken away (by zero_grad(), or an optimizer's step within the backward)"
             )
-        names = [s.name for s, g in zip(self.slots, ours, strict=True) if g is not None]
+        held = [s for s, g in zip(self.slots, ours, strict=True) if g is not None]
+        names = [s.name for s in held]
         # Their norms are kept for the message, not they: a GPU's answer comes later.
         each = torch._foreach_norm(grads)  # pyright: ignore[reportPrivateImportUsage]
-        norms = torch.stack([norm.to(grads[0].device) for norm in each])
+        norms = torch.stack([norm.to(grads[0].device) * s.share**0.5 for s, norm in zip(held, each, strict=True)])
         norm = self.ranks.norm([norms])
         self.pending.ask(~torch.isfinite(norm), lambda: _not_finite(name, names, norms, scale))
         self.norms[name] = norm / scale

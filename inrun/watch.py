@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .distributed import Ranks, local
+from .distributed import Ranks
 from .errors import InRunError, Pending, few
 from .restoring import requiring
 from .tap import leave_as_they_are
@@ -61,7 +61,7 @@ class Watch:
             every = max(1, (len(members) - 1) / max(1, most - 1))
             some = [members[round(k * every)] for k in range(min(len(members), most))]
             self._watched |= {slot.name: slot for slot in some}
-        if self._ranks.size > 1 and slots:  # the ends of the model: what comes first may be another in each process
+        if not self._ranks.alone and slots:  # the ends of the model: what comes first may be another in each process
             for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
                 held = [s for s in slots if s.optimizer is optimizer]
                 self._watched |= {end.name: end for end in (held[0], held[-1])}
@@ -79,10 +79,10 @@ class Watch:
         if self.active and param.grad is not None:
             self._reached[slot.name] = self._due[slot.name] = slot
             self._written[slot.name] = id(param.grad), param.grad._version
-            if self._ranks.size == 1:  # else the first may be another in each
+            if self._ranks.alone:  # else the first may be another in each
                 self._first.setdefault(id(slot.optimizer), slot)
             if slot.name in self._watched or self._first.get(id(slot.optimizer)) is slot:
-                grad = local(param.grad)
+                grad = slot.grad
                 seen = self._seen(grad)
                 self._raw[slot.name] = seen.clone() if grad.numel() < WATCHED_ELEMENTS else seen
 
@@ -205,7 +205,7 @@ class Watch:
                 "none, and makes no scores; use backward())"
             )
         self._factor, uneven = self._compared(optimizer, slots, None)
-        if self._ranks.size == 1:  # else what averages gradients may write to some more often
+        if self._ranks.alone:  # else what averages gradients may write to some more often
             self._watch_written()
         return self._factor, uneven
 

@@ -35,10 +35,17 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
 
 import inrun
 from inrun.watch import WATCHED_ELEMENTS
@@ -90,6 +97,39 @@ class Turned(nn.Module):
         return self.head(h)
 
 
+class Spread(nn.Module):
+    """Layers of every kind that tensor parallelism spreads, of an odd vocabulary."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.token, self.norm, self.head = nn.Embedding(13, 8), nn.LayerNorm(8), nn.Linear(8, 13, bias=False)
+        self.blocks = nn.ModuleList(SpreadBlock() for _ in range(2))
+        self.tied, self.checkpointed = tied, None
+        self.tie()
+
+    def tie(self) -> None:
+        if self.tied:
+            self.head.weight = self.token.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x)
+        for block in self.blocks:
+            h = block(h) if self.checkpointed is None else checkpoint(block, h, use_reentrant=self.checkpointed)
+        return self.head(self.norm(h))
+
+
+class SpreadBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 14), nn.Linear(14, 8)
+        self.rms, self.q, self.o = nn.RMSNorm(8), nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(self.up(self.norm(x)).tanh())
+        return x + self.o(self.q(self.rms(x)).sigmoid())
+
+
+MODELS |= {"gpt_spread": Spread, "gpt_spread_tied": lambda: Spread(tied=True)}
 MODELS |= {"gpt_flat": Turned, "gpt_turned": lambda: Turned(tokens_first=True)}
 MODELS |= {"hf_llama": lambda: Logits("Llama"), "hf_mixtral": lambda: Logits("Mixtral")}
 
@@ -101,7 +141,8 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def whole_loss(model: nn.Module, x: Tensor, y: Tensor, split: tuple[int, ...]) -> Tensor:
     """The mean over ranks of the mean over each rank's targets, from one forward of all samples."""
     outs, ys = model(x).split(split), y.split(split)
-    return sum(F.cross_entropy(o.flatten(0, -2), t.flatten()) for o, t in zip(outs, ys, strict=True) if len(o)) / WORLD
+    means = (F.cross_entropy(o.flatten(0, -2), t.flatten()) for o, t in zip(outs, ys, strict=True) if len(o))
+    return sum(means) / len(split)
 
 
 def mine(x: Tensor, split: tuple[int, ...]) -> Tensor:
@@ -1048,11 +1089,170 @@ def check_what_is_refused_of_shards():
     model = make("gpt_tied")
     fully_shard(model)
     raises("before fully_shard", lambda: inrun.track(model, OPTIMIZERS["sgd"](model.parameters())))
+
+
+# ---------------------------------------------------------------------- tensor parallelism
+
+
+def by_layers(model: Any, mesh: Any) -> None:
+    """Linear layers and the embedding are spread; every process has all of the norms and of what is between."""
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel(), "q": ColwiseParallel(), "o": RowwiseParallel()}
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+    whole = {"token": RowwiseParallel(input_layouts=Replicate()), "head": ColwiseParallel(output_layouts=Replicate())}
+    parallelize_module(model, mesh, whole)
+    model.tie()
+
+
+def by_sequence(model: Any, mesh: Any) -> None:
+    """Between the linear layers each process has some tokens of every row."""
+    here = Shard(1)
+    up, down = ColwiseParallel(input_layouts=here), RowwiseParallel(output_layouts=here)
+    plan = {"norm": SequenceParallel(), "rms": SequenceParallel(), "up": up, "down": down, "q": up, "o": down}
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+    token = RowwiseParallel(input_layouts=Replicate(), output_layouts=here)
+    head = ColwiseParallel(input_layouts=here, output_layouts=Replicate())
+    parallelize_module(model, mesh, {"token": token, "norm": SequenceParallel(), "head": head})
+    model.tie()
+
+
+def by_width(model: Any, mesh: Any) -> None:
+    """The embedding's columns are spread."""
+    parallelize_module(model, mesh, {"token": ColwiseParallel(output_layouts=Replicate())})
+    for block in model.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def clip(model: nn.Module) -> None:
+    """As `clip_grad_norm_`, which takes no gradients on different meshes."""
+    grads: list[Any] = [p.grad for p in model.parameters() if p.grad is not None]
+    wholes = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+    norm = nn.utils.get_total_norm(wholes)
+    for grad in grads:
+        grad.mul_((CLIP / norm).clamp(max=1).item())
+
+
+def spread(
+    plan, kind, method="first", by_callable=False, targets=ONE, name="gpt_spread", data_mesh=None, mesh=None, step=None,
+    prepare=lambda model: None, around=contextlib.nullcontext, **options,
+):  # fmt: skip
+    """A run by tensor parallelism, where there is a `data_mesh` with samples of its own in each of its processes, held
+    to the run in one process."""
+    mesh, model = mesh or init_device_mesh("cpu", (WORLD,)), make(name)
+    plan(model, mesh)
+    prepare(model)
+    part = None if data_mesh is None else data_mesh.get_local_rank()
+
+    def mine(x: Tensor) -> Tensor:
+        return x if part is None else x.tensor_split(2)[part]
+
+    losses = {target: lambda k=k: loss_of(model, *(mine(v) for v in data(name, 4, seed=2 + k)))
+              for k, target in enumerate(targets)}  # fmt: skip
+    options |= options_of(method, losses if by_callable else None, targets)
+    if part is None:
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        tracker = inrun.track(model, optimizer, method, **options)
+    else:
+        tracker = inrun.track(model, method=method, **options)
+        for block in model.blocks:
+            fully_shard(block, mesh=data_mesh)
+        fully_shard(model, mesh=data_mesh)
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        tracker.bind(optimizer)
+    steps = []
+
+    def validate():
+        for target in () if by_callable else targets:
+            with tracker.validation(target):
+                losses[target]().backward()
+
+    for x, y in batches(name, EVEN):
+        x, y = mine(x), mine(y)
+        with around():
+            validate()
+            steps.append((step or plain_step)(tracker, model, optimizer, x, y))
+    if method in ("secant", "path_secant"):
+        validate()
+    tracker.close()
+    weights = {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in model.state_dict().items()}
+    expected = alone(name, kind, EVEN, method, by_callable, targets)
+    assert weights.keys() == expected[1].keys()
+    for key, value in expected[1].items():
+        close(weights[key], value)
+    for found, reference in zip(steps, expected[0], strict=True):
+        values: list[Any] = [None] * WORLD
+        dist.all_gather_object(values, found.values)
+        for k in range(0, WORLD, 2):  # those that have the same samples have the same values
+            assert torch.equal(values[k], values[k + 1])
+        close(torch.cat(values[::2]), reference)
+    return tracker
+
+
+def plain_step(tracker: Any, model: Any, optimizer: Any, x: Tensor, y: Tensor, again: bool = False) -> Any:
+    with tracker.step(range(len(x)), recompute=(lambda: loss_of(model, x, y)) if again else None) as step:
+        loss_of(model, x, y).backward()
+        clip(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+SPREAD = [
+    ("adamw", "first"), ("sgd", "first", False, TWO), ("adamw", "secant"), ("plain", "second", True),
+    ("adamw", "path", False, TWO), ("adamw", "path_secant", True), ("sgd", "path_simpson", True, TWO),
+]  # fmt: skip
+
+
+def check_tensor_parallel():
+    for run in SPREAD:
+        for plan in (by_layers, by_sequence):
+            spread(plan, *run)
+
+
+def check_tensor_parallel_in_other_ways():
+    for method in ("first", "path"):
+        spread(by_width, "adamw", method)
+        for plan in (by_layers, by_sequence):
+            spread(plan, "adamw", method, name="gpt_spread_tied")
+            for reentrant in (False, True):
+                spread(plan, "adamw", method, prepare=lambda m, r=reentrant: setattr(m, "checkpointed", r))
+            spread(plan, "adamw", method, step=functools.partial(plain_step, again=method == "path"))
+
+
+def check_tensor_parallel_with_the_loss_in_parts():
+    """Logits of which each process has some columns."""
+
+    def columns(model, mesh):
+        parallelize_module(model, mesh, {"head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)})
+
+    for method in ("first", "path"):
+        spread(columns, "adamw", method, around=loss_parallel)
+
+
+def check_a_sample_of_tensor_parallelism_is_written_once():
+    folder = FOLDER / "spread"
+    tracker = spread(by_layers, "adamw", ledger=folder)
+    dist.barrier()
+    rows = inrun.Ledger(folder).rows()
+    assert len(rows) == sum(map(sum, EVEN)), len(rows)
+    tracker = spread(by_layers, "adamw")
+    assert len(tracker.ledger.rows()) == len(rows)  # where each process has its own
+
+
+def four_tensor_parallel_under_fully_shard():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for run in SPREAD:
+        for plan in (by_layers, by_sequence):
+            spread(plan, *run, mesh=mesh["tensor"], data_mesh=mesh["data"])
+    model = make("gpt_spread")
+    by_layers(model, mesh["tensor"])
+    raises("expected a mesh of all 4 processes", lambda: inrun.track(model, OPTIMIZERS["sgd"](model.parameters())))
+
+
+def check_what_is_refused_of_tensor_parallelism():
     mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data", "tensor"))
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    model = make("gpt_tied")
-    parallelize_module(model.blocks[0], mesh["tensor"], plan)
-    raises("blocks.0.up.weight: expected a whole parameter, got", lambda: inrun.track(model))
     for shard in (False, True):
         model = make("gpt_tied")
         tracker = inrun.track(model)
@@ -1060,6 +1260,18 @@ def check_what_is_refused_of_shards():
         if shard:
             fully_shard(model, mesh=mesh["data"])
         raises("blocks.0.up.weight: expected", lambda: tracker.bind(OPTIMIZERS["sgd"](model.parameters())))  # noqa: B023
+    raises("pairwise", lambda: spread(by_layers, "adamw", "path", pairwise=["a"]))
+    raises("monte_carlo", lambda: spread(by_layers, "adamw", "monte_carlo", True))
+    model = nn.Sequential(nn.Embedding(13, 8, padding_idx=0), nn.Linear(8, 13))
+    parallelize_module(model, mesh["tensor"], {"0": RowwiseParallel(input_layouts=Replicate())})
+    raises("0: expected a linear layer, an embedding or a norm, all of it", lambda: inrun.track(model))
+
+    def by_tokens(tracker, model, optimizer, x, y):
+        with tracker.step(range(len(x)), tokens=x.shape[1]):
+            loss_of(model, x, y).backward()
+
+    for method in ("first", "path"):
+        raises("expected whole rows", lambda m=method: spread(by_sequence, "adamw", m, step=by_tokens))
 
 
 def check_the_trainer():
@@ -1161,6 +1373,10 @@ REFERENCES = [("gpt_tied", "sgd"), ("gpt_tied", "adamw"), ("loose", "adamw"), ("
     ("attention", "adamw", SPLITS, "path_secant", True), ("attention", "sgd", SPLITS, "secant"),
     ("gpt_tied", "sgd", SPLITS, "path_simpson", True, TWO)]  # fmt: skip
 
+SPREADS = [("gpt_spread", kind, EVEN, *more) for kind, *more in SPREAD]
+REFERENCES += SPREADS
+REFERENCES += [(name, "adamw", EVEN, m) for name in ("gpt_spread", "gpt_spread_tied") for m in ("first", "path")]
+
 if HUGGING_FACE:
     REFERENCES += [("hf_llama", "adamw"), ("hf_llama", "sgd", EVEN),
         ("hf_mixtral", "adamw", SPLITS, "path_secant", True), ("hf_mixtral", "sgd", SPLITS, "secant")]  # fmt: skip
@@ -1169,9 +1385,10 @@ if HUGGING_FACE:
 def main() -> None:
     torch.set_num_threads(1)
     names = sys.argv[2:] or [name for name in globals() if name.startswith("check_")]
-    for reference in [("gpt_tied", "adamw", LONG)] if names == ["restart"] else REFERENCES:
+    four = WORLD == 4
+    for reference in [("gpt_tied", "adamw", LONG)] if names == ["restart"] else SPREADS if four else REFERENCES:
         alone(*reference)
-    PAIRS.update({splits: pairs(False, splits) for splits in (SPLITS, IDLE)})
+    PAIRS.update({splits: pairs(False, splits) for splits in (() if four else (SPLITS, IDLE))})
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     results = {}
     for name in names:

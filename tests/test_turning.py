@@ -283,7 +283,7 @@ def test_layers_without_squares_are_taken_to_be_as_the_others():
     """In how far a coalition is clipped, and what a sample earns by the squared norm that is known of it."""
 
     def points(some, unscale):
-        slots = [SimpleNamespace(grad=torch.full((4,), 0.5 / unscale)) for _ in range(2)]
+        slots = [SimpleNamespace(grad=torch.full((4,), 0.5 / unscale), share=1.0) for _ in range(2)]
         of, clipped = squares.Squares({i: torch.full((4,), 0.3) for i in some}, {}, 5), (0.5, math.sqrt(2))
         return turning._points(of, slots, unscale, torch.tensor(0.5), clipped, False, Ranks(nn.Module()))
 
@@ -298,7 +298,7 @@ def test_a_parameter_of_which_some_coordinates_are_looked_at_stands_for_all(monk
     optimizers = Lion([small], lr=1.0), torch.optim.SGD([large], lr=1.0)
     slots = [
         SimpleNamespace(param=p, shard=p, grad=torch.ones_like(p), optimizer=o, group=0, options=o.param_groups[0],
-                        state={})
+                        state={}, share=1.0)
         for p, o in zip((small, large), optimizers, strict=True)
     ]  # fmt: skip
     of = functools.partial(turning.turns, unscale=1.0, update="elementwise", ranks=Ranks(nn.Module()))
@@ -476,7 +476,7 @@ def test_gradients_in_halves_are_squared_in_float32():
         factors=lambda kept: None, sample_gradients=lambda kept, rows: [{0: torch.tensor([1e-4 * (1 + i)]).half()}
                                                                         for i in rows])  # fmt: skip
     totals, norms = {0: torch.zeros(1)}, torch.zeros(2)
-    squares._add_runs(keeper, [None, None], totals, norms)
+    squares._add_runs(keeper, [None, None], totals, {0: 1.0}, norms)
     torch.testing.assert_close(norms, torch.tensor([4e-8, 16e-8]), rtol=1e-2, atol=0.0)
     torch.testing.assert_close(totals[0], norms.sum()[None])
 
