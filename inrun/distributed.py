@@ -296,7 +296,7 @@ class Ranks:
                                       dtype=torch.int32, device=like[0].device)).tolist()  # fmt: skip
         if 0 < count[0] < self.size:
             raise InRunError(f"validation: expected a backward pass in each of {self.size} processes, got {count[0]}")
-        found = [None if n == 0 else torch.zeros_like(p) if g is None else g.clone()
+        found = [None if n == 0 else _copied(torch.zeros_like(p) if g is None else g)
                  for n, p, g in zip(count[1:], like, grads, strict=True)]  # fmt: skip
         known = [g for g in found if g is not None]
         for work in [dist.all_reduce(g, group=self._groups[0], async_op=True) for g in known]:
@@ -444,8 +444,13 @@ def _require_no_flat(name: str, param: Any) -> None:
         )
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy in order: NCCL takes no other (of a weight that lies transposed the gradient does too)."""
+    return tensor.clone() if tensor.is_sparse else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _reduce(tensor: Tensor, groups: Sequence[Any]) -> Tensor:
-    tensor = tensor.clone()
+    tensor = _copied(tensor)
     for group in groups:
         dist.all_reduce(tensor, group=group)
     return tensor

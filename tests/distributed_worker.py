@@ -255,8 +255,10 @@ def train(model, optimizer, tracker, name="gpt_tied", after=None, validated=None
 # ---------------------------------------------------------------------- DDP
 
 
-def train_ddp(name, kind, wrap_first, bare_validation, **ddp_options):
+def train_ddp(name, kind, wrap_first, bare_validation, transposed=False, **ddp_options):
     model = make(name)
+    for p in model.parameters() if transposed else ():
+        p.data = p.data.mT.contiguous().mT if p.dim() == 2 else p.data
     if wrap_first:
         wrapped = DDP(model, **ddp_options)
         optimizer = OPTIMIZERS[kind](wrapped.parameters())
@@ -276,6 +278,10 @@ def check_ddp_sgd():
 
 def check_ddp_adamw():
     train_ddp("gpt_tied", "adamw", wrap_first=True, bare_validation=False, gradient_as_bucket_view=True)
+
+
+def check_ddp_of_weights_that_lie_transposed():
+    train_ddp("gpt_tied", "adamw", wrap_first=True, bare_validation=True, transposed=True)
 
 
 def check_ddp_forward_mode():
@@ -1382,7 +1388,14 @@ if HUGGING_FACE:
         ("hf_mixtral", "adamw", SPLITS, "path_secant", True), ("hf_mixtral", "sgd", SPLITS, "secant")]  # fmt: skip
 
 
+def all_reduce(tensor: Tensor, *args: Any, reduce: Any = dist.all_reduce, **options: Any) -> Any:
+    """Gloo's, of what NCCL takes as well."""
+    assert tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last), "expected it in order"
+    return reduce(tensor, *args, **options)
+
+
 def main() -> None:
+    dist.all_reduce = all_reduce
     torch.set_num_threads(1)
     names = sys.argv[2:] or [name for name in globals() if name.startswith("check_")]
     four = WORLD == 4

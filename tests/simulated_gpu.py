@@ -5,8 +5,9 @@
 Tensors of the device are real ones, with memory and a place in autograd. Operators come to `_run`, which shows their
 arguments to the CPU's kernel as tensors of the CPU, in the same memory. As on a GPU, tensors of two devices do not mix;
 under `torch.cuda.set_sync_debug_mode("error")` reads, copies and `WAITS`, which wait for a device, are errors; and a
-Triton kernel, interpreted here, takes no tensor of the host. Streams are one, and done with at once; random numbers are
-the CPU's; compilers have no code for it. Torch must be a build for the CPU alone.
+Triton kernel, interpreted here, takes no tensor of the host. Fresh memory is NaN. Streams are one, and done with at
+once; but what is copied to pinned memory arrives there when something waits for it, or the GPU takes it back. Random
+numbers are the CPU's; compilers have no code for it. Torch must be a build for the CPU alone.
 
 Must be imported before torch, which asks for its devices once: as a pytest plugin, by `-p`.
 """
@@ -64,9 +65,24 @@ MIXED = ("aten::index", "aten::index_put_", "aten::_index_put_impl_")  # take in
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim")
 WAITS = {f"aten::{name}" for name in (*WAITS, "unique_consecutive", "repeat_interleave", "bincount", "histc")}
 debug_mode = "default"
+_late: list[tuple[Tensor, Any]] = []  # what is on its way to the host: where to, and the storage that it comes from
+
+
+def _arrive() -> None:
+    while _late:
+        there, sent = _late.pop(0)
+        there.untyped_storage().copy_(sent)
+
+
+def _send(there: Tensor) -> None:
+    """What a copy has put there is on its way still; until it arrives all of its bits are set: NaN, or -1, or true."""
+    memory = there.untyped_storage()
+    _late.append((there, memory.clone()))
+    torch.empty(0, dtype=torch.uint8).set_(memory, 0, (memory.nbytes(),), (1,)).fill_(0xFF)
 
 
 def _wait(what: str) -> None:
+    _arrive()
     if debug_mode == "error":
         raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
 
@@ -90,6 +106,8 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
         return op(args[0].float(), *args[1:]).to(args[0].dtype)
     leaves = list(_leaves((args, kwargs)))
     ours = [x for x in leaves if isinstance(x, Tensor) and x.is_cuda]
+    if any(isinstance(x, Tensor) and x.is_cpu for x in leaves):
+        _arrive()
     to = kwargs.get("device")
     if name in COPIES:
         kinds = {x.device.type for x in leaves if isinstance(x, Tensor)} | ({to.type} if to is not None else set())
@@ -105,6 +123,8 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs.pop("pin_memory", None)
     with torch._C._AutoDispatchBelowAutograd():
         result = op(*args, **kwargs)
+    if name == "aten::copy_" and leaves[0].is_cpu and any(x is True for x in leaves):  # non_blocking
+        _send(leaves[0])
     for x in ours:  # an operator may have given its output another size
         seen = shown[id(x)]
         if seen.untyped_storage().nbytes() > x.untyped_storage().nbytes():
@@ -224,6 +244,7 @@ class _Event:
     def wait(self, stream: Any = None) -> None: ...
 
     def query(self) -> bool:
+        _arrive()
         return True
 
     def synchronize(self) -> None:
@@ -299,6 +320,8 @@ for _name, _value in {
     setattr(torch.cuda, _name, _value)
 torch.UntypedStorage.clone = _clone
 Tensor.pin_memory = lambda self, device=None: self
+
+torch.use_deterministic_algorithms(True, warn_only=True)  # by which torch fills fresh memory
 
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
