@@ -152,7 +152,7 @@ class Rule(Holder):
         y = self._scored(x)
         if not tap.tokens_first:
             rows.take(self, y)
-        if not shared and not tap.flat and len(y) > 1 and y.shape[:1] != x.shape[:1]:
+        if not shared and len(y) > 1 and y.shape[:1] != x.shape[:1]:
             lead, shared = x.shape[:1] == (1,), True
         return Shared.of(y, tap.name, lead) if shared else y
 

@@ -214,9 +214,13 @@ class Rows:
             self._taken.add(_Taken(module, of, number, None, ()))
         for leaf, y in enumerate(pytree.tree_leaves(outputs)):
             axis = sample_axis(module, leaf)
-            if isinstance(y, Tensor) and y.requires_grad and y.shape[axis : axis + 1] == (self.rows,):
-                taken = _Taken(module, of, number, leaf, tuple(y.shape))
+            if not isinstance(y, Tensor) or y.shape[axis : axis + 1] != (self.rows,):
+                continue
+            taken = _Taken(module, of, number, leaf, tuple(y.shape))
+            if y.requires_grad:
                 y.register_hook(lambda _, taken=taken: self._taken.add(taken))
+            elif not torch.is_grad_enabled():  # of a reentrant checkpoint: its gradient comes when it is run again
+                self._taken.add(taken)
 
     def pass_by(self, tap: Any) -> None:
         """A module runs plainly, which `_shapes` will not tell from its other calls."""
@@ -230,7 +234,7 @@ class Rows:
 
     def are_tokens(self, layer: Any, x: Tensor) -> bool:
         """Whether the layer's input is taken for flattened tokens, for now; `verify` raises where it is not."""
-        if not self._folding or not self.rows or x.shape[0] in (1, self.rows) or x.shape[0] % self.rows:
+        if not self._folding or not self.rows or x.shape[0] == self.rows or x.shape[0] % self.rows:
             return False
         if self.rows == 1:
             if self._lone is None:

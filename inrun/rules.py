@@ -119,7 +119,7 @@ def _plan(model: nn.Module, exclude: Sequence[str], through: Mapping[str, str]) 
     tables = {p: p.rpartition(".")[0] for p in owned if p not in via and _is_relative_bias(p, modules)}
     for path, around in [*tables.items()]:
         if around in owned or around in via.values():  # which scores more than its bias
-            via |= {path: tables.pop(path), **({around: around} if around in owned else {})}
+            via[path] = tables.pop(path)
     taps = {
         path: _tap(path, modules[path], {local for _, local, _ in found})
         for path, found in owned.items()

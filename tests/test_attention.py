@@ -305,6 +305,14 @@ def test_an_attention_of_which_a_part_is_named_goes_there_whole(named):
     close(found[1], found[0])
 
 
+def test_an_attention_of_which_a_part_is_named_goes_there_without_others():
+    taps = []
+    for through in ({}, {"0.block.self_attn.in_proj*": "0"}):
+        tracker = inrun.track(nn.Sequential(Tower(), Tower()), through=through)
+        taps.append({tap.name: tap.parameters for tap in tracker.taps if tap.name.startswith("1")})
+    assert taps[0] == taps[1]
+
+
 class Tied(nn.Module):
     """Positions of its own, attention, and a head that is the embedding's weight."""
 

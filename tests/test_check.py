@@ -433,6 +433,24 @@ def test_as_many_positions_as_samples(method):
         torch.testing.assert_close(step.values, one_at_a_time(before, before, held, x, y), rtol=1e-4, atol=1e-7)
 
 
+def test_as_many_ids_as_samples_are_refused_where_others_were_positions():
+    """A run of numbers would be positions too."""
+
+    class Placed(Positioned):
+        def forward(self, x: Tensor, at: Tensor) -> Tensor:
+            return self.head(self.token(x) + self.position(at))
+
+    model, x = Placed(), torch.randint(VOCAB, (B, T))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x, torch.arange(T)).square().mean())
+    refused = pytest.raises(inrun.InRunError, match=r"^position: ids: expected")
+    for tokens, at, told in ((T, range(T), None), (B, range(2, B + 2), None), (B, [3, 1, 0, 2], refused)):
+        with told or contextlib.nullcontext(), tracker.step(range(B)):
+            model(x[:, :tokens], torch.tensor(at)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("method", ["first", "path"])
 def test_labels_that_are_a_run_of_numbers_by_chance(method):
     """What could be positions is refused only while ids never were anything else."""
@@ -467,6 +485,17 @@ def test_labels_that_are_a_run_of_numbers_by_chance(method):
             own = torch.autograd.grad(F.cross_entropy(before(y), y) / len(later), list(before.parameters()))
             expected = LR * sum((g * t).sum() for g, t in zip(own, target, strict=True))
             torch.testing.assert_close(found[b], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_label_that_is_padding_has_no_part_in_its_table():
+    model = nn.Sequential(nn.Embedding(10, WIDTH, padding_idx=2), nn.Linear(WIDTH, VOCAB))
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=LR), torch.tensor([5, 2, 7, 2])
+    grad = torch.autograd.grad(F.cross_entropy(model(x), x), model[0].weight)[0]
+    tracker = inrun.track(model, optimizer, validation=lambda: model[1](model[0].weight).square().mean())
+    with tracker.step(range(B)):
+        F.cross_entropy(model(x), x).backward()
+        torch.testing.assert_close(model[0].weight.grad, grad)
+        optimizer.step()
 
 
 def test_a_layer_that_sees_no_samples_is_named():
@@ -901,6 +930,31 @@ def test_experts_of_other_rows_than_each_samples_tokens_are_refused(kind, method
         if fits:
             break
     torch.testing.assert_close(step.values, expected, rtol=1e-4, atol=1e-7)
+
+
+class Sharing(Experts):
+    """With a layer beside the experts, whose rows are the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.shared(x)
+
+
+def test_tokens_beside_experts_have_their_own_values():
+    torch.manual_seed(0)
+    model = Mixed("whole")
+    model.moe = Sharing()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x, y = torch.randn(B, T, WIDTH), torch.randint(VOCAB, (B, T))
+    expected = values_of(model, x, y)
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y))
+    with tracker.step(range(B), tokens=T) as step:
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    torch.testing.assert_close(step.values.sum(1), expected, rtol=1e-4, atol=1e-7)
 
 
 def values_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

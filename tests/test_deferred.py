@@ -1922,3 +1922,25 @@ def test_a_module_scores_what_is_inside_it_and_one_around_it_its_number(method):
         tracker.close()
         assert list(copied.state_dict()) == names and [type(m) for m in copied.modules()] == classes
     torch.testing.assert_close(*found)
+
+
+def test_what_is_inside_of_two_is_scored_by_the_one_that_is_not_there_for_its_number_alone():
+    class Loose(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.weight, self.inner = nn.Parameter(torch.randn(WIDTH, WIDTH)), inner
+
+        def forward(self, x):
+            return self.inner((x @ self.weight).tanh())
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.body = nn.Parameter(torch.ones(())), Loose(Loose(nn.Identity()))
+
+        def forward(self, x):
+            return self.scale * self.body(x)
+
+    tracker = inrun.track(Model())
+    found = {tap.name: tap.parameters for tap in tracker.taps}
+    assert found == {"": ["scale"], "body": ["body.weight", "body.inner.weight"]}

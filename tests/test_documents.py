@@ -199,9 +199,22 @@ def test_tokens_may_follow_the_heads(method):
     assert {tap.name for tap in tracker.taps if tap.heads_first} == {"head_norm", "low"}
 
 
-def test_as_many_features_as_tokens_are_no_heads():
+class Pairs(nn.Module):
+    """Looks up two ids of each token with each, `[B, T, T, 2]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, VOCAB)
+
+    def forward(self, x):
+        pairs = x[:, :, None] * x[:, None]
+        return self.table(torch.stack((pairs, pairs + 1), 3) % VOCAB).sum((2, 3))
+
+
+@pytest.mark.parametrize("made", [lambda: nn.Sequential(nn.Embedding(VOCAB, T), nn.Linear(T, VOCAB)), Pairs])
+def test_as_many_features_as_tokens_are_no_heads(made):
     torch.manual_seed(0)
-    model, (x, y) = nn.Sequential(nn.Embedding(VOCAB, T), nn.Linear(T, VOCAB)), packed_data()
+    model, (x, y) = made(), packed_data()
 
     def values(tokens):
         copied = copy.deepcopy(model)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import re
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -165,6 +167,25 @@ def test_as_many_rows_as_samples_that_are_something_else_are_refused(kind, metho
         model = made(kind)
         want = expected(model, x)
         torch.testing.assert_close(step(model, x, method, through=proposed(error)), want, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_they_are_in_a_reentrant_checkpoint_too(method):
+    """Its outputs have no gradient at first."""
+
+    class Checkpointed(TokensFirst):
+        def inner(self, h: Tensor) -> Tensor:
+            for block in self.blocks:
+                h = block(h).tanh()
+            return h
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = checkpoint(self.inner, self.token(x).transpose(0, 1), use_reentrant=True)
+            return self.head(h.transpose(0, 1).cumsum(1))
+
+    with pytest.raises(inrun.InRunError, match=r"blocks.0 .* got 4 rows, .* still when") as error:
+        step(made(Checkpointed), ids(B, 1), method)
+    assert proposed(error) == PROPOSED[TokensFirst]
 
 
 @pytest.mark.parametrize("method", ["first", "path"])
@@ -813,7 +834,18 @@ class Later(Inline):
         return Inline.forward(run, *others)
 
 
-@pytest.mark.parametrize("how", ["nested", "of one's own", "of another's"])
+class Starred(Inline):
+    @staticmethod
+    def forward(*given: Any) -> Tensor:
+        run, x, seed = given
+        torch.manual_seed(seed)
+        return run(x)
+
+
+OWN = {"of one's own": Inline, "of another's": Later, "of starred arguments": Starred}
+
+
+@pytest.mark.parametrize("how", ["nested", *OWN])
 def test_forwards_that_will_have_a_graph_are_scored(how):
     """Their random numbers are those of the one that has it: positions, which all samples share, have rows there."""
 
@@ -835,7 +867,7 @@ def test_forwards_that_will_have_a_graph_are_scored(how):
                 torch.manual_seed(3)
                 inner = lambda z: checkpoint(self.block, z * 1, use_reentrant=True)  # noqa: E731
                 return self.head(checkpoint(inner, h, use_reentrant=True))
-            return self.head((Inline if how == "of one's own" else Later).apply(self.block, h, 3))
+            return self.head(OWN[how].apply(self.block, h, 3))
 
     found = []
     for plain in (True, False):
@@ -873,14 +905,15 @@ def test_an_evaluation_of_what_has_a_gradient_is_none_of_a_functions():
     torch.testing.assert_close(taken.values.double(), want, rtol=1e-5, atol=1e-9)
 
 
-def test_an_evaluation_in_a_reentrant_checkpoint_is_no_forward_of_the_step():
+@pytest.mark.parametrize("run", [lambda m, x: checkpoint(m, x, use_reentrant=True), lambda m, x: Inline.apply(m, x, 3)])
+def test_an_evaluation_in_a_reentrant_checkpoint_is_no_forward_of_the_step(run):
     model, x = made(nn.Linear, WIDTH, 2), torch.randn(B, WIDTH, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     tracker = inrun.track(model, optimizer, validation=lambda: model(x).square().mean())
     with tracker.step(range(B)) as taken:
         model(x).square().mean().backward()
         with torch.no_grad():
-            assert len(checkpoint(model, torch.cat([x, x]), use_reentrant=True)) == 2 * B
+            assert len(run(model, torch.cat([x, x]))) == 2 * B
         optimizer.step()
     assert taken.values.abs().min() > 0
 
@@ -955,6 +988,49 @@ def test_one_id_for_several_rows_is_refused(method):
             layers(batch).square().mean().backward()
             optimizer.step()
         assert len(tracker.ledger) == (0 if refused else 1)
+
+
+def test_one_id_for_several_rows_is_refused_in_a_later_step_too():
+    model = nn.Sequential(nn.Flatten(0, -2), nn.Linear(3, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 2))
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=LR), torch.randn(1, T, 3)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x).square().mean())
+    for batch, expected in ((x, contextlib.nullcontext()), (x[0], pytest.raises(ValueError, match="Give each row an"))):
+        with expected, tracker.step(["a"]):
+            model(batch).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_a_call_that_is_given_a_cache_is_not_made_again():
+    """It would take the other batch in."""
+
+    class Cached(Packed):
+        def forward(self, x: Tensor, cache: Any) -> Tensor:
+            cache.rows.append(len(x))
+            return super().forward(x)
+
+    model, cache = made(Cached), SimpleNamespace(rows=[])
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(ids(3, 2), cache).square().mean())
+    with tracker.step(range(B)):
+        model(ids(B, 1, T + 1), cache).square().mean().backward()
+        optimizer.step()
+    assert cache.rows == [3, B]
+
+
+def test_a_number_that_is_not_the_samples_is_the_same_with_one_sample_more():
+    class Counted(Learned):
+        def forward(self, x: Tensor, count: int = B, last: int = B) -> Tensor:
+            h, q = self.token(x[:count]), self.query(self.queries.weight.detach()[-last - 1 :])
+            return self.head((q @ h.mT).softmax(-1) @ h)
+
+    model, x = made(Counted), ids(B, 1)
+    model.queries = nn.Embedding(2 * B, WIDTH).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, ids(3, 2)))
+    with pytest.raises(inrun.InRunError, match=r"query .* as many still"), tracker.step(range(B)):
+        model(x, B, B - 1).square().mean().backward()
+        optimizer.step()
 
 
 def test_an_error_of_ones_own_is_left_as_it_is():
@@ -1078,10 +1154,13 @@ def test_a_model_that_returns_its_samples_sorted_is_refused_where_it_scores_itse
 
 
 @pytest.mark.parametrize("method", ["first", "path"])
-def test_a_layer_that_is_given_one_row_in_a_later_step_is_an_error(method):
+@pytest.mark.parametrize(
+    "aux, named", [(nn.Linear(4, 1), "aux"), (nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1)), "aux.1")]
+)
+def test_a_layer_that_is_given_one_row_in_a_later_step_is_an_error(method, aux, named):
     """It would be a row of all samples, and another model would train: so of what mixes them."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"first": nn.Linear(3, 4), "aux": nn.Linear(4, 1)})
+    model = nn.ModuleDict({"first": nn.Linear(3, 4), "aux": copy.deepcopy(aux)})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, others = torch.randn(4, 3), torch.randn(5, 3)
     tracker = inrun.track(
@@ -1096,7 +1175,7 @@ def test_a_layer_that_is_given_one_row_in_a_later_step_is_an_error(method):
 
     train(torch.tensor([True] * 4))
     with pytest.raises(
-        inrun.InRunError, match=r"aux: expected its output, which belongs to no sample alone, .* got sum"
+        inrun.InRunError, match=rf"{named}: expected its output, which belongs to no sample alone, .* got sum"
     ):
         train(torch.tensor([False, True, False, False]))
 

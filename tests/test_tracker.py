@@ -3380,12 +3380,15 @@ class Relative(nn.Module):
 
 
 @pytest.mark.parametrize("method", ["first", "path"])
-def test_an_attention_with_a_relative_bias_may_have_other_parameters(method):
+@pytest.mark.parametrize("through", [{}, {"query.weight": ""}])
+def test_an_attention_with_a_relative_bias_may_have_other_parameters(method, through):
     torch.manual_seed(0)
     model, (train, validation) = Relative(), (data("attention"), data("attention", 4, seed=2))
+    model.gain.requires_grad_(not through)  # then it scores what is named, and no parameter of its own
     expected = oracle_values(model, lambda n, g: 0.1 * g, train, validation)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    close(run_step(inrun.track(model, optimizer, method), model, optimizer, train, validation), expected)
+    tracker = inrun.track(model, optimizer, method, through=through)
+    close(run_step(tracker, model, optimizer, train, validation), expected)
 
 
 def test_a_block_of_experts_may_begin_with_codes_of_a_quantised_weight():
