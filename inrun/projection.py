@@ -9,6 +9,7 @@ rest of it. Products with 1 and 0 are exact, so that its output is what it alway
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .affine import OFF, another_output, own_output, run_with
 from .layers import LinearRule, Rule
-from .restoring import replaced, tried
+from .restoring import no_autocast, replaced, tried
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,22 @@ class Projection:
 
     Attributes:
         wide: whether the product is taken in float32, whatever the dtype of x and W.
+        uncast: whether an autocast around the module is off for the product.
     """
 
     wide: bool = False
+    uncast: bool = False
 
     def factors(self, module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """x, W and b as they are multiplied."""
         weight, bias = module._parameters["weight"], module._parameters.get("bias")
-        x = x.to(weight.dtype)
         if not self.wide:
-            return x, weight, bias
+            return x.to(weight.dtype), weight, bias
         wide = torch.promote_types(weight.dtype, torch.float32)
         return x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return no_autocast() if self.uncast else nullcontext()
 
     def rest(self, module: Any, projected: Tensor, dtype: torch.dtype) -> Any:
         """What the module makes of its projected input, which was given in `dtype`."""
@@ -60,7 +65,9 @@ class ProjectionRule(LinearRule):
         x = args[0] if args else next(iter(kwargs.values()))
         # Before the rule leaves a mark or draws random numbers, as the rest of the module may.
         own = own_output(self, partial(self._inrun_class.forward, self), x)
-        y = tap.form.rest(self, self.scored(x), x.dtype)
+        with tap.form.autocast():
+            projected = self.scored(x)
+        y = tap.form.rest(self, projected, x.dtype)
         if own is not None and not all(map(_near, pytree.tree_leaves(y), pytree.tree_leaves(own))):
             raise another_output(self, "project its input first of all")
         return y
@@ -99,11 +106,13 @@ def recognise(module: nn.Module) -> Projection | None:
                     each.training = mode
                 if not _same(module, Projection(), size * x, each_values):
                     return None
-            values = {name: p.bfloat16() for name, p in values.items()}
-            forms = (
-                form for form in (Projection(), Projection(wide=True)) if _same(module, form, x.bfloat16(), values)
-            )
-            return next(forms, None)
+            narrow = {name: p.bfloat16() for name, p in values.items()}
+            for form in (Projection(wide, uncast) for wide in (False, True) for uncast in (False, True)):
+                if _same(module, form, x.bfloat16(), narrow):
+                    with torch.autocast(weight.device.type, torch.bfloat16):
+                        if _same(module, form, x, values):
+                            return form
+            return None
     except Exception:  # a module that cannot be run like this is of another kind, whatever it says
         return None
 
@@ -114,19 +123,22 @@ def _same(module: Any, form: Projection, x: Tensor, values: dict[str, Tensor]) -
     with replaced([(module, name, value) for name, value in values.items()]):
         for by_parts in (False, True):
             torch.manual_seed(0)
-            out = (
-                form.rest(module, F.linear(*form.factors(module, x)), x.dtype) if by_parts else run_with(module, x, {})
-            )
+            if by_parts:
+                with form.autocast():
+                    projected = F.linear(*form.factors(module, x))
+                out = form.rest(module, projected, x.dtype)
+            else:
+                out = run_with(module, x, {})
             outputs.append(pytree.tree_leaves(out))
     first, second = outputs
-    return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
+    return all(_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _near(a: Any, b: Any) -> bool:
     """Whether the numbers of an output are another's, to what half precision rounds."""
     if not isinstance(a, Tensor) or not a.is_floating_point():
         return True
-    if a.shape != b.shape:
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
     same = (a == b) | (a.isnan() & b.isnan())  # -inf, say, of what is masked
     apart = torch.where(same, 0.0, (a - b).float())

@@ -4,7 +4,7 @@ A layer whose input is `[1, ...]`, or positions `[T]`, returns a row for each sa
 has a gradient of its own. Where that is added to a batch, or goes row by row, it comes to the same. Where it does not
 (`p[0]`, `p.sum(0)`, `p.norm()`), another model would train, or one sample would have the gradient of all. So each
 operation on such an output is tried with rows that differ; one that mixes them is an error as soon as a gradient comes
-through it.
+through it, and where none will (`p.detach().norm()`), is warned of.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import InRunError
 from .restoring import drew_since, random_kept, random_state
+from .tap import will_have_a_graph
 
 _MASKS = (torch.bool, torch.uint8)
 
@@ -76,16 +77,18 @@ class Shared(Tensor):
                     raise
                 raise _refused(ours[0]._layer, ours[0].shape[0], func) from error
             leaves, spec = pytree.tree_flatten(result)
-            computed = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-            computed = [i for i in computed if not isinstance(leaves[i], cls)]
-            if not computed or not ours:
+            computed = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and not isinstance(x, cls)]
+            computed = [i for i in computed if leaves[i].is_floating_point() or leaves[i].is_complex()]
+            if not computed or not ours or (not torch.is_grad_enabled() and will_have_a_graph()):
                 return result
             layer, size, lead = ours[0]._layer, ours[0].shape[0], ours[0]._lead
             drew = drew_since(before)
             runs = None if drew else _tried(func, args, kwargs, size)
             for i in computed:
-                x = leaves[i]
-                if runs is None or not all(isinstance(run[i], Tensor) for run in runs):
+                x, first = leaves[i], None
+                if runs is not None and any(len(run) != len(leaves) for run in runs):  # one for each, as of unbind
+                    kind = "mixed"
+                elif runs is None or not all(isinstance(run[i], Tensor) for run in runs):
                     # Dropout, or what plain training cannot compute.
                     kind = lead if x.shape == ours[0].shape else "own"
                     if drew and x.shape[:1] == (size,) and not torch.equal(x[0], x[-1]):
@@ -95,6 +98,9 @@ class Shared(Tensor):
                     kind = _kind(whole, first, last, size)
                 if isinstance(kind, bool):
                     leaves[i] = cls.of(x, layer, kind)
+                elif kind != "own" and not x.requires_grad:
+                    if first is None or first.shape != x.shape or _apart(x, first):
+                        _warn_of_constant(layer, size, func)
                 elif kind == "misplaced":
                     raise _refused(layer, size, func)
                 elif kind == "mixed":
@@ -111,8 +117,7 @@ def _tried(func: Any, args: Any, kwargs: Any, size: int) -> list[list[Any]] | No
         rows = x.as_subclass(Tensor).detach().clone()
         if not isinstance(x, Shared):
             return rows
-        if rows.is_floating_point():
-            rows *= 1 + 0.1 * torch.arange(size, device=rows.device).view(-1, *[1] * (rows.dim() - 1))
+        rows *= 1 + 0.1 * torch.arange(size, device=rows.device).view(-1, *[1] * (rows.dim() - 1))
         return rows if row is None else rows[[row]] if x._lead else rows[row]
 
     found = []
@@ -141,9 +146,12 @@ def _kind(whole: Tensor, first: Tensor, last: Tensor, size: int) -> bool | str:
         kind, rows = True, (first[0], last[0])
     else:
         return "mixed"
-    apart = [(a.double() - b.double()).norm() > 1e-2 * b.double().norm() + 1e-6
-             for a, b in zip((whole[0], whole[-1]), rows, strict=True)]  # fmt: skip
-    return "mixed" if any(apart) else kind
+    return "mixed" if _apart(whole[0], rows[0]) or _apart(whole[-1], rows[1]) else kind
+
+
+def _apart(a: Tensor, b: Tensor) -> bool:
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    return bool((a.to(wide) - b.to(wide)).norm() > 1e-2 * b.to(wide).norm() + 1e-6)
 
 
 def _warn_of_numbers(layer: str, func: Any) -> None:
@@ -151,6 +159,14 @@ def _warn_of_numbers(layer: str, func: Any) -> None:
         f"{layer or 'model'}: {getattr(func, '__name__', func)}() draws random numbers on its output, which belongs to "
         "all samples together: for each of them in a step, where plain training draws once for all. To train as "
         "without a tracker, draw them on what each sample has of its own", stacklevel=5)  # fmt: skip
+
+
+def _warn_of_constant(layer: str, size: int, func: Any) -> None:
+    warnings.warn(
+        f"{layer or 'model'}: {getattr(func, '__name__', func)}() takes, without a gradient, all rows of its output, "
+        f"which belongs to no sample alone: in a step there are {size} of them, one for each, and what is found is not "
+        "what it is without a tracker. If a loss depends on it, give the layer an input that has the samples, [B, ...]",
+        stacklevel=5)  # fmt: skip
 
 
 def _raise(error: Exception) -> None:

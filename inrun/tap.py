@@ -79,7 +79,7 @@ class Tap:
         if self.keep is None and self.probe is None:
             return False
         eager = not torch.compiler.is_compiling()
-        if not torch.is_grad_enabled() and eager and not _will_have_a_graph():
+        if not torch.is_grad_enabled() and eager and not will_have_a_graph():
             if self.rows.watched:
                 self.rows.pass_by(self)
             return False  # an evaluation, of any batch
@@ -101,7 +101,7 @@ def as_it_is(x: Tensor) -> Tensor:
     return x
 
 
-def _will_have_a_graph() -> bool:
+def will_have_a_graph() -> bool:
     """Whether what runs without one now is a forward that counts: of an autograd function with a gradient to come, as a
     reentrant checkpoint's, which has a graph when it is run again; or one that carries tangents."""
     if forward_ad._current_level >= 0:

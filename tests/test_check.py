@@ -338,12 +338,26 @@ class ClampedWeight(Scaling):
         return x * self.weight.clamp(-10, 10) + self.bias
 
 
+class Gated(Scaling):
+    def forward(self, x: Tensor, gate: Any = None) -> Tensor:
+        return super().forward(x if gate is None else x * gate)
+
+
+class OneShift(Scaling):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.full((1,), 3.0))
+
+
 class FarClamped(Scaling):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).clamp(-1e4, 1e4)
 
 
-@pytest.mark.parametrize("module", [Dropping().eval(), Dropping(), Clamped(), Clamped(20.0), ClampedWeight(20.0)])
+@pytest.mark.parametrize(
+    "module",
+    [Dropping().eval(), Dropping(), Clamped(), Clamped(20.0), ClampedWeight(20.0), Gated(), OneShift()],
+)
 def test_what_scales_in_one_mode_or_for_small_numbers_alone_is_not_taken_for_a_scale(module):
     assert recognise(Scaling(20.0)) is not None and recognise(module) is None
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), copy.deepcopy(module), nn.Linear(WIDTH, VOCAB))
@@ -553,6 +567,19 @@ def test_tokens_flattened_over_samples(method):
         expected = one_at_a_time(before, model if method == "secant" else before, held, x, y)
         torch.testing.assert_close(step.values, expected, rtol=1e-3, atol=1e-6)
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_tokens_flattened_before_a_batch_norm_are_refused(method):
+    """As `[B, T, ...]` they would be normed over samples alone, where there are as many tokens as features."""
+    model = Flattened()
+    model.norm = nn.BatchNorm1d(WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x, y = torch.randn(B, WIDTH, WIDTH), torch.randint(VOCAB, (B, WIDTH))
+    tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x, y))
+    with pytest.raises(ValueError, match=r"norm: input: expected shape \[B, ...\]"), tracker.step(range(B)):
+        loss_of(model, x, y).backward()
+        optimizer.step()
 
 
 def test_samples_that_are_all_alike_tell_nothing_of_their_order():
@@ -855,6 +882,7 @@ class Handed(nn.Module):
         super().__init__()
         self.a, self.b, self.c, self.used = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         self.listed, self.unread = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.stored, self.present = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.a.weight).type_as(self.b.weight) + self.c.weight.new_zeros(())
@@ -863,7 +891,8 @@ class Handed(nn.Module):
         x = self.c.forward(layer(x)) + 0 * self.b.weight.sum().detach()
         for other in [self.listed]:
             x = other(x) * self.listed.weight.mean().detach()
-        return self.tail(x)
+        self.stored.bias = None
+        return self.tail(x) if self.present.weight is not None else x
 
     def tail(self, x: Tensor) -> Tensor:
         return F.linear(x, self.used.weight, self.used.bias) if self.used.weight is not None else x
@@ -872,9 +901,16 @@ class Handed(nn.Module):
         return self.unread.weight
 
 
-def test_which_children_are_used_without_being_called():
-    modules = dict(Handed().named_modules())
+class Heir(Handed):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Handed, Heir])
+def test_which_children_are_used_without_being_called(kind):
+    modules = dict(kind().named_modules())
     assert borrowers(modules, {name: [] for name in modules if name}) == {"used": ""}
+    assert not borrowers(dict(nn.MultiheadAttention(WIDTH, 2).named_modules()), {"out_proj": []})  # torch's own
     with_own = {name: [] for name in modules}  # the parent is run by forward-mode AD then
     assert borrowers(modules, with_own).keys() == {"used", "b", "listed"}
 

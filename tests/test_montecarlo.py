@@ -175,11 +175,12 @@ def test_a_layer_in_front_that_has_no_gradient():
     close(found[1], found[0])
 
 
-def test_buffers_are_those_of_the_loops_own_forwards():
+@pytest.mark.parametrize("options", [{}, {"permutations": 2}])
+def test_buffers_are_those_of_the_loops_own_forwards(options):
     model, optimizer = tied("adamw")
     model.register_buffer("seen", torch.zeros(()))
     model.register_forward_pre_hook(lambda module, _: module.seen.add_(1) and None)
-    tracker = inrun.track(model, optimizer, "monte_carlo", validation=validation(model))
+    tracker = inrun.track(model, optimizer, "monte_carlo", validation=validation(model), **options)
     with tracker.step(range(N)):
         loss_of(model, *tokens()).backward()
         optimizer.step()

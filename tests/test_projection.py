@@ -40,7 +40,8 @@ class Router(nn.Module):
 
 class Wide(Router):
     def logits(self, x):
-        return F.linear(x.float(), self.weight.float())
+        bias = getattr(self, "bias", None)
+        return F.linear(x.float(), self.weight.float(), None if bias is None else bias.float())
 
 
 class WideThenRounded(Wide):
@@ -53,6 +54,24 @@ class WideThenRounded(Wide):
 class RoundedThenWide(Router):
     def logits(self, x):
         return F.linear(x, self.weight).float()
+
+
+class Casting(Router):
+    def logits(self, x):
+        return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+
+
+class Uncast(Router):
+    """Autocast around it is off in it."""
+
+    def logits(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().logits(x.to(self.weight.dtype))
+
+
+class Masking(Router):
+    def forward(self, x, mask=None):
+        return super().forward(x if mask is None else x * mask)
 
 
 class Noisy(Router):
@@ -168,6 +187,16 @@ class Sieved(Router):
         return logits.masked_fill(logits < logits.topk(2)[0][..., -1:], float("-inf"))
 
 
+class SievedBounded(Sieved, Bounded):
+    pass
+
+
+class Voided(Router):
+    def forward(self, x):
+        logits, scores, chosen = super().forward(x)
+        return logits, scores.masked_fill(scores < 0.5, float("nan")), chosen
+
+
 NARROW, WIDE = Projection(), Projection(wide=True)
 
 
@@ -176,7 +205,8 @@ NARROW, WIDE = Projection(), Projection(wide=True)
     [(Router, NARROW), (Wide, WIDE), (RoundedThenWide, NARROW), (Noisy, NARROW), (Counting, NARROW), (Jittered, None),
      (WideThenRounded, None), (Normed, None), (Masked, None), (Residual, None), (lambda: Router(bias=True), NARROW),
      (Scored, NARROW), (Deep, None), (Scaled, None), (Sparse, None), (Bounded, None), (Overflowing, NARROW),
-     (Sieved, NARROW)],
+     (Sieved, NARROW), (lambda: Wide(bias=True), WIDE), (Masking, None),
+     (Uncast, Projection(uncast=True))],
 )  # fmt: skip
 def test_which_modules_project_first(made, form):
     module = made()
@@ -231,6 +261,46 @@ def test_values_without_a_second_forward(made, dtype, method):
     assert apart < (1e-4 if dtype == torch.float32 else 3e-2)
 
 
+@pytest.mark.parametrize("kind", [Casting, Wide])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_weight_of_another_dtype_than_the_input(dtypes, kind):
+    class Named(Model):
+        def forward(self, x):
+            logits, scores, _ = self.router(x=x)
+            return self.last(torch.cat([logits, scores], -1).to(x.dtype).view(*x.shape[:2], -1))
+
+    of_weight, given = dtypes
+    model: Any = Named(kind()).to(given)
+    model.router.to(of_weight)
+    x, before = torch.randn(B, T, H).to(given), copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x).float().square().sum())
+    assert isinstance(model.router, ProjectionRule)
+    refused = pytest.raises(inrun.InRunError, match="router: expected Casting to project its input first of all")
+    rounds = kind is Casting and given is torch.bfloat16  # to what the projection itself has not
+    with refused if rounds else contextlib.nullcontext(), tracker.step(range(B)):
+        out = model(x)
+        out.float().square().sum().backward()
+        optimizer.step()
+        assert torch.equal(out, before(x))
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("made", [Router, Wide, Uncast])
+def test_an_autocast_reaches_the_product_that_it_reaches_untracked(made, method):
+    torch.manual_seed(0)
+    model, x = Model(made()), torch.randn(B, T, H)
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=LR), copy.deepcopy(model)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(x).square().sum())
+    assert isinstance(model.router, ProjectionRule)
+    with tracker.step(range(B)):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, out = model.router(x)[0], model(x)
+            torch.testing.assert_close(logits, before.router(x)[0])
+        (out.float().square().sum() + 0 * logits.sum()).backward()
+        optimizer.step()
+
+
 def gradients(model, x):
     """Each sample's, in float64, one sample at a time."""
     model = copy.deepcopy(model).double()
@@ -272,11 +342,12 @@ def test_what_is_tried_is_left_as_it_was():
 
 
 @pytest.mark.parametrize("method", ["first", "path"])
-def test_a_module_that_does_more_to_a_batch_than_to_what_was_tried_is_refused(method):
+@pytest.mark.parametrize("kind", [Bounded, SievedBounded])
+def test_a_module_that_does_more_to_a_batch_than_to_what_was_tried_is_refused(kind, method):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.router, self.head = Bounded(1e4), nn.Linear(E, E)
+            self.router, self.head = kind(1e4), nn.Linear(E, E)
 
         def forward(self, x):
             return self.head(self.router(x)[0].softmax(-1))
@@ -285,7 +356,8 @@ def test_a_module_that_does_more_to_a_batch_than_to_what_was_tried_is_refused(me
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     tracker = inrun.track(model, optimizer, method, validation=lambda: model(torch.randn(2, H)).square().sum())
     for size in (1.0, 1e5):
-        refused = pytest.raises(inrun.InRunError, match="router: expected Bounded to project its input first of all")
+        said = f"router: expected {kind.__name__} to project its input first of all"
+        refused = pytest.raises(inrun.InRunError, match=said)
         with contextlib.nullcontext() if size == 1.0 else refused, tracker.step(range(B)):
             tracker._rows.compared = True
             model(size * torch.randn(B, H)).square().sum().backward()
@@ -294,7 +366,7 @@ def test_a_module_that_does_more_to_a_batch_than_to_what_was_tried_is_refused(me
 
 
 @pytest.mark.parametrize("method", ["first", "path"])
-@pytest.mark.parametrize("kind", [Noisy, Sieved])
+@pytest.mark.parametrize("kind", [Noisy, Sieved, Voided])
 def test_a_module_that_draws_or_masks_is_compared_with_what_it_returns(kind, method):
     class Model(nn.Module):
         def __init__(self):

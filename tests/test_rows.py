@@ -1217,6 +1217,35 @@ def test_random_numbers_on_what_all_samples_share_are_told_of():
         optimizer.step()
 
 
+@pytest.mark.parametrize("graded", [True, False])
+def test_numbers_that_take_no_gradient_from_what_all_samples_share_are_told_of(graded):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place, self.out, self.by_row = nn.Embedding(5, 8), nn.Linear(8, 3), True
+
+        def forward(self, x):
+            places = self.place(torch.arange(5)[None])
+            with torch.set_grad_enabled(graded):
+                still = places.detach()
+                size = still.norm(dim=-1, keepdim=True) + still.mean() if self.by_row else still.norm()
+            return self.out(x + F.dropout(places, 1e-9) / size).mean(1)
+
+    model, x = Model(), torch.randn(4, 5, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for by_row in (True, False):
+        model.by_row = by_row
+        tracker = inrun.track(model, optimizer, validation=lambda: model(torch.ones(2, 5, 8)).square().mean())
+        told = pytest.warns(UserWarning, match=r"place: norm\(\) takes, without a gradient, all rows of its output")
+        with contextlib.nullcontext() if by_row else told, warnings.catch_warnings():
+            warnings.simplefilter("error" if by_row else "always")
+            with tracker.step(range(4)):
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        tracker.close()
+
+
 @pytest.mark.parametrize("method", ["first", "path"])
 def test_a_layer_that_had_a_row_for_each_sample_may_have_one_for_all_later(method):
     class Conditioned(nn.Module):

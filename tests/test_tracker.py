@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 import inrun
 from inrun import inline, shards
+from inrun.affine import AffineRule
 from inrun.distributed import Ranks
 from inrun.errors import Pending
 from inrun.restoring import replaced, setting, undone
@@ -624,7 +625,8 @@ def test_a_gpus_answer_about_a_step_is_not_waited_for(wait):
         tracker.close() if wait else tracker.step(range(B)).__enter__()
 
 
-def test_a_gpus_answer_about_a_validation_gradient_is_not_waited_for(monkeypatch):
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_gpus_answer_about_a_validation_gradient_is_not_waited_for(alone, monkeypatch):
     """The next step finds out, or the end."""
     there = []
     asked = []
@@ -632,7 +634,9 @@ def test_a_gpus_answer_about_a_validation_gradient_is_not_waited_for(monkeypatch
     model = make("mlp")
     tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1), check=False)
     with tracker.validation():
-        (loss_of(model, *data("mlp")) * math.inf).backward()
+        (loss_of(model, *data("mlp")) * (1.0 if alone else math.inf)).backward()
+        if alone:
+            model.net[0].weight.grad[0, 0] = math.inf
     ((pending, wrong, error),) = asked
     event = SimpleNamespace(query=lambda: bool(there))
     pending._asked.append((wrong, event, error))
@@ -930,6 +934,8 @@ def test_several_targets_by_block_and_by_callable():
     expected = torch.stack([oracle_values(model, lambda n, g: 0.1 * g, train, v) for v in (code, prose)], dim=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tracker = inrun.track(model, optimizer, targets=("code", "prose"))
+    with pytest.raises(ValueError, match="target: expected one of code, prose, got None"), tracker.validation():
+        pass
     for name, validation in (("code", code), ("prose", prose)):
         with tracker.validation(name):
             loss_of(model, *validation).backward()
@@ -1279,6 +1285,24 @@ def test_excluded_and_frozen_parameters():
     assert 0 < tracker.ledger.metadata["excluded_share"] < 1
 
 
+@pytest.mark.parametrize("method", ["first", "secant"])
+def test_excluded_parameters_train_as_without_a_tracker(method):
+    def train(tracked):
+        model = make("mlp")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss = lambda: loss_of(model, *data("mlp", 4, 2))  # noqa: E731
+        tracker = tracked and inrun.track(model, optimizer, method, exclude=["net.0.*"], validation=loss)
+        for _ in range(2):
+            with tracker.step(range(B)) if tracker else contextlib.nullcontext():
+                loss_of(model, *data("mlp")).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return model.state_dict()
+
+    for found, expected in zip(train(True).values(), train(False).values(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_parameter_that_trains_since_it_was_tracked_is_an_error():
     model, validation = make("mlp"), data("mlp", 4, 2)
     model.head.requires_grad_(False)
@@ -1560,6 +1584,7 @@ ONE, BARE = torch.arange(6)[None], torch.arange(6)
         (lambda p, n: p.squeeze(0), ONE),
         (lambda p, n: F.dropout(p, 0.0) / p.norm(dim=-1, keepdim=True), ONE),
         (lambda p, n: torch.einsum("btd,td->btd", p, p.detach()[0] * 0 + 1), ONE),
+        (lambda p, n: torch.fft.ifft(torch.fft.fft(p)).real, ONE),
     ],
 )
 def test_what_all_samples_share_is_scored_for_each(use, ids, method):
@@ -1602,6 +1627,9 @@ def close_and_copy(tracker, model):
         (lambda p, n: p.repeat(n, 1, 1), ONE, "repeat"),
         (lambda p, n: (p * 2).flip(0), ONE, "flip"),
         (lambda p, n: p[None], BARE, "getitem"),
+        (lambda p, n: p.unbind()[0], ONE, "unbind"),
+        (lambda p, n: F.dropout(p, 0.5)[0], ONE, "getitem"),
+        (lambda p, n: torch.fft.ifft(torch.fft.fft(p).flip(0)).real, ONE, "flip"),
     ],
 )
 def test_what_mixes_the_rows_of_what_samples_share_is_an_error(use, ids, named, method):
@@ -1824,13 +1852,16 @@ def test_an_excluded_sparse_embedding_trains_beside():
     model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tracker = inrun.track(model, optimizer, exclude=["0.*"])
-    ids = torch.randint(7, (B, 3))
+    ids, plain = torch.randint(7, (B, 3)), copy.deepcopy(model)
+    table, *others = torch.autograd.grad(plain(ids).square().mean(), list(plain.parameters()))
+    squares = [g.square().sum() for g in (table.to_dense(), *others)]
     with tracker.validation():
         model(ids).square().mean().backward()
     with tracker.step(range(B)) as step:
         model(ids).square().mean().backward()
         optimizer.step()
     assert step.values.sum() > 0 and 0 < tracker.ledger.metadata["excluded_share"] < 1
+    assert tracker.ledger.metadata["excluded_share"] == pytest.approx(float(squares[0] / sum(squares)))
 
 
 @pytest.mark.parametrize("method", ["first", "secant"])
@@ -1843,8 +1874,9 @@ def test_a_validation_gradient_that_is_far_larger_than_a_batchs_is_said(method):
             warnings.simplefilter("always")
             for _ in range(2):
                 for name, times in (("a", 1.0), ("b", scale)):
-                    with tracker.validation(name):
-                        (times * loss_of(model, *data("mlp", 4, 2))).backward()
+                    by = 1024.0 if name == "a" else 1.0  # which is no gradient's size
+                    with tracker.validation(name, scale=by):
+                        (by * times * loss_of(model, *data("mlp", 4, 2))).backward()
                 with tracker.step(range(B)):
                     loss_of(model, *data("mlp")).backward()
                     optimizer.step()
@@ -2632,6 +2664,28 @@ def test_a_norm_of_half_precision_takes_inputs_in_float32(method):
         return step.values
 
     close(values(torch.bfloat16), values(torch.float32).double(), rtol=2e-2)
+
+
+def test_a_norm_of_half_precision_rounds_as_it_does_itself():
+    class OffsetNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(0.003 * torch.randn(WIDTH))
+
+        def forward(self, x):
+            return (F.rms_norm(x.float(), (WIDTH,)) * (1 + self.weight.float())).type_as(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), OffsetNorm(), nn.Linear(WIDTH, VOCAB)).bfloat16()
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(4, WIDTH).bfloat16()
+    expected = model(x)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x).float().square().mean())
+    assert isinstance(model[1], AffineRule)
+    with tracker.step(range(4)):
+        found = model(x)
+        found.float().square().mean().backward()
+        optimizer.step()
+    assert torch.equal(found, expected)
 
 
 class WithScale:

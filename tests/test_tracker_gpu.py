@@ -14,9 +14,11 @@ import pytest
 import torch
 from models import B, T, data, loss_of, make
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import inrun
+from inrun.shared import InRange
 from inrun.tasks import Lion
 
 V, STEPS = 4, 2
@@ -330,6 +332,23 @@ def test_an_index_that_is_tried_is_not_the_end_of_a_gpu():
     assert torch.ones(2, device="cuda").sum().item() == 2
 
 
+@pytest.mark.gpu
+def test_each_operation_that_looks_something_up_is_asked_what():
+    x, ids = torch.randn(4, 6, device="cuda"), torch.tensor([[4, 5]], device="cuda")
+    with InRange():
+        assert (x.index_select(1, ids[0]) == x[:, ids[0]]).all() and (x.gather(1, ids) == x[0, ids]).all()
+        assert (x[:1][ids[0, :1] == 4] == x[0]).all()
+        for refused in (
+            lambda: F.embedding(ids, x),
+            lambda: x.index_select(0, ids[0]),
+            lambda: x.gather(0, ids),
+            lambda: x[ids],
+            lambda: x[:, ids + 2],
+        ):
+            with pytest.raises(IndexError, match="indices below"):
+                refused()
+
+
 @pytest.mark.skipif(torch.version.cuda or torch.version.hip, reason="needs torch's CPU build")
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
 def test_on_a_simulated_gpu():
@@ -342,6 +361,7 @@ def test_on_a_simulated_gpu():
     here_too += [f"test_a_scored_step_waits_for_nothing_of_a_gpu[{case}]" for case in cases]
     here_too += ["test_rates_on_a_gpu_are_not_waited_for[one on the device]"]
     here_too += ["test_an_index_that_is_tried_is_not_the_end_of_a_gpu"]
+    here_too += ["test_each_operation_that_looks_something_up_is_asked_what"]
     cases = ("False-first-LSTM", "True-first-GRU", "False-path-LSTMCell", "True-path-GRUCell")
     here_too += [f"test_recurrent_layers[{case}]" for case in cases]
     here_too += [f"test_packed_sequences_are_refused[{kind}]" for kind in ("LSTM", "GRU")]
