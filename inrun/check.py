@@ -78,6 +78,7 @@ def efficiency(
     if numbers := [s.name for s in slots if s.grad is not None and not of_slot[id(s)][2].isfinite().all()]:
         raise InRunError(f"the loss or its gradients: expected finite numbers, got NaN or infinity for {few(numbers)}")
     wrong: dict[str, list[Any]] = {}  # what is, of which slots
+    met = False  # whether a layer of theirs made scores
     tells = []
     for members, (total, size, count) in zip(groups, scores, strict=True):
         gradient = sum((of_slot[id(s)][0] for s in members), none)
@@ -87,12 +88,13 @@ def efficiency(
         tolerance = coarse * (SUM_TOLERANCE * size + ROUNDING * rounding) + NOTHING
         if not bool(((total - gradient).abs() <= tolerance + beside).all()):
             wrong[f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}"] = members
+            met = met or bool(count.any())
         elif not count.any() and any(bool(of_slot[id(s)][2].any()) for s in members):
             wrong[f"{shapes}: not scored, though it has a gradient"] = members
         tells.append(float((gradient.abs() > 2 * tolerance).any()))
     if wrong:
         more = [] if len(wrong) <= _SHOWN else [f"and {len(wrong) - _SHOWN} more"]
-        of_all = 2 * len(wrong) > len(groups)  # then it is another reason
+        of_all = met and 2 * len(wrong) > len(groups)  # then it is another reason
         raise InRunError(
             "the scores do not add up to the gradients. Either something uses these parameters past their modules "
             "(call the module, track with through={parameter: the module that does}, or exclude the parameter), or "

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from . import probing
 from .errors import InRunError, few
-from .restoring import random_kept, random_state, set_random_state, setting, state_kept, state_of
+from .restoring import buffers_copied, random_kept, random_state, set_random_state, setting, state_kept, state_of
 from .tap import Layout, Tap, along
 
 _outside: Any = torch.compiler.disable  # of graphs; as a function of a function, which pyright takes for a decorator
@@ -191,7 +191,7 @@ def by_sample(module: Any, leaf: int, out: Tensor, layout: Layout) -> Tensor:
             f"{tap} ({module._inrun_class.__name__}): expected every output to be {expected} with "
             f"B = {layout.rows}, got {tuple(out.shape)}; it holds parameters with no rule of their own "
             f"({few(tap.parameters, 20)}), which are scored by their module's output. {instead}, or "
-            "exclude them"
+            "exclude them, or those of them that this output is made of"
         )
     else:
         out = out.movedim(axis, 0)
@@ -249,7 +249,12 @@ def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list
             return [_unpacked(x, scale)[1] for x in pytree.tree_leaves(_run(module, args, kwargs))]
 
     told, uncaptured = tap.sets_grad_mode, _outside(run)
-    tangents = uncaptured()
+    tangents: list[Any] = []
+    try:
+        tangents = uncaptured()
+    except InRunError:  # of what `no_grad` keeps tangents from, as spectral norm's `out=`
+        if told or not tap.sets_grad_mode:
+            raise
     if tap.sets_grad_mode and not told:  # which this run has found
         tangents = uncaptured()
     _require_unchanged(module, args, kwargs, versions)
@@ -338,12 +343,27 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
                     moving.register_hook(torch.clone)
                 _refresh(owner)
             probing.write_out(True)
-            yield scale
+            with remade(tap):
+                yield scale
         finally:
             probing.write_out(False)
             for owner, local, param in plain:
                 owner._parameters[local] = param
                 _refresh(owner)
+
+
+@contextlib.contextmanager
+def remade(tap: Tap) -> Iterator[None]:
+    """Weights that hooks made of the parameters, before a forward, are made of these as they now are."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in tap.made]
+    try:
+        for owner, name, make in tap.made:
+            with buffers_copied(owner):
+                setattr(owner, name, make())
+        yield
+    finally:
+        for owner, name, weight in before:
+            setattr(owner, name, weight)
 
 
 @contextlib.contextmanager
@@ -502,4 +522,4 @@ def _no_fused_recurrence() -> Iterator[None]:
 
 def _refresh(owner: Any) -> None:
     if isinstance(owner, nn.RNNBase):  # which reads its parameters from a list of its own
-        owner._flat_weights = [owner._parameters.get(name) for name in owner._flat_weights_names]
+        owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]

@@ -362,7 +362,8 @@ class Keeper:
         places = [(owner, local) for owner, local, trained in kept.trained if trained]
         # A checkpoint would compute its part again in the backward, where all of this is as it is now.
         uncheckpointed = forward_mode.checkpoints(lambda: None)
-        with self._as_in_its_step(kept), buffers_copied(module), uncheckpointed, torch.enable_grad():
+        remade = forward_mode.remade(module._inrun)
+        with self._as_in_its_step(kept), buffers_copied(module), uncheckpointed, torch.enable_grad(), remade:
             params = [get_gradient_edge(owner._parameters[local]) for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
         for leaf in grads:

@@ -47,7 +47,8 @@ def remedies(
         for one, other in _pairs(whole, more, layer):
             before, after = shapes = one.get(None, ()), other.get(None, ())  # subclasses may take other things
             ids = isinstance(layer, EmbeddingRule)  # `[T]`; a single one has no rows
-            shared = all(shape[:1] == (1,) or (ids and len(shape) == 1) for shape in shapes) or None not in one
+            shared = all(shape[:1] == (1,) if len(shape) > 1 else ids and len(shape) == 1 for shape in shapes)
+            shared = shared or None not in one
             shared = shared and _template(path) not in alike
             each, rest = divmod(before[0] if before else 0, rows)
             folded = (

@@ -3,13 +3,13 @@
 Sizes that happen to be B: `[T, ...]` of a layer that goes token by token, or outputs that are stacked layer by layer,
 look like `[B, ...]` where T is B. So before the update of the first step of several samples the model is run once more,
 with its last sample twice: what has B rows still has none of the samples'. And in one process in eval mode, on the
-batch, on the batch with its samples moved on by one, and on its first sample alone, as often: rows that are the same
-ones, but have not moved on, are in an order of the model's own.
+batch, on the batch with its samples moved on by one (all but the last), and on its first sample alone, as often: rows
+that are the same ones, but have not moved on, are in an order of the model's own.
 
 Rows that are samples' tokens, flattened: `head(h.view(-1, W))`, OPT's blocks. Such a `[B * T, W]` can be scored where
 the samples' rows lie one after the other, which is found out of layers that have as many rows for a sample as an input
-has: the model is run in eval mode on the batch and on the batch with its samples moved on by one, when the layer's rows
-must have moved on by as many as belong to a sample.
+has: the model is run in eval mode on the batch and on the batch with its samples moved on, when the layer's rows must
+have moved on with them. That is so of rows that are as many as the same dimensions of its inputs say, in later steps.
 
 These runs are without gradients, and not within the forward: the user's own contexts around it cannot be entered twice.
 Of several processes all make the first or none, as the model may exchange something in its forward.
@@ -108,8 +108,9 @@ class _Call(NamedTuple):
         return True
 
     def moved_on(self) -> _Call:
-        """The call of its samples moved on by one."""
-        args, kwargs = pytree.tree_map(lambda x: x.roll(1, 0) if self.is_of_samples(x) else x, (self.args, self.kwargs))
+        """The call of its samples in `_moved`'s order."""
+        order, inputs = _moved(self.rows), (self.args, self.kwargs)
+        args, kwargs = pytree.tree_map(lambda x: x[order] if self.is_of_samples(x) else x, inputs)
         return self._replace(args=args, kwargs=kwargs)
 
     def leaves(self) -> list[Any]:
@@ -128,11 +129,14 @@ class _Call(NamedTuple):
         """Whether it can be made again: a cache, say, would take each run in."""
         return all(x is None or isinstance(x, _PLAIN) for x in self.leaves())
 
-    def sizes(self) -> set[int]:
-        """Products of sizes that the inputs have beside B."""
-        shapes = [x.shape[1:] for x in self.leaves() if self.is_of_samples(x)]
-        picks = (pick for shape in shapes for n in range(1, len(shape) + 1) for pick in combinations(shape, n))
-        return {math.prod(pick) for pick in picks}
+    def sizes(self) -> dict[int, set[tuple[int, tuple[int, ...]]]]:
+        """Products of sizes that the inputs have beside B, and of which inputs and dimensions each is."""
+        found = {}
+        for number, x in enumerate(self.leaves()):
+            axes = range(1, x.dim()) if self.is_of_samples(x) else ()
+            for pick in (pick for n in range(1, len(axes) + 1) for pick in combinations(axes, n)):
+                found.setdefault(math.prod(x.shape[axis] for axis in pick), set()).add((number, pick))
+        return found
 
 
 class _Taken(NamedTuple):
@@ -172,8 +176,8 @@ class Rows:
     ) -> None:
         self._model, self._through, self._folding, self._paused, self._ranks = model, through, folding, paused, ranks
         self._agreed = False  # whether several processes have been asked for the run with one sample more
-        self._known: set[nn.Module] = set()
-        self._asked: dict[Any, tuple[int, ...]] = {}  # layers of flattened tokens, and their inputs' shapes
+        self._known: dict[nn.Module, set] = {}  # layers of flattened tokens, and what sizes these were
+        self._asked: dict[Any, tuple[tuple[int, ...], set]] = {}  # the same of this step, and their inputs' shapes
         self._calls: dict[int, tuple[_Call, dict[Any, int]]] = {}  # of the model, and of modules' taps within each
         self._taken: set[_Taken] = set()
         self._call: _Call | None = None
@@ -182,7 +186,7 @@ class Rows:
         self.rows = 0  # B of the next forward; 0 where nothing is to be told from sizes
         self.watched = False  # whether to see what becomes of outputs that all samples share
         self.compared = False  # whether a module known by running it is to be compared with itself
-        self._sizes: set[int] | None = None  # what a sample may have of rows there
+        self._sizes: dict[int, set] | None = None  # what a sample may have of rows there
         self._lone: bool | None = None  # whether an input has the one sample, or none is known
 
     def begin(self, rows: int) -> None:
@@ -243,15 +247,17 @@ class Rows:
             return self._lone
         if self._sizes is None:
             call = self._looked_up()
-            self._sizes = call.sizes() if call is not None else set()
+            self._sizes = call.sizes() if call is not None else {}
         # As many as an input has: tokens that were picked out have as many only where each sample has all of its own.
-        if x.shape[0] // self.rows not in self._sizes:
+        sizes = self._sizes.get(x.shape[0] // self.rows)
+        if sizes is None:
             return False
-        if layer in self._known or layer in self._asked:
+        shape, asked = self._asked.get(layer, (tuple(x.shape), set()))
+        if sizes & (self._known.get(layer, set()) | asked):
             return True
         ours = self.note_call()
-        if found := self._call is not None and (ours or self._is_whole(self._call)):
-            self._asked[layer] = tuple(x.shape)
+        if found := self._call is not None and (ours or (self._is_whole(self._call) and not asked)):
+            self._asked[layer] = shape, asked | sizes
         return found
 
     def verify(self) -> None:
@@ -267,6 +273,8 @@ class Rows:
             modules, alone = {one.module for one in ours}, self._ranks.size == 1
             more, which = self._of_one_more(modules, call)
             wrong = _with_as_many_rows(ours, more)  # name -> what it is
+            if which == "flattened" and {one.module._inrun.name for one in ours} <= wrong.keys():
+                more, wrong = {}, {}  # what says whose the rows are, as nodes of graphs, knew of no sample more
             raised = call.of_numbers_raised() if wrong and alone else None
             if raised is not None and (again := self._of_one_more(modules, raised)[0]):
                 still = _with_as_many_rows(ours, again)
@@ -298,7 +306,7 @@ class Rows:
         same rows as before, not all moved on. Nothing tells of a model that draws random numbers in eval mode; nor of
         modules that are called otherwise in eval mode than they were (`more`), or whose rows are the same ones whatever
         the samples are."""
-        orders = [call.rows - 1, *range(call.rows - 1)], [0] * call.rows
+        orders = _moved(call.rows), [0] * call.rows
         runs = []
         with suppress(Exception):  # of a model that does not run like this
             for each in (call, *(call.of(order, which) for order in orders)):
@@ -326,7 +334,7 @@ class Rows:
         except Exception as error:  # of a model that does not run like this
             why = error
         failed = {}
-        for layer, shape in self._asked.items():
+        for layer, (shape, _) in self._asked.items():
             before, after = ([marks[None] for marks in run.get(layer, [])] for run in runs)
             alike = len(before) == len(after) and all(
                 _moved_on(x, y, call.rows) for x, y in zip(before, after, strict=True)
@@ -341,7 +349,8 @@ class Rows:
                 f"{_INSTEAD}",
                 suspected={other.name for other in failed},
             ) from why
-        self._known.update(self._asked)
+        for layer, (_, sizes) in self._asked.items():
+            self._known.setdefault(layer, set()).update(sizes)
 
     def _all_can(self, ready: bool) -> bool:
         """Whether the model is to be run with one sample more. Several processes are asked at their first update."""
@@ -373,7 +382,10 @@ class Rows:
         suspected = error.suspected if isinstance(error, InRunError) else () if isinstance(error, ValueError) else every
         with suppress(Exception):  # of a model that does not run like this
             whole = self._shapes(every.values(), call, torch.enable_grad)
-            more, _ = self._of_one_more(every.values(), call, torch.enable_grad)
+            more, which = self._of_one_more(every.values(), call, torch.enable_grad)
+            returned = ([{**one, None: ()} for one in run.get(call.module, ())] for run in (whole, more))
+            if which == "flattened" and next(returned) == next(returned):
+                return  # what says whose the rows are knew of no sample more
             sizes = call.sizes() if self._folding else ()
             try:
                 found = remedies(self._model, whole, more, call.rows, sizes, suspected) if more else []
@@ -498,6 +510,16 @@ def _with_as_many_rows(taken: Iterable[_Taken], more: Shapes) -> dict[str, str]:
     return found
 
 
+def _moved(rows: int) -> list[int]:
+    """Samples moved on by one, but the last stays: else a model that moves its own on, as by half a batch, would give
+    the same rows, moved on."""
+    return [rows - 2, *range(rows - 2), rows - 1] if rows > 2 else [*reversed(range(rows))]
+
+
+def _with_samples_moved(marks: Tensor, rows: int) -> Tensor:
+    return marks.unflatten(1, (rows, -1))[:, _moved(rows)].flatten(1)
+
+
 def _in_disorder(before: Tensor, after: Tensor, of_one: Tensor, rows: int, tokens: bool) -> bool:
     """Whether rows are those they were before the samples moved on, and not all moved on; `of_one`: of one sample.
 
@@ -509,13 +531,13 @@ def _in_disorder(before: Tensor, after: Tensor, of_one: Tensor, rows: int, token
         return tokens
     size = before.abs().amax(1, keepdim=True)
     same = (after.sort(1).values - before.sort(1).values).abs() <= SAME * size
-    elsewhere = ((after - before.roll(before.shape[1] // rows, 1)).abs() > OTHER * size).any()
+    elsewhere = ((after - _with_samples_moved(before, rows)).abs() > OTHER * size).any()
     return bool(same.all() & elsewhere & ((of_one - before).abs() > OTHER * size).any())
 
 
 def _moved_on(before: Tensor, after: Tensor, rows: int) -> bool:
     if before.shape != after.shape or before.shape[1] % rows:
         return False
-    expected, size = before.roll(before.shape[1] // rows, 1), before.abs().max()
+    expected, size = _with_samples_moved(before, rows), before.abs().max()
     differs = (expected - before).abs().max() > OTHER * size
     return bool(differs & ((after - expected).abs().max() <= SAME * size))

@@ -17,11 +17,15 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.hooks import RemovableHandle
 
 from . import affine, attention, experts, projection, routing
@@ -204,9 +208,23 @@ def install(tap: Tap, directions: dict[str, nn.Parameter]) -> None:
         _adopt(tap.module, tap.rule, tap, None)
     if tap.forward_mode:
         tap.norms = any(isinstance(m, _NORMS) for m in tap.module.modules())
+        owners = dict.fromkeys(owner for owner, _ in tap.owned)
+        tap.made = [(owner, *weight) for owner in owners for weight in _made_by_hooks(owner)]
         configs = (getattr(m, "config", None) for m in tap.module.modules())
         tap.configs = list({id(c): c for c in configs if hasattr(c, "_experts_implementation")}.values())
     tap.names = tuple(name for name in tap.module.__dict__ if name != "_siblings")
+
+
+def _made_by_hooks(module: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """The weights that hooks of torch's (pruning, the older weight and spectral norm) make before each forward, and
+    what makes them as they are then."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            yield hook.name, partial(hook.compute_weight, module)
+        elif isinstance(hook, SpectralNorm):
+            yield hook.name, partial(hook.compute_weight, module, do_power_iteration=False)
+        elif isinstance(hook, BasePruningMethod):
+            yield hook._tensor_name, partial(hook.apply_mask, module)
 
 
 def call_heads(model: nn.Module) -> list[RemovableHandle]:

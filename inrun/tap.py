@@ -39,6 +39,7 @@ class Tap:
         self.norms = False  # whether any of torch's norms is inside
         self.apart = False  # whether its tangents have a pass of their own, as checkpoints and others inside need
         self.without: set[Any] = set()  # modes in which it was found to have no checkpoints inside
+        self.made: list[Any] = []  # weights that hooks make of parameters it scores: owner, name, and what makes one
         self.sets_grad_mode = False  # whether it does so inside, as by torch.no_grad()
         self.configs: list[Any] = []  # of Hugging Face's experts inside
         self.by_row = True  # whether it computes each row of a batch by itself, and holds it at dimension 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 import re
 import warnings
@@ -1347,3 +1348,172 @@ def test_flattened_tokens_may_be_computed_again(method):
         return step.values
 
     torch.testing.assert_close(values(True), values(False))
+
+
+class Features(nn.Module):
+    """Returns a factor beside what it belongs to, as CLIP's models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.scale = nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return x + self.place, self.scale.exp()
+
+
+def test_an_output_that_is_a_number_names_what_is_enough_to_exclude():
+    def take(**kwargs):
+        model, x = Features(), torch.randn(B, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        tracker = inrun.track(model, optimizer, validation=lambda: math.prod(model(x)).square().mean(), **kwargs)
+        with tracker.step(range(B)):
+            math.prod(model(x)).square().mean().backward()
+            optimizer.step()
+
+    with pytest.raises(
+        inrun.InRunError, match=r"got \(\); .*exclude them, or those of them that this output is made of"
+    ):
+        take()
+    take(exclude=["scale"])
+
+
+class Moving(nn.Module):
+    """Gives each sample's place to another one, half a batch further."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.out(self.inner(x).tanh().roll(len(x) // 2, 0))
+
+
+def test_a_model_that_moves_its_samples_on_is_refused_as_one_that_sorts_them():
+    model, x = Moving(), torch.randn(B, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x).square().mean())
+    with (
+        pytest.raises(inrun.InRunError, match=r"out \(Linear\): expected .* in the order of the model's input"),
+        tracker.step(range(B)),
+    ):
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+class Unpadded(nn.Module):
+    """Its head is given the tokens that count."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x, counts):
+        return self.head(self.inner(x).tanh()[counts])
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_tokens_that_were_picked_out_are_refused_in_a_later_step_too(method):
+    """There are as many as samples times features then, which were not what the layer was known to be given."""
+    model, x = Unpadded(), torch.randn(B, 5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+
+    def counts(*lengths):
+        return torch.arange(5) < torch.tensor(lengths)[:, None]
+
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(x, counts(5, 5, 5, 5)).square().mean())
+    for lengths in ((5, 5, 5, 5), (5, 5, 5, 5), (1, 5, 2, 4)):
+        refused = pytest.raises(inrun.InRunError, match=r"head: expected an input .* got \(12, 5\), whose rows did not")
+        with refused if lengths[0] == 1 else contextlib.nullcontext(), tracker.step(range(B)):
+            model(x, counts(*lengths)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Pooled(nn.Module):
+    """Given the nodes of graphs, and which graph each is of."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.node, self.head = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x, graph):
+        h = self.node(x).tanh()
+        return self.head(h.new_zeros(int(graph.max()) + 1, 5).index_add(0, graph, h))
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 3, 3), (3, 3, 3, 3), (2, 4, 3, 4)])
+def test_graphs_of_any_sizes_are_scored_around_their_nodes(sizes):
+    """Also where there are some nodes for each: a run with one sample more is then not to be had."""
+    graph = torch.arange(B).repeat_interleave(torch.tensor(sizes))
+    x = torch.randn(len(graph), 3)
+
+    def values(**kwargs):
+        model = Pooled()
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        tracker = inrun.track(model, optimizer, validation=lambda: model(x, graph).square().mean(), **kwargs)
+        with tracker.step(range(B)) as taken:
+            model(x, graph).square().mean().backward()
+            optimizer.step()
+        return taken.values
+
+    with pytest.raises((ValueError, inrun.InRunError), match=r"node: (input: )?expected") as error:
+        values()
+    assert not hasattr(error.value, "__notes__")  # the model does return the samples
+    model = Pooled()
+    params = list(model.parameters())
+    along = torch.autograd.grad(model(x, graph).square().mean(), params)
+    lone = (model(x[graph == k], 0 * graph[graph == k]).square().mean() / B for k in range(B))
+    ones = (torch.autograd.grad(each, params) for each in lone)
+    want = torch.stack([LR * sum((d * g).sum() for d, g in zip(along, one, strict=True)) for one in ones])
+    torch.testing.assert_close(values(through={"node.*": ""}), want, rtol=1e-4, atol=1e-7)
+
+
+class Timed(nn.Module):
+    """A layer of it is given a time, in a dimension of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.head = nn.Linear(1, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head((x + self.time(torch.full((1,), 0.5))).tanh())
+
+
+class Whole(nn.Module):
+    """Uses weights past all but one of its modules."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.low, self.up, self.bias = nn.Linear(3, 4), nn.Linear(4, 2, bias=False), nn.Embedding(2, 1)
+
+    def forward(self, x):
+        up, bias = self.up, self.bias  # hidden from who reads the source
+        return self.low(x).tanh() @ up.weight.T + bias.weight.T
+
+
+@pytest.mark.parametrize("kind, found", [(Timed, {"time.*": ""}), (Whole, {"up.*": "", "bias.*": ""})])
+def test_what_is_given_no_rows_is_proposed_to_the_module_around(kind, found):
+    x = torch.randn(B, 3)
+
+    def values(**kwargs):
+        model = kind()
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        tracker = inrun.track(model, optimizer, validation=lambda: model(x).square().mean(), **kwargs)
+        with tracker.step(range(B)) as taken:
+            model(x).square().mean().backward()
+            optimizer.step()
+        return taken.values
+
+    with pytest.raises((ValueError, inrun.InRunError)) as error:
+        values()
+    assert proposed(error) == found
+    model = kind()
+    params = list(model.parameters())
+    along = torch.autograd.grad(model(x).square().mean(), params)
+    ones = (torch.autograd.grad(model(each).square().mean() / B, params) for each in x.split(1))
+    want = torch.stack([LR * sum((d * g).sum() for d, g in zip(along, one, strict=True)) for one in ones])
+    torch.testing.assert_close(values(through=found), want, rtol=1e-4, atol=1e-7)

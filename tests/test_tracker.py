@@ -8,6 +8,7 @@ import functools
 import gc
 import io
 import math
+import operator
 import os
 import random
 import re
@@ -1698,6 +1699,61 @@ def test_a_parametrized_layer_is_scored_by_its_output(parametrized):
         model(x).pow(3).mean().backward()
         optimizer.step()
     close(step.values, by_rows(before, x, other))
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("change", ["spectral_norm", "weight_norm", "prune", "parametrizations.spectral_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weights_that_a_hook_makes_are_scored_as_they_were_in_the_forward(change, method):
+    """Of torch's older norms, and of pruning; and of what writes where nothing takes a gradient, in training mode."""
+
+    def made():
+        torch.manual_seed(0)
+        layers = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        for layer in layers:
+            if change == "prune":
+                nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+            elif isinstance(layer, nn.Linear):
+                operator.attrgetter(change)(nn.utils)(layer)
+        model = nn.Sequential(*layers).double()
+        layers[1].eval()
+        return model
+
+    model, plain, x = made(), made(), torch.randn(B, 4).double()
+    plain(x)  # which takes a step of the power iteration
+    plain.eval()
+    params = list(plain.parameters())
+    ones = [torch.autograd.grad(plain(each).pow(3).mean() / B, params) for each in x.split(1)]
+    along = torch.autograd.grad(plain(x).square().mean(), params)
+    want = torch.stack([0.1 * sum((a * b).sum() for a, b in zip(along, one, strict=True)) for one in ones])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, method)
+    with tracker.validation():
+        model(x).square().mean().backward()
+    model.load_state_dict({**model.state_dict(), **dict(made().named_buffers())})
+    with tracker.step(range(B)) as step:
+        model(x).pow(3).mean().backward()
+        optimizer.step()
+    close(step.values, want)
+
+
+@pytest.mark.parametrize("method", ["first", "second", "path", "monte_carlo"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_the_older_weight_norm_has_the_values_of_the_newer(method):
+    """Also where each sample's own gradient is asked for, as in Adam's first step."""
+
+    def values(norm):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(norm(nn.Linear(4, 5)), nn.Tanh(), norm(nn.Linear(5, 3))), torch.randn(B, 4)
+        make = torch.optim.SGD if method == "second" else torch.optim.AdamW
+        optimizer = make(model.parameters(), lr=0.01)
+        tracker = inrun.track(model, optimizer, method, validation=lambda: model(x[:4]).square().mean())
+        with tracker.step(range(B)) as step:
+            model(x).pow(3).mean().backward()
+            optimizer.step()
+        return step.values.double()
+
+    close(values(nn.utils.weight_norm), values(nn.utils.parametrizations.weight_norm))
 
 
 def test_bad_input_that_came_late_is_clear_at_once(tmp_path):
