@@ -89,7 +89,8 @@ class Kept:
         if forward_mode.versions_of(self.x) != self.versions:
             raise InRunError(
                 f"{self.module._inrun}: expected its input to stay as it was until the step is scored, "
-                "got one that was changed in place. Let it be changed in a copy, or take method 'first'"
+                "got one that was changed in place. Let it be changed in a copy, take method 'first', or score its "
+                "parameters by a module around it, track(..., through={parameter: module})"
             )
 
 

@@ -18,14 +18,19 @@ Shapes = dict[Any, list[dict[int | None, Shape]]]
 
 
 def remedies(
-    model: nn.Module, whole: Shapes, more: Shapes, rows: int, tokens: Collection[int], suspected: Collection[str] = ()
+    model: nn.Module,
+    whole: Shapes,
+    more: Shapes,
+    rows: tuple[int, int],
+    tokens: Collection[int],
+    suspected: Collection[str] = (),
 ) -> list[tuple[str, str]]:
     """Names of parameters, or patterns -> the module around them whose outputs have the samples in front.
 
     Args:
         model: with tracked modules.
-        whole, more: of a run on B samples, and on one more; outputs that take a gradient.
-        rows: B.
+        whole, more: of a run on B samples, and on more; outputs that take a gradient.
+        rows: how many those are.
         tokens: as many rows for a sample are scored as its tokens, flattened, in layers that know these.
         suspected: layers that are to be scored otherwise if their input is shared by all samples, `[1, ...]`, or
             seems to be their tokens; and parameters that are to be.
@@ -50,13 +55,13 @@ def remedies(
             shared = all(shape[:1] == (1,) if len(shape) > 1 else ids and len(shape) == 1 for shape in shapes)
             shared = shared or None not in one
             shared = shared and _template(path) not in alike
-            each, rest = divmod(before[0] if before else 0, rows)
+            each, rest = divmod(before[0] if before else 0, rows[0])
             folded = (
                 _template(path) not in alike
                 and layer.may_fold
                 and not rest
                 and each in tokens
-                and after[:1] == (each * (rows + 1),)
+                and after[:1] == (each * rows[1],)
             )
             if not (shared or folded or _follow(shapes, sample_axis(layer, 0), rows)):
                 return False
@@ -116,8 +121,8 @@ def _pairs(whole: Shapes, more: Shapes, module: Any) -> Any:
     return zip(whole.get(module, ()), more.get(module, ()), strict=False)
 
 
-def _follow(shapes: tuple[Shape, Shape], axis: int, rows: int) -> bool:
-    return [shape[axis : axis + 1] for shape in shapes] == [(rows,), (rows + 1,)]
+def _follow(shapes: tuple[Shape, Shape], axis: int, rows: tuple[int, int]) -> bool:
+    return tuple(shape[axis] if len(shape) > axis else None for shape in shapes) == rows
 
 
 def _is_within(name: str, path: str) -> bool:

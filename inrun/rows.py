@@ -43,6 +43,7 @@ _PLAIN = (Tensor, int, float, str, torch.dtype, torch.device)
 _INSTEAD = (
     "Name a module around it that returns [B, ...], track(..., through={parameter: module}), or exclude its parameters"
 )
+LEAST = 1e-5  # of the largest mark, by which rounding may change the others
 SAME, OTHER = 1e-3, 1e-2  # of the largest mark: up to the former two are equal, from the latter on they differ
 
 
@@ -56,13 +57,14 @@ class _Call(NamedTuple):
     rows: int
     autocast: tuple
 
-    def of(self, order: Sequence[int], which: str = "all") -> _Call:
+    def of(self, order: Sequence[int], which: str = "all", but: Tensor | None = None) -> _Call:
         """The call of these of its samples.
 
         Args:
             order: their numbers.
             which: inputs that have them. "all": tensors of B rows, and lists of B. "first": the first tensor of B rows
                 alone, should another one have B of something else. "flattened": tokens as well, as many of each.
+            but: an input that stays as it is.
 
         Raises:
             LookupError: nothing has them.
@@ -72,6 +74,8 @@ class _Call(NamedTuple):
 
         def changed(x: Any, top: bool = False) -> Any:
             nonlocal count
+            if isinstance(x, Tensor) and x is but:
+                return x
             if self.is_of_samples(x, parts=which == "flattened") and not (which == "first" and count):
                 count += 1
                 return x.unflatten(0, (self.rows, -1))[list(order)].flatten(0, 1)
@@ -107,6 +111,20 @@ class _Call(NamedTuple):
             pass
         return True
 
+    def twice(self) -> _Call:
+        """The call of all its samples and again all of them, however many rows each has of a tensor."""
+
+        def doubled(x: Any) -> Any:
+            if isinstance(x, Tensor) and x.dim():
+                return torch.cat([x, x])
+            return x + x if type(x) is list and len(x) == self.rows else x
+
+        def is_leaf(x: Any) -> bool:
+            return type(x) is list and len(x) == self.rows
+
+        args, kwargs = pytree.tree_map(doubled, (self.args, self.kwargs), is_leaf=is_leaf)
+        return self._replace(args=args, kwargs=kwargs)
+
     def moved_on(self) -> _Call:
         """The call of its samples in `_moved`'s order."""
         order, inputs = _moved(self.rows), (self.args, self.kwargs)
@@ -123,6 +141,19 @@ class _Call(NamedTuple):
             return None
         inputs = (self.args, self.kwargs)
         args, kwargs = pytree.tree_map(lambda x: x + 1 if type(x) is int and x == self.rows else x, inputs)
+        return self._replace(args=args, kwargs=kwargs)
+
+    def beside_samples(self) -> list[Tensor]:
+        """Inputs of B rows and of floating-point numbers, as images, where another one has B rows as well."""
+        tensors = [x for x in self.leaves() if self.is_of_samples(x)]
+        return [x for x in tensors if x.is_floating_point() and x.dim() > 1] if len(tensors) > 1 else []
+
+    def of_other(self, x: Tensor, rows: Tensor) -> _Call:
+        """The call with numbers of other rows of one input in these of its rows."""
+        mask = rows.view(-1, *[1] * (x.dim() - 1))
+        args, kwargs = pytree.tree_map(
+            lambda y: torch.where(mask, x.roll(1, 0), x) if y is x else y, (self.args, self.kwargs)
+        )
         return self._replace(args=args, kwargs=kwargs)
 
     def is_plain(self) -> bool:
@@ -183,6 +214,7 @@ class Rows:
         self._call: _Call | None = None
         self._inside: set[nn.Module] = set()  # the model's modules, once they are asked for
         self._drew = False  # whether the last run drew random numbers
+        self._beside: tuple[int, Tensor] | None = None  # a sample that has nothing in an input, and this input
         self.rows = 0  # B of the next forward; 0 where nothing is to be told from sizes
         self.watched = False  # whether to see what becomes of outputs that all samples share
         self.compared = False  # whether a module known by running it is to be compared with itself
@@ -271,6 +303,7 @@ class Rows:
         ours = [one for one in self._taken if call is not None and one.of == id(call.kwargs)]
         if self._all_can(bool(ours)) and call is not None:
             modules, alone = {one.module for one in ours}, self._ranks.size == 1
+            self._beside = self._with_nothing_beside(call) if alone else None
             more, which = self._of_one_more(modules, call)
             wrong = _with_as_many_rows(ours, more)  # name -> what it is
             if which == "flattened" and {one.module._inrun.name for one in ours} <= wrong.keys():
@@ -323,6 +356,31 @@ class Rows:
                 found.add(f"{module._inrun} ({module._inrun_class.__name__})")
         return sorted(found)
 
+    def _with_nothing_beside(self, call: _Call) -> tuple[int, Tensor] | None:
+        """A sample that has nothing in an input of as many rows as there are samples, where others have several, and
+        this input: as of images, where some samples have none.
+
+        In eval mode other numbers in all of its rows leave what the model returns for some samples as it was; other
+        numbers in the rows that would be theirs change what it returns for others.
+        """
+        with suppress(Exception):  # of a model that does not run like this
+            inputs = call.beside_samples()
+            before = self._outputs(call) if inputs else {}
+            for x in inputs if not self._drew else ():
+                every = torch.ones(call.rows, dtype=torch.bool, device=x.device)
+                for leaf, marks in self._outputs(call.of_other(x, every)).items():
+                    without = ~_changed(before[leaf], marks, LEAST)
+                    if leaf is None or len(without) != call.rows or without.all() or not without.any():
+                        continue
+                    reached = _changed(before[leaf], self._outputs(call.of_other(x, without))[leaf], SAME)
+                    if reached.any() and not (reached & without).any():
+                        return int(without.nonzero()[0]), x
+        return None
+
+    def _outputs(self, call: _Call) -> dict[Any, Tensor]:
+        """Marks of what it returns."""
+        return self._marks(call, {call.module})[call.module][0]
+
     def _verify_tokens(self, call: _Call) -> None:
         moved = call.moved_on()
         pairs = zip(call.leaves(), moved.leaves(), strict=True)
@@ -363,7 +421,7 @@ class Rows:
     def forget(self) -> None:
         """What was asked in a step that is over."""
         self._asked, self._taken, self._calls, self._call = {}, set(), {}, None
-        self._inside = set()
+        self._inside, self._beside = set(), None
 
     def explain(self, error: Exception) -> None:
         """Add to an error of this library, or one within the model, what would score the layers whose rows are not the
@@ -382,13 +440,15 @@ class Rows:
         suspected = error.suspected if isinstance(error, InRunError) else () if isinstance(error, ValueError) else every
         with suppress(Exception):  # of a model that does not run like this
             whole = self._shapes(every.values(), call, torch.enable_grad)
-            more, which = self._of_one_more(every.values(), call, torch.enable_grad)
+            (more, which), count = self._of_one_more(every.values(), call, torch.enable_grad), call.rows + 1
+            if not more:  # as of images with a row for each patch, and not as many of each
+                more, count = self._shapes(every.values(), call.twice(), torch.enable_grad), 2 * call.rows
             returned = ([{**one, None: ()} for one in run.get(call.module, ())] for run in (whole, more))
-            if which == "flattened" and next(returned) == next(returned):
+            if (which == "flattened" or count > call.rows + 1) and next(returned) == next(returned):
                 return  # what says whose the rows are knew of no sample more
             sizes = call.sizes() if self._folding else ()
             try:
-                found = remedies(self._model, whole, more, call.rows, sizes, suspected) if more else []
+                found = remedies(self._model, whole, more, (call.rows, count), sizes, suspected)
             except LookupError as layer:
                 error.add_note(f"No module around {layer} returns [B, ...], nor does the model: let it return what has "
                                "the samples in front, as logits, and take the loss outside of it; through= can then "
@@ -460,9 +520,10 @@ class Rows:
     ) -> tuple[Shapes, str]:
         """With one sample more, and which of the inputs had it; nothing of a model that takes no other number of
         samples. Several processes try once: they might not all try again."""
+        last, but = self._beside or (call.rows - 1, None)
         for which in ("all", "first", "flattened") if self._ranks.size == 1 else ("all",):
             with suppress(Exception):
-                return self._shapes(modules, call.of([*range(call.rows), call.rows - 1], which), grad_mode), which
+                return self._shapes(modules, call.of([*range(call.rows), last], which, but), grad_mode), which
         return {}, "all"
 
     def _marks(self, call: _Call, modules: Iterable[Any]) -> dict[Any, list[dict[Any, Tensor]]]:
@@ -533,6 +594,11 @@ def _in_disorder(before: Tensor, after: Tensor, of_one: Tensor, rows: int, token
     same = (after.sort(1).values - before.sort(1).values).abs() <= SAME * size
     elsewhere = ((after - _with_samples_moved(before, rows)).abs() > OTHER * size).any()
     return bool(same.all() & elsewhere & ((of_one - before).abs() > OTHER * size).any())
+
+
+def _changed(before: Tensor, after: Tensor, least: float) -> Tensor:
+    """Which rows have other marks than before."""
+    return ((after - before).abs() > least * before.abs().amax(1, keepdim=True)).any(0)
 
 
 def _moved_on(before: Tensor, after: Tensor, rows: int) -> bool:

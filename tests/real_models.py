@@ -261,6 +261,39 @@ def sound(batch: int, g: torch.Generator) -> tuple[Any, Tensor]:
     return x, torch.randint(VOCAB, (batch, 13), generator=g)
 
 
+IMAGE = VOCAB - 1  # the token in whose place a part of an image comes
+
+
+def spectra(batch: int, g: torch.Generator) -> tuple[Any, Tensor]:
+    x, y = pairs(batch, g)
+    return {"input_features": torch.randn(batch, 8, 20, generator=g)} | {k: x[k] for k in ["decoder_input_ids"]}, y
+
+
+def seen(parts: int, *size: int, **more: int) -> Callable[[int, torch.Generator], tuple[Any, Tensor]]:
+    """An image, of so many parts, between the tokens of each sample."""
+
+    def make(batch: int, g: torch.Generator) -> tuple[Any, Tensor]:
+        ids = torch.randint(3, VOCAB - 3, (batch, T), generator=g)
+        ids = torch.cat([ids[:, :1], torch.full((batch, parts), IMAGE), ids[:, 1:]], 1)
+        x = {"input_ids": ids, "pixel_values": torch.randn(batch, *size, generator=g)}
+        x |= {name: (ids == IMAGE).long() * value for name, value in more.items()}
+        return x, torch.randint(VOCAB, ids.shape, generator=g)
+
+    return make
+
+
+class Patches(nn.Module):
+    """A model that is given all samples' patches of images in one row, and how many each has of them, `[B, 3]`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor, **x: Tensor) -> Any:
+        grid = torch.tensor([[1, 4, 4]] * len(pixel_values))
+        return self.model(pixel_values=pixel_values.flatten(0, 1), image_grid_thw=grid, **x)
+
+
 MAMBA = {"num_hidden_layers": 2, "hidden_size": WIDTH, "state_size": 4, "vocab_size": VOCAB}
 LINEAR = {"linear_key_head_dim": 4, "linear_value_head_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 NEXT = EXPERTS | LINEAR | GROUPED | {"shared_expert_intermediate_size": 12}
@@ -282,6 +315,24 @@ BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 
 NEO = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 VISION = {"image_size": 8, "patch_size": 4, "intermediate_size": 24} | SHAPE
 CLIP = {"vision_config": VISION, "num_labels": VOCAB}
+WHISPER = {k: v for k, v in BART.items() if k not in ("max_position_embeddings", "forced_eos_token_id")}
+WHISPER |= {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16, "decoder_start_token_id": 1}
+WRITER = {"intermediate_size": 24, "num_key_value_heads": 2} | SHAPE | TEXT
+SEES = {"vision_config": VISION, "image_token_index": IMAGE}
+LLAVA = SEES | {"text_config": {"model_type": "llama"} | WRITER, "vision_feature_layer": -1}
+LLAVA |= {"vision_config": {"model_type": "clip_vision_model"} | VISION}
+GEMMA = SEES | {"text_config": {"head_dim": 4, "sliding_window": 4} | WRITER, "mm_tokens_per_image": 4}
+GEMMA |= {"image_token_id": IMAGE, "boi_token_index": VOCAB - 2, "eoi_token_index": VOCAB - 3}
+TOWER = {"depth": 2, "hidden_size": WIDTH, "out_hidden_size": WIDTH, "intermediate_size": 24, "num_heads": 2}
+TOWER |= {"patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 16}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4}
+QWEN = {"text_config": WRITER | {"rope_parameters": ROPE}, "vision_config": TOWER | {"fullatt_block_indexes": [1]}}
+QWEN |= {"image_token_id": IMAGE, "vision_start_token_id": VOCAB - 2, "vision_end_token_id": VOCAB - 3}
+DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False} | BERT
+DEBERTA |= {"position_buckets": 4, "norm_rel_ebd": "layer_norm", "share_att_key": True}
+PLACES = {"deberta.encoder.LayerNorm.*": "deberta.encoder"}  # as the errors propose
+PLACES |= {f"deberta.encoder.layer.{i}.attention.self.{name}_proj.*": f"deberta.encoder.layer.{i}.attention.self"
+           for i in range(2) for name in ("query", "key")}  # fmt: skip
 SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [2, 2], "window_size": 4}
 SWIN |= {"num_labels": VOCAB, "drop_path_rate": 0.0}
 # What the error in the first step proposes.
@@ -326,6 +377,14 @@ MORE = {
     "Wav2Vec2": Case(hf("Wav2Vec2ForCTC", "Wav2Vec2Config", **W2V), sound),
     "LongT5": Case(hf("LongT5ForConditionalGeneration", "LongT5Config", local_radius=3, **T5), pairs),
     "Swin": Case(hf("SwinForImageClassification", "SwinConfig", **SWIN), images(16), through=WINDOWS),
+    "mBART": Case(hf("MBartForConditionalGeneration", "MBartConfig", **BART), pairs),
+    "DeBERTa-v2": Case(hf("DebertaV2ForMaskedLM", "DebertaV2Config", **DEBERTA), through=PLACES),
+    "Whisper": Case(hf("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER), spectra),
+    "LLaVA": Case(hf("LlavaForConditionalGeneration", "LlavaConfig", **LLAVA), seen(4, 3, 8, 8)),
+    "Gemma 3 with images": Case(hf("Gemma3ForConditionalGeneration", "Gemma3Config", **GEMMA),
+                                seen(4, 3, 8, 8, token_type_ids=1)),
+    "Qwen2.5-VL": Case(lambda: Patches(hf("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", **QWEN)()),
+                       seen(4, 16, 3 * 2 * 16, mm_token_type_ids=1), through={"model.model.visual.*": ""}),
     "DoRA": adapted("LoraConfig", r=4, use_dora=True, **ALL),
     "LoRA of embeddings": adapted("LoraConfig", r=4, target_modules=["embed_tokens", "q_proj"]),
     "LoRA of experts": adapted("LoraConfig", decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2), r=4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import random
 import re
@@ -541,7 +542,7 @@ def test_flattened_inputs_are_cut_too():
             model(x, pixels, counts).square().mean().backward()
         with pytest.raises(ValueError, match="input: expected shape") as error, tracker.step(range(B)):
             model(x, pixels, counts)
-    assert not hasattr(error.value, "__notes__")  # of uneven samples nothing can be said
+    assert proposed(error) == {"vision.0.*": "", "vision.2.*": ""}  # of uneven samples too
     counts = torch.tensor([5, 5, 5, 5])
     with inrun.track(model, optimizer) as tracker:
         with tracker.validation():
@@ -549,6 +550,49 @@ def test_flattened_inputs_are_cut_too():
         with pytest.raises(ValueError, match="input: expected shape") as error, tracker.step(range(B)):
             model(x, pixels, counts)
     assert proposed(error) == {"vision.0.*": "", "vision.2.*": ""}
+
+
+class Images(Patches):
+    """A sample may have several images, or none."""
+
+    def forward(self, x: Tensor, pixels: Tensor, counts: Tensor, mask: Tensor | None = None) -> Tensor:
+        seen = self.vision(pixels) if mask is None else self.vision(pixels) * mask[:, None]
+        return self.head(self.token(x) + torch.stack([one.sum(0) for one in seen.split(counts.tolist())])[:, None])
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize(("counts", "refused"), [([2, 0, 1, 1], True), ([1, 0, 1, 2], True), ([1, 1, 1, 1], False)])
+def test_as_many_images_as_samples_may_be_several_of_some_and_none_of_others(counts, refused, method):
+    edges = itertools.pairwise(torch.tensor([0, *counts]).cumsum(0).tolist())
+    mask = None if refused else torch.tensor([1, 0, 1, 1])  # a sample may have one that nothing looks at
+    train = ids(B, 1), torch.randn(B, 3, dtype=torch.float64), torch.tensor(counts), mask
+    held = ids(3, 2), torch.randn(3, 3, dtype=torch.float64), torch.tensor([1, 2, 0])
+
+    def loss(model: nn.Module, *of: Any) -> Tensor:
+        return model(*of).square().mean()
+
+    def gradient(*of: Any) -> Tensor:
+        loss(model := made(Images), *of).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    def values(**options: Any) -> Tensor:
+        optimizer = torch.optim.SGD((model := made(Images)).parameters(), lr=LR)
+        tracker = inrun.track(model, optimizer, method, validation=lambda: loss(model, *held), **options)
+        with tracker.step(range(B)) as taken:
+            loss(model, *train).backward()
+            optimizer.step()
+        return taken.values.double()
+
+    through = {}
+    if refused:
+        with pytest.raises(inrun.InRunError, match=r"vision.0 .*as many still when the model's input had") as error:
+            values()
+        through = proposed(error)
+        assert through == {"vision.0.*": "", "vision.2.*": ""}
+    parts = [[v if v is None else v[a:b] for v in train[1::2]] for a, b in edges]
+    alone = [gradient(train[0][[i]], one, train[2][[i]], of_one) for i, (one, of_one) in enumerate(parts)]
+    want = LR * torch.stack(alone) @ gradient(*held) / B
+    torch.testing.assert_close(values(through=through), want, rtol=1e-5, atol=1e-9)
 
 
 class Once(TokensFirst):
