@@ -16,6 +16,7 @@ from . import directions
 from .errors import InRunError, Pending, few
 from .method import Method
 from .tap import Layout, Tap, together
+from .updates import groups_of
 
 if TYPE_CHECKING:
     from .tracker import Tracker
@@ -144,14 +145,14 @@ def write_direction(slot: Any, val_grads: list[Tensor | None]) -> None:
 
 def learning_rates(optimizers: Iterable[Optimizer]) -> list[Any]:
     """Of each group; one on a GPU as a tensor, which nothing waits for."""
-    found = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    found = [group["lr"] for group in groups_of(optimizers)]
     return [lr.clone() if isinstance(lr, Tensor) and lr.is_cuda else float(lr) for lr in found]
 
 
 def options(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
     """Of each group, the numbers beside its learning rate that its directions are made of."""
     found = []
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+    for group in groups_of(optimizers):
         found.append({k: v for k in MADE_OF if not isinstance(v := group.get(k), Tensor)})
         if group.get("momentum") is not None and not group["nesterov"]:
             found[-1]["momentum"] = bool(group["momentum"])  # by how much counts in steps to come

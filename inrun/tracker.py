@@ -41,7 +41,7 @@ from .rows import Rows
 from .slots import Slot, places, require_all, sibling, trainable
 from .step import Step
 from .tap import Layout, Tap, leave_as_they_are, size_of
-from .updates import UpdateRule, as_optimizers, of_scaler, within_another
+from .updates import UpdateRule, as_optimizers, groups_of, of_scaler, within_another
 from .validation import Validation, as_losses, as_samples, as_targets, columns_of
 from .watch import Watch, skipped
 
@@ -299,7 +299,7 @@ class Tracker:
         if self.ranks.sharded:
             self._method.require_shards_do()
         siblings = {id(s.sibling) for s in self.slots}
-        for group in (group for each in optimizers for group in each.param_groups):
+        for group in groups_of(optimizers):
             group["params"] = [p for p in group["params"] if id(p) not in siblings]
         self.updates = self._stand_ins(optimizers)
         where = places(self.updates)
@@ -328,8 +328,8 @@ class Tracker:
 
     def _note_outside(self, training: Mapping[int, nn.Parameter]) -> list[nn.Parameter]:
         """Parameters of the optimizers that are not the model's, to which a validation loss may have gradients too."""
-        groups = (group for each in self.optimizers for group in each.param_groups)
-        found = [p for group in groups for p in group["params"] if p.requires_grad and id(p) not in training]
+        params = (p for group in groups_of(self.optimizers) for p in group["params"])
+        found = [p for p in params if p.requires_grad and id(p) not in training]
         self.validations.outside = found
         return found
 
@@ -610,8 +610,8 @@ class Tracker:
         if put_off:
             self.check_due = self.first_check = False
         if self.check_due:
-            groups = (group for each in self.optimizers for group in each.param_groups)
-            self._require_no_others({id(p): p for group in groups for p in group["params"] if p.grad is not None})
+            params = (p for group in groups_of(self.optimizers) for p in group["params"])
+            self._require_no_others({id(p): p for p in params if p.grad is not None})
             self.note_unmet()
         with self.paused():  # what runs here is no batch
             self._rows.verify()

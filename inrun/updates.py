@@ -72,6 +72,11 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
     return found
 
 
+def groups_of(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
+    """The `param_groups` of all of them, one after the other."""
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
 def is_known(optimizer: Optimizer, rule: UpdateRule | str | None, known: Sequence[type]) -> bool:
     """Whether `updates` has the update of some parameters without the others; `known`: such classes."""
     return callable(rule) or rule == "elementwise" or type(optimizer) in known
