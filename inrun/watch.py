@@ -150,8 +150,7 @@ class Watch:
     def updated(self, optimizer: Optimizer) -> None:
         """An update has begun, the first from all the gradients that have come."""
         self.begun.append(optimizer)
-        waits = {name: s for name, s in self._due.items() if s.optimizer not in self.begun}  # of one optimizer none
-        self._due = {name: s for name, s in waits.items() if s.grad is not None}
+        self._due = {n: s for n, s in self._due.items() if s.optimizer not in self.begun and s.grad is not None}
         self._reached.clear()
 
     def require_in_time(self) -> None:
