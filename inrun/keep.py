@@ -207,19 +207,7 @@ class Keeper:
         autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         kept = Kept(module, len(self.layouts) - 1, (args, kwargs), {}, random_state(), autocast)
         if self.weights_move:
-            copies: dict[int, Tensor] = {}
-            for owner in module.modules():
-                for local, p in owner._parameters.items():
-                    # A frozen one of another class that holds more than numbers, as bitsandbytes', stays as it is.
-                    if p is None or not (p.requires_grad or type(p) is torch.nn.Parameter or not vars(p)):
-                        continue
-                    if not local.endswith(SUFFIX) and (owner, local) not in self._weights:
-                        if id(p) not in copies:
-                            # A parameter: a module that takes its own away for a while (PEFT's, of fused experts)
-                            # would give another tensor back as a buffer.
-                            copies[id(p)] = torch.nn.Parameter(p.detach().clone(), requires_grad=False)
-                            self._count(p)
-                        self._weights[owner, local] = copies[id(p)]
+            self._copy_weights(module)
         held = ((m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None)
         kept.buffers = [self._copied(*each) for each in held]
         kept.put_attributes_back = attributes_of(module, tensors=False)
@@ -231,6 +219,23 @@ class Keeper:
                 hook = _when_it_comes(leaves[i], lambda grad, i=i: self._arrived(kept, i, grad))
                 self._hooks.append(hook)
         return pytree.tree_unflatten(leaves, spec)
+
+    def _copy_weights(self, module: Any) -> None:
+        """Keep those of a module, and of those inside it, that are not kept yet."""
+        copies: dict[int, Tensor] = {}
+        held = ((owner, local, p) for owner in module.modules() for local, p in owner._parameters.items())
+        for owner, local, p in held:
+            if p is None or local.endswith(SUFFIX) or (owner, local) in self._weights:
+                continue
+            # A frozen one of another class that holds more than numbers, as bitsandbytes', stays as it is.
+            if not (p.requires_grad or type(p) is torch.nn.Parameter or not vars(p)):
+                continue
+            if id(p) not in copies:
+                # A parameter: a module that takes its own away for a while (PEFT's, of fused experts) would give
+                # another tensor back as a buffer.
+                copies[id(p)] = torch.nn.Parameter(p.detach().clone(), requires_grad=False)
+                self._count(p)
+            self._weights[owner, local] = copies[id(p)]
 
     def _copied(self, owner: Any, name: str, buffer: Tensor) -> _Buffer:
         known = self._buffers.get((owner, name))
