@@ -314,7 +314,7 @@ class Keeper:
         for m in [None] if many is None else range(many):
             with self._as_in_its_step(kept):
                 tangents = forward_mode.tangents_only(module, args, kwargs, m)
-            columns.append(self._contract(module, kept, tangents, device))
+            columns.append(self._contract(kept, tangents, device))
         return columns[0] if many is None else torch.stack(columns, 1)
 
     def factors(self, kept: Kept) -> dict[int, Factors] | None:
@@ -414,15 +414,15 @@ class Keeper:
             kept.put_attributes_back()
             yield
 
-    def _contract(self, module: Any, kept: Kept, tangents: list[Any], device: torch.device) -> Tensor:
+    def _contract(self, kept: Kept, tangents: list[Any], device: torch.device) -> Tensor:
         layout = self.layouts[kept.batch].on(device)
         total = torch.zeros(layout.count, device=device)
         for leaf, grad in kept.grads.items():
-            tangent = tangents[leaf]
-            if tangent is None:
+            if (tangent := tangents[leaf]) is None:
                 continue
+            both = moved(grad, device), tangent
             try:
-                here, along = (forward_mode.by_sample(module, leaf, x, layout) for x in (moved(grad, device), tangent))
+                here, along = (forward_mode.by_sample(kept.module, leaf, x, layout) for x in both)
             except InRunError:
                 if bool(tangent.any()):  # asked here alone, as a device would be waited for
                     raise
