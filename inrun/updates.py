@@ -395,9 +395,8 @@ def copied(state: dict[str, Any], param: Tensor, dtype: torch.dtype) -> dict[str
         return {key: copy.deepcopy(local(value)) for key, value in state.items()}
 
     def widened(key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or _is_scalar(key, value):
-            return copy.deepcopy(value)
-        if value.is_floating_point() and (value.dim() or value.shape == param.shape):
+        numbers = isinstance(value, Tensor) and value.is_floating_point() and not _is_scalar(key, value)
+        if numbers and (value.dim() or value.shape == param.shape):
             return value.to(dtype, copy=True)
         return copy.deepcopy(value)
 
