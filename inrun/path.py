@@ -102,12 +102,11 @@ class Path:
             self._to_compare -= compare(held, unscale, self.update)
         linear = self.update is None and all(type(slot.optimizer) is SGD for slot in held)
         size = _size_of_gradients(held, unscale)
-        near = [] if linear else _have_nothing(held, unscale, size)
-        cancelled = {i for (i, _), some in zip(moving, near, strict=False) if some}
+        cancelled = set() if linear else _cancelled(moving, unscale, size)
+        whole = ends or not linear  # whether u is to be known, as of all that is coupled
         for part in chunks(moving):
             here = [slot for _, slot in part]
             full = [slot.grad.double() * unscale for slot in here]
-            whole = ends or not linear  # so of all that is coupled
             at_zero = updates(here, [torch.zeros_like(g) for g in full], self.update) if whole else []
             at_full = updates(here, full, self.update) if whole else []
             for k, (i, slot) in enumerate(part):
@@ -303,8 +302,10 @@ def _size_of_gradients(slots: Sequence[Any], unscale: Any) -> Tensor:
     return torch.stack(sizes).max()
 
 
-def _have_nothing(slots: Sequence[Any], unscale: Any, size: Tensor) -> list[bool]:
-    """Of each parameter, whether some coordinate of its gradient is nothing beside `size`; the device is waited for."""
+def _cancelled(moving: Sequence[tuple[int, Any]], unscale: Any, size: Tensor) -> set[int]:
+    """Numbers of the parameters of whose gradients some coordinate is nothing beside `size`; the device is waited
+    for."""
     bound = NOTHING * size / unscale
-    found = [(slot.grad.abs() <= bound.to(slot.grad.device)).any() & (bound > 0).to(slot.grad.device) for slot in slots]
-    return torch.stack([some.to(size.device) for some in found]).tolist() if found else []
+    found = [(slot.grad.abs() <= bound.to(slot.grad.device)).any().to(size.device) for _, slot in moving]
+    told = (torch.stack(found) & (bound > 0).to(size.device)).tolist() if found else []
+    return {i for (i, _), some in zip(moving, told, strict=True) if some}
