@@ -128,12 +128,7 @@ class Path:
             self._write_beside(moving, factor, unscale, clipped, turning, batches)
         if clipped is not None:
             self._log = math.log(1 / clipped[0])
-            for part in chunks([(i, slot) for i, slot in alone if i not in self.left]):
-                here = [slot for _, slot in part]
-                of_here = self._slopes_of(here, [slot.grad.double() * unscale for slot in here], size)
-                for (i, slot), slope in zip(part, of_here, strict=True):
-                    self._slopes[i] = slope.to(slot.param.dtype)
-                    slot.direction.add_(self._slopes[i], alpha=self._log)
+            self._add_slopes([(i, slot) for i, slot in alone if i not in self.left], unscale, size)
         return moves
 
     def multiply_in(self, slices: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -282,12 +277,17 @@ class Path:
             )
         return found
 
-    def _slopes_of(self, slots: list[Any], grads: list[Tensor], size: Tensor) -> list[Tensor]:
-        """-u'(g), by differences."""
-        steps = [1e-3 * g.abs() + 0.1 * NOTHING * size.to(g.device) + 1e-12 for g in grads]
-        low = updates(slots, [g - h for g, h in zip(grads, steps, strict=True)], self.update)
-        high = updates(slots, [g + h for g, h in zip(grads, steps, strict=True)], self.update)
-        return [-(b - a) / (2 * h) for a, b, h in zip(low, high, steps, strict=True)]
+    def _add_slopes(self, numbered: Sequence[tuple[int, Any]], unscale: Any, size: Tensor) -> None:
+        """Add to K what the path has beyond where clipping begins: -u'(g_B), by differences."""
+        for part in chunks(numbered):
+            slots = [slot for _, slot in part]
+            grads = [slot.grad.double() * unscale for slot in slots]
+            steps = [1e-3 * g.abs() + 0.1 * NOTHING * size.to(g.device) + 1e-12 for g in grads]
+            low = updates(slots, [g - h for g, h in zip(grads, steps, strict=True)], self.update)
+            high = updates(slots, [g + h for g, h in zip(grads, steps, strict=True)], self.update)
+            for (i, slot), a, b, h in zip(part, low, high, steps, strict=True):
+                self._slopes[i] = (-(b - a) / (2 * h)).to(slot.param.dtype)
+                slot.direction.add_(self._slopes[i], alpha=self._log)
 
 
 def _size_of_gradients(slots: Sequence[Any], unscale: Any) -> Tensor:
