@@ -88,7 +88,6 @@ class Validation:
         or whose gradient has served its steps, or was to begin this one and the weights moved."""
         for name in self.losses:
             age = self.age[name]
-            due = age is None or age >= self.every or step % self.every == 0
             if age is None and step % self.every:
                 warnings.warn(
                     f"validate_every: the run goes on at step {step}, between two multiples of {self.every}; the "
@@ -96,7 +95,11 @@ class Validation:
                     "than those of a run without a stop. Checkpoint at multiples",
                     stacklevel=4,
                 )
-            if not self.is_of_these_weights(name) if age == 0 else due:
+            if age == 0:
+                due = not self.is_of_these_weights(name)
+            else:
+                due = age is None or age >= self.every or step % self.every == 0
+            if due:
                 self.run(name)
 
     def run(self, name: str) -> None:
