@@ -70,14 +70,13 @@ def ghost_dot(
     check_segment_values(segments, acts.shape[0] * acts.shape[1])
     with launch_context(acts):
         if use_triton(backend, acts, grads):
-            from inrun_kernels.dot import launch_dot as run
-        elif (
-            not per_token and use_native(backend, acts, grads, val_grad) and _dots_in_c(acts, grads, val_grad, segments)
-        ):
+            from inrun_kernels.dot import launch_dot
+
+            return launch_dot(acts, grads, val_grad, segments, per_token)
+        in_c = not per_token and use_native(backend, acts, grads, val_grad)
+        if in_c and _dots_in_c(acts, grads, val_grad, segments):
             return native.ghost_wgrad_dot(acts, grads, val_grad, None, segments)[2]
-        else:
-            run = torch_path.ghost_dot
-        return run(acts, grads, val_grad, segments, per_token)
+        return torch_path.ghost_dot(acts, grads, val_grad, segments, per_token)
 
 
 def _dots_in_c(acts: Tensor, grads: Tensor, val_grad: Tensor, segments: Tensor | None) -> bool:
