@@ -26,8 +26,6 @@ from inrun_kernels.validation import (
     check_width,
 )
 
-_MATRIX, _VECTOR = "[outputs, inputs]", "[features]"
-
 
 def ghost_dot(
     acts: Tensor,
@@ -404,7 +402,7 @@ def _arguments(product: Callable, args: tuple[Tensor, ...], count: int) -> tuple
 def _check_linear(acts, grads, val_grad, segments, per_token, backend) -> None:
     check_tokens("acts", acts)
     check_tokens("grads", grads, acts, "acts")
-    check_direction(val_grad, acts, (grads.shape[2], acts.shape[2]), _MATRIX)
+    check_direction(val_grad, acts, (grads.shape[2], acts.shape[2]), "[outputs, inputs]")
     check_grouping(segments, per_token, acts)
     check_backend(backend)
 
@@ -424,7 +422,7 @@ def _check_rows(grads, val_grad, segments, per_token, backend, *of_norm) -> None
     for normed in of_norm:
         check_tokens("normed", normed, grads, "grads")
         check_width("normed", normed, "grads", grads)
-    check_direction(val_grad, grads, (grads.shape[2],), _VECTOR)
+    check_direction(val_grad, grads, (grads.shape[2],), "[features]")
     check_grouping(segments, per_token, grads)
     check_backend(backend)
 
