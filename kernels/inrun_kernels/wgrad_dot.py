@@ -225,20 +225,21 @@ def _planned(facts: _Facts, tile: Tile) -> _Plan:
     rides, within, (chunks, parts) = facts.rides, facts.within, facts.sums
     n_samples, lanes, shared = facts.n_samples, max(1, facts.directions), plan.programs > 0
     in_row = 2 * tiles if within else tiles
+    row_length = in_row + parts
     rows = min(tile.block_m, max(1, _ADDED // tile.block_n))
     programs = n_samples * lanes + (tiles - plan.whole if shared else 0) * (tile.block_m // rows)
     return _Plan(
         pieces=(plan.pieces, tile.block_m, tile.block_n) if plan.pieces else None,
         bias_pieces=(plan.pieces, tile.block_m) if plan.pieces and rides else None,
-        partial=(n_samples, lanes, in_row + parts),
+        partial=(n_samples, lanes, row_length),
         sums=(n_samples, chunks, facts.outputs) if chunks else None,
-        columns=columns_launch(None, facts.unrounded, facts.bias, in_row + parts, in_row) if chunks else None,
+        columns=columns_launch(None, facts.unrounded, facts.bias, row_length, in_row) if chunks else None,
         bias=facts.outputs if rides or chunks else 0,
         grid=(plan.whole + plan.programs,),
         launch=Launch(
             wgrad_dot_kernel,
             (
-                in_row + parts,
+                row_length,
                 facts.tokens,
                 facts.inputs,
                 facts.outputs,
@@ -272,7 +273,7 @@ def _planned(facts: _Facts, tile: Tile) -> _Plan:
         second=Launch(
             second_stage_kernel,
             (
-                in_row + parts,
+                row_length,
                 n_samples * chunks,
                 n_samples * lanes,
                 facts.outputs,
