@@ -161,10 +161,11 @@ def _points(
         t = (k + 0.5) / POINTS
         c, _ = at(t)
         near = [t] if turning else [(k + (j + 0.5) / FINE) / POINTS for j in range(FINE)]
-        less, along_g, along_self = (
-            sum(part) / (c * len(near))
-            for part in zip(*((c, c * t * w, c * (0.5 - t) * w) for t in near for c, w in (at(t),)), strict=True)
-        )
+        around = [(s, *at(s)) for s in near]  # with what the coalitions there are multiplied by
+        times = c * len(near)
+        less = sum(by for _, by, _ in around) / times
+        along_g = sum(by * s * w for s, by, w in around) / times
+        along_self = sum(by * (0.5 - s) * w for s, by, w in around) / times
         weights = less / POINTS, along_g / (2 * POINTS), others * along_self / (2 * POINTS)
         found.append(_Point(t, ASIDE * math.sqrt(t * (1 - t)), c, *weights))
     return found
