@@ -499,10 +499,7 @@ class Tracker:
             with self._timed("direction"):
                 self._method.begin(step.scale)
             self._watch.begin()
-            looks = self.check_due or self._shared_due
-            compiled = looks and any(_is_compiled(m) for m in self.model.modules())
-            # By `torch.compiler.set_stance`, compiled modules may run as they are.
-            eager = looks and not (compiled and torch._dynamo.eval_frame._stance.stance != "force_eager")
+            eager = (self.check_due or self._shared_due) and _runs_eagerly(self.model)
             self._rows.watched, self._rows.compared = eager and self._shared_due, eager and self.check_due
             for tap in self.taps:
                 tap.passed_by = tap.met = False
@@ -715,9 +712,14 @@ class Tracker:
 track = Tracker
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """Such a module takes plain tensors alone."""
-    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+def _runs_eagerly(model: nn.Module) -> bool:
+    """Whether nothing inside is compiled, which takes plain tensors alone; or runs as it is all the same, by
+    `torch.compiler.set_stance`."""
+    compiled = any(
+        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        for module in model.modules()
+    )
+    return not compiled or torch._dynamo.eval_frame._stance.stance == "force_eager"
 
 
 def _require_one_by_one(plan: rules.Plan, what: str) -> None:
