@@ -181,13 +181,13 @@ class Tracker:
         self._frozen = method in ("first", "secant")  # whether the optimizer's state is taken as frozen
         self._given = callable(update) and not self._frozen  # whether a user's function has the optimizer's state
         inline = method == "first" and not self.samples and not self.in_batch
-        self._method: Method = (
-            Inline(self)
-            if inline
-            else MonteCarlo(self, options, permutations)
-            if sampled
-            else Deferred(self, method, options)
-        )
+        self._method: Method
+        if inline:
+            self._method = Inline(self)
+        elif sampled:
+            self._method = MonteCarlo(self, options, permutations)
+        else:
+            self._method = Deferred(self, method, options)
         optimizers = as_optimizers(optimizer)
         if optimizers:
             self._require_supported(optimizers)
