@@ -162,9 +162,10 @@ class Step:
                 stacklevel=5,
             )
             return torch.zeros_like(together)
+        assert self.uneven is not None  # it is found with the factor
         factor = self.factor.to(together.device)
         values = torch.where(factor == 0, torch.zeros_like(together), together * factor)
-        return values if self.uneven is None else values.masked_fill(self.uneven.to(values.device), torch.nan)
+        return values.masked_fill(self.uneven.to(values.device), torch.nan)
 
 
 def _layout(count: int, segments: Any, tokens: int | None) -> Layout:
