@@ -30,11 +30,12 @@ def local(tensor: Any) -> Any:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def shard_of_gradient(grad: Any, param: Any) -> Any:
-    """This process's shard of a parameter's gradient; tensor parallelism may leave it whole, or a sum to be made."""
-    if grad is not None and getattr(grad, "placements", None) != getattr(param, "placements", None):
-        grad = grad.redistribute(placements=param.placements)
-    return local(grad)
+def laid_alike(tensor: Any, param: Any) -> Any:
+    """A parameter's gradient, or what an optimizer made of it, as the parameter lies on its mesh: it may be whole there,
+    or a sum to be made, as tensor parallelism leaves it."""
+    if hasattr(tensor, "placements") and tensor.shape == param.shape and tensor.placements != param.placements:
+        return tensor.redistribute(placements=param.placements)
+    return tensor
 
 
 def rank() -> int:
@@ -290,7 +291,7 @@ class Ranks:
         """
         if self.size == 1 or self.sharded:
             times = self.divisor / self.size  # 1 where shards hold the mean
-            found = [shard_of_gradient(g, p) for g, p in zip(grads, like, strict=True)]
+            found = [local(laid_alike(g, p)) for g, p in zip(grads, like, strict=True)]
             return [g if g is None or times == 1 else g * times for g in found]
         count = self.sum(torch.tensor([any(g is not None for g in grads), *(g is not None for g in grads)],
                                       dtype=torch.int32, device=like[0].device)).tolist()  # fmt: skip

@@ -26,7 +26,7 @@ from torch.optim import SGD
 
 from . import directions
 from .coupled import Coupled
-from .distributed import shard_of_gradient
+from .distributed import laid_alike, local
 from .errors import InRunError
 from .squares import Batches, squares
 from .turning import Beside, slopes, turns
@@ -205,7 +205,7 @@ class Path:
         if norm > self._clip * (1 - 1e-3 - rounding):
             return shrunk, norm
         params = *self.tracker.model.parameters(), *self.tracker.validations.outside
-        grads = [(shard_of_gradient(p.grad, p), ranks.share(p)) for p in params if p.grad is not None]
+        grads = [(local(laid_alike(p.grad, p)), ranks.share(p)) for p in params if p.grad is not None]
         every = ranks.total_norm((g.double() * unscale, share) for g, share in grads)
         if every > self._clip * (1 - 1e-3 - rounding):
             raise InRunError(

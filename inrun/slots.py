@@ -58,7 +58,7 @@ class Slot:
 
     @property
     def grad(self) -> Tensor | None:
-        return distributed.shard_of_gradient(self.param.grad, self.param)
+        return distributed.local(distributed.laid_alike(self.param.grad, self.param))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -69,6 +69,8 @@ class Slot:
     def state(self) -> dict[str, Any]:
         """What the optimizer holds for it; empty before its first step."""
         state = self.optimizer.state.get(self.param, {})
+        if self.taps[0].in_parts is not None:
+            state = {key: distributed.laid_alike(value, self.param) for key, value in state.items()}
         return state if self.count is None else {**state, "step": self.count}
 
 
