@@ -31,8 +31,8 @@ def local(tensor: Any) -> Any:
 
 
 def laid_alike(tensor: Any, param: Any) -> Any:
-    """A parameter's gradient, or what an optimizer made of it, as the parameter lies on its mesh: it may be whole there,
-    or a sum to be made, as tensor parallelism leaves it."""
+    """A parameter's gradient, or what an optimizer made of it, as the parameter lies on its mesh: tensor parallelism
+    may leave it whole there, or a sum to be made."""
     if hasattr(tensor, "placements") and tensor.shape == param.shape and tensor.placements != param.placements:
         return tensor.redistribute(placements=param.placements)
     return tensor
