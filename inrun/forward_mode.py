@@ -356,14 +356,17 @@ def dual(tap: Tap, target: int | None) -> Iterator[Tensor | None]:
 def remade(tap: Tap) -> Iterator[None]:
     """Weights that hooks made of the parameters, before a forward, are made of these as they now are."""
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in tap.made]
+    ours = [weight for _, _, weight in before]
     try:
-        for owner, name, make in tap.made:
+        for i, (owner, name, make) in enumerate(tap.made):
             with buffers_copied(owner):
-                setattr(owner, name, make())
+                ours[i] = make()
+            setattr(owner, name, ours[i])
         yield
     finally:
-        for owner, name, weight in before:
-            setattr(owner, name, weight)
+        for (owner, name, weight), put in zip(before, ours, strict=True):
+            if getattr(owner, name) is put:  # a hook inside has made it anew otherwise, for what comes after
+                setattr(owner, name, weight)
 
 
 @contextlib.contextmanager

@@ -154,7 +154,7 @@ class Rule(Holder):
             rows.take(self, y)
         if not shared and len(y) > 1 and y.shape[:1] != x.shape[:1]:
             lead, shared = x.shape[:1] == (1,), True
-        return Shared.of(y, tap.name, lead) if shared else y
+        return Shared.of(y, tap.name, lead, rows.shared) if shared else y
 
     def _scored(self, x: Tensor) -> Tensor:
         tap = self._inrun

@@ -37,7 +37,7 @@ from .forward_mode import sample_axis
 from .layers import EmbeddingRule, Part
 from .remedies import Shapes, as_code, remedies
 from .restoring import as_it_was, drew_since, in_modes, random_state, setting
-from .shared import require_in_range
+from .shared import as_plain, require_in_range
 
 _PLAIN = (Tensor, int, float, str, torch.dtype, torch.device)
 _INSTEAD = (
@@ -68,7 +68,7 @@ class _Call(NamedTuple):
 
         Raises:
             LookupError: nothing has them.
-            ValueError: a list of B has tensors of B rows: either could be the samples.
+            ValueError: a list of B has tensors of B rows: either could be the samples; or a sparse tensor has B.
         """
         count = 0
 
@@ -76,6 +76,8 @@ class _Call(NamedTuple):
             nonlocal count
             if isinstance(x, Tensor) and x is but:
                 return x
+            if isinstance(x, Tensor) and x.layout != torch.strided and len(x) == self.rows:
+                raise ValueError("a sparse or nested tensor of as many rows as there are samples")
             if self.is_of_samples(x, parts=which == "flattened") and not (which == "first" and count):
                 count += 1
                 return x.unflatten(0, (self.rows, -1))[list(order)].flatten(0, 1)
@@ -97,7 +99,7 @@ class _Call(NamedTuple):
         return self._replace(args=args, kwargs=kwargs)
 
     def is_of_samples(self, x: Any, parts: bool = False) -> bool:
-        if not isinstance(x, Tensor) or x.dim() == 0 or len(x) == 0:
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.dim() == 0 or len(x) == 0:
             return False
         return len(x) == self.rows or (parts and len(x) % self.rows == 0)
 
@@ -125,10 +127,19 @@ class _Call(NamedTuple):
         args, kwargs = pytree.tree_map(doubled, (self.args, self.kwargs), is_leaf=is_leaf)
         return self._replace(args=args, kwargs=kwargs)
 
-    def moved_on(self) -> _Call:
-        """The call of its samples in `_moved`'s order."""
-        order, inputs = _moved(self.rows), (self.args, self.kwargs)
-        args, kwargs = pytree.tree_map(lambda x: x[order] if self.is_of_samples(x) else x, inputs)
+    def order(self) -> list[int]:
+        """Its samples moved on by one, but the last stays: else a model that moves its own on, as by half a batch,
+        would give the same rows, moved on. All are, where in an input only the last is another."""
+        every = [self.rows - 1, *range(self.rows - 1)]
+        but_last = [self.rows - 2, *range(self.rows - 2), self.rows - 1]
+        inputs = [x for x in self.leaves() if self.is_of_samples(x)]
+        alike = any(torch.equal(x[but_last], x) and not torch.equal(x[every], x) for x in inputs)
+        return every if self.rows == 2 or alike else but_last
+
+    def moved_on(self, order: Sequence[int]) -> _Call:
+        """The call of its samples in this order."""
+        inputs = self.args, self.kwargs
+        args, kwargs = pytree.tree_map(lambda x: x[list(order)] if self.is_of_samples(x) else x, inputs)
         return self._replace(args=args, kwargs=kwargs)
 
     def leaves(self) -> list[Any]:
@@ -160,13 +171,13 @@ class _Call(NamedTuple):
         """Whether it can be made again: a cache, say, would take each run in."""
         return all(x is None or isinstance(x, _PLAIN) for x in self.leaves())
 
-    def sizes(self) -> dict[int, set[tuple[int, tuple[int, ...]]]]:
+    def sizes(self) -> dict[int, set[tuple[Any, tuple[int, ...]]]]:
         """Products of sizes that the inputs have beside B, and of which inputs and dimensions each is."""
         found = {}
-        for number, x in enumerate(self.leaves()):
+        for path, x in pytree.tree_flatten_with_path((self.args, self.kwargs))[0]:
             axes = range(1, x.dim()) if self.is_of_samples(x) else ()
             for pick in (pick for n in range(1, len(axes) + 1) for pick in combinations(axes, n)):
-                found.setdefault(math.prod(x.shape[axis] for axis in pick), set()).add((number, pick))
+                found.setdefault(math.prod(x.shape[axis] for axis in pick), set()).add((path, pick))
         return found
 
 
@@ -211,12 +222,14 @@ class Rows:
         self._asked: dict[Any, tuple[tuple[int, ...], set]] = {}  # the same of this step, and their inputs' shapes
         self._calls: dict[int, tuple[_Call, dict[Any, int]]] = {}  # of the model, and of modules' taps within each
         self._taken: set[_Taken] = set()
+        self._later: dict[tuple, set[_Taken]] = {}  # those to which a gradient may come when they are computed again
         self._call: _Call | None = None
         self._inside: set[nn.Module] = set()  # the model's modules, once they are asked for
         self._drew = False  # whether the last run drew random numbers
         self._beside: tuple[int, Tensor] | None = None  # a sample that has nothing in an input, and this input
         self.rows = 0  # B of the next forward; 0 where nothing is to be told from sizes
         self.watched = False  # whether to see what becomes of outputs that all samples share
+        self.shared: list[Any] = []  # those of this step
         self.compared = False  # whether a module known by running it is to be compared with itself
         self._sizes: dict[int, set] | None = None  # what a sample may have of rows there
         self._lone: bool | None = None  # whether an input has the one sample, or none is known
@@ -243,20 +256,23 @@ class Rows:
         """Outputs of a module's call with B rows, to which a gradient comes, are taken for `[B, ...]`; `verify` raises
         where they are not."""
         ours = self.note_call()
-        if isinstance(module, Part) or not (ours or self._call is None or not self._is_whole(self._call)):
+        known = ours or self._call is None or not self._is_whole(self._call)
+        if isinstance(module, Part) or not (known or self._later):
             return
         of, number = (id(self._call.kwargs), self._count(module._inrun, self._call)) if ours and self._call else (0, 0)
-        if module._inrun.routed:  # by what a run on other numbers found
+        if module._inrun.routed and known:  # by what a run on other numbers found
             self._taken.add(_Taken(module, of, number, None, ()))
         for leaf, y in enumerate(pytree.tree_leaves(outputs)):
             axis = sample_axis(module, leaf)
             if not isinstance(y, Tensor) or y.shape[axis : axis + 1] != (self.rows,):
                 continue
-            taken = _Taken(module, of, number, leaf, tuple(y.shape))
+            key = module, leaf, tuple(y.shape)
+            taken = {_Taken(module, of, number, leaf, tuple(y.shape))} if known else set()
             if y.requires_grad:
-                y.register_hook(lambda _, taken=taken: self._taken.add(taken))
+                taken |= set() if ours else self._later.get(key, set())
+                y.register_hook(lambda _, taken=taken: self._taken.update(taken))
             elif not torch.is_grad_enabled():  # of a reentrant checkpoint: its gradient comes when it is run again
-                self._taken.add(taken)
+                self._later.setdefault(key, set()).update(taken)
 
     def pass_by(self, tap: Any) -> None:
         """A module runs plainly, which `_shapes` will not tell from its other calls."""
@@ -339,7 +355,7 @@ class Rows:
         same rows as before, not all moved on. Nothing tells of a model that draws random numbers in eval mode; nor of
         modules that are called otherwise in eval mode than they were (`more`), or whose rows are the same ones whatever
         the samples are."""
-        orders = _moved(call.rows), [0] * call.rows
+        orders = call.order(), [0] * call.rows
         runs = []
         with suppress(Exception):  # of a model that does not run like this
             for each in (call, *(call.of(order, which) for order in orders)):
@@ -352,7 +368,7 @@ class Rows:
                 calls[number] for run in runs if number < len(calls := run.get(module, [])) == len(more.get(module, ()))
             ]
             marks = [of_call[leaf] for of_call in each if leaf in of_call]
-            if len(marks) == 3 and _in_disorder(marks[0], marks[1], marks[2], call.rows, leaf is None):
+            if len(marks) == 3 and _in_disorder(marks[0], marks[1], marks[2], orders[0], leaf is None):
                 found.add(f"{module._inrun} ({module._inrun_class.__name__})")
         return sorted(found)
 
@@ -382,9 +398,10 @@ class Rows:
         return self._marks(call, {call.module})[call.module][0]
 
     def _verify_tokens(self, call: _Call) -> None:
-        moved = call.moved_on()
+        order = call.order()
+        moved = call.moved_on(order)
         pairs = zip(call.leaves(), moved.leaves(), strict=True)
-        if all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor)):
+        if all(x is y or torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor)):
             return  # samples that are all alike tell nothing: the next step is asked
         why, runs = None, ({}, {})
         try:
@@ -395,7 +412,7 @@ class Rows:
         for layer, (shape, _) in self._asked.items():
             before, after = ([marks[None] for marks in run.get(layer, [])] for run in runs)
             alike = len(before) == len(after) and all(
-                _moved_on(x, y, call.rows) for x, y in zip(before, after, strict=True)
+                _moved_on(x, y, order) for x, y in zip(before, after, strict=True)
             )
             if not alike or not before:
                 failed[layer._inrun] = shape
@@ -421,7 +438,9 @@ class Rows:
     def forget(self) -> None:
         """What was asked in a step that is over."""
         self._asked, self._taken, self._calls, self._call = {}, set(), {}, None
-        self._inside, self._beside = set(), None
+        self._inside, self._beside, self._later = set(), None, {}
+        as_plain(self.shared)
+        self.shared.clear()
 
     def explain(self, error: Exception) -> None:
         """Add to an error of this library, or one within the model, what would score the layers whose rows are not the
@@ -530,7 +549,8 @@ class Rows:
         """Two numbers for each row of what modules are called with (None) and of their outputs, in eval mode."""
 
         def of_rows(x: Tensor, axis: int) -> Tensor:
-            rows = x.detach().movedim(axis, 0).reshape(x.shape[axis], -1).float()
+            numbers = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+            rows = numbers.detach().movedim(axis, 0).reshape(x.shape[axis], -1).float()
             weights = torch.arange(rows.shape[1], device=x.device, dtype=torch.float32).cos()
             return torch.stack([rows @ weights, rows.norm(dim=1)])
 
@@ -571,28 +591,23 @@ def _with_as_many_rows(taken: Iterable[_Taken], more: Shapes) -> dict[str, str]:
     return found
 
 
-def _moved(rows: int) -> list[int]:
-    """Samples moved on by one, but the last stays: else a model that moves its own on, as by half a batch, would give
-    the same rows, moved on."""
-    return [rows - 2, *range(rows - 2), rows - 1] if rows > 2 else [*reversed(range(rows))]
+def _with_samples_moved(marks: Tensor, order: list[int]) -> Tensor:
+    return marks.unflatten(1, (len(order), -1))[:, order].flatten(1)
 
 
-def _with_samples_moved(marks: Tensor, rows: int) -> Tensor:
-    return marks.unflatten(1, (rows, -1))[:, _moved(rows)].flatten(1)
-
-
-def _in_disorder(before: Tensor, after: Tensor, of_one: Tensor, rows: int, tokens: bool) -> bool:
+def _in_disorder(before: Tensor, after: Tensor, of_one: Tensor, order: list[int], tokens: bool) -> bool:
     """Whether rows are those they were before the samples moved on, and not all moved on; `of_one`: of one sample.
 
     Of `tokens` each sample has as many: with another number of them where all are one, they were picked out.
     """
+    rows = len(order)
     if before.shape != after.shape or before.shape[1] % rows or (before.shape[1] != rows and not tokens):
         return False
     if of_one.shape != before.shape:
         return tokens
     size = before.abs().amax(1, keepdim=True)
     same = (after.sort(1).values - before.sort(1).values).abs() <= SAME * size
-    elsewhere = ((after - _with_samples_moved(before, rows)).abs() > OTHER * size).any()
+    elsewhere = ((after - _with_samples_moved(before, order)).abs() > OTHER * size).any()
     return bool(same.all() & elsewhere & ((of_one - before).abs() > OTHER * size).any())
 
 
@@ -601,9 +616,9 @@ def _changed(before: Tensor, after: Tensor, least: float) -> Tensor:
     return ((after - before).abs() > least * before.abs().amax(1, keepdim=True)).any(0)
 
 
-def _moved_on(before: Tensor, after: Tensor, rows: int) -> bool:
-    if before.shape != after.shape or before.shape[1] % rows:
+def _moved_on(before: Tensor, after: Tensor, order: list[int]) -> bool:
+    if before.shape != after.shape or before.shape[1] % len(order):
         return False
-    expected, size = _with_samples_moved(before, rows), before.abs().max()
+    expected, size = _with_samples_moved(before, order), before.abs().max()
     differs = (expected - before).abs().max() > OTHER * size
     return bool(differs & ((after - expected).abs().max() <= SAME * size))

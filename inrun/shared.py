@@ -10,6 +10,8 @@ through it, and where none will (`p.detach().norm()`), is warned of.
 from __future__ import annotations
 
 import warnings
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -55,11 +57,14 @@ class Shared(Tensor):
 
     _layer = ""
     _lead = True
+    _made: list[Any]
 
     @classmethod
-    def of(cls, rows: Tensor, layer: str, lead: bool) -> Shared:
+    def of(cls, rows: Tensor, layer: str, lead: bool, made: list[Any]) -> Shared:
+        """Of these rows; `made` refers to all that there are, for `as_plain`."""
         found = rows.as_subclass(cls)
-        found._layer, found._lead = layer, lead
+        found._layer, found._lead, found._made = layer, lead, made
+        made.append(weakref.ref(found))
         return found
 
     @classmethod
@@ -97,7 +102,7 @@ class Shared(Tensor):
                     whole, first, last = (run[i] for run in runs)
                     kind = _kind(whole, first, last, size)
                 if isinstance(kind, bool):
-                    leaves[i] = cls.of(x, layer, kind)
+                    leaves[i] = cls.of(x, layer, kind, ours[0]._made)
                 elif kind != "own" and not x.requires_grad:
                     if first is None or first.shape != x.shape or _apart(x, first):
                         _warn_of_constant(layer, size, func)
@@ -106,6 +111,15 @@ class Shared(Tensor):
                 elif kind == "mixed":
                     x.register_hook(lambda grad: _raise(_refused(layer, size, func)))
             return pytree.tree_unflatten(leaves, spec)
+
+
+def as_plain(made: Iterable[Any]) -> None:
+    """What a model has kept of them, as without a gradient, is a tensor as any other, to be saved and loaded."""
+    for found in (each() for each in made):
+        if found is not None:
+            found.__class__ = Tensor
+            for name in ("_layer", "_lead", "_made"):
+                vars(found).pop(name, None)
 
 
 def _tried(func: Any, args: Any, kwargs: Any, size: int) -> list[list[Any]] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import math
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -668,6 +669,28 @@ def test_a_batch_of_one_tells_nothing_of_what_samples_share():
     step(1)
     with pytest.raises(inrun.InRunError, match=r"position: expected its output.*getitem"):
         step(B)
+
+
+def test_what_a_model_keeps_of_shared_outputs_is_saved_and_loaded_as_any_tensor():
+    class Keeping(FirstOfShared):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.position(torch.arange(x.shape[1])[None])
+            self.register_buffer("seen", h.detach())
+            self.twice = 2 * h.detach()
+            return self.head(self.token(x) + h)
+
+    model = Keeping()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    x, y = torch.randint(VOCAB, (B, T)), torch.randint(VOCAB, (B, T))
+    tracker = inrun.track(model, optimizer, validation=lambda: loss_of(model, x, y))
+    with tracker.step(range(B)):
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    torch.save([model.state_dict(), model.twice], file := io.BytesIO())
+    file.seek(0)
+    found, twice = torch.load(file)
+    assert torch.equal(2 * found["seen"], twice) and torch.equal(copy.deepcopy(model.twice), twice)
+    assert type(model.seen) is type(model.twice) is Tensor
 
 
 class Prototypes(nn.Module):

@@ -729,6 +729,100 @@ def test_models_that_may_do_so_are_let_pass(kind, size):
     torch.testing.assert_close(got.sum() if kind == "state" else got, want, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("kind", ["no gradient", "detached"])
+def test_what_takes_no_gradient_in_a_reentrant_checkpoint_is_let_pass_too(kind, method):
+    class Checkpointed(Ordinary):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda x, _: Ordinary.forward(self, x), x, self.scale.weight, use_reentrant=True)
+
+    found, want = (step(made(cls, kind, B), ids(B, 1), method) for cls in (Checkpointed, Ordinary))
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-9)
+
+
+def test_what_all_samples_share_in_a_reentrant_checkpoint_is_looked_at_when_it_is_run_again(recwarn):
+    class Measuring(Ordinary):
+        def block(self, h: Tensor) -> Tensor:
+            places = self.place(torch.arange(h.shape[1])[None])
+            self.size = places.norm()  # for nothing
+            return self.head(h + places)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, self.token(x), use_reentrant=True)
+
+    step(made(Measuring, "", T + 1), ids(B, 1, T + 1))
+    assert not [each for each in recwarn if "norm()" in str(each.message)]
+
+
+class Beside(Ordinary):
+    """Flattened tokens, and features of each sample beside them."""
+
+    def __init__(self) -> None:
+        super().__init__("flattened", B)
+
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        return super().forward(x) * features.to_dense().mean(1)[:, None, None]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_tokens_are_told_where_only_the_last_sample_has_others(sparse):
+    model, x = made(Beside), ids(1, 1, T + 1).repeat(B, 1)
+    x[-1] = ids(1, 2, T + 1)
+    features = torch.randn(B, 3, dtype=torch.float64)
+
+    def loss(*rows: int) -> Tensor:
+        f = features[list(rows)]
+        return model(x[list(rows)], f.to_sparse() if sparse else f).square().mean()
+
+    params = [*model.token.parameters(), *model.inner.parameters(), *model.head.parameters()]
+    target, *each = (torch.autograd.grad(loss(*rows), params) for rows in ((0, 3), *((i,) for i in range(B))))
+    want = LR / B * torch.stack([sum((g * t).sum() for g, t in zip(one, target, strict=True)) for one in each])
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=LR), validation=lambda: loss(0, 3))
+    with tracker.step(range(B)) as taken:
+        loss(*range(B)).backward()
+        tracker.optimizers[0].step()
+    torch.testing.assert_close(taken.values.double(), want, rtol=1e-5, atol=1e-9)
+
+
+class Optional(Ordinary):
+    def __init__(self) -> None:
+        super().__init__("flattened", B)
+
+    def forward(self, *, x: Tensor, features: Tensor | None = None) -> Tensor:
+        h = super().forward(x)
+        return h if features is None else h * features.mean(1)[:, None, None]
+
+
+def test_an_input_is_the_same_one_where_another_before_it_is_not_given():
+    model, optimizer = (m := made(Optional)), torch.optim.SGD(m.parameters(), lr=LR)
+    features, given = torch.randn(B, 3, dtype=torch.float64), [ids(B, 1, T + 1), ids(B, 2, T + 1)]
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x=given[0]).square().mean())
+    with tracker.step() as taken:
+        for number, inputs in enumerate(({"features": features, "x": given[0]}, {"x": given[1]})):
+            taken.batch(range(number * B, number * B + B))
+            model(**inputs).square().mean().backward()
+        optimizer.step()
+    assert taken.values.shape == (2 * B,)
+
+
+def test_complex_numbers_beside_the_samples_are_taken_whole():
+    class Spectrum(Beside):
+        def forward(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+            return (h := super().forward(x, features)), torch.fft.fft(h).conj()
+
+    model, optimizer = (m := made(Spectrum)), torch.optim.SGD(m.parameters(), lr=LR)
+    features = torch.randn(B, 3, dtype=torch.float64)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(ids(B, 2), features)[0].square().mean())
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as told, tracker.step(range(B)):
+            model(ids(B, 1), features)[0].square().mean().backward()
+            optimizer.step()
+    finally:
+        torch.set_warn_always(False)
+    assert not [str(each.message) for each in told if "imaginary" in str(each.message)]
+
+
 class Crossed(nn.Module):
     """A scale of the block's own; its layer of positions is given `[1, T, W]`, and its output is split by heads."""
 

@@ -1737,6 +1737,44 @@ def test_weights_that_a_hook_makes_are_scored_as_they_were_in_the_forward(change
     close(step.values, want)
 
 
+def test_a_weight_that_a_hook_makes_may_be_made_again_before_the_backward():
+    """A later forward's power iteration writes what this one's weight was made of."""
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3))
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(2 * B, 4)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x).square().mean())
+    with tracker.step() as step:
+        losses = []
+        for rows in (range(B), range(B, 2 * B)):
+            step.batch(rows)
+            losses.append(model(x[list(rows)]).pow(3).mean())
+        sum(losses).backward()
+        optimizer.step()
+    assert step.values.isfinite().all() and step.values.any()
+
+
+def test_a_weight_that_a_hook_inside_makes_is_the_forwards_own_after_it():
+    """For a penalty on it, say, which needs the graph of this forward."""
+
+    def train(tracked):
+        torch.manual_seed(0)
+        inner, x = nn.utils.spectral_norm(nn.Linear(4, 5)), torch.randn(B, 4)
+        model = nn.Sequential(nn.Sequential(inner, nn.Tanh()), nn.Linear(5, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker = tracked and inrun.track(model, optimizer, through={"0.*": "0"}, check=False)
+        for _ in range(2):
+            with tracker.validation() if tracker else contextlib.nullcontext():
+                model(x).square().mean().backward()
+            optimizer.zero_grad()
+            with tracker.step(range(B)) if tracker else contextlib.nullcontext():
+                (model(x).pow(3).mean() + inner.weight.square().mean()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return model.state_dict()
+
+    for found, expected in zip(train(True).values(), train(False).values(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("method", ["first", "second", "path", "monte_carlo"])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_the_older_weight_norm_has_the_values_of_the_newer(method):
