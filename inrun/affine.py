@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .distributed import local
 from .errors import InRunError
 from .factors import Factors
 from .layers import Rule, affine_dots, affine_factors, require_whole_rows
@@ -128,7 +129,7 @@ def another_output(module: Any, does: str) -> InRunError:
 
 def recognise(module: nn.Module) -> Affine | None:
     """How `module` scales and shifts, if that is all its parameters do; it is left as it was."""
-    params = {name: p for name, p in module._parameters.items() if p is not None}
+    params = {name: local(p) for name, p in module._parameters.items() if p is not None}
     if any(isinstance(module, c) and type(module).forward is c.forward for c in _CHANNEL_NORMS) and "weight" in params:
         return Affine("weight", "bias", wide=True, axis=1)
     if len(inspect.signature(type(module).forward).parameters) != 2:  # self and x: a gate would be lost

@@ -61,8 +61,8 @@ def efficiency(
     expected = {}  # of each slot: <p.grad, D>, the squared rounding, and |p.grad|^2
     for slot, direction in zip(slots, directions, strict=True):
         expected[id(slot)] = [none] * 3
-        if slot.grad is not None:
-            expected[id(slot)] = [x.to(none) * slot.share for x in _along(slot.grad, direction, unscale, len(lead))]
+        if (grad := slot.grad) is not None:
+            expected[id(slot)] = [x.to(none) * slot.share for x in _along(grad, direction, unscale, len(lead))]
     groups = components(slots)
     scored = []
     for members in groups:
@@ -75,7 +75,7 @@ def efficiency(
     of_slot, none = dict(zip(expected, sums, strict=True)), none.cpu()
     sizes = torch.stack([size for _, size, _ in scores])
     beside = BESIDE * torch.where(sizes.isfinite(), sizes, torch.zeros_like(sizes)).amax(0)
-    if numbers := [s.name for s in slots if s.grad is not None and not of_slot[id(s)][2].isfinite().all()]:
+    if numbers := [s.name for s in slots if s.param.grad is not None and not of_slot[id(s)][2].isfinite().all()]:
         raise InRunError(f"the loss or its gradients: expected finite numbers, got NaN or infinity for {few(numbers)}")
     wrong: dict[str, list[Any]] = {}  # what is, of which slots
     met = False  # whether a layer of theirs made scores

@@ -65,13 +65,15 @@ class Kept:
     buffers: list[_Buffer] = field(default_factory=list)  # of it, as they were before its forward
     put_attributes_back: Any = None
     share: float = field(init=False)  # of its dots
+    whole_rows: Callable = field(init=False)  # of its tensors
     modes: list[tuple[Any, bool]] = field(init=False)  # modules, and whether they were in training mode
     trained: list[tuple[Any, str, bool]] = field(init=False)  # owner and name of its parameters, and whether they were
     accumulators: list[Any] = field(init=False)  # nodes of the graph that add to the gradients of its parameters
     versions: list[int] = field(init=False)  # of the input
 
     def __post_init__(self) -> None:
-        self.modes, self.share = modes_of(self.module), self.module._inrun.share
+        self.modes, tap = modes_of(self.module), self.module._inrun
+        self.share, self.whole_rows = tap.share, tap.whole_rows
         held = [(owner, local, owner._parameters[local]) for owner, local in self.module._inrun.owned]
         self.trained = [(owner, local, p.requires_grad) for owner, local, p in held if p is not None]
         self.accumulators = [get_gradient_edge(p).node for *_, p in held if p is not None and p.requires_grad]
@@ -326,7 +328,7 @@ class Keeper:
         kept.require_unchanged()
         device = next(module.parameters()).device
         with kept.as_it_ran():
-            x, grad = (module._inrun.whole_rows(moved(each, device)) for each in (kept.x, kept.grads[0]))
+            x, grad = (kept.whole_rows(moved(each, device)) for each in (kept.x, kept.grads[0]))
             found = module.gradient_factors(x, grad)
             if found is None:
                 return None

@@ -303,7 +303,7 @@ class EmbeddingRule(Rule):
             return probing.ids_by_sample(x, batch)
         # Positions once are positions still, and ids that were no run of numbers once are the samples' own. A GPU tells
         # later, and goes on.
-        found = probing.may_be_positions(x)
+        found = probing.may_be_positions(x if tap.whole_ids is None else tap.whole_ids)
 
         def refused() -> InRunError:
             return InRunError(f"{tap}: ids: {probing.positions(batch)}", suspected={tap.name})

@@ -92,7 +92,7 @@ class Path:
             InRunError: gradients clipped to another norm, or an update that is not what was said of it.
         """
         tracker, moves = self.tracker, {}
-        moving = [(i, s) for i, s in enumerate(tracker.slots) if s.grad is not None]
+        moving = [(i, s) for i, s in enumerate(tracker.slots) if s.param.grad is not None]
         held = [slot for _, slot in moving]
         clipped = self._clipped(held, factor, unscale, scale)
         coupled = {i for i, _ in self._among_coupled(moving, unscale)}

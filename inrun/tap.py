@@ -51,6 +51,7 @@ class Tap:
         self.share = 1.0  # of its dots, where other processes compute the same
         self.bias_share = 1.0  # of its bias, and of that one's direction
         self.whole_rows: Callable = as_it_is  # of an input or output gradient, of which it may have some tokens' alone
+        self.whole_ids: Tensor | None = None  # of an embedding of which this process has some rows
         # This batch.
         self.probe: Tensor | None = None
         self.layout: Layout | None = None  # where values belong to documents or tokens

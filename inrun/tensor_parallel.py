@@ -43,16 +43,19 @@ def prepare(tap: Any, size: int) -> None:
     if not placements:
         tap.share = 1 / size
         return
-    known = issubclass(tap.rule, LinearRule | EmbeddingRule | LayerNormRule) or (
-        issubclass(tap.rule, AffineRule) and tap.form.axis == -1
-    )
+    norm = issubclass(tap.rule, LayerNormRule) or (issubclass(tap.rule, AffineRule) and tap.form.axis == -1)
+    whole = norm and all(p.is_replicate() for (p,) in placements)
+    known = issubclass(tap.rule, LinearRule | EmbeddingRule) or whole
     got = type(tap.module).__name__
     if known and len(placements) == len(tap.owned):
         rows = issubclass(tap.rule, EmbeddingRule) and placements[0][0].is_shard(0)
-        if not rows or tap.module.padding_idx is None:
+        if rows and tap.module.padding_idx is not None:
+            got += f" with padding_idx={tap.module.padding_idx}, of which each process holds some rows"
+        elif rows and _part(count := tap.module.num_embeddings, size) * (size - 1) >= count:
+            got += f" of {count} rows, of which some of {size} processes hold none"
+        else:
             tap.in_parts = scored
             return
-        got += f" with padding_idx={tap.module.padding_idx}, of which each process holds some rows"
     raise InRunError(
         f"{tap}: expected a linear layer, an embedding or a norm, all of it on the tensor-parallel mesh, got {got}. "
         f"Exclude its parameters ({', '.join(tap.parameters)}), or leave it out of the plan of parallelize_module"
@@ -77,7 +80,8 @@ def scored(layer: Any, x: Any) -> Any:
     here = _Come.apply(x.redistribute(placements=[way.x]).to_local(grad_placements=[way.x_grad]))
     with replaced(_parts(layer, way)):
         if issubclass(tap.rule, EmbeddingRule) and way.y.is_partial():
-            here = here - -(-tap.module.num_embeddings // mesh.size()) * mesh.get_local_rank()  # as torch.chunk cuts
+            tap.whole_ids = here
+            here = here - _part(tap.module.num_embeddings, mesh.size()) * mesh.get_local_rank()
             others = (here < 0) | (here >= len(layer._parameters["weight"]))
             y = layer.scored_here(here.masked_fill(others, 0)).masked_fill(others.unsqueeze(-1), 0.0)
         else:
@@ -87,6 +91,11 @@ def scored(layer: Any, x: Any) -> Any:
         shape[way.y.dim] = x.shape[way.y.dim] if way.x.is_shard() else _outputs(layer)
     like = torch.empty(shape, device="meta")
     return DTensor.from_local(y, mesh, [way.y], run_check=False, shape=like.shape, stride=like.stride())
+
+
+def _part(count: int, size: int) -> int:
+    """How many rows the first process holds, as torch.chunk cuts them; the last may hold fewer."""
+    return -(-count // size)
 
 
 def _gathered(mesh: Any, place: Any, size: int, x: Tensor) -> Tensor:

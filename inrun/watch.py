@@ -89,18 +89,20 @@ class Watch:
     def _require_kept(self, slot: Any, _: Tensor) -> None:
         """Raise `InRunError` where a gradient that comes finds that of the step's last backward gone, or one that an
         update has taken already."""
-        if not self.active and slot.grad is None and not self._ranks.are_aside:  # cleared, and another loss's comes
+        if (
+            not self.active and slot.param.grad is None and not self._ranks.are_aside
+        ):  # cleared, and another loss's comes
             self._to_clear.discard(id(slot.optimizer))
         if not self.active or slot.optimizer in self.begun:
             return
-        if slot.name in self._raw and slot.grad is None:
+        if slot.name in self._raw and slot.param.grad is None:
             raise InRunError(
                 f"{slot.name}: expected the gradient of the step's last backward when the next one adds to it, got "
                 "none; call optimizer.zero_grad() before the step's first backward or after optimizer.step()"
             )
         if id(slot.optimizer) in self._to_clear:
             self._to_clear.discard(id(slot.optimizer))
-            if slot.grad is not None:  # zeros, or forgotten: of all the optimizer's, and one tells
+            if slot.param.grad is not None:  # zeros, or forgotten: of all the optimizer's, and one tells
                 message = (
                     f"{slot.name}: expected no gradient, or zeros, when the step's first backward adds to it, got that "
                     "of an earlier step, whose update has taken it; call optimizer.zero_grad() in every step"
@@ -120,7 +122,7 @@ class Watch:
 
     def seen(self) -> dict[str, Tensor]:
         """What now stands in the gradients of watched parameters, by name."""
-        grads = {name: slot.grad for name, slot in self._watched.items() if slot.grad is not None}
+        grads = {name: slot.grad for name, slot in self._watched.items() if slot.param.grad is not None}
         return {name: self._seen(grad).to(torch.float64, copy=True) for name, grad in grads.items()}
 
     def require_same(self, again: Sequence[Mapping[str, Tensor]]) -> None:
@@ -150,7 +152,7 @@ class Watch:
     def updated(self, optimizer: Optimizer) -> None:
         """An update has begun, the first from all the gradients that have come."""
         self.begun.append(optimizer)
-        self._due = {n: s for n, s in self._due.items() if s.optimizer not in self.begun and s.grad is not None}
+        self._due = {n: s for n, s in self._due.items() if s.optimizer not in self.begun and s.param.grad is not None}
         self._reached.clear()
 
     def require_in_time(self) -> None:
@@ -171,7 +173,9 @@ class Watch:
     def lost(self, optimizer: Optimizer | None = None) -> list[str]:
         """Parameters (of one optimizer) whose gradient of this step's backward is gone, so that the update to come
         passes them by."""
-        return [n for n, s in self._due.items() if s.grad is None and (optimizer is None or s.optimizer is optimizer)]
+        return [
+            n for n, s in self._due.items() if s.param.grad is None and (optimizer is None or s.optimizer is optimizer)
+        ]
 
     def require_even(self, number: int, uneven: Tensor) -> None:
         """Raise `InRunError` where step `number` had no common factor; of a GPU the answer comes some steps later."""
@@ -243,7 +247,9 @@ class Watch:
         """Watched slots with a gradient of the step."""
         # Another process may have had a backward through a parameter that had none here.
         watched = self._watched | {s.name: s for s in self._first.values()}
-        return [s for s in watched.values() if s.grad is not None and (s.name in self._raw or self._ranks.size > 1)]
+        return [
+            s for s in watched.values() if s.param.grad is not None and (s.name in self._raw or self._ranks.size > 1)
+        ]
 
     def _compared(self, optimizer: Optimizer, slots: Sequence[Any], factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """The common factor, if it is not known yet, and whether there is none."""

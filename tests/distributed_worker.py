@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -100,10 +100,11 @@ class Turned(nn.Module):
 class Spread(nn.Module):
     """Layers of every kind that tensor parallelism spreads, of an odd vocabulary."""
 
-    def __init__(self, tied: bool = False) -> None:
+    def __init__(self, tied: bool = False, own: bool = False) -> None:
         super().__init__()
         self.token, self.norm, self.head = nn.Embedding(13, 8), nn.LayerNorm(8), nn.Linear(8, 13, bias=False)
         self.blocks = nn.ModuleList(SpreadBlock() for _ in range(2))
+        self.norm = OwnNorm() if own else self.norm
         self.tied, self.checkpointed = tied, None
         self.tie()
 
@@ -111,11 +112,25 @@ class Spread(nn.Module):
         if self.tied:
             self.head.weight = self.token.weight
 
+    def embedded(self, x: Tensor) -> Tensor:
+        return self.token(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        h = self.token(x)
+        h = self.embedded(x)
         for block in self.blocks:
             h = block(h) if self.checkpointed is None else checkpoint(block, h, use_reentrant=self.checkpointed)
         return self.head(self.norm(h))
+
+
+class OwnNorm(nn.Module):
+    """As models write it themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
 
 
 class SpreadBlock(nn.Module):
@@ -130,6 +145,7 @@ class SpreadBlock(nn.Module):
 
 
 MODELS |= {"gpt_spread": Spread, "gpt_spread_tied": lambda: Spread(tied=True)}
+MODELS |= {"gpt_spread_own": lambda: Spread(own=True)}
 MODELS |= {"gpt_flat": Turned, "gpt_turned": lambda: Turned(tokens_first=True)}
 MODELS |= {"hf_llama": lambda: Logits("Llama"), "hf_mixtral": lambda: Logits("Mixtral")}
 
@@ -1221,6 +1237,7 @@ def check_tensor_parallel_in_other_ways():
         spread(by_width, "adamw", method)
         for plan in (by_layers, by_sequence):
             spread(plan, "adamw", method, name="gpt_spread_tied")
+            spread(plan, "adamw", method, name="gpt_spread_own")
             for reentrant in (False, True):
                 spread(plan, "adamw", method, prepare=lambda m, r=reentrant: setattr(m, "checkpointed", r))
             spread(plan, "adamw", method, step=functools.partial(plain_step, again=method == "path"))
@@ -1234,6 +1251,63 @@ def check_tensor_parallel_with_the_loss_in_parts():
 
     for method in ("first", "path"):
         spread(columns, "adamw", method, around=loss_parallel)
+    spread(columns, "adamw", "path_secant", True, around=loss_parallel)
+
+
+def values_by(plan, method, model, lengths):
+    """Values of steps of two batches, each of so many tokens."""
+    plan(model, init_device_mesh("cpu", (WORLD,)))
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    tracker = inrun.track(model, optimizer, method, **options_of(method, None, ONE))
+    found = []
+    for of_batches in lengths:
+        with tracker.validation():
+            loss_of(model, *data("gpt_spread", 4, seed=2)).backward()
+        with tracker.step() as step:
+            for k, tokens in enumerate(of_batches):
+                x, y = (v[:, :tokens] for v in data("gpt_spread", 4, seed=10 + k))
+                step.batch(range(4 * k, 4 * k + 4))
+                loss_of(model, x, y).backward()
+            clip(model)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(step.values)
+    tracker.close()
+    return torch.stack(found)
+
+
+def check_tensor_parallel_of_batches_of_other_lengths():
+    for method in ("first", "path"):
+        one, other = (values_by(plan, method, make("gpt_spread"), [(4, 2)]) for plan in (by_layers, by_sequence))
+        close(one, other)
+
+
+class Placed(Spread):
+    """With learned positions, and an embedding of one id for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.kinds = nn.Embedding(8, 8), nn.Embedding(8, 8)
+
+    def embedded(self, x: Tensor) -> Tensor:
+        kinds = self.kinds(torch.tensor([6, 1, 2, 3]))
+        return self.token(x) + self.places(torch.arange(x.shape[1])) + kinds[:, None]
+
+
+def check_ids_of_which_each_process_has_some_rows_are_looked_at_whole():
+    """As many positions as samples, in a later step, and ids that are a run of numbers only in part."""
+
+    def rows_too(model, mesh):
+        by_layers(model, mesh)
+        rows = RowwiseParallel(input_layouts=Replicate())
+        parallelize_module(model, mesh, {"places": rows, "kinds": rows})
+
+    for method in ("first", "path"):
+        found = []
+        for plan in (by_layers, rows_too):
+            torch.manual_seed(0)
+            found.append(values_by(plan, method, Placed(), [(3, 3), (4, 4)]))
+        close(*found)
 
 
 def check_a_sample_of_tensor_parallelism_is_written_once():
@@ -1270,6 +1344,12 @@ def check_what_is_refused_of_tensor_parallelism():
     raises("monte_carlo", lambda: spread(by_layers, "adamw", "monte_carlo", True))
     model = nn.Sequential(nn.Embedding(13, 8, padding_idx=0), nn.Linear(8, 13))
     parallelize_module(model, mesh["tensor"], {"0": RowwiseParallel(input_layouts=Replicate())})
+    raises("0: expected a linear layer, an embedding or a norm, all of it", lambda: inrun.track(model))
+    model = nn.Sequential(nn.Embedding(1, 8), nn.Linear(8, 13))
+    parallelize_module(model, mesh["tensor"], {"0": RowwiseParallel(input_layouts=Replicate())})
+    raises("got Embedding of 1 rows, of which some of 2 processes hold none", lambda: inrun.track(model))
+    model = nn.Sequential(nn.LayerNorm(8, bias=False))
+    model[0].weight = nn.Parameter(distribute_tensor(torch.ones(8), mesh["tensor"], [Shard(0)]))
     raises("0: expected a linear layer, an embedding or a norm, all of it", lambda: inrun.track(model))
 
     def by_tokens(tracker, model, optimizer, x, y):
@@ -1381,7 +1461,8 @@ REFERENCES = [("gpt_tied", "sgd"), ("gpt_tied", "adamw"), ("loose", "adamw"), ("
 
 SPREADS = [("gpt_spread", kind, EVEN, *more) for kind, *more in SPREAD]
 REFERENCES += SPREADS
-REFERENCES += [(name, "adamw", EVEN, m) for name in ("gpt_spread", "gpt_spread_tied") for m in ("first", "path")]
+REFERENCES += [(name, "adamw", EVEN, m) for name in ("gpt_spread", "gpt_spread_tied", "gpt_spread_own")
+               for m in ("first", "path")]  # fmt: skip
 
 if HUGGING_FACE:
     REFERENCES += [("hf_llama", "adamw"), ("hf_llama", "sgd", EVEN),
