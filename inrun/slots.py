@@ -69,7 +69,7 @@ class Slot:
     def state(self) -> dict[str, Any]:
         """What the optimizer holds for it; empty before its first step."""
         state = self.optimizer.state.get(self.param, {})
-        if self.taps[0].in_parts is not None:
+        if any(tap.in_parts is not None for tap in self.taps):
             state = {key: distributed.laid_alike(value, self.param) for key, value in state.items()}
         return state if self.count is None else {**state, "step": self.count}
 

@@ -134,7 +134,8 @@ class Validation:
         """The scalar loss of a target's callable, with its graph; random numbers are left as they were."""
         with torch_random_kept():
             loss = self.losses[name]()
-        loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss  # of logits in parts
+        if (whole := getattr(loss, "full_tensor", None)) is not None:  # of logits in parts
+            loss = whole()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"validation loss {name!r}: expected a scalar tensor, got {got}")

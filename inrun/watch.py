@@ -89,9 +89,7 @@ class Watch:
     def _require_kept(self, slot: Any, _: Tensor) -> None:
         """Raise `InRunError` where a gradient that comes finds that of the step's last backward gone, or one that an
         update has taken already."""
-        if (
-            not self.active and slot.param.grad is None and not self._ranks.are_aside
-        ):  # cleared, and another loss's comes
+        if not (self.active or self._ranks.are_aside) and slot.param.grad is None:  # cleared, and another loss's comes
             self._to_clear.discard(id(slot.optimizer))
         if not self.active or slot.optimizer in self.begun:
             return
@@ -173,9 +171,8 @@ class Watch:
     def lost(self, optimizer: Optimizer | None = None) -> list[str]:
         """Parameters (of one optimizer) whose gradient of this step's backward is gone, so that the update to come
         passes them by."""
-        return [
-            n for n, s in self._due.items() if s.param.grad is None and (optimizer is None or s.optimizer is optimizer)
-        ]
+        gone = {n: s for n, s in self._due.items() if s.param.grad is None}
+        return [n for n, s in gone.items() if optimizer is None or s.optimizer is optimizer]
 
     def require_even(self, number: int, uneven: Tensor) -> None:
         """Raise `InRunError` where step `number` had no common factor; of a GPU the answer comes some steps later."""
@@ -247,9 +244,8 @@ class Watch:
         """Watched slots with a gradient of the step."""
         # Another process may have had a backward through a parameter that had none here.
         watched = self._watched | {s.name: s for s in self._first.values()}
-        return [
-            s for s in watched.values() if s.param.grad is not None and (s.name in self._raw or self._ranks.size > 1)
-        ]
+        held = [s for s in watched.values() if s.param.grad is not None]
+        return held if self._ranks.size > 1 else [s for s in held if s.name in self._raw]
 
     def _compared(self, optimizer: Optimizer, slots: Sequence[Any], factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """The common factor, if it is not known yet, and whether there is none."""
