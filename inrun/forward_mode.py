@@ -365,7 +365,7 @@ def remade(tap: Tap) -> Iterator[None]:
         yield
     finally:
         for (owner, name, weight), put in zip(before, ours, strict=True):
-            if getattr(owner, name) is put:  # a hook inside has made it anew otherwise, for what comes after
+            if getattr(owner, name, None) is put:  # a hook inside has made it anew otherwise, for what comes after
                 setattr(owner, name, weight)
 
 

@@ -76,7 +76,7 @@ class _Call(NamedTuple):
             nonlocal count
             if isinstance(x, Tensor) and x is but:
                 return x
-            if isinstance(x, Tensor) and x.layout != torch.strided and len(x) == self.rows:
+            if isinstance(x, Tensor) and _is_no_array(x) and x.dim() and len(x) == self.rows:
                 raise ValueError("a sparse or nested tensor of as many rows as there are samples")
             if self.is_of_samples(x, parts=which == "flattened") and not (which == "first" and count):
                 count += 1
@@ -99,7 +99,7 @@ class _Call(NamedTuple):
         return self._replace(args=args, kwargs=kwargs)
 
     def is_of_samples(self, x: Any, parts: bool = False) -> bool:
-        if not isinstance(x, Tensor) or x.layout != torch.strided or x.dim() == 0 or len(x) == 0:
+        if not isinstance(x, Tensor) or _is_no_array(x) or x.dim() == 0 or len(x) == 0:
             return False
         return len(x) == self.rows or (parts and len(x) % self.rows == 0)
 
@@ -128,13 +128,17 @@ class _Call(NamedTuple):
         return self._replace(args=args, kwargs=kwargs)
 
     def order(self) -> list[int]:
-        """Its samples moved on by one, but the last stays: else a model that moves its own on, as by half a batch,
-        would give the same rows, moved on. All are, where in an input only the last is another."""
+        """Its samples moved on by one, but one stays: else a model that moves its own on, as by half a batch, would
+        give the same rows, moved on. Where only one is another in an input, as padded, it is one that moves."""
         every = [self.rows - 1, *range(self.rows - 1)]
-        but_last = [self.rows - 2, *range(self.rows - 2), self.rows - 1]
-        inputs = [x for x in self.leaves() if self.is_of_samples(x)]
-        alike = any(torch.equal(x[but_last], x) and not torch.equal(x[every], x) for x in inputs)
-        return every if self.rows == 2 or alike else but_last
+        inputs = [x for x in self.leaves() if self.is_of_samples(x) and not torch.equal(x[every], x)]
+        for stays in reversed(range(self.rows if self.rows > 2 else 0)):
+            others = [i for i in range(self.rows) if i != stays]
+            order = [*others[-1:], *others[:-1]]
+            order.insert(stays, stays)
+            if not any(torch.equal(x[order], x) for x in inputs):
+                return order
+        return every
 
     def moved_on(self, order: Sequence[int]) -> _Call:
         """The call of its samples in this order."""
@@ -173,8 +177,9 @@ class _Call(NamedTuple):
 
     def sizes(self) -> dict[int, set[tuple[Any, tuple[int, ...]]]]:
         """Products of sizes that the inputs have beside B, and of which inputs and dimensions each is."""
-        found = {}
-        for path, x in pytree.tree_flatten_with_path((self.args, self.kwargs))[0]:
+        found, inputs = {}, (self.args, self.kwargs)
+        given, _ = pytree.tree_flatten_with_path(inputs, is_leaf=lambda x: type(x) not in (tuple, list, dict))
+        for path, x in (((*path, i), x) for path, one in given for i, x in enumerate(pytree.tree_leaves(one))):
             axes = range(1, x.dim()) if self.is_of_samples(x) else ()
             for pick in (pick for n in range(1, len(axes) + 1) for pick in combinations(axes, n)):
                 found.setdefault(math.prod(x.shape[axis] for axis in pick), set()).add((path, pick))
@@ -355,10 +360,10 @@ class Rows:
         same rows as before, not all moved on. Nothing tells of a model that draws random numbers in eval mode; nor of
         modules that are called otherwise in eval mode than they were (`more`), or whose rows are the same ones whatever
         the samples are."""
-        orders = call.order(), [0] * call.rows
-        runs = []
+        order, runs = [], []
         with suppress(Exception):  # of a model that does not run like this
-            for each in (call, *(call.of(order, which) for order in orders)):
+            order = call.order()
+            for each in (call, call.of(order, which), call.of([0] * call.rows, which)):
                 runs.append(self._marks(each, {one.module for one in taken}))
                 if self._drew:
                     return []
@@ -368,7 +373,7 @@ class Rows:
                 calls[number] for run in runs if number < len(calls := run.get(module, [])) == len(more.get(module, ()))
             ]
             marks = [of_call[leaf] for of_call in each if leaf in of_call]
-            if len(marks) == 3 and _in_disorder(marks[0], marks[1], marks[2], orders[0], leaf is None):
+            if len(marks) == 3 and _in_disorder(marks[0], marks[1], marks[2], order, leaf is None):
                 found.add(f"{module._inrun} ({module._inrun_class.__name__})")
         return sorted(found)
 
@@ -589,6 +594,10 @@ def _with_as_many_rows(taken: Iterable[_Taken], more: Shapes) -> dict[str, str]:
         if number < len(calls) and calls[number].get(leaf, ())[axis : axis + 1] == shape[axis : axis + 1]:
             found[module._inrun.name] = f"{module._inrun} ({module._inrun_class.__name__})"
     return found
+
+
+def _is_no_array(x: Tensor) -> bool:
+    return x.layout != torch.strided or x.is_nested
 
 
 def _with_samples_moved(marks: Tensor, order: list[int]) -> Tensor:

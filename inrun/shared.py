@@ -67,6 +67,10 @@ class Shared(Tensor):
         made.append(weakref.ref(found))
         return found
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)  # as it is once it is saved, or copied, in a step
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, before = kwargs or {}, random_state()

@@ -187,7 +187,9 @@ class Validation:
         names = [s.name for s in held]
         # Their norms are kept for the message, not they: a GPU's answer comes later.
         each = torch._foreach_norm(grads)  # pyright: ignore[reportPrivateImportUsage]
-        norms = torch.stack([norm.to(grads[0].device) * s.share**0.5 for s, norm in zip(held, each, strict=True)])
+        norms = torch.stack([norm.to(grads[0].device) for norm in each])
+        if any(s.share != 1.0 for s in held):
+            norms = norms * norms.new_tensor([s.share**0.5 for s in held])
         norm = self.ranks.norm([norms])
         self.pending.ask(~torch.isfinite(norm), lambda: _not_finite(name, names, norms, scale))
         self.norms[name] = norm / scale

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 import math
+import pickle
 import random
 import re
 import warnings
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import inrun
@@ -805,6 +807,46 @@ def test_an_input_is_the_same_one_where_another_before_it_is_not_given():
     assert taken.values.shape == (2 * B,)
 
 
+class Pair:
+    """Of which torch knows the parts, and no names of them."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+
+pytree.register_pytree_node(Pair, lambda pair: (list(pair.parts), None), lambda parts, _: Pair(*parts))
+
+
+@pytest.mark.parametrize("kind", [Pair, torch.nested.nested_tensor])
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_tokens_are_told_whatever_else_the_model_is_given(kind):
+    class Given(Beside):
+        def forward(self, x: Tensor, other: Any) -> Tensor:
+            return super().forward(x, torch.stack(other.parts if isinstance(other, Pair) else other.unbind()))
+
+    features = list(torch.randn(B, 3, dtype=torch.float64))
+    other, x = Pair(*features) if kind is Pair else kind(features), ids(B, 1, T + 1)
+    model, optimizer = (m := made(Given)), torch.optim.SGD(m.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x, other).square().mean())
+    for _ in range(2):
+        with tracker.step(range(B)) as taken:
+            model(x, other).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert taken.values.all()
+
+
+def test_what_all_samples_share_may_be_saved_and_copied_in_the_step():
+    class Saving(Ordinary):
+        def forward(self, x: Tensor) -> Tensor:
+            places = self.place(torch.arange(x.shape[1])[None])
+            self.state = copy.copy(places.detach()), pickle.loads(pickle.dumps(places.detach()))
+            return self.head(self.token(x) + places)
+
+    step(model := made(Saving, "", T), ids(B, 1))
+    assert all(type(each) is Tensor for each in model.state)
+
+
 def test_complex_numbers_beside_the_samples_are_taken_whole():
     class Spectrum(Beside):
         def forward(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -1535,6 +1577,32 @@ def test_a_model_that_moves_its_samples_on_is_refused_as_one_that_sorts_them():
         tracker.step(range(B)),
     ):
         model(x).square().mean().backward()
+        optimizer.step()
+
+
+class MovingTokens(nn.Module):
+    """The same for a head of flattened tokens, or of the samples' own rows, which a mask weighs; all are put back."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.flat, self.token, self.out = flat, nn.Embedding(11, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, *masks: Tensor) -> Tensor:
+        h = self.token(x).roll(1, 0)
+        h = self.out(h.flatten(0, 1)).view_as(h) if self.flat else self.out(h)
+        return h.roll(-1, 0) * math.prod(masks)[..., None]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(("size", "padded"), [(3, [-1]), (3, [0]), (4, [-1]), (4, [0, -1]), (5, [-1, -2, 0])])
+def test_samples_that_a_model_moves_on_are_seen_where_one_alone_is_padded(size, padded, flat):
+    model, x, masks = made(MovingTokens, flat), ids(size, 1, T + 2), torch.ones(len(padded), size, T + 2)
+    masks[range(len(padded)), padded, T:] = 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x, *masks).square().mean())
+    refused = pytest.raises(inrun.InRunError, match=r"^out.*(in the order of the|rows did not move on)")
+    with refused, tracker.step(range(size)):
+        model(x, *masks).square().mean().backward()
         optimizer.step()
 
 

@@ -1737,6 +1737,27 @@ def test_weights_that_a_hook_makes_are_scored_as_they_were_in_the_forward(change
     close(step.values, want)
 
 
+def test_a_validation_gradient_takes_no_operation_more_for_each_parameter():
+    """But the norms', which are found together."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func.overloadpacket is torch.ops.aten.mul
+            return func(*args, **(kwargs or {}))
+
+    def products(layers):
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
+        tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        with Products() as counted, tracker.validation():
+            model(torch.ones(2, 4)).sum().backward()
+        return counted.count
+
+    assert products(5) == products(1)
+
+
 def test_a_weight_that_a_hook_makes_may_be_made_again_before_the_backward():
     """A later forward's power iteration writes what this one's weight was made of."""
     model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3))
