@@ -3,7 +3,7 @@
 Sizes that happen to be B: `[T, ...]` of a layer that goes token by token, or outputs that are stacked layer by layer,
 look like `[B, ...]` where T is B. So before the update of the first step of several samples the model is run once more,
 with its last sample twice: what has B rows still has none of the samples'. And in one process in eval mode, on the
-batch, on the batch with its samples moved on by one (all but the last), and on its first sample alone, as often: rows
+batch, on the batch with its samples moved on by one (all but one), and on its first sample alone, as often: rows
 that are the same ones, but have not moved on, are in an order of the model's own.
 
 Rows that are samples' tokens, flattened: `head(h.view(-1, W))`, OPT's blocks. Such a `[B * T, W]` can be scored where
