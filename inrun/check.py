@@ -43,7 +43,7 @@ def efficiency(
     """Raise `InRunError` with names and sizes where scores and gradients disagree.
 
     Args:
-        slots: parameters with `name`, `param`, `grad` and `taps` (what scores them).
+        slots: parameters with `name`, `param`, `grad`, `share` and `taps` (what scores them).
         batches: of each batch, tap -> its dots along the directions, `[B]` or `[B, M]`; None where it made none.
         directions: of each slot, the parameter's shape or `[M, *shape]`.
         factor: scalar; the dots times this belong to the gradients as they are now, unscaled.

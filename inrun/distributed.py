@@ -239,7 +239,7 @@ class Ranks:
         return self.size == 1 and self.parts is None
 
     @property
-    def alike(self) -> int:
+    def holders(self) -> int:
         """How many processes have the same samples, and parts of their layers."""
         return 1 if self.parts is None else self.parts.size()
 
@@ -247,7 +247,7 @@ class Ranks:
         """One over how many processes of tensor parallelism hold the same of a parameter."""
         placements: Any = getattr(param, "placements", ())
         apart = len(placements) > len(self._groups) and placements[-1].is_shard()
-        return 1.0 if apart else 1 / self.alike
+        return 1.0 if apart else 1 / self.holders
 
     def total(self, numbers: Iterable[Tensor], device: torch.device) -> float:
         """The sum of scalar tensors, over the shards too; a GPU is waited for once."""
@@ -380,17 +380,13 @@ def gathered(places: Iterable[tuple[Any, str]]) -> Iterator[None]:
 def _gathered(owner: Any, param: Any) -> Tensor:
     if owner._inrun.in_parts is None:
         return param.full_tensor()
-    from torch.distributed.tensor import DTensor
-
     if (mesh := _data_mesh(param)) is None:
         return param.to_local()
     whole, place, parts = list(param.shape), param.placements[-1], param.device_mesh
     if place.is_shard():
         rank = parts.get_local_rank(parts.ndim - 1)
         whole[place.dim] = place.local_shard_size_and_offset(whole[place.dim], parts.size(parts.ndim - 1), rank)[0]
-    like = torch.empty(whole, device="meta")
-    shard = DTensor.from_local(param.to_local(), mesh, _data_placements(param), shape=like.shape, stride=like.stride())
-    return shard.full_tensor()
+    return of_part(param.to_local(), mesh, _data_placements(param), whole).full_tensor()
 
 
 def _data_mesh(param: Any) -> Any:
@@ -425,10 +421,15 @@ def laid_as(param: Any, part: Tensor, shape: Sequence[int]) -> Tensor:
     """This process's part of a parameter's direction as one of the whole shape, on the parameter's mesh."""
     if not hasattr(param, "placements"):
         return part
+    return of_part(part, param.device_mesh, beside(param.placements, len(shape) > param.dim()), shape)
+
+
+def of_part(part: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int]) -> Any:
+    """The `DTensor` of this shape, in order, of which this process holds a part; parts may be of unequal sizes."""
     from torch.distributed.tensor import DTensor
 
-    like, placements = torch.empty(shape, device="meta"), beside(param.placements, len(shape) > param.dim())
-    return DTensor.from_local(part, param.device_mesh, placements, shape=like.shape, stride=like.stride())
+    like = torch.empty(shape, device="meta")
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def beside(placements: Sequence[Any], several: bool) -> list[Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .affine import AffineRule
+from .distributed import of_part
 from .errors import InRunError
 from .layers import Conv1dRule, EmbeddingRule, LayerNormRule, LinearRule
 from .restoring import replaced
@@ -89,8 +90,7 @@ def scored(layer: Any, x: Any) -> Any:
     y, shape = _Come.apply(y), list(y.shape)
     if way.y.is_shard():
         shape[way.y.dim] = x.shape[way.y.dim] if way.x.is_shard() else _outputs(layer)
-    like = torch.empty(shape, device="meta")
-    return DTensor.from_local(y, mesh, [way.y], run_check=False, shape=like.shape, stride=like.stride())
+    return of_part(y, mesh, [way.y], shape)
 
 
 def _part(count: int, size: int) -> int:
@@ -99,10 +99,7 @@ def _part(count: int, size: int) -> int:
 
 
 def _gathered(mesh: Any, place: Any, size: int, x: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    like = torch.empty([*x.shape[: place.dim], size, *x.shape[place.dim + 1 :]], device="meta")
-    return DTensor.from_local(x, mesh, [place], shape=like.shape, stride=like.stride()).full_tensor()
+    return of_part(x, mesh, [place], [*x.shape[: place.dim], size, *x.shape[place.dim + 1 :]]).full_tensor()
 
 
 def _way(layer: Any, x: Any) -> _Way:

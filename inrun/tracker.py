@@ -240,7 +240,7 @@ class Tracker:
 
     def _install(self, plan: rules.Plan) -> None:
         for tap in plan.taps if self.ranks.parts is not None else ():
-            tensor_parallel.prepare(tap, self.ranks.alike)
+            tensor_parallel.prepare(tap, self.ranks.holders)
         params = dict(self.model.named_parameters())
         siblings = {name: sibling(params[name], self.many) for name in plan.tracked}
         slots: dict[str, Slot] = {}

@@ -225,7 +225,7 @@ class Beside:
                 squares[batch] = of_rows.repeat_interleave(tokens) / max(1, tokens)
         count = ranks.sum(sum(((of > 0).sum() for of in squares.values()), torch.zeros_like(factor)))
         surplus, by_size = (torch.as_tensor(x, device=factor.device) for x in (surplus, by_size))
-        surplus, by_size = surplus / ranks.alike, by_size / ranks.alike
+        surplus, by_size = surplus / ranks.holders, by_size / ranks.holders
         share = surplus / (factor * count)
         result = list(found)
         for batch, of in squares.items():

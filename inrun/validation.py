@@ -170,8 +170,10 @@ class Validation:
                 grads = self.ranks.mean_gradients([p.grad for p in wanted], wanted)
                 if "torch._inductor.cudagraph_trees" in sys.modules:  # what a captured graph made is its next run's
                     grads = [g if g is None else g.clone() for g in grads]
-                shares = [1.0] * len(tracked) + [self.ranks.share(p) for p in wanted[len(tracked) :]]  # in their norm
-                found.extend(g if g is None or s == 1.0 else g * s**0.5 for g, s in zip(grads, shares, strict=True))
+                found.extend(grads[: len(tracked)])
+                for p, g in zip(wanted[len(tracked) :], grads[len(tracked) :], strict=True):  # whose norm alone counts
+                    share = self.ranks.share(p)
+                    found.append(g if g is None or share == 1.0 else g * share**0.5)
         finally:
             self.seconds += time.perf_counter() - start
 
