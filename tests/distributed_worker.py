@@ -1356,8 +1356,13 @@ def check_what_is_refused_of_tensor_parallelism():
         with tracker.step(range(len(x)), tokens=x.shape[1]):
             loss_of(model, x, y).backward()
 
+    def in_a_graph(tracker, model, optimizer, x, y):
+        with tracker.step(range(len(x))):
+            loss_of(torch.compile(model, backend="eager"), x, y).backward()
+
     for method in ("first", "path"):
         raises("expected whole rows", lambda m=method: spread(by_sequence, "adamw", m, step=by_tokens))
+        raises("without torch.compile", lambda m=method: spread(by_layers, "adamw", m, step=in_a_graph))
 
 
 def check_the_trainer():
