@@ -269,11 +269,10 @@ class Path:
 
     def _among_coupled(self, moving: list[tuple[int, Any]], unscale: Any) -> list[tuple[int, Any]]:
         found = self._coupled.among(moving, unscale)
-        pairwise = bool(self.tracker.samples)
-        if found and (pairwise or self.tracker.ranks.sharded):
+        if found and (self.tracker.samples or self.tracker.ranks.sharded):
             raise InRunError(
-                f"{'pairwise' if pairwise else 'fully_shard'}: expected an optimizer that updates coordinate by "
-                f"coordinate, got {type(found[0][1].optimizer).__name__}"
+                f"{'pairwise' if self.tracker.samples else 'parameters in shards'}: expected an optimizer that updates "
+                f"coordinate by coordinate, got {type(found[0][1].optimizer).__name__}"
             )
         return found
 

@@ -233,16 +233,17 @@ class Rows:
         self._drew = False  # whether the last run drew random numbers
         self._beside: tuple[int, Tensor] | None = None  # a sample that has nothing in an input, and this input
         self.rows = 0  # B of the next forward; 0 where nothing is to be told from sizes
+        self._flat = False  # whether its rows may be flattened tokens
         self.watched = False  # whether to see what becomes of outputs that all samples share
         self.shared: list[Any] = []  # those of this step
         self.compared = False  # whether a module known by running it is to be compared with itself
         self._sizes: dict[int, set] | None = None  # what a sample may have of rows there
         self._lone: bool | None = None  # whether an input has the one sample, or none is known
 
-    def begin(self, rows: int) -> None:
-        """A forward of so many samples will come; 0 where nothing is to be told from sizes: none is expected, values
-        belong to documents or tokens, validation samples follow in the same rows, or parameters are shards."""
-        self.rows, self._sizes, self._lone = rows, None, None
+    def begin(self, rows: int, flat: bool = False) -> None:
+        """A forward of so many samples will come, in which rows may be `flat` tokens; 0 where nothing is to be told
+        from sizes: none is expected, or parameters are shards."""
+        self.rows, self._flat, self._sizes, self._lone = rows, flat and self._folding, None, None
 
     def note_call(self) -> bool:
         """The call of the model that is going on may have to be made again; whether it is the one."""
@@ -291,7 +292,7 @@ class Rows:
 
     def are_tokens(self, layer: Any, x: Tensor) -> bool:
         """Whether the layer's input is taken for flattened tokens, for now; `verify` raises where it is not."""
-        if not self._folding or not self.rows or x.shape[0] == self.rows or x.shape[0] % self.rows:
+        if not (self._flat and self.rows) or x.shape[0] == self.rows or x.shape[0] % self.rows:
             return False
         if self.rows == 1:
             if self._lone is None:

@@ -554,10 +554,11 @@ class Tracker:
 
     def expect(self, layout: Layout | None) -> None:
         """A forward of a batch that lies so will come; None: none will."""
-        if layout is None or layout.segments is not None or self.in_batch or self.ranks.sharded:
+        if layout is None or self.ranks.sharded:
             self._rows.begin(0)
         else:
-            self._rows.begin(layout.rows)
+            beside = sum(map(len, self.samples.values())) if self.in_batch else 0
+            self._rows.begin(layout.rows + beside, flat=layout.segments is None)
 
     def note_unmet(self) -> None:
         """Note the modules to which none of a batch's forwards came, as where layers are dropped."""

@@ -10,6 +10,7 @@ import pickle
 import random
 import re
 import warnings
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -1603,6 +1604,36 @@ def test_samples_that_a_model_moves_on_are_seen_where_one_alone_is_padded(size, 
     refused = pytest.raises(inrun.InRunError, match=r"^out.*(in the order of the|rows did not move on)")
     with refused, tracker.step(range(size)):
         model(x, *masks).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("segments", [None, [0, 2, 3, 7, 12, 16]], ids=["tokens", "documents"])
+@pytest.mark.parametrize("model", [partial(MovingTokens, False), TokensFirst])
+def test_tokens_and_documents_are_those_of_the_rows_they_are_taken_for(model, segments, method):
+    """In another order, or with the tokens in front, as many as rows."""
+    model, x = made(model), ids(B, 1)
+    named = range(B if segments is None else len(segments) - 1)
+    given = (x, torch.ones(B, T)) if isinstance(model, MovingTokens) else (x,)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(*given).square().mean())
+    refused = pytest.raises(inrun.InRunError, match=r"^(out|blocks.0) \(Linear\).*: expected the samples at dim")
+    with refused, tracker.step(named, tokens=T, segments=segments):
+        model(*given).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("model", [partial(MovingTokens, False), TokensFirst])
+def test_validation_rows_of_a_batch_are_where_they_are_taken_for(model, method):
+    model, x = made(model), ids(B, 1)
+    given = (x, torch.ones(B, T)) if isinstance(model, MovingTokens) else (x,)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, method, validation="batch", pairwise=["a", "b"])
+    refused = pytest.raises(inrun.InRunError, match=r"^(out|blocks.0) \(Linear\).*: expected the samples at dim")
+    with refused, tracker.step(range(B - 2)):
+        out = model(*given).square().mean((1, 2))
+        (out[:-2].mean() + out[-2:].mean()).backward()
         optimizer.step()
 
 
