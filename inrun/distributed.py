@@ -118,7 +118,7 @@ class Ranks:
             _require_no_flat(slot.name, param)
         sharded = [s for s in slots if hasattr(s.param, "placements") and s.name not in self._in_parts]
         if self.fully_sharded() and (sharded or self._in_parts):
-            self._groups = self._data_groups((sharded or slots)[0])
+            self._groups = self._data_groups(slots[0])
             for slot in slots:
                 self._require_fully_sharded(slot)
             self._require_none_inside({tap for slot in slots for tap in slot.taps if tap.forward_mode})

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import InRunError
-from .restoring import drew_since, random_kept, random_state
+from .restoring import drew_since, random_state
 from .tap import will_have_a_graph
 
 _MASKS = (torch.bool, torch.uint8)
@@ -141,7 +141,7 @@ def _tried(func: Any, args: Any, kwargs: Any, size: int) -> list[list[Any]] | No
     found = []
     for row in (None, 0, size - 1):
         try:
-            with torch.no_grad(), random_kept():
+            with torch.no_grad():
                 here = pytree.tree_map(lambda x, row=row: changed(x, row), (args, kwargs))
                 with InRange():
                     found.append(pytree.tree_leaves(func(*here[0], **here[1])))

@@ -129,7 +129,7 @@ def _outputs(layer: Any) -> int:
 def _parts(layer: Any, way: _Way) -> Iterator[tuple[Any, str, Tensor]]:
     """What this process holds of the layer's parameters, as `replaced` takes it."""
     for name, p in list(layer._parameters.items()):
-        if p is None or not hasattr(p, "placements"):
+        if not hasattr(p, "placements"):
             continue
         (split,) = p.placements
         part = p.to_local(grad_placements=[split if split.is_shard() else way.whole_grad])

@@ -22,6 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -1126,16 +1127,16 @@ def by_layers(model: Any, mesh: Any) -> None:
     model.tie()
 
 
-def by_sequence(model: Any, mesh: Any) -> None:
-    """Between the linear layers each process has some tokens of every row."""
-    here = Shard(1)
-    up, down = ColwiseParallel(input_layouts=here), RowwiseParallel(output_layouts=here)
-    plan = {"norm": SequenceParallel(), "rms": SequenceParallel(), "up": up, "down": down, "q": up, "o": down}
+def by_sequence(model: Any, mesh: Any, local: bool = True) -> None:
+    """Between the linear layers each process has some tokens of every row: as many, where outputs are `local`."""
+    here, norm = Shard(1), SequenceParallel(use_local_output=local)
+    up, down = ColwiseParallel(input_layouts=here), RowwiseParallel(output_layouts=here, use_local_output=local)
+    plan = {"norm": norm, "rms": norm, "up": up, "down": down, "q": up, "o": down}
     for block in model.blocks:
         parallelize_module(block, mesh, plan)
-    token = RowwiseParallel(input_layouts=Replicate(), output_layouts=here)
+    token = RowwiseParallel(input_layouts=Replicate(), output_layouts=here, use_local_output=local)
     head = ColwiseParallel(input_layouts=here, output_layouts=Replicate())
-    parallelize_module(model, mesh, {"token": token, "norm": SequenceParallel(), "head": head})
+    parallelize_module(model, mesh, {"token": token, "norm": norm, "head": head})
     model.tie()
 
 
@@ -1144,6 +1145,20 @@ def by_width(model: Any, mesh: Any) -> None:
     parallelize_module(model, mesh, {"token": ColwiseParallel(output_layouts=Replicate())})
     for block in model.blocks:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def in_every_process(model: Any, mesh: Any, dim: int | None = None) -> None:
+    """Whole layers of every kind are on the mesh too, and their inputs, which may be spread along a dimension."""
+
+    def come(_, inputs, mesh):
+        x = DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+        return x if dim is None or dim >= x.dim() else x.redistribute(placements=[Shard(dim)])
+
+    for block in model.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    inside = [m for block in model.blocks for m in (block.norm, block.q, block.o)]
+    for layer in (model.token, model.norm, model.head, *inside):
+        distribute_module(layer, mesh, None, come, lambda _, y, mesh: y.full_tensor())
 
 
 def clip(model: nn.Module) -> None:
@@ -1211,13 +1226,22 @@ def spread(
     return tracker
 
 
-def plain_step(tracker: Any, model: Any, optimizer: Any, x: Tensor, y: Tensor, again: bool = False) -> Any:
-    with tracker.step(range(len(x)), recompute=(lambda: loss_of(model, x, y)) if again else None) as step:
+def plain_step(
+    tracker: Any, model: Any, optimizer: Any, x: Tensor, y: Tensor, again: bool = False, tokens: int | None = None
+) -> Any:
+    recompute = (lambda: loss_of(model, x, y)) if again else None
+    with tracker.step(range(len(x)), recompute=recompute, tokens=tokens) as step:
         loss_of(model, x, y).backward()
         clip(model)
         optimizer.step()
         optimizer.zero_grad()
     return step
+
+
+def step_of_tokens(tracker: Any, model: Any, optimizer: Any, x: Tensor, y: Tensor) -> Any:
+    values = plain_step(tracker, model, optimizer, x, y, tokens=x.shape[1]).values
+    assert values.shape == x.shape
+    return SimpleNamespace(values=values.sum(1))
 
 
 SPREAD = [
@@ -1235,6 +1259,9 @@ def check_tensor_parallel():
 def check_tensor_parallel_in_other_ways():
     for method in ("first", "path"):
         spread(by_width, "adamw", method)
+        spread(by_layers, "adamw", method, step=step_of_tokens)
+        for dim in (None, 0, 1, 2):
+            spread(functools.partial(in_every_process, dim=dim), "adamw", method, name="gpt_spread_own")
         for plan in (by_layers, by_sequence):
             spread(plan, "adamw", method, name="gpt_spread_tied")
             spread(plan, "adamw", method, name="gpt_spread_own")
@@ -1279,6 +1306,9 @@ def values_by(plan, method, model, lengths):
 def check_tensor_parallel_of_batches_of_other_lengths():
     for method in ("first", "path"):
         one, other = (values_by(plan, method, make("gpt_spread"), [(4, 2)]) for plan in (by_layers, by_sequence))
+        close(one, other)
+        uneven = functools.partial(by_sequence, local=False)
+        one, other = (values_by(plan, method, make("gpt_spread"), [(5, 3)]) for plan in (by_layers, uneven))
         close(one, other)
 
 
@@ -1345,11 +1375,27 @@ def check_what_is_refused_of_tensor_parallelism():
     model = nn.Sequential(nn.Embedding(13, 8, padding_idx=0), nn.Linear(8, 13))
     parallelize_module(model, mesh["tensor"], {"0": RowwiseParallel(input_layouts=Replicate())})
     raises("0: expected a linear layer, an embedding or a norm, all of it", lambda: inrun.track(model))
+    model = nn.Sequential(nn.Embedding(13, 8, padding_idx=0), nn.Linear(8, 13))
+    inrun.track(parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(output_layouts=Replicate())})).close()
     model = nn.Sequential(nn.Embedding(1, 8), nn.Linear(8, 13))
     parallelize_module(model, mesh["tensor"], {"0": RowwiseParallel(input_layouts=Replicate())})
     raises("got Embedding of 1 rows, of which some of 2 processes hold none", lambda: inrun.track(model))
     model = nn.Sequential(nn.LayerNorm(8, bias=False))
     model[0].weight = nn.Parameter(distribute_tensor(torch.ones(8), mesh["tensor"], [Shard(0)]))
+    raises("0: expected a linear layer, an embedding or a norm, all of it", lambda: inrun.track(model))
+
+    model = make("gpt_spread")
+    by_layers(model, mesh["tensor"])
+    parallelize_module(model, mesh["data"], {"norm": SequenceParallel()})
+    raises("expected a whole parameter, or one that parallelize_module has spread over", lambda: inrun.track(model))
+    model = nn.Sequential(nn.LayerNorm(8, bias=False))
+    model[0].weight = nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Replicate(), Replicate()]))
+    raises("expected a whole parameter, or one that parallelize_module has spread over", lambda: inrun.track(model))
+    model = nn.Sequential(nn.GroupNorm(2, 8))
+    parallelize_module(model, mesh["tensor"], {"0": SequenceParallel()})
+    raises("0: expected a linear layer, an embedding or a norm, all of it", lambda: inrun.track(model))
+    model = nn.Sequential(nn.LayerNorm(8))
+    model[0].weight = nn.Parameter(distribute_tensor(torch.ones(8), mesh["tensor"], [Replicate()]))
     raises("0: expected a linear layer, an embedding or a norm, all of it", lambda: inrun.track(model))
 
     def by_tokens(tracker, model, optimizer, x, y):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import itertools
 import math
 import pickle
 import random
 import re
 import warnings
+import weakref
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -652,6 +654,40 @@ def test_nothing_stays_of_the_run_with_one_sample_more(sizes, listed):
         torch.testing.assert_close(trained, p - LR * p.grad)
 
 
+class Counting(nn.Module):
+    """Changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.token(x.add_(1).remainder_(11)).cumsum(1))
+
+
+def test_an_input_that_the_model_changes_is_changed_by_the_step_alone():
+    x, given = ids(B, 1), ids(B, 1)
+    step(made(Counting), x)
+    assert torch.equal(x, (given + 1) % 11)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_no_input_outlives_its_step(method):
+    model, held = made(Counting), ids(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with inrun.track(model, optimizer, method, validation=lambda: loss_of(model, held)) as tracker:
+        for seed in range(2):
+            x = ids(B, seed)
+            there = weakref.ref(x)
+            with tracker.step(range(B)):
+                loss_of(model, x).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            del x
+            gc.collect()
+            assert there() is None
+
+
 class Ordinary(nn.Module):
     """What has as many rows as samples, and is none of theirs, beside what is."""
 
@@ -933,6 +969,36 @@ def test_parameters_used_past_their_modules_come_with_the_module_that_does(metho
         step(model, x, method)
     assert proposed(error) == {"inner.low.*": "inner"}
     model = made(Bypassing)
+    want = expected(model, x)
+    torch.testing.assert_close(step(model, x, method, through=proposed(error)), want, rtol=1e-5, atol=1e-9)
+
+
+class Lent(nn.Module):
+    """The weight of a layer that is given tokens first, inside, is another layer's too."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low = nn.Linear(WIDTH, WIDTH, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.low(x.transpose(0, 1)).tanh().transpose(0, 1).cumsum(1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.out, self.inner = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, WIDTH), Lent.Inner()
+        self.inner.low.weight, self.head = self.out.weight, nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.out(self.inner(self.token(x))))
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_weight_that_is_lent_comes_with_the_module_around_all_its_uses(method):
+    x = ids(B, 1)
+    with pytest.raises(inrun.InRunError, match="expected the samples at dimension 0") as error:
+        step(made(Lent), x, method)
+    model = made(Lent)
     want = expected(model, x)
     torch.testing.assert_close(step(model, x, method, through=proposed(error)), want, rtol=1e-5, atol=1e-9)
 
