@@ -113,19 +113,20 @@ class _Call(NamedTuple):
             pass
         return True
 
+    def mapped(self, change: Callable[[Any], Any], is_leaf: Callable[[Any], bool] | None = None) -> _Call:
+        """The call with what `change` makes of each of its inputs."""
+        args, kwargs = pytree.tree_map(change, (self.args, self.kwargs), is_leaf=is_leaf)
+        return self._replace(args=args, kwargs=kwargs)
+
     def twice(self) -> _Call:
         """The call of all its samples and again all of them, however many rows each has of a tensor."""
 
         def doubled(x: Any) -> Any:
             if isinstance(x, Tensor) and x.dim():
                 return torch.cat([x, x])
-            return x + x if type(x) is list and len(x) == self.rows else x
+            return x + x if type(x) is list else x
 
-        def is_leaf(x: Any) -> bool:
-            return type(x) is list and len(x) == self.rows
-
-        args, kwargs = pytree.tree_map(doubled, (self.args, self.kwargs), is_leaf=is_leaf)
-        return self._replace(args=args, kwargs=kwargs)
+        return self.mapped(doubled, is_leaf=lambda x: type(x) is list and len(x) == self.rows)
 
     def order(self) -> list[int]:
         """Its samples moved on by one, but one stays: else a model that moves its own on, as by half a batch, would
@@ -140,12 +141,6 @@ class _Call(NamedTuple):
                 return order
         return every
 
-    def moved_on(self, order: Sequence[int]) -> _Call:
-        """The call of its samples in this order."""
-        inputs = self.args, self.kwargs
-        args, kwargs = pytree.tree_map(lambda x: x[list(order)] if self.is_of_samples(x) else x, inputs)
-        return self._replace(args=args, kwargs=kwargs)
-
     def leaves(self) -> list[Any]:
         return pytree.tree_leaves((self.args, self.kwargs))
 
@@ -154,9 +149,7 @@ class _Call(NamedTuple):
         there are none."""
         if not any(type(x) is int and x == self.rows for x in self.leaves()):
             return None
-        inputs = (self.args, self.kwargs)
-        args, kwargs = pytree.tree_map(lambda x: x + 1 if type(x) is int and x == self.rows else x, inputs)
-        return self._replace(args=args, kwargs=kwargs)
+        return self.mapped(lambda x: x + 1 if type(x) is int and x == self.rows else x)
 
     def beside_samples(self) -> list[Tensor]:
         """Inputs of B rows and of floating-point numbers, as images, where another one has B rows as well."""
@@ -165,11 +158,8 @@ class _Call(NamedTuple):
 
     def of_other(self, x: Tensor, rows: Tensor) -> _Call:
         """The call with numbers of other rows of one input in these of its rows."""
-        mask = rows.view(-1, *[1] * (x.dim() - 1))
-        args, kwargs = pytree.tree_map(
-            lambda y: torch.where(mask, x.roll(1, 0), x) if y is x else y, (self.args, self.kwargs)
-        )
-        return self._replace(args=args, kwargs=kwargs)
+        mixed = torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x.roll(1, 0), x)
+        return self.mapped(lambda y: mixed if y is x else y)
 
     def is_plain(self) -> bool:
         """Whether it can be made again: a cache, say, would take each run in."""
@@ -405,7 +395,7 @@ class Rows:
 
     def _verify_tokens(self, call: _Call) -> None:
         order = call.order()
-        moved = call.moved_on(order)
+        moved = call.mapped(lambda x: x[order] if call.is_of_samples(x) else x)
         pairs = zip(call.leaves(), moved.leaves(), strict=True)
         if all(x is y or torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor)):
             return  # samples that are all alike tell nothing: the next step is asked
@@ -502,10 +492,10 @@ class Rows:
         return _Call(given["self"], given["args"], given["kwargs"], self.rows, autocast)
 
     def _run(self, call: _Call, grad_mode: Callable[[], Any]) -> Any:
-        args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
+        given = call.mapped(lambda x: x.clone() if isinstance(x, Tensor) else x)
         with self._paused(), as_it_was(self._model), grad_mode(), torch.autocast(*call.autocast), _ids_in_range():
             before = random_state()
-            out = call.module.forward(*args, **kwargs)  # past hooks that have changed its arguments already
+            out = call.module.forward(*given.args, **given.kwargs)  # past hooks that have changed these already
             self._drew = drew_since(before)
             return out
 
