@@ -230,11 +230,8 @@ def _made_by_hooks(module: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor
 def call_heads(model: nn.Module) -> list[RemovableHandle]:
     """Let models of Liger's call their output layers where these are scored: for a loss without logits they take the
     weight past the layer. Returns the hooks that see to it."""
-    found = []
-    for module in model.modules():
-        if _may_skip_logits(module):
-            found.append(module.register_forward_pre_hook(_with_logits, with_kwargs=True))
-    return found
+    modules = [module for module in model.modules() if _may_skip_logits(module)]
+    return [module.register_forward_pre_hook(_with_logits, with_kwargs=True) for module in modules]
 
 
 def leave_unpacked(model: nn.Module) -> list[Any]:
@@ -248,19 +245,15 @@ def leave_unpacked(model: nn.Module) -> list[Any]:
 
 def _may_skip_logits(module: nn.Module) -> bool:
     with contextlib.suppress(TypeError, ValueError):  # of what is not written in Python
-        return "skip_logits" in inspect.signature(module.forward).parameters and hasattr(
-            module, "get_output_embeddings"
-        )
+        takes_it = "skip_logits" in inspect.signature(module.forward).parameters
+        return takes_it and hasattr(module, "get_output_embeddings")
     return False
 
 
-def _scores_its_head(module: Any) -> bool:
+def _with_logits(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     head = module.get_output_embeddings()
-    return head is not None and any(isinstance(m, Holder) for m in head.modules())
-
-
-def _with_logits(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    return (args, {**kwargs, "skip_logits": False}) if _scores_its_head(module) else None  # a copy has the hook too
+    scored = head is not None and any(isinstance(m, Holder) for m in head.modules())  # a copy has the hook too
+    return (args, {**kwargs, "skip_logits": False}) if scored else None
 
 
 def set_apart(model: nn.Module) -> None:
