@@ -49,21 +49,15 @@ def remedies(
         return module in whole and len(whole[module]) == len(more.get(module, ()))
 
     def is_scored(path: str, layer: Rule) -> bool:
+        trusted = _template(path) not in alike
         for one, other in _pairs(whole, more, layer):
             before, after = shapes = one.get(None, ()), other.get(None, ())  # subclasses may take other things
             ids = isinstance(layer, EmbeddingRule)  # `[T]`; a single one has no rows
             shared = all(shape[:1] == (1,) if len(shape) > 1 else ids and len(shape) == 1 for shape in shapes)
-            shared = shared or None not in one
-            shared = shared and _template(path) not in alike
             each, rest = divmod(before[0] if before else 0, rows[0])
-            folded = (
-                _template(path) not in alike
-                and layer.may_fold
-                and not rest
-                and each in tokens
-                and after[:1] == (each * rows[1],)
-            )
-            if not (shared or folded or _follow(shapes, sample_axis(layer, 0), rows)):
+            folded = layer.may_fold and not rest and each in tokens and after[:1] == (each * rows[1],)
+            known = trusted and (shared or folded or None not in one)
+            if not (known or _follow(shapes, sample_axis(layer, 0), rows)):
                 return False
         return len(whole[layer]) == len(more.get(layer, ()))
 
