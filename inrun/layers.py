@@ -543,10 +543,12 @@ def affine_dots(normed, grad, last: int, direction: Tensor | None, bias_directio
     wide = torch.promote_types(normed.dtype, grad.dtype)
     normed, grads = probing.rows(normed, last).to(wide), probing.rows(grad, last).to(wide)
     segments = probing.by_row(segments, grad, grads)
-    return _sum(
-        None if direction is None else norm_dot(normed, grads, probing.flat(direction, last), segments=segments),
-        None if bias_direction is None else bias_dot(grads, probing.flat(bias_direction, last), segments=segments),
-    )
+    found = []
+    if direction is not None:
+        found.append(norm_dot(normed, grads, probing.flat(direction, last), segments=segments))
+    if bias_direction is not None:
+        found.append(bias_dot(grads, probing.flat(bias_direction, last), segments=segments))
+    return sum(found[1:], found[0])
 
 
 def affine_factors(normed, grad, last: int, weight: str, bias: str | None = None) -> dict[str, Factors]:
@@ -558,8 +560,3 @@ def affine_factors(normed, grad, last: int, weight: str, bias: str | None = None
 def _wide(x: Tensor) -> Tensor:
     """In float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor:
-    found = [x for x in (a, b) if x is not None]
-    return found[0] if len(found) == 1 else found[0] + found[1]
