@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from .inline import Inline
 from .ledger import Ledger
 from .method import Method, Options
 from .montecarlo import MonteCarlo
+from .restoring import setting
 from .rows import Rows
 from .slots import Slot, places, require_all, sibling, trainable
 from .step import Step
@@ -190,7 +191,7 @@ class Tracker:
             self._method = Deferred(self, method, options)
         optimizers = as_optimizers(optimizer)
         if optimizers:
-            self._require_supported(optimizers)
+            self._stand_ins(optimizers)
             held, params = places(optimizers), dict(model.named_parameters())
             require_all([n for n in planned.tracked if id(params[n]) not in held])
         self.model = model
@@ -294,15 +295,15 @@ class Tracker:
         if self.optimizers:
             raise InRunError("optimizer: one is bound already; close the tracker and track again")
         optimizers = as_optimizers(optimizer)
-        self._require_supported(optimizers)
+        updates = self._stand_ins(optimizers)
         self.ranks.bind(self.slots)
         if self.ranks.sharded:
             self._method.require_shards_do()
         siblings = {id(s.sibling) for s in self.slots}
         for group in groups_of(optimizers):
             group["params"] = [p for p in group["params"] if id(p) not in siblings]
-        self.updates = self._stand_ins(optimizers)
-        where = places(self.updates)
+        self.updates = updates
+        where = places(updates)
         require_all([s.name for s in self.slots if id(s.param) not in where])
         for slot in self.slots:
             slot.optimizer, slot.group = where[id(slot.param)]
@@ -334,17 +335,16 @@ class Tracker:
         return found
 
     def _stand_ins(self, optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
-        """What stands for them."""
-        return tuple(stand_ins.of(optimizer, self._given) for optimizer in optimizers)
-
-    def _require_supported(self, optimizers: Sequence[Optimizer]) -> None:
-        for optimizer in self._stand_ins(optimizers):
+        """What stands for them, of which the method must know what they do."""
+        found = tuple(stand_ins.of(optimizer, self._given) for optimizer in optimizers)
+        for optimizer in found:
             if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
                 raise InRunError(
                     "optimizer: expected one that holds the state of all its process's parameters, got "
                     "ZeroRedundancyOptimizer, which spreads it over the processes; take fully_shard in its place"
                 )
             self._method.require_supported(optimizer)
+        return found
 
     @contextmanager
     def validation(self, target: str | None = None, *, scale: float | Tensor = 1.0) -> Iterator[None]:
@@ -410,16 +410,11 @@ class Tracker:
     def paused(self) -> Iterator[None]:
         """Run the tracked layers plainly inside the block: evaluation or sampling in the middle of a step. (Under
         `torch.no_grad()` they do so by themselves, but for those of a compiled graph.)"""
-        before = [(tap, tap.probe, tap.layout, tap.keep) for tap in self.taps]
-        watching, self._watch.active = self._watch.active, False
-        for tap in self.taps:
-            tap.probe = tap.layout = tap.keep = None
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(setting("active", [(self._watch, False)]))
+            for what in ("probe", "layout", "keep"):
+                stack.enter_context(setting(what, ((tap, None) for tap in self.taps)))
             yield
-        finally:
-            self._watch.active = watching
-            for tap, probe, layout, keep in before:
-                tap.probe, tap.layout, tap.keep = probe, layout, keep
 
     def close(self) -> None:
         """Give the model its own classes back, drop directions and hooks, and flush the ledger.
