@@ -102,7 +102,7 @@ def _with_tangents(
     tap, mode = module._inrun, (module.training, torch.is_grad_enabled())
     if mode in tap.without and not tap.apart:
         try:
-            return _stopping(module, args, kwargs, m)
+            return _carrying(module, args, kwargs, m, _stop)
         except _Met:
             raise InRunError(
                 f"{tap}: expected checkpoints inside of it from the first step on, or none; track the model after "
@@ -115,7 +115,7 @@ def _with_tangents(
         trial = autograd._top_saved_tensors_default_hooks(True) is not None
         try:
             with torch.no_grad() if trial else contextlib.nullcontext():
-                found = _stopping(module, args, kwargs, m)
+                found = _carrying(module, args, kwargs, m, _stop)
             tap.without.add(mode)
             if not trial:
                 return found
@@ -125,16 +125,17 @@ def _with_tangents(
         set_random_state(random)
         put_back()
         if not tap.apart:
-            return _stopping(module, args, kwargs, m)
+            return _carrying(module, args, kwargs, m, _stop)
     # What a checkpoint computes again in the backward would carry no tangents, and save other tensors than it had.
     tangents = tangents_only(module, args, kwargs, m)
     leaves, spec = pytree.tree_flatten(module.plain(*args, **kwargs))
     return list(zip(leaves, tangents, strict=True)), spec
 
 
-def _stopping(module: Any, args: tuple, kwargs: dict, m: int | None) -> Any:
-    """One forward that carries tangents, up to a checkpoint."""
-    with checkpoints(_stop), _without_graphs(), dual(module._inrun, m) as scale:
+def _carrying(module: Any, args: tuple, kwargs: dict, m: int | None, met: Callable[[], None]) -> Any:
+    """As `_with_tangents`, by one forward that carries them; `met` is called at each checkpoint inside. Compiled
+    modules run eagerly, as their graphs take no tangents."""
+    with checkpoints(met), torch.compiler.set_stance("force_eager"), dual(module._inrun, m) as scale:
         leaves, spec = pytree.tree_flatten(_run(module, args, kwargs))
         return [_unpacked(x, scale) for x in leaves], spec
 
@@ -239,14 +240,14 @@ def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list
     tap, versions = module._inrun, versions_of(args, kwargs)
 
     def run() -> list[Any]:
-        plain = checkpoints(lambda: None)
         # With a graph, which takes memory, only where what is under `no_grad` inside must be told from the rest.
         grad_mode = torch.set_grad_enabled(tap.sets_grad_mode)
         # Modules inside that forward-mode AD scores too run plainly: theirs is a pass of their own.
         others = {getattr(each, "_inrun", tap) for each in module.modules()} - {tap} if tap.apart else ()
         muted = setting("probe", [(other, None) for other in others if other.forward_mode])
-        with grad_mode, random_kept(), state_kept(module), muted, plain, _without_graphs(), dual(tap, m) as scale:
-            return [_unpacked(x, scale)[1] for x in pytree.tree_leaves(_run(module, args, kwargs))]
+        with grad_mode, random_kept(), state_kept(module), muted:
+            pairs, _ = _carrying(module, args, kwargs, m, lambda: None)
+            return [tangent for _, tangent in pairs]
 
     told, uncaptured = tap.sets_grad_mode, _outside(run)
     tangents: list[Any] = []
@@ -259,11 +260,6 @@ def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list
         tangents = uncaptured()
     _require_unchanged(module, args, kwargs, versions)
     return tangents
-
-
-def _without_graphs() -> contextlib.AbstractContextManager[None]:
-    """Compiled modules inside of a pass run eagerly, as their graphs take no tangents."""
-    return torch.compiler.set_stance("force_eager")
 
 
 def refuse_losses_of(grad: Tensor, tap: Tap, nodes: Sequence[Any]) -> Any:
