@@ -214,26 +214,19 @@ class Rows:
         self._model, self._through, self._folding, self._paused, self._ranks = model, through, folding, paused, ranks
         self._agreed = False  # whether several processes have been asked for the run with one sample more
         self._known: dict[nn.Module, set] = {}  # layers of flattened tokens, and what sizes these were
-        self._asked: dict[Any, tuple[tuple[int, ...], set]] = {}  # the same of this step, and their inputs' shapes
-        self._calls: dict[int, tuple[_Call, dict[Any, int]]] = {}  # of the model, and of modules' taps within each
-        self._taken: set[_Taken] = set()
-        self._later: dict[tuple, set[_Taken]] = {}  # those to which a gradient may come when they are computed again
-        self._call: _Call | None = None
-        self._inside: set[nn.Module] = set()  # the model's modules, once they are asked for
         self._drew = False  # whether the last run drew random numbers
-        self._beside: tuple[int, Tensor] | None = None  # a sample that has nothing in an input, and this input
-        self.rows = 0  # B of the next forward; 0 where nothing is to be told from sizes
-        self._flat = False  # whether its rows may be flattened tokens
         self.watched = False  # whether to see what becomes of outputs that all samples share
-        self.shared: list[Any] = []  # those of this step
         self.compared = False  # whether a module known by running it is to be compared with itself
-        self._sizes: dict[int, set] | None = None  # what a sample may have of rows there
-        self._lone: bool | None = None  # whether an input has the one sample, or none is known
+        self.shared: list[Any] = []  # outputs of this step that all samples share
+        self.begin(0)
+        self.forget()
 
     def begin(self, rows: int, flat: bool = False) -> None:
         """A forward of so many samples will come, in which rows may be `flat` tokens; 0 where nothing is to be told
         from sizes: none is expected, or parameters are shards."""
-        self.rows, self._flat, self._sizes, self._lone = rows, flat and self._folding, None, None
+        self.rows, self._flat = rows, flat and self._folding
+        self._sizes: dict[int, set] | None = None  # what a sample may have of rows there
+        self._lone: bool | None = None  # whether an input has the one sample, or none is known
 
     def note_call(self) -> bool:
         """The call of the model that is going on may have to be made again; whether it is the one."""
@@ -433,8 +426,13 @@ class Rows:
 
     def forget(self) -> None:
         """What was asked in a step that is over."""
-        self._asked, self._taken, self._calls, self._call = {}, set(), {}, None
-        self._inside, self._beside, self._later = set(), None, {}
+        self._asked: dict[Any, tuple[tuple[int, ...], set]] = {}  # as `_known`, and their inputs' shapes
+        self._calls: dict[int, tuple[_Call, dict[Any, int]]] = {}  # of the model, and of modules' taps within each
+        self._call: _Call | None = None  # that is made again
+        self._taken: set[_Taken] = set()
+        self._later: dict[tuple, set[_Taken]] = {}  # those to which a gradient may come when they are computed again
+        self._inside: set[nn.Module] = set()  # the model's modules, once they are asked for
+        self._beside: tuple[int, Tensor] | None = None  # a sample that has nothing in an input, and this input
         as_plain(self.shared)
         self.shared.clear()
 
