@@ -23,9 +23,9 @@ from .convolution import Geometry, convolution, convolution_dots
 from .errors import InRunError
 from .factors import Factors
 from .forward_mode import drawing_alike, forward_mode, split_samples
-from .restoring import undone
+from .restoring import replaced, undone
 from .shared import Shared
-from .tap import SUFFIX, Layout, Tap, along, eagerly, targets_first
+from .tap import SUFFIX, Layout, Tap, along, eagerly
 
 SET_ON = "_inrun_set_on"  # of a class that has the forward which was set on a module: the module's own class
 TRACKED = "_inrun_tracked"  # and what makes the classes that it is tracked as
@@ -441,16 +441,12 @@ class _RelativeBias(Part):
 
     def tangents(self) -> Tensor:
         """The bias along the table's direction, or the directions of several targets."""
-        table: Any = self.module.relative_attention_bias
-        weight, direction = table.weight, targets_first(table._siblings["weight" + SUFFIX], table.weight)
-        many = direction.dim() > weight.dim()
-        found = []
-        try:
-            for one in direction.unbind(0) if many else [direction]:
-                table._parameters["weight"] = one
+        table = self.module.relative_attention_bias
+        direction, found = along(table, "weight"), []
+        many = direction.dim() > table.weight.dim()
+        for one in direction if many else [direction]:
+            with replaced([(table, "weight", one)]):
                 found.append(self.computed())
-        finally:
-            table._parameters["weight"] = weight
         return torch.stack(found) if many else found[0]
 
 
