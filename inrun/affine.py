@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from . import functional
 from .distributed import local
 from .errors import InRunError
-from .factors import Factors
-from .layers import Rule, affine_dots, affine_factors, require_whole_rows
+from .layers import ScalingRule, require_whole_rows
 from .restoring import random_kept, state_kept, tried
-from .tap import Layout, along
+from .tap import Layout
 
 OFF = 1e-2  # of an output, by which that of a module which is found by running it may be off in half precision
 _CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
@@ -66,7 +65,11 @@ class Affine:
         return weight + self.offset if self.offset else weight
 
 
-class AffineRule(Rule):
+class AffineRule(ScalingRule):
+    @property
+    def param_names(self: Any) -> tuple[str, str | None]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._inrun.form.weight, self._inrun.form.bias
+
     @property
     def may_fold(self: Any) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._inrun.form.axis == -1
@@ -88,25 +91,11 @@ class AffineRule(Rule):
             raise another_output(self, "scale and shift what it computes")
         return y
 
-    def dots(self: Any, x: Tensor, grad: Tensor, segments: Tensor | None) -> Tensor:
-        normed, grad = self._rescaled(x, grad)
-        direction, bias_direction = self.directions(normed.dtype)
-        return affine_dots(normed, grad, 1, direction, bias_direction, segments)
-
-    def gradient_factors(self: Any, x: Tensor, grad: Tensor) -> dict[str, Factors]:
-        normed, grad = self._rescaled(x, grad)
-        return affine_factors(normed, grad, 1, self._inrun.form.weight, self._inrun.form.bias)
-
-    def _rescaled(self: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """`n(x)` and the gradient, of its dtype, with the features last."""
+    def rescaled(self: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         affine: Affine = self._inrun.form
         with state_kept(self):  # running statistics have taken this input in already
             normed = affine.normed(self, x)
         return normed, grad.movedim(affine.axis, -1).to(normed.dtype)
-
-    def directions(self: Any, dtype: torch.dtype | None = None) -> tuple[Tensor | None, Tensor | None]:
-        affine: Affine = self._inrun.form
-        return along(self, affine.weight, dtype), along(self, affine.bias, dtype) if affine.bias else None
 
 
 def own_output(module: Any, forward: Callable[[Tensor], Any], x: Tensor) -> Any:

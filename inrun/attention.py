@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import InRunError
 from .layers import InPartsRule, LinearRule, Part
-from .tap import Tap, along
+from .tap import Tap
 
 _ALL = "in_proj_weight"  # holds the projections of queries, keys and values, unless their widths differ
 
@@ -44,7 +44,7 @@ class _Projection(Part, LinearRule):
         super().__init__(tap, module)
         self._parameters = module._parameters
         self._siblings = vars(module).get("_siblings", {})  # of a projection that is frozen, there are none
-        self.names, self.third = names, third
+        self.param_names, self.third = names, third
 
     def scored(self, x):
         return self.plain(x) if all(d is None for d in self.directions()) else super().scored(x)
@@ -53,18 +53,18 @@ class _Projection(Part, LinearRule):
         return F.linear(*self.operands(x))
 
     def gradient_factors(self, x, grad):
-        return self.factors_named(*self.names, x, grad) if self.third is None else None
+        return super().gradient_factors(x, grad) if self.third is None else None
 
     def operands(self, x):
-        return x, *self._cut(self._parameters[name] for name in self.names)
+        return x, *self._cut(self._parameters[name] for name in self.param_names)
 
     def directions(self, dtype=None):
-        return self._cut(along(self, name) for name in self.names)
+        return self._cut(super().directions())
 
     def _cut(self, pair: Iterable[Any]) -> tuple[Any, Any]:
         weight, bias = pair
         if self.third is not None:
-            weight = weight.chunk(3, -2)[self.third] if weight is not None and self.names[0] == _ALL else weight
+            weight = weight.chunk(3, -2)[self.third] if weight is not None and self.param_names[0] == _ALL else weight
             bias = None if bias is None else bias.chunk(3, -1)[self.third]
         return weight, bias
 

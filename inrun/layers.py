@@ -91,6 +91,7 @@ class Rule(Holder):
     """A layer with a rule: `probed` runs it with a probe, `dots` scores it from what a deferred step kept."""
 
     may_fold = True  # whether its rows may be flattened tokens
+    param_names: tuple[str, str | None] = ("weight", "bias")
 
     def forward(self, *args, **kwargs):
         return self.scored(args[0] if args else next(iter(kwargs.values())))
@@ -198,7 +199,8 @@ class Rule(Holder):
 
     def directions(self, dtype: torch.dtype | None = None) -> tuple[Tensor | None, Tensor | None]:
         """The weight's and the bias's, in their own dtype, or in this one if it is wider."""
-        return along(self, "weight", dtype), along(self, "bias", dtype)
+        weight, bias = self.param_names
+        return along(self, weight, dtype), along(self, bias, dtype) if bias else None
 
     def probed(self, x: Tensor, probe: Tensor, segments: Tensor | None) -> Tensor:
         """The layer's output, with the dots as the probe's gradient."""
@@ -239,16 +241,14 @@ class LinearRule(Rule):
 
     def directions(self, dtype=None):
         """In their own dtype: products widen them."""
-        return along(self, "weight"), along(self, "bias")
+        return super().directions()
 
     def probed(self, x, probe, segments):
         x, weight, bias = self.operands(x)
         return functional.linear(x, weight, bias, self.directions(x.dtype), probe, segments)
 
     def gradient_factors(self, x, grad):
-        return self.factors_named("weight", "bias", x, grad)
-
-    def factors_named(self, weight: str, bias: str, x: Tensor, grad: Tensor) -> dict[str, Factors]:
+        weight, bias = self.param_names
         acts, grads = probing.rows(x.to(grad.dtype), 1), probing.rows(grad, 1)
         return {weight: self.weight_factors(acts, grads), bias: Factors(grads, None)}
 
@@ -270,12 +270,14 @@ class Float8Rule(LinearRule):
 
 
 class Conv1dRule(LinearRule):
-    def probed(self, x, probe, segments):
-        return functional.conv1d(*self.operands(x), self.directions(x.dtype), probe, segments)
+    """Hugging Face's, whose weight is `[I, O]`."""
 
-    def dots(self, x, grad, segments):
-        weight, bias = self.directions(grad.dtype)  # the weight is [I, O]
-        return functional.linear_dots(x, grad, None if weight is None else weight.mT, bias, segments)
+    def operands(self, x):
+        return x, self.weight.t(), self.bias
+
+    def directions(self, dtype=None):
+        weight, bias = super().directions()
+        return None if weight is None else weight.mT, bias
 
     def weight_factors(self, acts, grads):
         return Factors(acts, grads)
@@ -339,7 +341,34 @@ class EmbeddingRule(Rule):
         return {"weight": Factors(ids, grads)}
 
 
-class LayerNormRule(Rule):
+class ScalingRule(Rule):
+    """A layer that scales, and may shift, what it has made of its input."""
+
+    def rescaled(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """What it scales, and the gradient of its output, with the features last."""
+        raise NotImplementedError
+
+    def dots(self, x, grad, segments):
+        normed, grad = self.rescaled(x, grad)
+        direction, bias_direction = self.directions(normed.dtype)
+        wide, last, found = torch.promote_types(normed.dtype, grad.dtype), self.feature_dims(), []
+        normed, grads = probing.rows(normed, last).to(wide), probing.rows(grad, last).to(wide)
+        segments = probing.by_row(segments, grad, grads)
+        if direction is not None:
+            found.append(norm_dot(normed, grads, probing.flat(direction, last), segments=segments))
+        if bias_direction is not None:
+            found.append(bias_dot(grads, probing.flat(bias_direction, last), segments=segments))
+        return sum(found[1:], found[0])
+
+    def gradient_factors(self, x, grad):
+        normed, grad = self.rescaled(x, grad)
+        weight, bias = self.param_names
+        wide, last = torch.promote_types(grad.dtype, torch.float32), self.feature_dims()
+        normed, grads = probing.rows(normed, last).to(wide), probing.rows(grad, last)
+        return {weight: Factors(normed * grads, None)} | ({bias: Factors(grads, None)} if bias else {})
+
+
+class LayerNormRule(ScalingRule):
     weight: Tensor
     bias: Tensor | None
     normalized_shape: tuple[int, ...]
@@ -352,15 +381,8 @@ class LayerNormRule(Rule):
         both = self.directions(x.dtype)
         return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, both, probe, segments)
 
-    def dots(self, x, grad, segments):
-        normed = self._normed(x)
-        return affine_dots(normed, grad, self.feature_dims(), *self.directions(normed.dtype), segments)
-
-    def gradient_factors(self, x, grad):
-        return affine_factors(self._normed(x), grad, self.feature_dims(), "weight", "bias")
-
-    def _normed(self, x):
-        return torch.nn.functional.layer_norm(_wide(x), self.normalized_shape, None, None, self.eps)
+    def rescaled(self, x, grad):
+        return torch.nn.functional.layer_norm(_wide(x), self.normalized_shape, None, None, self.eps), grad
 
 
 class RMSNormRule(LayerNormRule):
@@ -368,8 +390,8 @@ class RMSNormRule(LayerNormRule):
         shape, (direction, _) = self.normalized_shape, self.directions(x.dtype)
         return functional.rms_norm(x, shape, self.weight, self.eps, direction, probe, segments)
 
-    def _normed(self, x):
-        return torch.nn.functional.rms_norm(_wide(x), list(self.normalized_shape), None, self.eps)
+    def rescaled(self, x, grad):
+        return torch.nn.functional.rms_norm(_wide(x), list(self.normalized_shape), None, self.eps), grad
 
 
 class ConvRule(Rule):
@@ -533,24 +555,6 @@ def give_forward_back(module: Any, attributes: dict[str, Any]) -> None:
 def direction_names(module: Any) -> list[str]:
     """Directions among a module's parameters."""
     return [name for name in module._parameters if name.endswith(SUFFIX)]
-
-
-def affine_dots(normed, grad, last: int, direction: Tensor | None, bias_direction: Tensor | None, segments) -> Tensor:
-    wide = torch.promote_types(normed.dtype, grad.dtype)
-    normed, grads = probing.rows(normed, last).to(wide), probing.rows(grad, last).to(wide)
-    segments = probing.by_row(segments, grad, grads)
-    found = []
-    if direction is not None:
-        found.append(norm_dot(normed, grads, probing.flat(direction, last), segments=segments))
-    if bias_direction is not None:
-        found.append(bias_dot(grads, probing.flat(bias_direction, last), segments=segments))
-    return sum(found[1:], found[0])
-
-
-def affine_factors(normed, grad, last: int, weight: str, bias: str | None = None) -> dict[str, Factors]:
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    normed, grads = probing.rows(normed, last).to(wide), probing.rows(grad, last)
-    return {weight: Factors(normed * grads, None)} | ({bias: Factors(grads, None)} if bias else {})
 
 
 def _wide(x: Tensor) -> Tensor:
