@@ -77,15 +77,9 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def written_out(x, weight, bias, direction, bias_direction, probe, geometry):
         y = _convolve(x, weight, geometry, bias)
-        if direction is not None:
-            y = y + probing.shifted(
-                probe, lambda d: _convolve(x, d.to(x.dtype), geometry), direction, weight.dim(), None
-            )
-        if bias_direction is not None:
-            shape = (1, -1, *[1] * (y.dim() - 2))
-            along = probing.shifted(probe, lambda d: d.view(shape).expand(y.shape), bias_direction, 1, None)
-            y = y + along.to(y.dtype)
-        return y
+        shape = (1, -1, *[1] * (y.dim() - 2))
+        y = probing.shifted(y, probe, lambda d: _convolve(x, d.to(x.dtype), geometry), direction, weight.dim(), None)
+        return probing.shifted(y, probe, lambda d: d.view(shape).expand(y.shape), bias_direction, 1, None)
 
     @staticmethod
     def backward(ctx, grad):

@@ -122,9 +122,7 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def written_out(x, weight, direction, probe, offsets):
         y = by_groups(x, weight.mT, offsets)
-        if direction is None:
-            return y
-        return y + probing.shifted(probe, lambda d: by_groups(x, d.to(x.dtype).mT, offsets), direction, 3, None)
+        return probing.shifted(y, probe, lambda d: by_groups(x, d.to(x.dtype).mT, offsets), direction, 3, None)
 
     @staticmethod
     def backward(ctx, grad):

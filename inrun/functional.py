@@ -246,12 +246,8 @@ class _Scored(torch.autograd.Function):
 
     @staticmethod
     def written_out(y, x, direction, bias_direction, probe, segments):
-        if direction is not None:
-            along = shifted(probe, lambda d: F.linear(x.to(d.dtype), d), direction, 2, segments)
-            y = y + along.to(y.dtype)
-        if bias_direction is not None:
-            y = y + shifted(probe, lambda d: d.expand(y.shape), bias_direction, 1, segments).to(y.dtype)
-        return y
+        y = shifted(y, probe, lambda d: F.linear(x.to(d.dtype), d), direction, 2, segments)
+        return shifted(y, probe, lambda d: d.expand(y.shape), bias_direction, 1, segments)
 
     @staticmethod
     def backward(ctx, grad):
@@ -287,10 +283,9 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def written_out(ids, weight, direction, probe, segments, padding_idx):
-        moved = shifted(probe, lambda d: F.embedding(ids, d), direction, 2, segments)
-        if padding_idx is not None:
-            moved = moved * (ids != padding_idx % weight.shape[0]).unsqueeze(-1)
-        return F.embedding(ids, weight, padding_idx) + moved.to(weight.dtype)
+        counts = 1 if padding_idx is None else (ids != padding_idx % weight.shape[0]).unsqueeze(-1)
+        y = F.embedding(ids, weight, padding_idx)
+        return shifted(y, probe, lambda d: F.embedding(ids, d) * counts, direction, 2, segments)
 
     @staticmethod
     def backward(ctx, grad):

@@ -225,12 +225,8 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def written_out(normed, weight, bias, direction, bias_direction, probe, segments):
         y = normed * weight if bias is None else normed * weight + bias
-        if direction is not None:
-            y = y + shifted(probe, lambda d: normed * d, direction, weight.dim(), segments).to(y.dtype)
-        if bias_direction is not None:
-            along = shifted(probe, lambda d: d.expand(y.shape), bias_direction, weight.dim(), segments)
-            y = y + along.to(y.dtype)
-        return y
+        y = shifted(y, probe, lambda d: normed * d, direction, weight.dim(), segments)
+        return shifted(y, probe, lambda d: d.expand(y.shape), bias_direction, weight.dim(), segments)
 
     @staticmethod
     def backward(ctx, grad):

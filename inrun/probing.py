@@ -50,7 +50,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def written_out(out, tangents, probe, segments):
-        return out + shifted(probe, lambda d: d, tangents, out.dim(), segments)
+        return shifted(out, probe, lambda d: d, tangents, out.dim(), segments)
 
     @staticmethod
     def backward(ctx, grad):
@@ -240,8 +240,10 @@ def flat(direction: Tensor, last: int) -> Tensor:
     return direction.flatten(-last) if last > 1 else direction
 
 
-def shifted(probe: Tensor, layer, direction: Tensor, ndim: int, segments: Tensor | None) -> Tensor:
-    """`sum_m probe[b, m] * layer(direction[m])`."""
+def shifted(out: Tensor, probe: Tensor, layer, direction: Tensor | None, ndim: int, segments: Tensor | None) -> Tensor:
+    """`out + sum_m probe[b, m] * layer(direction[m])`, in the dtype of `out`; without a direction `out` itself."""
+    if direction is None:
+        return out
     if direction.dim() == ndim:
         pairs = [(probe, direction)]
     else:
@@ -253,7 +255,7 @@ def shifted(probe: Tensor, layer, direction: Tensor, ndim: int, segments: Tensor
             weights = weights.repeat_interleave(segments.diff(), output_size=y.shape[0] * y.shape[1])
             weights = weights.view(y.shape[:2])
         terms.append(weights.to(y.dtype).view(*weights.shape, *[1] * (y.dim() - weights.dim())) * y)
-    return sum(terms[1:], terms[0])
+    return out + sum(terms[1:], terms[0]).to(out.dtype)
 
 
 def bias_gradient(grads, direction, need_bias, dtype, segments):
