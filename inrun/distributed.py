@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InRunError, few
-from .restoring import replaced, setting
+from .restoring import replaced, setting, undone
 
 
 def local(tensor: Any) -> Any:
@@ -316,20 +316,17 @@ class Ranks:
     @contextmanager
     def aside(self, params: Iterable[nn.Parameter]) -> Iterator[None]:
         """Take the parameters' gradients away for the block; afterwards those that stood stand again."""
-        before = [(p, p.grad) for p in params]
+        params = list(params)
         # DDP writes its next gradients where the last ones stand (gradient_as_bucket_view).
-        copies = [None if g is None or self.size == 1 or self.sharded else g.clone() for _, g in before]
-        for p, _ in before:
-            p.grad = None
-        outer, self.are_aside = self.are_aside, True
-        try:
+        replicated = self.size > 1 and not self.sharded
+        copies = [(p.grad, p.grad.clone()) for p in params if replicated and p.grad is not None]
+
+        def put_back() -> None:
+            for grad, copy in copies:
+                grad.copy_(copy)
+
+        with undone(put_back), setting("grad", ((p, None) for p in params)), setting("are_aside", [(self, True)]):
             yield
-        finally:
-            self.are_aside = outer
-            for (p, grad), copy in zip(before, copies, strict=True):
-                p.grad = grad
-                if copy is not None and grad is not None:
-                    grad.copy_(copy)
 
     @contextmanager
     def unseen(self, params: Iterable[nn.Parameter]) -> Iterator[None]:
