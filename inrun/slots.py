@@ -112,12 +112,10 @@ def trainable(model: nn.Module) -> tuple[dict[int, nn.Parameter], set[nn.Module]
 def sibling(param: nn.Parameter, many: int | None) -> nn.Parameter:
     # float16 has no range for a direction; every other dtype keeps its parameter's, so that they shard alike.
     dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
-
-    def shape(like: Tensor) -> Sequence[int]:
-        return like.shape if many is None else (*like.shape[:1], many, *like.shape[1:])
-
-    zeros = torch.zeros(shape(distributed.local(param)), dtype=dtype, device=param.device)
-    return nn.Parameter(distributed.laid_as(param, zeros, shape(param)), requires_grad=False)
+    targets = [] if many is None else [many]
+    part, whole = ([*x.shape[:1], *targets, *x.shape[1:]] for x in (distributed.local(param), param))
+    zeros = torch.zeros(part, dtype=dtype, device=param.device)
+    return nn.Parameter(distributed.laid_as(param, zeros, whole), requires_grad=False)
 
 
 def places(optimizers: Iterable[Optimizer]) -> dict[int, tuple[Optimizer, int]]:
