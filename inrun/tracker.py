@@ -675,15 +675,13 @@ class Tracker:
                 f"step {step.number}: expected finite gradients, or a loss scaler that skips an optimizer for them; "
                 "got NaN or infinity, and all optimizers ran"
             ))  # fmt: skip
-        if not self._method.ends_with_validation or step.factor is None:
-            self._record(step)
-            return
-        for name in self.validations.losses:
+        one_more = self._method.ends_with_validation and step.factor is not None
+        for name in self.validations.losses if one_more else ():
             self.validations.run(name)
-        if self.validations.losses:
-            self._record(step)
-        else:
+        if one_more and not self.validations.losses:
             self._waiting = step
+        else:
+            self._record(step)
 
     def _record(self, step: Step) -> None:
         self._waiting = None
