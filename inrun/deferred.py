@@ -57,7 +57,7 @@ from .restoring import (
     undone,
 )
 from .tap import Layout, size_of, together
-from .updates import ELEMENTWISE, counts_read, require_known, require_no_closure, updates, weights_moved
+from .updates import ELEMENTWISE, counts_read, is_plain, require_known, require_no_closure, updates, weights_moved
 from .validation import Gradients
 
 if TYPE_CHECKING:
@@ -240,6 +240,11 @@ class Deferred(Method):
             self.keeper.reset()
         self.updated = True
         return factor
+
+    def moves(self, unscale: Any) -> Iterator[tuple[Any, Tensor]]:
+        for slot in self.tracker.slots:
+            if (grad := slot.grad) is not None and is_plain(slot.shard):
+                yield slot, updates([slot], [grad.double() * unscale], self.update)[0]
 
     def finish(self) -> list[Tensor | None]:
         """The dots of each batch, once everything the direction needs is there."""

@@ -46,9 +46,10 @@ def require_supported(optimizer: Optimizer) -> None:
 
 def warn_of_own_step(optimizers: Sequence[Optimizer]) -> None:
     """Say where a subclass of one of `SUPPORTED` has a step of its own."""
-    steps = [inspect.unwrap(c.step) for c in SUPPORTED]
     for optimizer in optimizers:
-        if inspect.unwrap(type(optimizer).step) not in steps:
+        kind: Any = type(optimizer)
+        steps = [(inspect.unwrap(c.step), c._init_group) for c in SUPPORTED]
+        if (inspect.unwrap(kind.step), kind._init_group) not in steps:
             known = next(c.__name__ for c in reversed(SUPPORTED) if isinstance(optimizer, c))
             warnings.warn(
                 f"optimizer: {type(optimizer).__name__} has a step() of its own, and is taken for {known}. Where its "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol
@@ -49,12 +49,14 @@ class Method(Protocol):
     Attributes:
         drop: target -> what the step took off the validation loss, where the method measures it.
         standard_error: of the values, where the method draws samples.
+        update: the user's update rule, "elementwise", or None.
         starts_with_validation, ends_with_validation: whether a step needs the validation gradient at the weights it
             begins with; whether its values wait for that at the weights it ends with.
     """
 
     drop: dict[str, Tensor]
     standard_error: Tensor | None = None
+    update: Any = None
     starts_with_validation: bool
     ends_with_validation = False
 
@@ -77,6 +79,10 @@ class Method(Protocol):
             unscale: what a gradient as it stands must still be multiplied by (a fused optimizer's loss scale).
         """
         ...
+
+    def moves(self, unscale: Any) -> Iterable[tuple[Any, Tensor]]:
+        """Slots, and what an update that is taken for what it is adds to them."""
+        return ()
 
     def end(self, failed: bool = False) -> None:
         """The block is over; of one that failed no activations are held any longer."""

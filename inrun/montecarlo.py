@@ -52,6 +52,7 @@ from .updates import (
     chunks,
     counts_read,
     is_known,
+    is_plain,
     joint_updates,
     require_no_closure,
     updates,
@@ -179,6 +180,11 @@ class MonteCarlo(Method):
         self._values = [part if runs else None for part, runs in zip(parts, self._coalitions.runs, strict=True)]
         self._coalitions, self._weights, self._slopes = None, {}, {}
         return torch.ones_like(factor)
+
+    def moves(self, unscale: Any) -> Iterator[tuple[Any, Tensor]]:
+        for i, moved in self._moves(lambda slot: slot.grad.double() * unscale):
+            if is_plain((slot := self.tracker.slots[i]).shard):
+                yield slot, moved
 
     def finish(self) -> list[Tensor | None]:
         """The values of each batch, `[rows]` or `[rows, M]`."""

@@ -30,7 +30,7 @@ from .distributed import laid_alike, local
 from .errors import InRunError
 from .squares import Batches, squares
 from .turning import Beside, slopes, turns
-from .updates import COMPARED, UpdateRule, chunks, compare, updates
+from .updates import UpdateRule, chunks, updates
 
 if TYPE_CHECKING:
     from .tracker import Tracker
@@ -54,7 +54,6 @@ class Path:
         self.tracker, self.update = tracker, update
         self._clip, self._warned = clip, False
         self._coupled = Coupled(update)
-        self._to_compare = 0  # steps that what was said of the update is still to be held to
         self.release()
 
     def release(self) -> None:
@@ -96,10 +95,6 @@ class Path:
         held = [slot for _, slot in moving]
         clipped = self._clipped(held, factor, unscale, scale)
         coupled = {i for i, _ in self._among_coupled(moving, unscale)}
-        if tracker.first_check and not tracker.ranks.sharded:
-            self._to_compare = COMPARED
-        if self._to_compare > 0 and self.update is not None:
-            self._to_compare -= compare(held, unscale, self.update)
         linear = self.update is None and all(type(slot.optimizer) is SGD for slot in held)
         size = _size_of_gradients(held, unscale)
         cancelled = set() if linear else _cancelled(moving, unscale, size)

@@ -42,7 +42,18 @@ from .rows import Rows
 from .slots import Slot, places, require_all, sibling, trainable
 from .step import Step
 from .tap import Layout, Tap, leave_as_they_are, size_of
-from .updates import UpdateRule, as_optimizers, groups_of, of_scaler, within_another
+from .updates import (
+    COMPARED,
+    Expected,
+    UpdateRule,
+    as_optimizers,
+    called_with,
+    compare,
+    expected,
+    groups_of,
+    of_scaler,
+    within_another,
+)
 from .validation import Validation, as_losses, as_samples, as_targets, columns_of
 from .watch import Watch, skipped
 
@@ -96,8 +107,9 @@ class Tracker:
         update: for path methods and an optimizer of another class: "elementwise" says that its step is (which is
             tried at the first); or its update as a function, `update(grad, param, state, group)`, of what the step
             adds to the parameter, which autograd must be able to differentiate where it is not elementwise. It is held
-            to the optimizer's first two steps that move something. Of several optimizers a function is asked for the
-            parameters of each, which `group` tells apart.
+            to the optimizer's first two steps that move something, as is any other update of path methods and
+            "monte_carlo". Of several optimizers a function is asked for the parameters of each, which `group` tells
+            apart.
         clip: for path methods and "monte_carlo": the `max_norm` that the loop clips the gradient's norm to. Without it
             the clip coefficient is taken as constant.
         pairwise: ids of the validation samples (of each target, where there are several): one value for each of them,
@@ -203,6 +215,9 @@ class Tracker:
         self.first_check = False  # whether this step's is the first
         self.agenda = Agenda()
         self._shared_due = check  # whether outputs that samples share are still watched: until a batch has several
+        self._compares = sampled or method.startswith("path")  # whether an update is taken for what it is
+        self._to_compare: dict[Any, int] = {}  # optimizer -> its steps that this is still to be held to
+        self._expected: list[Expected] = []  # of the step
         self._largest = 0  # rows of this step's largest batch
         self._unscored: dict[int, nn.Parameter] = {}  # excluded ones that train, by `id`
         self._watch = Watch(self.ranks, self._pending, scored=inline)
@@ -311,7 +326,7 @@ class Tracker:
             directions.warn_of_own_step(self.updates)
         self.optimizers = optimizers
         self._come_last()
-        leave_as_they_are(Tracker._before_update)
+        leave_as_they_are(Tracker._before_update, Tracker._after_update)
         if not self.ranks.fully_sharded():
             rules.set_apart(self.model)
         self._watch.watch(self.slots)
@@ -322,10 +337,11 @@ class Tracker:
                 "them in one module with the model and track that", stacklevel=3)  # fmt: skip
 
     def _come_last(self) -> None:
-        """Be told of an update after the loop's own hooks on it, which may change gradients and learning rates."""
+        """Be told of an update after the loop's own hooks on it, which may change gradients, rates and weights."""
         for handle in self._handles:
             handle.remove()
         self._handles = [each.register_step_pre_hook(self._before_update) for each in self.optimizers]
+        self._handles += [each.register_step_post_hook(self._after_update) for each in self.optimizers]
 
     def _note_outside(self, training: Mapping[int, nn.Parameter]) -> list[nn.Parameter]:
         """Parameters of the optimizers that are not the model's, to which a validation loss may have gradients too."""
@@ -561,20 +577,25 @@ class Tracker:
             tap.passed_by |= not tap.met
             tap.met = False
 
-    def _before_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_update(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict) -> tuple[tuple, dict] | None:
         """The optimizer's step begins; with a closure, its update only after that."""
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
-        if self._step is None or closure is None:
-            return self._update_begins(optimizer)
+        first = args[1] if len(args) > 1 else None  # args[0] is the optimizer
+        closure = kwargs.get("closure", first)
+        others = {k: v for k, v in kwargs.items() if k != "closure"}
+        if self._step is None or not callable(closure):
+            return self._update_begins(optimizer, args[1:], others)
 
         def closed() -> Any:
             loss = closure()
-            self._update_begins(optimizer)
+            self._update_begins(optimizer, (None, *args[2:]) if args[1:] else (), others)
             return loss
 
-        return args[:1], {**kwargs, "closure": closed}
+        if closure is first:
+            return (optimizer, closed, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closed}
 
-    def _update_begins(self, optimizer: Optimizer) -> None:
+    def _update_begins(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """Its step has these arguments, without a closure."""
         step = self._step
         if step is None:
             return
@@ -606,15 +627,29 @@ class Tracker:
             params = (p for group in groups_of(self.optimizers) for p in group["params"])
             self._require_no_others({id(p): p for p in params if p.grad is not None})
             self.note_unmet()
-        with self.paused():  # what runs here is no batch
+        if self.first_check and self._compares and not self.ranks.sharded:
+            self._to_compare = dict.fromkeys(self.updates, COMPARED)
+        with self.paused(), called_with(optimizer, args, kwargs):  # what runs here is no batch
             self._rows.verify()
             step.factor = self._method.before_update(factor, unscale)
+            if any(left > 0 for left in self._to_compare.values()) and bool(factor):
+                self._expected = expected(self._method.moves(unscale))
         if self.first_check and self._frozen and self.validations.norms:
             grads = [g if s.share == 1.0 else g * s.share**0.5 for s in self.slots if (g := s.grad) is not None]
             directions.warn_of_sizes(self.updates, self.validations.norms, self.ranks.norm(grads) * unscale)
         self._watch.updated(optimizer)
         self.check_due, self.first_check = put_off, False
         self._shared_due = self._shared_due and self._largest < 2
+
+    def _after_update(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """The optimizer's step has been taken: was it what the method took it for?"""
+        if not self._expected or within_another(optimizer):
+            return
+        optimizer = self.updates[self.optimizers.index(optimizer)]
+        ours = [each for each in self._expected if each[0].optimizer is optimizer]
+        self._expected = [each for each in self._expected if each[0].optimizer is not optimizer]
+        if self._to_compare[optimizer] > 0:
+            self._to_compare[optimizer] -= compare(ours, self._method.update)
 
     def seen(self) -> dict[str, Tensor]:
         """What now stands in some parameters' gradients, by name."""
@@ -655,6 +690,7 @@ class Tracker:
             if failed and step.factor is not None:
                 self.steps = step.number + 1  # its update has begun: a step without values
             self._step = None
+            self._expected = []
             self._watch.active = False
             self.expect(None)
             self._rows.forget()

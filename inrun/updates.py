@@ -45,7 +45,8 @@ ELEMENTWISE = (
     optim.ASGD,
 )
 _SCALARS = ("step", "mu_product", "eta", "mu")  # state that, as a number, does not belong to a coordinate
-COMPARED = 2  # steps that what a user says of an update is held to: without a state, and with one
+COMPARED = 2  # steps that what is taken for an update is held to: without a state, and with one
+_COMPARED_IN = 1 << 16  # coordinates of each parameter
 CHUNK, CHUNK_OF_CPU = 1 << 22, 1 << 18  # elements of the parameters whose update is computed together
 
 # update(grad, param, state, group) -> what the step adds to param; all in float64, nothing changed.
@@ -69,6 +70,11 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
     found = tuple(given) if isinstance(given, Iterable) else (given,)
     if others := [each for each in found if not isinstance(each, Optimizer)]:
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, or several, got {type(others[0]).__name__}")
+    if others := [each for each in found if not hasattr(each, "_optimizer_step_pre_hooks")]:
+        raise InRunError(
+            f"optimizer: expected one whose step takes torch's hooks, got {type(others[0]).__name__}, which wraps "
+            "another without them; give the one it wraps (accelerate's are known to inrun.adapters.Loop)"
+        )
     return found
 
 
@@ -183,8 +189,7 @@ def updates(slots: Sequence[Any], grads: Sequence[Tensor], rule: UpdateRule | st
     for p, grad in zip(params, grads, strict=True):
         p.grad = grad
     for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
-        held = [(p, state, s.group) for p, state, s in zip(params, states, slots, strict=True)
-                if s.optimizer is optimizer]  # fmt: skip
+        held = [each for each in zip(slots, params, states, strict=True) if each[0].optimizer is optimizer]
         try:
             _step_twin(optimizer, held)
         except Exception as error:
@@ -235,12 +240,15 @@ def sampled(slot: Any, most: int, rule: UpdateRule | str | None) -> tuple[Any, s
     All of them, in their shape, for a user's function, which may look at the shape, and where the state has scales of
     blocks of them.
     """
-    size = local(slot.param).numel()
-    every = 1 if callable(rule) or in_blocks(slot) else -(-size // most) | 1  # odd: no column of a matrix is seen alone
-    if every <= 1:
+    here = _some(local(slot.param).numel(), most)
+    if callable(rule) or in_blocks(slot) or here.step == 1:
         return _reshaped(slot, lambda x: x), slice(None)
-    here = slice(None, None, every)
     return _reshaped(slot, lambda x: x.flatten()[here]), here
+
+
+def _some(size: int, most: int) -> slice:
+    """At most so many of this many coordinates."""
+    return slice(None, None, -(-size // most) | 1)  # odd: no column of a matrix is seen alone
 
 
 def _reshaped(slot: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -250,8 +258,14 @@ def _reshaped(slot: Any, change: Callable[[Tensor], Tensor]) -> Any:
     shaped = {key: change(value) for key, value in state.items()
               if isinstance(value, Tensor) and value.shape == like.shape and not _is_scalar(key, value)}  # fmt: skip
     return SimpleNamespace(
-        param=change(like), optimizer=slot.optimizer, group=slot.group, options=slot.options, state={**state, **shaped}
-    )
+        param=change(like), whole=_whole(slot), optimizer=slot.optimizer, group=slot.group, options=slot.options,
+        state={**state, **shaped},
+    )  # fmt: skip
+
+
+def _whole(slot: Any) -> Tensor:
+    """The parameter that the optimizer holds."""
+    return getattr(slot, "whole", slot.param)
 
 
 def pinned(group: dict[str, Any]) -> dict[str, Any]:
@@ -262,11 +276,15 @@ def pinned(group: dict[str, Any]) -> dict[str, Any]:
     return {**group, "eps": (torch.finfo(group["params"][0].dtype).eps, *eps[1:])}
 
 
-def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any], int]]) -> None:
-    """Take the optimizer's step with other parameters, each with its state and the number of its group."""
-    twin = _twin(
-        optimizer, {id(p): p for group in optimizer.param_groups for p in group["params"]}, ("state", "param_groups")
-    )
+def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Any, Tensor, dict[str, Any]]]) -> None:
+    """Take the optimizer's step with other parameters: for each slot one, with its state.
+
+    They are in the slots' places wherever the optimizer holds those, so that its step writes to no real one.
+    """
+    nothing = torch.empty(0, device="meta")
+    instead = {id(p): nothing for group in optimizer.param_groups for p in group["params"]}
+    instead |= {id(_whole(slot)): p for slot, p, _ in held}
+    twin = _twin(optimizer, instead, ("state", "param_groups"))
     twin.param_groups = []
     for i, group in enumerate(optimizer.param_groups):
         options = {k: v for k, v in pinned(group).items() if k != "params"}
@@ -277,41 +295,73 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]
         options |= {k: False for k in ("fused", "capturable", "differentiable") if k in group}
         if any(isinstance(rate, Tensor) for rate in (group.get("lr"), *group.get("betas", ()))):
             options["foreach"] = False  # which takes rates that are tensors of a capturable optimizer alone
-        twin.param_groups.append({**options, "params": [p for p, _, number in held if number == i]})
+        twin.param_groups.append({**options, "params": [p for slot, p, _ in held if slot.group == i]})
     # What it keeps for all parameters, as MADGRAD's count, is under other keys.
     of_all = {k: copy.deepcopy(optimizer.state[k]) for k in optimizer.state if not isinstance(k, Tensor)}
-    twin.state = defaultdict(dict, {p: state for p, state, _ in held if state} | of_all)
+    twin.state = defaultdict(dict, {p: state for _, p, state in held if state} | of_all)
+    _renumber(twin.state, instead)
+    args, kwargs = _called_with.get(id(optimizer), ((), {}))
     with contextlib.nullcontext() if type(optimizer) in ELEMENTWISE else random_kept():
-        twin.step()
+        twin.step(*args, **kwargs)
+
+
+_called_with: dict[int, tuple[tuple, dict[str, Any]]] = {}  # `id` of an optimizer -> what its step is given
+
+
+@contextlib.contextmanager
+def called_with(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+    """In the block the steps of an optimizer's twins are given what its own is, as Sophia's `step(bs=...)`."""
+    _called_with[id(optimizer)] = args, kwargs
+    try:
+        yield
+    finally:
+        del _called_with[id(optimizer)]
+
+
+def is_plain(param: Tensor) -> bool:
+    """Whether a parameter is as it was written: of another class it may be rounded."""
+    return type(param) in (Tensor, nn.Parameter)
+
+
+# A slot, some of its coordinates, what its step is to make of them, and the norm of what that adds.
+Expected = tuple[Any, slice, Tensor, Tensor]
 
 
 @torch.no_grad()
-def compare(slots: Sequence[Any], unscale: Any, rule: UpdateRule | str) -> int:
-    """Warn where the update that a user gave, or says of, does not add what the optimizer's own step does, if a copy of
-    the whole optimizer can take one. Returns how many comparisons that was worth: none at a rate of zero, which tells
-    nothing; all after a warning."""
+def expected(moves: Iterable[tuple[Any, Tensor]]) -> list[Expected]:
+    """Of slots and their updates."""
+    found = []
+    for slot, moved in moves:
+        here = _some(moved.numel(), _COMPARED_IN)
+        moved = moved.flatten()[here]
+        after = slot.shard.detach().flatten()[here].clone().add_(moved)
+        found.append((slot, here, after, moved.norm()))
+    return found
+
+
+@torch.no_grad()
+def compare(found: Sequence[Expected], rule: UpdateRule | str | None) -> int:
+    """Warn where an optimizer's own step, which has been taken, has not added what its update was said, or taken, to
+    be. Returns how many comparisons that was worth: none at a rate of zero, which tells nothing; all after a warning.
+    """
     told = False
-    for optimizer in {id(s.optimizer): s.optimizer for s in slots}.values():
-        ours = [slot for slot in slots if slot.optimizer is optimizer]
-        try:
-            grads = [slot.grad.double() * unscale for slot in ours]
-            real = joint_updates(optimizer, ours, grads)
-        except Exception:  # whatever its step may need beside gradients
-            told = True
-            continue
-        for slot, grad, moved in zip(ours, grads, real, strict=True):
-            (said,) = updates([slot], [grad], rule)
-            off, size = (said - moved).norm().item(), moved.double().norm().item()
-            told = told or size > 0
-            rounding = 4 * torch.finfo(slot.param.dtype).eps * slot.param.detach().double().norm().item()
-            if off > 0.1 * size + rounding:
-                warnings.warn(
-                    f"update: expected what the step adds to a parameter, to {slot.name} by {type(optimizer).__name__} "
-                    f"a tensor of norm {size:.4g}; got one of norm {said.norm():.4g}, {off:.4g} away from it. Values "
-                    "are of the update that was given",
-                    stacklevel=2,
-                )
-                return COMPARED
+    for slot, here, after, norm in found:
+        param, size = slot.shard.detach().flatten()[here], norm.item()
+        off = (param.double() - after.double()).norm().item()
+        rounding = 4 * torch.finfo(param.dtype).eps * after.double().norm().item()
+        told = told or size > 0 or off > rounding
+        if off > 0.1 * size + rounding:
+            of = "the update that was given" if rule is not None else (
+                "the latter, a copy's step, which has no hooks. Give the update as a function: update=lambda grad, "
+                "param, state, group: <what it adds to param>; or change weights outside of the step block"
+            )  # fmt: skip
+            warnings.warn(
+                f"update: expected what the step adds to a parameter, to {slot.name} by "
+                f"{type(slot.optimizer).__name__}; got a tensor of norm {size:.4g}, {off:.4g} away from it. Values "
+                f"are of {of}",
+                stacklevel=2,
+            )
+            return COMPARED
     return int(told)
 
 
@@ -328,8 +378,17 @@ def joint_updates(optimizer: Optimizer, slots: Sequence[Any], grads: Sequence[Te
     for p, grad in zip(copies, grads, strict=True):
         p.grad = grad.to(p.dtype, copy=True)
     twin = _twin(optimizer, {id(s.param): p for s, p in zip(slots, copies, strict=True)})
+    args, kwargs = _called_with.get(id(optimizer), ((), {}))
     with random_kept():  # which a step may draw, and will draw itself
-        twin.step()
+        try:
+            twin.step(*args, **kwargs)
+        except Exception as error:
+            if isinstance(error, (InRunError, torch.OutOfMemoryError)):
+                raise
+            raise InRunError(
+                "optimizer: expected one of which a copy can take the step, for other gradients; that of "
+                f"{type(optimizer).__name__} says {error!r}"
+            ) from error
     return [p.detach() - s.param.detach() for p, s in zip(copies, slots, strict=True)]
 
 
@@ -340,14 +399,8 @@ def _twin(optimizer: Any, instead: dict[int, Tensor], without: tuple[str, ...] =
         instead: `id` of a tensor -> what the copy has in its place.
         without: attributes that it has none of; nor a gradient scaler's, nor the `step` that a scheduler counts by.
     """
-    left_out = (*without, "step", *(k for k in ("grad_scale", "found_inf") if of_scaler(optimizer, k) is not None))
-    held = {k: v for k, v in vars(optimizer).items() if k not in left_out}
-    # Torch's own: what else is called so belongs to the update.
-    held |= {k: OrderedDict() for k in held if k.startswith("_optimizer_") and k.endswith("_hooks")}
-    handles = {id(x): x for x in pytree.tree_leaves(held) if isinstance(x, RemovableHandle)}  # which cannot be copied
-    twin = object.__new__(type(optimizer))
     try:
-        twin.__dict__.update(copy.deepcopy(held, instead | handles))
+        return _copied(optimizer, instead, dict[int, Any](instead), without)
     except torch.OutOfMemoryError:  # which the loop may know what to do about
         raise
     except (TypeError, RuntimeError) as error:
@@ -355,7 +408,36 @@ def _twin(optimizer: Any, instead: dict[int, Tensor], without: tuple[str, ...] =
             f"optimizer: expected one that can be copied, to take its step for other gradients, got "
             f"{type(optimizer).__name__}, which cannot: {error}"
         ) from error
+
+
+def _copied(optimizer: Any, instead: dict[int, Tensor], memo: dict[int, Any], without: tuple[str, ...] = ()) -> Any:
+    """`_twin`; `memo` is that of `copy.deepcopy`."""
+    left_out = (*without, "step", *(k for k in ("grad_scale", "found_inf") if of_scaler(optimizer, k) is not None))
+    held = {k: v for k, v in vars(optimizer).items() if k not in left_out}
+    # Torch's own: what else is called so belongs to the update.
+    held |= {k: OrderedDict() for k in held if k.startswith("_optimizer_") and k.endswith("_hooks")}
+    twin = memo[id(optimizer)] = object.__new__(type(optimizer))
+    for each in pytree.tree_leaves(held):
+        if isinstance(each, RemovableHandle):  # which cannot be copied
+            memo[id(each)] = each
+        elif isinstance(each, Optimizer) and id(each) not in memo:  # which would lose what it has of its own
+            _copied(each, instead, memo)
+    twin.__dict__.update(copy.deepcopy(held, memo))
+    for value in vars(twin).values():
+        _renumber(value, instead)
     return twin
+
+
+def _renumber(held: Any, instead: dict[int, Tensor]) -> None:
+    """Put what is held by the `id` of a tensor under that of the one in its place."""
+    if isinstance(held, (dict, set)):
+        for key in [key for key in held if type(key) is int and key in instead]:
+            number = id(instead[key])
+            if isinstance(held, set):
+                held.remove(key)
+                held.add(number)
+            else:
+                held[number] = held.pop(key)
 
 
 @contextlib.contextmanager

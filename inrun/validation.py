@@ -132,8 +132,16 @@ class Validation:
 
     def loss(self, name: str) -> Tensor:
         """The scalar loss of a target's callable, with its graph; random numbers are left as they were."""
+        before = [s.param._version for s in self.slots]
         with torch_random_kept():
             loss = self.losses[name]()
+        written = [s.name for s, version in zip(self.slots, before, strict=True) if s.param._version != version]
+        if written and self.ranks.alone:
+            raise InRunError(
+                f"validation: expected a loss that leaves the weights as they are, those of {len(written)} parameters "
+                f"were written to: {few(written)}. So does optimizer.eval() of a schedule-free optimizer, which puts "
+                "others in their place"
+            )
         if (whole := getattr(loss, "full_tensor", None)) is not None:  # of logits in parts
             loss = whole()
         if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -1039,3 +1039,158 @@ def test_an_update_whose_norm_is_bounded_couples_coordinates_where_it_is_large(u
         values.append(step)
     if callable(update):
         close(values[1].values.double(), values[0].values.double())
+
+
+# ------------------------------------------------------------------ optimizers as others write them
+
+
+class Squares(torch.optim.Optimizer):
+    """Divides by the root of past squares, which it keeps where torch's do, by `id`, or for a list of its own."""
+
+    def __init__(self, params, where="state"):
+        super().__init__(params, {"lr": 0.1})
+        self.where, self.mine, self.own = where, {}, list(self.param_groups[0]["params"])
+
+    @torch.no_grad()
+    def step(self, closure=None, times=1.0):
+        for p in self.own if self.where == "list" else self.param_groups[0]["params"]:
+            if p.grad is not None:
+                state = self.mine.setdefault(id(p), {}) if self.where == "id" else self.state[p]
+                squares = state.setdefault("squares", torch.zeros_like(p)).mul_(0.9).addcmul_(p.grad, p.grad, value=0.1)
+                p.sub_(times * self.param_groups[0]["lr"] * p.grad / (squares.sqrt() + 0.1))
+
+
+class Around(torch.optim.Optimizer):
+    """Takes the step of one that it holds."""
+
+    def __init__(self, params):
+        self.inner = Squares(params)
+        super().__init__(self.inner.param_groups, {})
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+def squares_step(make, method, take=lambda optimizer, loss: (loss(), optimizer.step()), **options):
+    """The last of three tracked steps and the weights after it; without a method, the weights alone."""
+    model, batch, validation = double("mlp")
+    optimizer = make(model.parameters())
+    tracker = method and inrun.track(
+        model, optimizer, method, validation=lambda: loss_of(model, *validation), permutations=2, **options
+    )
+
+    def loss():
+        loss = loss_of(model, *batch)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        with tracker.step(range(B)) if tracker else contextlib.nullcontext() as step:
+            take(optimizer, loss)
+        optimizer.zero_grad()
+    return step, list(model.parameters())
+
+
+@pytest.mark.parametrize("method, options", [("path_secant", {"update": "elementwise"}), ("monte_carlo", {})])
+@pytest.mark.parametrize(
+    "make", [lambda p: Squares(p, "list"), lambda p: Squares(p, "id"), Around], ids=["list", "id", "around"]
+)
+def test_an_optimizer_that_holds_parameters_or_state_elsewhere_has_its_values_and_weights(make, method, options):
+    expected, _ = squares_step(Squares, method, **options)
+    step, weights = squares_step(make, method, **options)
+    torch.testing.assert_close(step.values, expected.values)
+    torch.testing.assert_close(step.drop, expected.drop)
+    assert all(map(torch.equal, weights, squares_step(make, None)[1]))
+
+
+@pytest.mark.parametrize("method, options", [("path_secant", {"update": "elementwise"}), ("monte_carlo", {})])
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda optimizer, loss: (loss(), optimizer.step(times=0.2)),
+        lambda optimizer, loss: (loss(), optimizer.step(None, 0.2)),
+        lambda optimizer, loss: optimizer.step(loss, 0.2),
+        lambda optimizer, loss: optimizer.step(closure=loss, times=0.2),
+    ],
+    ids=["named", "in order", "with a closure", "all named"],
+)
+def test_what_a_step_is_given_is_a_part_of_the_update(take, method, options):
+    class Closing(Squares):
+        def step(self, closure=None, times=1.0):
+            if closure is not None:
+                closure()
+            super().step(None, times)
+
+    def slower(params):
+        optimizer = Squares(params)
+        optimizer.param_groups[0]["lr"] *= 0.2
+        return optimizer
+
+    expected, _ = squares_step(slower, method, **options)
+    step, weights = squares_step(Closing, method, take, **options)
+    torch.testing.assert_close(step.values, expected.values)
+    torch.testing.assert_close(step.drop, expected.drop)
+    assert all(map(torch.equal, weights, squares_step(Closing, None, take)[1]))
+
+
+@pytest.mark.parametrize("method", ["path", "path_secant", "monte_carlo"])
+def test_weights_that_a_hook_on_the_step_changes_are_said(method):
+    def make(params):
+        optimizer = torch.optim.AdamW(params, lr=0.01)
+
+        @torch.no_grad()
+        def shrink(*_):
+            for p in optimizer.param_groups[0]["params"]:
+                p.mul_(0.9)
+
+        optimizer.register_step_post_hook(shrink)
+        return optimizer
+
+    with pytest.warns(UserWarning, match=r"update: expected what the step adds .* by AdamW; got .* has no hooks"):
+        squares_step(make, method)
+
+
+def test_an_optimizer_that_prepares_its_gradients_otherwise_is_said():
+    class Prepared(torch.optim.AdamW):
+        def _init_group(self, group, params, grads, *others):
+            found = super()._init_group(group, params, grads, *others)
+            grads[:] = [grad.sign() for grad in grads]
+            return found
+
+    with pytest.warns(UserWarning, match="Prepared has a step.* of its own, and is taken for AdamW"):
+        squares_step(Prepared, "first")
+
+
+def test_an_optimizer_without_hooks_or_whose_step_no_copy_can_take_is_said():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    class Closed(torch.optim.SGD):
+        def step(self, closure=None):
+            assert closure is not None
+            super().step(closure)
+
+    for method in ("first", "path", "monte_carlo"):
+        with pytest.raises(inrun.InRunError, match=r"takes torch's hooks, got Wrapper, .*give the one it wraps"):
+            squares_step(lambda params: Wrapper(torch.optim.SGD(params)), method)
+    with pytest.raises(inrun.InRunError, match=r"of which a copy can take the step, .* of Closed says AssertionError"):
+        squares_step(Closed, "monte_carlo", lambda optimizer, loss: optimizer.step(loss))
+
+
+@pytest.mark.parametrize("method", ["first", "path_secant", "monte_carlo"])
+def test_a_validation_loss_that_writes_to_weights_is_refused(method):
+    model, batch, validation = double("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = next(model.parameters())
+
+    def loss():
+        with torch.no_grad():
+            first.mul_(0.5)
+        return loss_of(model, *validation)
+
+    message = "expected a loss that leaves the weights as they are, those of 1 parameters were written to: net.0.weight"
+    tracker = inrun.track(model, optimizer, method, validation=loss)
+    with pytest.raises(inrun.InRunError, match=message), tracker.step(range(B)):
+        train(model, [optimizer], batch)
