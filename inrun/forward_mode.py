@@ -186,6 +186,9 @@ def by_sample(module: Any, leaf: int, out: Tensor, layout: Layout) -> Tensor:
         instead = "Name an enclosing module whose outputs are [B, ...] with track(..., through={parameter: module})"
         if out.dim() == 0 and not tap.name:
             instead = "Compute the loss outside of the model, from its [B, ...] outputs"
+            params = zip(tap.parameters, tap.owned, strict=True)
+            if numbers := [full for full, (owner, local) in params if owner._parameters[local].numel() == 1]:
+                instead += f" ({few(numbers)}: multiply these by it inside of the model, or exclude it)"
         if packed:
             instead = f"Pad sequences in place of packing them. {instead}"
         raise InRunError(

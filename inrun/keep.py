@@ -374,8 +374,17 @@ class Keeper:
         with self._as_in_its_step(kept), buffers_copied(module), uncheckpointed, torch.enable_grad(), remade:
             params = [get_gradient_edge(owner._parameters[local]) for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
-        for leaf in grads:
-            forward_mode.by_sample(module, leaf, leaves[leaf].detach(), self.layouts[kept.batch])  # or raises
+        for leaf in [*grads]:
+            y = leaves[leaf]
+            try:
+                forward_mode.by_sample(module, leaf, y.detach(), self.layouts[kept.batch])
+            except InRunError:
+                if y.requires_grad:
+                    ones = torch.ones_like(y)
+                    reached = torch.autograd.grad(y, params, ones, retain_graph=True, allow_unused=True)
+                    if any(g is not None for g in reached):
+                        raise
+                del grads[leaf], rows[leaf]  # what no parameter that is scored is in
         names = [id(owner._siblings[local + SUFFIX]) for owner, local in places]
         for v in samples:
             only = [torch.zeros_like(grad, memory_format=torch.contiguous_format) for grad in grads.values()]

@@ -6,6 +6,7 @@ import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,7 @@ _OWN = frozenset(vars(nn.Module())) | {"_inrun", "_siblings"}  # of every module
 
 def attributes_of(module: nn.Module, tensors: bool = True, apart: Set[str] = _OWN) -> Callable[[], None]:
     """What puts back what a module and those inside it hold beside parameters and buffers, as it is now: a count of its
-    calls, say, and what stands in its lists, queues, dicts and sets.
+    calls, say, what stands in its lists, queues, dicts and sets, and what its generators of random numbers draw next.
 
     Args:
         tensors: whether attributes that are tensors are put back too, and held until then; and those that are new go.
@@ -156,8 +157,9 @@ def attributes_of(module: nn.Module, tensors: bool = True, apart: Set[str] = _OW
         (m, {k: v for k, v in vars(m).items() if k not in apart and (tensors or not isinstance(v, Tensor))})
         for m in module.modules()
     ]
-    values = (x for _, found in before for x in found.values())
+    values = [x for _, found in before for x in found.values()]
     contents = [(x, x.copy()) for x in values if type(x) in _CONTAINERS]
+    drawn = [redraw for x in values if (redraw := _state_of(x))]
 
     def put_back() -> None:
         for m, found in before:
@@ -168,8 +170,19 @@ def attributes_of(module: nn.Module, tensors: bool = True, apart: Set[str] = _OW
         for x, copied in contents:
             x.clear()
             (x.update if isinstance(x, (dict, set)) else x.extend)(copied)
+        for redraw in drawn:
+            redraw()
 
     return put_back
+
+
+def _state_of(generator: Any) -> Callable[[], Any] | None:
+    """What makes a generator of random numbers draw again what it will draw from now on; None of anything else."""
+    if isinstance(generator, torch.Generator | np.random.RandomState):
+        return partial(generator.set_state, generator.get_state())
+    if isinstance(generator, np.random.Generator):
+        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    return partial(generator.setstate, generator.getstate()) if isinstance(generator, random.Random) else None
 
 
 def state_of(module: nn.Module, tensors: bool = True) -> Callable[[], None]:

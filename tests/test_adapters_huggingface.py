@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import random
 import types
 from types import MappingProxyType, SimpleNamespace
@@ -1189,6 +1190,16 @@ def test_a_collator_that_orders_its_examples_is_refused(order, tmp_path):
     else:
         with pytest.raises(InRunError, match="leaves its examples in their order, got 'input_ids' with those of exam"):
             trainer.train()
+
+
+def test_a_collator_is_asked_for_what_the_trainers_own_holds():
+    """By sentence-transformers' trainers, say; and it is copied and pickled as ever."""
+    own = transformers.DefaultDataCollator(return_tensors="pt")
+    collator = huggingface.CarryIds(own, "sample_id")
+    for each in (collator, copy.deepcopy(collator), pickle.loads(pickle.dumps(collator))):
+        assert each.return_tensors == "pt"
+        assert isinstance(each, huggingface.CarryIds)
+        assert not hasattr(each, "valid_label_columns")
 
 
 def test_examples_without_names_have_no_ids(tmp_path):

@@ -761,6 +761,65 @@ def test_what_modules_hold_and_draw_is_what_it_is_without_a_tracker():
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-8)
 
 
+GENERATORS = {
+    "torch": lambda: torch.Generator().manual_seed(0),
+    "python": lambda: random.Random(0),
+    "numpy": lambda: np.random.default_rng(0),
+    "numpy's old": lambda: np.random.RandomState(0),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_generators_that_a_module_holds_draw_as_without_a_tracker(kind):
+    class Dropping(nn.Module):
+        """Drops samples, by a generator of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.scale, self.generator = nn.Linear(6, 6), nn.Parameter(torch.randn(6)), GENERATORS[kind]()
+
+        def drawn(self):
+            generator = self.generator
+            return torch.rand((), generator=generator).item() if kind == "torch" else generator.random()
+
+        def forward(self, x):
+            kept = torch.tensor([float(self.training and self.drawn() > 0.5) for _ in x]).to(x)
+            return x + kept.unsqueeze(1) * self.inner(x) * self.scale
+
+    x, y = torch.randn(3, 4, 6).double(), torch.tensor([0, 1, 2, 0])
+
+    def train(method=None, recompute=False):
+        torch.manual_seed(0)
+        model = nn.Sequential(Dropping(), nn.Linear(6, 3)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def validation():
+            with inrun.restoring.in_eval_mode(model):
+                return loss_of(model, x[0], y)
+
+        tracker = method and inrun.track(model, optimizer, method, validation=validation)
+        values = []
+        for each in x:
+            loss = lambda each=each: loss_of(model, each, y)  # noqa: E731
+            taken = tracker.step(range(4), recompute=loss if recompute else None) if tracker else None
+            with taken or contextlib.nullcontext():
+                loss().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if tracker:
+                values.append(taken.values)
+        if tracker:
+            tracker.close()
+        return list(model.parameters()), values
+
+    params, _ = train()
+    _, expected = train("first")
+    for options in (("first",), ("path",), ("path", True)):
+        found, values = train(*options)
+        for got, want in zip([*found, *values], [*params, *expected], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-8)
+
+
 @pytest.mark.parametrize("method", inrun.tracker.METHODS)
 def test_a_validation_loss_leaves_running_statistics_to_training(method):
     x, y = torch.randn(3, 4, 6).double(), torch.tensor([0, 1, 2, 0])

@@ -524,3 +524,39 @@ def test_targets_documents_tokens_and_pairs_score_as_whole_samples_do():
     assert documents.shape == (2 * B,) and not torch.allclose(documents.view(B, 2).sum(1), expected, rtol=1e-2)
     torch.testing.assert_close(documents.sum(), expected.sum(), rtol=1e-4, atol=1e-9)
     close(scored({}, pairwise=range(4)).sum(1))
+
+
+class Scaling(nn.Module):
+    """Returns a number of its own beside its samples, as OpenCLIP's CLIP does."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.scale = nn.Parameter(torch.randn(8, models.VOCAB)), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return x @ self.table, self.scale.exp()
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_number_without_a_score_may_be_returned_beside_the_samples(method):
+    def values(frozen=False, exclude=()):
+        torch.manual_seed(0)
+        model = Scaling().double()
+        model.scale.requires_grad_(not frozen)
+        optimizer = OPTIMIZERS["adam"](model.parameters())
+
+        def loss(x, y):
+            out, scale = model(x)
+            return nn.functional.cross_entropy(scale * out, y)
+
+        tracker = inrun.track(
+            model, optimizer, method, validation=lambda: loss(*of("mlp", size=4, seed=2)), exclude=exclude
+        )
+        with tracker.step(range(B)) as step:
+            loss(*of("mlp")).backward()
+            optimizer.step()
+        return step.values
+
+    torch.testing.assert_close(values(exclude=["scale"]), values(frozen=True))
+    with pytest.raises(inrun.InRunError, match=r"got \(\).* \(scale: multiply these by it inside of the model"):
+        values()

@@ -230,6 +230,12 @@ class CarryIds:
     column: str
     looked_at: int = 0  # batches, of which the first are held to their examples' order
 
+    def __getattr__(self, name: str) -> Any:
+        """What trainers ask of their collators, as sentence-transformers' do."""
+        if name.startswith("__"):
+            raise AttributeError(name)  # as where it is copied
+        return getattr(self.collator, name)
+
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Any:
         if not all(hasattr(example, "items") for example in examples):
             return self.collator(examples)  # pyright: ignore  # of tuples, say: as without ids
