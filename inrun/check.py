@@ -23,6 +23,7 @@ from .slots import components
 # (eight times what rounding each product once to bfloat16 would make).
 SUM_TOLERANCE = 1e-2
 ROUNDING = 8 * 2.0**-8
+IN_FULL = 0.1  # of these, where layers with a rule computed in float32 or wider, in the first step of one process
 NOTHING = 1e-14  # what rounding alone leaves of a gradient that is zero
 BESIDE = 1e-6  # the same where the optimizer has made it large, as a part of the largest layer's scores
 CHECKS, APART = 3, 8  # at least so many, so many steps apart: in one alone, what samples' scores miss may cancel
@@ -79,12 +80,17 @@ def efficiency(
         raise InRunError(f"the loss or its gradients: expected finite numbers, got NaN or infinity for {few(numbers)}")
     wrong: dict[str, list[Any]] = {}  # what is, of which slots
     met = False  # whether a layer of theirs made scores
+    in_full = first and ranks.alone and torch.get_float32_matmul_precision() == "highest"
     tells = []
     for members, (total, size, count) in zip(groups, scores, strict=True):
         gradient = sum((of_slot[id(s)][0] for s in members), none)
         rounding = sum((of_slot[id(s)][1].sqrt() for s in members), none)
         shapes = few([f"{s.name} {tuple(s.param.shape)}" for s in members], 20)
-        coarse = max((tap.rule.coarse for slot in members for tap in slot.taps), default=1.0)
+        taps = {tap for slot in members for tap in slot.taps}
+        coarse = max((tap.rule.coarse for tap in taps), default=1.0)
+        full = all(tap.in_full and not tap.forward_mode for tap in taps)
+        if in_full and full and coarse == 1.0 and all(s.param.dtype.itemsize >= 4 for s in members):
+            coarse = IN_FULL
         tolerance = coarse * (SUM_TOLERANCE * size + ROUNDING * rounding) + NOTHING
         if not bool(((total - gradient).abs() <= tolerance + beside).all()):
             wrong[f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}"] = members

@@ -23,7 +23,16 @@ from torch.utils import _pytree as pytree
 
 from . import probing
 from .errors import InRunError, few
-from .restoring import buffers_copied, random_kept, random_state, set_random_state, setting, state_kept, state_of
+from .restoring import (
+    buffers_copied,
+    random_kept,
+    random_state,
+    set_random_state,
+    setting,
+    state_kept,
+    state_of,
+    undone,
+)
 from .tap import Layout, Tap, along
 
 _outside: Any = torch.compiler.disable  # of graphs; as a function of a function, which pyright takes for a decorator
@@ -110,6 +119,7 @@ def _with_tangents(
             ) from None
     if not tap.apart:
         random, put_back, versions = random_state(), state_of(module), versions_of(args, kwargs)
+        uncount = tap.rows.counts()
         autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
         # An outer checkpoint counts what is saved: a run that stops is none of it.
         trial = autograd._top_saved_tensors_default_hooks(True) is not None
@@ -124,6 +134,7 @@ def _with_tangents(
         _require_unchanged(module, args, kwargs, versions)
         set_random_state(random)
         put_back()
+        uncount()
         if not tap.apart:
             return _carrying(module, args, kwargs, m, _stop)
     # What a checkpoint computes again in the backward would carry no tangents, and save other tensors than it had.
@@ -248,7 +259,7 @@ def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list
         # Modules inside that forward-mode AD scores too run plainly: theirs is a pass of their own.
         others = {getattr(each, "_inrun", tap) for each in module.modules()} - {tap} if tap.apart else ()
         muted = setting("probe", [(other, None) for other in others if other.forward_mode])
-        with grad_mode, random_kept(), state_kept(module), muted:
+        with grad_mode, random_kept(), state_kept(module), muted, undone(tap.rows.counts()):
             pairs, _ = _carrying(module, args, kwargs, m, lambda: None)
             return [tangent for _, tangent in pairs]
 

@@ -244,12 +244,13 @@ class Rows:
     def take(self, module: Any, outputs: Any) -> None:
         """Outputs of a module's call with B rows, to which a gradient comes, are taken for `[B, ...]`; `verify` raises
         where they are not."""
-        ours = self.note_call()
+        ours, tap = self.note_call(), module._inrun
+        tap.in_full = tap.in_full is not False and _are_in_full(outputs)
         known = ours or self._call is None or not self._is_whole(self._call)
         if isinstance(module, Part) or not (known or self._later):
             return
-        of, number = (id(self._call.kwargs), self._count(module._inrun, self._call)) if ours and self._call else (0, 0)
-        if module._inrun.routed and known:  # by what a run on other numbers found
+        of, number = (id(self._call.kwargs), self._count(tap, self._call)) if ours and self._call else (0, 0)
+        if tap.routed and known:  # by what a run on other numbers found
             self._taken.add(_Taken(module, of, number, None, ()))
         for leaf, y in enumerate(pytree.tree_leaves(outputs)):
             axis = sample_axis(module, leaf)
@@ -272,6 +273,15 @@ class Rows:
         _, of_call = self._calls.setdefault(id(call.kwargs), (call, {}))
         of_call[tap] = number = of_call.get(tap, -1) + 1
         return number
+
+    def counts(self) -> Callable[[], None]:
+        """What puts the numbers of calls back to what they are now: calls in between will come again."""
+        before = {key: (call, dict(of_call)) for key, (call, of_call) in self._calls.items()}
+
+        def put_back() -> None:
+            self._calls = before
+
+        return put_back
 
     def are_tokens(self, layer: Any, x: Tensor) -> bool:
         """Whether the layer's input is taken for flattened tokens, for now; `verify` raises where it is not."""
@@ -392,16 +402,20 @@ class Rows:
         pairs = zip(call.leaves(), moved.leaves(), strict=True)
         if all(x is y or torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor)):
             return  # samples that are all alike tell nothing: the next step is asked
-        why, runs = None, ({}, {})
+        calls = [call, moved]
+        if call.rows == 2:  # which move on by changing places
+            calls.append(call.mapped(lambda x: x[[0, 0]] if call.is_of_samples(x) else x))
+        why, runs = None, [{} for _ in calls]
         try:
-            runs = [self._marks(each, self._asked) for each in (call, moved)]
+            runs = [self._marks(each, self._asked) for each in calls]
         except Exception as error:  # of a model that does not run like this
             why = error
         failed = {}
         for layer, (shape, _) in self._asked.items():
-            before, after = ([marks[None] for marks in run.get(layer, [])] for run in runs)
-            alike = len(before) == len(after) and all(
-                _moved_on(x, y, order) for x, y in zip(before, after, strict=True)
+            before, *others = ([marks[None] for marks in run.get(layer, [])] for run in runs)
+            alike = all(len(before) == len(other) for other in others) and all(
+                _moved_on(x, y, order) and not (of_one and _in_each_others_place(x, *of_one))
+                for x, y, *of_one in zip(before, *others, strict=True)
             )
             if not alike or not before:
                 failed[layer._inrun] = shape
@@ -585,6 +599,12 @@ def _with_as_many_rows(taken: Iterable[_Taken], more: Shapes) -> dict[str, str]:
     return found
 
 
+def _are_in_full(outputs: Any) -> bool:
+    """Whether they were computed in float32 or wider."""
+    numbers = [y for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor) and y.is_floating_point()]
+    return not any(y.dtype.itemsize < 4 or torch.is_autocast_enabled(y.device.type) for y in numbers)
+
+
 def _is_no_array(x: Tensor) -> bool:
     return x.layout != torch.strided or x.is_nested
 
@@ -594,7 +614,8 @@ def _with_samples_moved(marks: Tensor, order: list[int]) -> Tensor:
 
 
 def _in_disorder(before: Tensor, after: Tensor, of_one: Tensor, order: list[int], tokens: bool) -> bool:
-    """Whether rows are those they were before the samples moved on, and not all moved on; `of_one`: of one sample.
+    """Whether rows are those they were before the samples moved on, and not all moved on; `of_one`: of the first sample
+    alone, as often.
 
     Of `tokens` each sample has as many: with another number of them where all are one, they were picked out.
     """
@@ -606,7 +627,18 @@ def _in_disorder(before: Tensor, after: Tensor, of_one: Tensor, order: list[int]
     size = before.abs().amax(1, keepdim=True)
     same = (after.sort(1).values - before.sort(1).values).abs() <= SAME * size
     elsewhere = ((after - _with_samples_moved(before, order)).abs() > OTHER * size).any()
-    return bool(same.all() & elsewhere & ((of_one - before).abs() > OTHER * size).any())
+    differs = ((of_one - before).abs() > OTHER * size).any()
+    return bool(same.all() & elsewhere & differs) or (rows == 2 and _in_each_others_place(before, of_one))
+
+
+def _in_each_others_place(before: Tensor, of_one: Tensor) -> bool:
+    """Of two samples, whether the second one's rows are the first one's, and the first one's are others."""
+    if before.shape != of_one.shape:
+        return False
+    first, second, one = *before.chunk(2, 1), of_one.chunk(2, 1)[0]
+    size = before.abs().amax(1, keepdim=True)
+    same, other = (second - one).abs() <= SAME * size, (first - one).abs() > OTHER * size
+    return bool(same.all() & other.any() & (one.abs() > OTHER * size).any())
 
 
 def _changed(before: Tensor, after: Tensor, least: float) -> Tensor:

@@ -64,6 +64,7 @@ class Tap:
         self.pending: Any = None
         self.rows: Any = None  # tells whether a layer's rows are the samples, or their tokens, flattened
         self.of_samples = self.of_all = False  # whether, while watched, it was given a row for each sample, one for all
+        self.in_full: bool | None = None  # whether all that it returned, while watched, was in float32 or wider
         self.positions: Tensor | None = None  # whether all ids so far, one for each sample, could be positions
         self.takes_positions = False  # whether ids were positions: a run of numbers as long as there are samples is too
 

@@ -357,7 +357,7 @@ def compare(found: Sequence[Expected], rule: UpdateRule | str | None) -> int:
             )  # fmt: skip
             warnings.warn(
                 f"update: expected what the step adds to a parameter, to {slot.name} by "
-                f"{type(slot.optimizer).__name__}; got a tensor of norm {size:.4g}, {off:.4g} away from it. Values "
+                f"{type(slot.optimizer).__name__} a tensor that is {off:.4g} away; got one of norm {size:.4g}. Values "
                 f"are of {of}",
                 stacklevel=2,
             )

@@ -154,8 +154,10 @@ class TiedAutoencoder(nn.Module):
         return F.linear(self.inner(self.outer(x)).tanh(), self.inner.weight.T)
 
 
-def test_what_one_check_lets_pass_by_chance_another_sees():
-    """What is missing of the samples' scores may nearly cancel in one batch."""
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_what_one_check_lets_pass_by_chance_another_sees(precision, monkeypatch):
+    """What is missing of the samples' scores may nearly cancel in one batch; less often in full precision."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     passed, caught = 0, 0
     for seed in range(24):
         torch.manual_seed(seed)
@@ -175,7 +177,8 @@ def test_what_one_check_lets_pass_by_chance_another_sees():
         except inrun.InRunError as error:
             assert "do not add up" in str(error)
             caught += k > 0
-    assert passed and caught == passed
+    assert caught == passed
+    assert passed if precision == "high" else not passed
 
 
 @pytest.mark.parametrize("method", ["first", "path"])

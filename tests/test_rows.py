@@ -1647,6 +1647,44 @@ def test_a_model_that_moves_its_samples_on_is_refused_as_one_that_sorts_them():
         optimizer.step()
 
 
+class Latents(nn.Module):
+    """Its own parameter's rows, as many as samples, go through a layer inside, beside the batch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.of_q = nn.Parameter(torch.randn(B, WIDTH)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("tw,bsw->bts", self.of_q(self.q), x).softmax(-1) @ x
+
+
+class WithLatents(nn.Module):
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.token, self.latents, self.head = nn.Embedding(11, WIDTH), Latents(), nn.Linear(WIDTH, 2)
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x)
+        h = checkpoint(self.latents, h, use_reentrant=False) if self.checkpointed else self.latents(h)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("targets", [1, 2])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_rows_inside_of_a_module_that_runs_several_times_are_those_of_one_run(method, targets, checkpointed):
+    """For each of several targets, or to find out whether there are checkpoints inside of it."""
+    model, x, held = made(WithLatents, checkpointed), ids(B, 1), ids(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    losses = {str(m): lambda: loss_of(model, held) for m in range(targets)}
+    tracker = inrun.track(model, optimizer, method, validation=losses)
+    refused = pytest.raises(inrun.InRunError, match=r"^latents.of_q \(Linear\): expected the samples at dimension 0")
+    with refused, tracker.step(range(B)):
+        loss_of(model, x).backward()
+        optimizer.step()
+
+
 class MovingTokens(nn.Module):
     """The same for a head of flattened tokens, or of the samples' own rows, which a mask weighs; all are put back."""
 
@@ -1661,7 +1699,9 @@ class MovingTokens(nn.Module):
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize(("size", "padded"), [(3, [-1]), (3, [0]), (4, [-1]), (4, [0, -1]), (5, [-1, -2, 0])])
+@pytest.mark.parametrize(
+    ("size", "padded"), [(2, [-1]), (2, [0]), (3, [-1]), (3, [0]), (4, [-1]), (4, [0, -1]), (5, [-1, -2, 0])]
+)
 def test_samples_that_a_model_moves_on_are_seen_where_one_alone_is_padded(size, padded, flat):
     model, x, masks = made(MovingTokens, flat), ids(size, 1, T + 2), torch.ones(len(padded), size, T + 2)
     masks[range(len(padded)), padded, T:] = 0
