@@ -44,6 +44,7 @@ ELEMENTWISE = (
     optim.Rprop,
     optim.ASGD,
 )
+_PREPARED = ("AcceleratedOptimizer", "_FabricOptimizer")  # by their class, whose update is another's
 _SCALARS = ("step", "mu_product", "eta", "mu")  # state that, as a number, does not belong to a coordinate
 COMPARED = 2  # steps that what is taken for an update is held to: without a state, and with one
 _COMPARED_IN = 1 << 16  # coordinates of each parameter
@@ -54,10 +55,11 @@ UpdateRule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], Tensor]
 
 
 def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
-    """The optimizers of one, of several, or of a container that holds them as its `optimizers` (as torchtitan's).
+    """The optimizers of one, of several, or of a container that holds them as its `optimizers` (as torchtitan's); of
+    those that accelerate or Fabric has prepared, or that something that is no optimizer holds, what is inside.
 
     Raises:
-        TypeError: no optimizer of torch's kind; InRunError: one of DeepSpeed's.
+        TypeError: no optimizer of torch's kind; InRunError: one of DeepSpeed's, or a wrapper without hooks.
     """
     if given is None:
         return ()
@@ -67,15 +69,21 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
             "holds parts of its own, flattened; take fully_shard, or DDP (DeepSpeed without ZeRO has torch's)"
         )
     given = getattr(given, "optimizers", given)
-    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    found = tuple(map(_unprepared, given if isinstance(given, Iterable) else (given,)))
     if others := [each for each in found if not isinstance(each, Optimizer)]:
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, or several, got {type(others[0]).__name__}")
     if others := [each for each in found if not hasattr(each, "_optimizer_step_pre_hooks")]:
         raise InRunError(
             f"optimizer: expected one whose step takes torch's hooks, got {type(others[0]).__name__}, which wraps "
-            "another without them; give the one it wraps (accelerate's are known to inrun.adapters.Loop)"
+            "another without them; give the one it wraps"
         )
     return found
+
+
+def _unprepared(optimizer: Any) -> Any:
+    """What is inside of it, unless it is an optimizer around another with an update of its own, as Lookahead."""
+    prepared = not {cls.__name__ for cls in type(optimizer).__mro__}.isdisjoint(_PREPARED)
+    return getattr(optimizer, "optimizer", optimizer) if prepared or not isinstance(optimizer, Optimizer) else optimizer
 
 
 def groups_of(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:

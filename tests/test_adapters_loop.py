@@ -107,6 +107,13 @@ def test_optimizers_that_accelerate_has_prepared():
                 optimizer.step()
         found.append(loop.last.values)
         loop.close()
+        if prepared:  # as `inrun.track` takes them too
+            model.zero_grad()
+            with inrun.track(model, optimizers, validation=held_out) as tracker, tracker.step(["a", "b"]) as step:
+                F.cross_entropy(model(X[:2]), Y[:2]).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+            assert step.values.any()
     assert torch.equal(*found) and found[0].any()
 
 

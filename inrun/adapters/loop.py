@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ..errors import InRunError
 from ..ledger import Ledger
@@ -31,8 +30,6 @@ from ..step import Step
 from ..tracker import as_ledger, track
 from ..validation import as_losses
 from .loggers import Figures, Logger
-
-_WRAPPERS = ("AcceleratedOptimizer", "_FabricOptimizer")  # optimizers by their class, whose update is another's
 
 
 class Loop:
@@ -90,8 +87,6 @@ class Loop:
                 f"ledger: expected an empty one for a run that begins at step 0, got steps up to {held}{remedy}"
             )
         model = getattr(model, "_orig_mod", model)  # of torch.compile
-        several = isinstance(optimizer, (list, tuple))
-        optimizer = [_unprepared(each) for each in optimizer] if several else _unprepared(optimizer)
         losses = {name: in_eval_mode(model)(loss) for name, loss in as_losses(validation).items()}
         self.tracker = track(model, optimizer, validation=losses, ledger=self.ledger, **options)
         self.step: Step | None = None
@@ -159,13 +154,6 @@ class Loop:
         """Give the model its classes back and flush the ledger."""
         self.abandon()
         self.tracker.close()
-
-
-def _unprepared(optimizer: Any) -> Any:
-    """What accelerate or Fabric has wrapped, or what something that is no optimizer holds; one around another has its
-    own update, as Lookahead."""
-    wrapped = not {cls.__name__ for cls in type(optimizer).__mro__}.isdisjoint(_WRAPPERS)
-    return getattr(optimizer, "optimizer", optimizer) if wrapped or not isinstance(optimizer, Optimizer) else optimizer
 
 
 def with_clip(options: Mapping[str, Any], max_norm: float | None) -> dict[str, Any]:
