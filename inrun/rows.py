@@ -312,6 +312,7 @@ class Rows:
         self._verify_samples()
         if self._asked and self._call is not None:
             self._verify_tokens(self._call)
+        self._taken, self._asked = set(), {}
 
     def _verify_samples(self) -> None:
         call, told = self._call, False

@@ -19,7 +19,7 @@ from .distributed import of_part
 from .errors import InRunError
 from .layers import Conv1dRule, EmbeddingRule, LayerNormRule, LinearRule
 from .restoring import replaced
-from .tap import as_it_is
+from .tap import as_it_is, eagerly
 
 
 class _Way(NamedTuple):
@@ -68,8 +68,7 @@ def scored(layer: Any, x: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     tap = layer._inrun
-    if torch.compiler.is_compiling():
-        raise InRunError(f"{tap}: expected tensor parallelism without torch.compile, got a graph being captured")
+    eagerly(_require_no_graph, tap, torch.compiler.is_compiling())
     if not isinstance(x, DTensor):
         raise InRunError(f"{tap}: expected an input on the tensor-parallel mesh, a DTensor, got {type(x).__name__}")
     mesh, way = x.device_mesh, _way(layer, x)
@@ -91,6 +90,12 @@ def scored(layer: Any, x: Any) -> Any:
     if way.y.is_shard():
         shape[way.y.dim] = x.shape[way.y.dim] if way.x.is_shard() else _outputs(layer)
     return of_part(y, mesh, [way.y], shape)
+
+
+def _require_no_graph(tap: Any, is_compiling: bool) -> None:
+    """Raise `InRunError` where the step is captured; called out of the graph, where some versions would go on."""
+    if is_compiling:
+        raise InRunError(f"{tap}: expected tensor parallelism without torch.compile, got a graph being captured")
 
 
 def _part(count: int, size: int) -> int:

@@ -510,6 +510,7 @@ class Tracker:
             with self._timed("direction"):
                 self._method.begin(step.scale)
             self._watch.begin()
+            self._rows.forget()  # what was computed again since the last step's end
             eager = (self.check_due or self._shared_due) and _runs_eagerly(self.model)
             self._rows.watched, self._rows.compared = eager and self._shared_due, eager and self.check_due
             for tap in self.taps:
@@ -632,6 +633,7 @@ class Tracker:
         with self.paused(), called_with(optimizer, args, kwargs):  # what runs here is no batch
             self._rows.verify()
             step.factor = self._method.before_update(factor, unscale)
+            self._rows.verify()  # what was computed again
             if any(left > 0 for left in self._to_compare.values()) and bool(factor):
                 self._expected = expected(self._method.moves(unscale))
         if self.first_check and self._frozen and self.validations.norms:

@@ -1260,7 +1260,7 @@ def check_tensor_parallel_in_other_ways():
     for method in ("first", "path"):
         spread(by_width, "adamw", method)
         spread(by_layers, "adamw", method, step=step_of_tokens)
-        for dim in (None, 0, 1, 2):
+        for dim in (None, 0, 2) if torch.__version__ < "2.12" else (None, 0, 1, 2):  # torch 2.11 flattens no sequence
             spread(functools.partial(in_every_process, dim=dim), "adamw", method, name="gpt_spread_own")
         for plan in (by_layers, by_sequence):
             spread(plan, "adamw", method, name="gpt_spread_tied")

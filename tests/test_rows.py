@@ -1729,6 +1729,23 @@ def test_tokens_and_documents_are_those_of_the_rows_they_are_taken_for(model, se
         optimizer.step()
 
 
+@pytest.mark.parametrize("method", ["path", "secant", "second"])
+@pytest.mark.parametrize("model", [partial(MovingTokens, False), partial(MovingTokens, True), TokensFirst])
+def test_rows_of_a_batch_that_is_computed_again_are_checked_too(model, method):
+    model, x = made(model), ids(B, 1)
+    given = (x, torch.ones(B, T)) if isinstance(model, MovingTokens) else (x,)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+
+    def loss() -> Tensor:
+        return model(*given).square().mean()
+
+    tracker = inrun.track(model, optimizer, method, validation=loss)
+    refused = pytest.raises(inrun.InRunError, match=r"^(out|blocks.0).*: expected (the samples at dim|an input \[B, )")
+    with refused, tracker.step(range(B), recompute=loss):
+        loss().backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("method", ["first", "path"])
 @pytest.mark.parametrize("model", [partial(MovingTokens, False), TokensFirst])
 def test_validation_rows_of_a_batch_are_where_they_are_taken_for(model, method):
