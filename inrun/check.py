@@ -7,6 +7,7 @@ a batch that is not dimension 0. What it cannot tell, as along a direction of ze
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from .slots import components
 # (eight times what rounding each product once to bfloat16 would make).
 SUM_TOLERANCE = 1e-2
 ROUNDING = 8 * 2.0**-8
-IN_FULL = 0.1  # of these, where layers with a rule computed in float32 or wider, in the first step of one process
+IN_FULL = 0.1  # of these, from where on a warning says so, if layers with a rule computed in float32 or wider
 NOTHING = 1e-14  # what rounding alone leaves of a gradient that is zero
 BESIDE = 1e-6  # the same where the optimizer has made it large, as a part of the largest layer's scores
 CHECKS, APART = 3, 8  # at least so many, so many steps apart: in one alone, what samples' scores miss may cancel
@@ -79,8 +80,9 @@ def efficiency(
     if numbers := [s.name for s in slots if s.param.grad is not None and not of_slot[id(s)][2].isfinite().all()]:
         raise InRunError(f"the loss or its gradients: expected finite numbers, got NaN or infinity for {few(numbers)}")
     wrong: dict[str, list[Any]] = {}  # what is, of which slots
+    nearly = []  # what may be
     met = False  # whether a layer of theirs made scores
-    in_full = first and ranks.alone and torch.get_float32_matmul_precision() == "highest"
+    in_full = first and ranks.alone and _multiplied_in_full()
     tells = []
     for members, (total, size, count) in zip(groups, scores, strict=True):
         gradient = sum((of_slot[id(s)][0] for s in members), none)
@@ -88,15 +90,16 @@ def efficiency(
         shapes = few([f"{s.name} {tuple(s.param.shape)}" for s in members], 20)
         taps = {tap for slot in members for tap in slot.taps}
         coarse = max((tap.rule.coarse for tap in taps), default=1.0)
-        full = all(tap.in_full and not tap.forward_mode for tap in taps)
-        if in_full and full and coarse == 1.0 and all(s.param.dtype.itemsize >= 4 for s in members):
-            coarse = IN_FULL
-        tolerance = coarse * (SUM_TOLERANCE * size + ROUNDING * rounding) + NOTHING
-        if not bool(((total - gradient).abs() <= tolerance + beside).all()):
-            wrong[f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}"] = members
+        tolerance, off = coarse * (SUM_TOLERANCE * size + ROUNDING * rounding) + NOTHING, (total - gradient).abs()
+        full = coarse == 1.0 and all(tap.in_full and not tap.forward_mode for tap in taps)
+        what = f"{shapes}: scored {_shown(total)}, its gradient gives {_shown(gradient)}"
+        if not bool((off <= tolerance + beside).all()):
+            wrong[what] = members
             met = met or bool(count.any())
         elif not count.any() and any(bool(of_slot[id(s)][2].any()) for s in members):
             wrong[f"{shapes}: not scored, though it has a gradient"] = members
+        elif in_full and full and bool((off > IN_FULL * tolerance + beside).any()):
+            nearly.append(what)
         tells.append(float((gradient.abs() > 2 * tolerance).any()))
     if wrong:
         more = [] if len(wrong) <= _SHOWN else [f"and {len(wrong) - _SHOWN} more"]
@@ -111,8 +114,24 @@ def efficiency(
             + "\n  ".join([*list(wrong)[:_SHOWN], *more]),
             suspected=() if of_all else {s.name for members in wrong.values() for s in members},
         )
+    if nearly:
+        warnings.warn(
+            "the scores add up to the gradients less exactly than in float32. Something may use these parameters past "
+            "their modules (call the module, or track with through={parameter: the module that does}), or the loss has "
+            "a term of the parameters alone (a penalty, which belongs to no sample), or it is chance:\n  "
+            + "\n  ".join(nearly[:_SHOWN]),
+            stacklevel=7,
+        )
     everywhere = ranks.sum(torch.tensor(tells, device=factor.device)).tolist()
     return {s.name for members, n in zip(groups, everywhere, strict=True) if n == ranks.size for s in members}
+
+
+def _multiplied_in_full() -> bool:
+    """Whether products of float32 are told to be no coarser."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # what torch says where `fp32_precision` of a backend tells otherwise
+        return False
 
 
 @dataclass

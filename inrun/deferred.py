@@ -30,7 +30,7 @@ Source: second order, arXiv 2406.11011, theorem 4, which is that of plain SGD; t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -241,9 +241,9 @@ class Deferred(Method):
         self.updated = True
         return factor
 
-    def moves(self, unscale: Any) -> Iterator[tuple[Any, Tensor]]:
+    def moves(self, unscale: Any, optimizers: Collection[Any]) -> Iterator[tuple[Any, Tensor]]:
         for slot in self.tracker.slots:
-            if (grad := slot.grad) is not None and is_plain(slot.shard):
+            if slot.optimizer in optimizers and (grad := slot.grad) is not None and is_plain(slot.shard):
                 yield slot, updates([slot], [grad.double() * unscale], self.update)[0]
 
     def finish(self) -> list[Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol
@@ -80,8 +80,8 @@ class Method(Protocol):
         """
         ...
 
-    def moves(self, unscale: Any) -> Iterable[tuple[Any, Tensor]]:
-        """Slots, and what an update that is taken for what it is adds to them."""
+    def moves(self, unscale: Any, optimizers: Collection[Any]) -> Iterable[tuple[Any, Tensor]]:
+        """Slots of these optimizers, and what an update that is taken for what it is adds to them."""
         return ()
 
     def end(self, failed: bool = False) -> None:

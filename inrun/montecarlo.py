@@ -32,7 +32,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -181,8 +181,8 @@ class MonteCarlo(Method):
         self._coalitions, self._weights, self._slopes = None, {}, {}
         return torch.ones_like(factor)
 
-    def moves(self, unscale: Any) -> Iterator[tuple[Any, Tensor]]:
-        for i, moved in self._moves(lambda slot: slot.grad.double() * unscale):
+    def moves(self, unscale: Any, optimizers: Collection[Any]) -> Iterator[tuple[Any, Tensor]]:
+        for i, moved in self._moves(lambda slot: slot.grad.double() * unscale, optimizers):
             if is_plain((slot := self.tracker.slots[i]).shard):
                 yield slot, moved
 
@@ -254,8 +254,10 @@ class MonteCarlo(Method):
                             slope[m] = g.flatten()
         return torch.stack([loss.double().reshape(()).to(found[0].device) for loss in found])
 
-    def _moves(self, gradient_of: Callable[[Any], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        for optimizer in self.tracker.updates:
+    def _moves(
+        self, gradient_of: Callable[[Any], Tensor], optimizers: Collection[Any] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        for optimizer in self.tracker.updates if optimizers is None else optimizers:
             moving = [(i, slot) for i, slot in self._moving if slot.optimizer is optimizer]
             alone = is_known(optimizer, self.update, ELEMENTWISE)
             for part in chunks(moving) if alone else [moving]:

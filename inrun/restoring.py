@@ -182,7 +182,9 @@ def _state_of(generator: Any) -> Callable[[], Any] | None:
         return partial(generator.set_state, generator.get_state())
     if isinstance(generator, np.random.Generator):
         return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-    return partial(generator.setstate, generator.getstate()) if isinstance(generator, random.Random) else None
+    if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):  # which has no state
+        return partial(generator.setstate, generator.getstate())
+    return None
 
 
 def state_of(module: nn.Module, tensors: bool = True) -> Callable[[], None]:

@@ -362,15 +362,19 @@ class Rows:
                 runs.append(self._marks(each, {one.module for one in taken}))
                 if self._drew:
                     return []
-        found = set()
+        found, swapped = set(), {}
         for module, _, number, leaf, _ in taken if len(runs) == 3 else ():
             each = [
                 calls[number] for run in runs if number < len(calls := run.get(module, [])) == len(more.get(module, ()))
             ]
             marks = [of_call[leaf] for of_call in each if leaf in of_call]
-            if len(marks) == 3 and _in_disorder(marks[0], marks[1], marks[2], order, leaf is None):
-                found.add(f"{module._inrun} ({module._inrun_class.__name__})")
-        return sorted(found)
+            if len(marks) == 3:
+                before, after, of_one = marks
+                name = f"{module._inrun} ({module._inrun_class.__name__})"
+                if _in_disorder(before, after, of_one, order, leaf is None):
+                    found.add(name)
+                swapped.setdefault(name, []).append(call.rows == 2 and _in_each_others_place(before, of_one))
+        return sorted(found | {name for name, each in swapped.items() if all(each)})
 
     def _with_nothing_beside(self, call: _Call) -> tuple[int, Tensor] | None:
         """A sample that has nothing in an input of as many rows as there are samples, where others have several, and
@@ -403,22 +407,23 @@ class Rows:
         pairs = zip(call.leaves(), moved.leaves(), strict=True)
         if all(x is y or torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor)):
             return  # samples that are all alike tell nothing: the next step is asked
-        calls = [call, moved]
-        if call.rows == 2:  # which move on by changing places
-            calls.append(call.mapped(lambda x: x[[0, 0]] if call.is_of_samples(x) else x))
-        why, runs = None, [{} for _ in calls]
+        why, runs, alone = None, ({}, {}), {}
         try:
-            runs = [self._marks(each, self._asked) for each in calls]
+            runs = [self._marks(each, self._asked) for each in (call, moved)]
         except Exception as error:  # of a model that does not run like this
             why = error
+        if call.rows == 2:  # which move on by changing places
+            with suppress(Exception):  # of a model that takes no sample twice
+                alone = self._marks(call.mapped(lambda x: x[[0, 0]] if call.is_of_samples(x) else x), self._asked)
         failed = {}
         for layer, (shape, _) in self._asked.items():
-            before, *others = ([marks[None] for marks in run.get(layer, [])] for run in runs)
-            alike = all(len(before) == len(other) for other in others) and all(
-                _moved_on(x, y, order) and not (of_one and _in_each_others_place(x, *of_one))
-                for x, y, *of_one in zip(before, *others, strict=True)
+            before, after, of_one = ([marks[None] for marks in run.get(layer, [])] for run in (*runs, alone))
+            alike = len(before) == len(after) and all(
+                _moved_on(x, y, order) for x, y in zip(before, after, strict=True)
             )
-            if not alike or not before:
+            # One sample alone may not call all layers, as experts.
+            swapped = len(before) == len(of_one) and all(map(_in_each_others_place, before, of_one))
+            if not alike or swapped or not before:
                 failed[layer._inrun] = shape
         if failed:
             tap, shape = next(iter(failed.items()))
@@ -629,12 +634,12 @@ def _in_disorder(before: Tensor, after: Tensor, of_one: Tensor, order: list[int]
     same = (after.sort(1).values - before.sort(1).values).abs() <= SAME * size
     elsewhere = ((after - _with_samples_moved(before, order)).abs() > OTHER * size).any()
     differs = ((of_one - before).abs() > OTHER * size).any()
-    return bool(same.all() & elsewhere & differs) or (rows == 2 and _in_each_others_place(before, of_one))
+    return bool(same.all() & elsewhere & differs)
 
 
 def _in_each_others_place(before: Tensor, of_one: Tensor) -> bool:
     """Of two samples, whether the second one's rows are the first one's, and the first one's are others."""
-    if before.shape != of_one.shape:
+    if before.shape != of_one.shape or before.shape[1] % 2:
         return False
     first, second, one = *before.chunk(2, 1), of_one.chunk(2, 1)[0]
     size = before.abs().amax(1, keepdim=True)

@@ -51,6 +51,7 @@ from .updates import (
     compare,
     expected,
     groups_of,
+    is_plain,
     of_scaler,
     within_another,
 )
@@ -629,13 +630,14 @@ class Tracker:
             self._require_no_others({id(p): p for p in params if p.grad is not None})
             self.note_unmet()
         if self.first_check and self._compares and not self.ranks.sharded:
-            self._to_compare = dict.fromkeys(self.updates, COMPARED)
+            self._to_compare = {s.optimizer: COMPARED for s in self.slots if is_plain(s.shard)}
         with self.paused(), called_with(optimizer, args, kwargs):  # what runs here is no batch
             self._rows.verify()
             step.factor = self._method.before_update(factor, unscale)
             self._rows.verify()  # what was computed again
-            if any(left > 0 for left in self._to_compare.values()) and bool(factor):
-                self._expected = expected(self._method.moves(unscale))
+            due = [each for each, left in self._to_compare.items() if left > 0]
+            if due and bool(factor):
+                self._expected = expected(self._method.moves(unscale, due))
         if self.first_check and self._frozen and self.validations.norms:
             grads = [g if s.share == 1.0 else g * s.share**0.5 for s in self.slots if (g := s.grad) is not None]
             directions.warn_of_sizes(self.updates, self.validations.norms, self.ranks.norm(grads) * unscale)
@@ -650,7 +652,7 @@ class Tracker:
         optimizer = self.updates[self.optimizers.index(optimizer)]
         ours = [each for each in self._expected if each[0].optimizer is optimizer]
         self._expected = [each for each in self._expected if each[0].optimizer is not optimizer]
-        if self._to_compare[optimizer] > 0:
+        if ours:
             self._to_compare[optimizer] -= compare(ours, self._method.update)
 
     def seen(self) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ class Validation:
         self.norms: dict[str, Tensor] = {}  # of the last gradients, over the tracked parameters
         self.last_losses: dict[str, Tensor] = {}
         self.excluded_share: float | None = None
+        self._told = False  # that a loss writes to the weights
         # What a block of a target, and of a loss so scaled, runs in.
         self.around: Callable[[str, Any], AbstractContextManager] = lambda name, scale: nullcontext()
         self.seconds = 0.0
@@ -136,11 +137,13 @@ class Validation:
         with torch_random_kept():
             loss = self.losses[name]()
         written = [s.name for s, version in zip(self.slots, before, strict=True) if s.param._version != version]
-        if written and self.ranks.alone:
-            raise InRunError(
+        if written and not self._told and self.ranks.alone and not self.ranks.sharded:  # as fully_shard does itself
+            self._told = True
+            warnings.warn(
                 f"validation: expected a loss that leaves the weights as they are, those of {len(written)} parameters "
-                f"were written to: {few(written)}. So does optimizer.eval() of a schedule-free optimizer, which puts "
-                "others in their place"
+                f"were written to: {few(written)}. Where others were put in their place, as by optimizer.eval() of a "
+                "schedule-free optimizer, values are of those",
+                stacklevel=4,
             )
         if (whole := getattr(loss, "full_tensor", None)) is not None:  # of logits in parts
             loss = whole()

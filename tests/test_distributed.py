@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
+
+import inrun
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
@@ -34,6 +38,33 @@ def failures(folder: Path, options: tuple[str, ...] = (), names: tuple[str, ...]
 def test_two_processes_are_one(tmp_path):
     """Every `check_*` of the worker; one launch for all, since starting torch takes longer than they do."""
     assert failures(tmp_path) == ""
+
+
+@pytest.mark.parametrize("method", ["first", "path_secant"])
+def test_fully_shard_in_one_process_is_as_without_it(method):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def values(sharded: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+        x, held = torch.randn(7, 6).split([4, 3])
+        tracker = inrun.track(model, method=method, validation=lambda: model(held).square().mean())
+        for module in (model[0], model) if sharded else ():
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        tracker.bind(optimizer := torch.optim.AdamW(model.parameters()))
+        for _ in range(2):
+            with tracker.step(range(4)) as step:
+                (model(x) - 1).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return step.values
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch.testing.assert_close(values(True), values(False))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_four_processes_of_two_meshes(tmp_path):

@@ -1180,7 +1180,7 @@ def test_an_optimizer_without_hooks_or_whose_step_no_copy_can_take_is_said():
 
 
 @pytest.mark.parametrize("method", ["first", "path_secant", "monte_carlo"])
-def test_a_validation_loss_that_writes_to_weights_is_refused(method):
+def test_a_validation_loss_that_writes_to_weights_is_said(method):
     model, batch, validation = double("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     first = next(model.parameters())
@@ -1192,5 +1192,33 @@ def test_a_validation_loss_that_writes_to_weights_is_refused(method):
 
     message = "expected a loss that leaves the weights as they are, those of 1 parameters were written to: net.0.weight"
     tracker = inrun.track(model, optimizer, method, validation=loss)
-    with pytest.raises(inrun.InRunError, match=message), tracker.step(range(B)):
+    with pytest.warns(UserWarning, match=message), tracker.step(range(B)):
         train(model, [optimizer], batch)
+
+
+@pytest.mark.parametrize("method", ["path", "monte_carlo"])
+def test_the_updates_of_an_optimizer_that_moves_are_compared_in_two_steps(method, monkeypatch):
+    """Beside one that never moves and one without parameters that are scored."""
+    model, batch, validation = double("mlp")
+    first, *others = model.parameters()
+    last = others.pop()
+    optimizers = [torch.optim.SGD([p], lr=lr) for p, lr in ((first, 0.0), (last, 0.1))]
+    optimizers.append(torch.optim.SGD(others, lr=0.1))
+    excluded = [name for name, p in model.named_parameters() if p is last]
+    options = {"permutations": 2} if method == "monte_carlo" else {}
+    tracker = inrun.track(
+        model, optimizers, method, validation=lambda: loss_of(model, *validation), exclude=excluded, **options
+    )
+    compared, expected = [], inrun.tracker.expected
+
+    def counted(moves):
+        found = expected(moves)
+        compared[-1] = len(found)
+        return found
+
+    monkeypatch.setattr(inrun.tracker, "expected", counted)
+    for _ in range(4):
+        compared.append(0)
+        with tracker.step(range(B)):
+            train(model, optimizers, batch)
+    assert compared == [1 + len(others), 1 + len(others), 1, 1]

@@ -1877,3 +1877,57 @@ def test_what_is_given_no_rows_is_proposed_to_the_module_around(kind, found):
     ones = (torch.autograd.grad(model(each).square().mean() / B, params) for each in x.split(1))
     want = torch.stack([LR * sum((d * g).sum() for d, g in zip(along, one, strict=True)) for one in ones])
     torch.testing.assert_close(values(through=found), want, rtol=1e-4, atol=1e-7)
+
+
+class Ways(nn.Module):
+    """All tokens, flattened, go each way that any is routed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 2)
+        self.ways = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, to, out = self.token(x).flatten(0, 1), x.flatten() % 3, 0.0
+        for i, way in enumerate(self.ways):
+            if (chosen := to == i).any():
+                out = out + torch.where(chosen[:, None], way(h), 0.0)
+        return self.head(torch.tanh(h + out)).view(*x.shape, 2)
+
+
+class Unlike(nn.Module):
+    """Takes no sample twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x.unique(dim=0)) == len(x), "expected samples that differ"
+        return self.head(self.token(x).flatten(0, 1)).view(*x.shape, 2).cumsum(1)
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("kind", [Ways, Unlike])
+def test_two_samples_may_be_more_than_one_of_them_twice(kind, method):
+    """The first goes no third way."""
+    x = torch.tensor([[0, 3, 4, 1, 6], [2, 5, 8, 1, 3]])
+    want = expected(made(kind), x)
+    torch.testing.assert_close(step(made(kind), x, method), want, rtol=1e-5, atol=1e-9)
+
+
+class Negatives(nn.Module):
+    """A layer is given the samples, and what each is held against: of two, each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x).tanh()
+        return self.head(h) - self.head(h.flip(0))
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_two_samples_may_be_held_against_each_other(method):
+    assert step(made(Negatives), ids(2, 1), method).isfinite().all()

@@ -769,6 +769,23 @@ GENERATORS = {
 }
 
 
+def test_a_module_may_hold_a_generator_without_a_state():
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.generator = nn.Parameter(torch.randn(3)), random.SystemRandom()
+
+        def forward(self, x):
+            return x * self.scale
+
+    model, x = nn.Sequential(nn.Linear(6, 3), Holding()), torch.randn(4, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(x).square().mean())
+    with tracker.step(range(4)):
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_generators_that_a_module_holds_draw_as_without_a_tracker(kind):
     class Dropping(nn.Module):
