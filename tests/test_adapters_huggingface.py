@@ -1071,6 +1071,41 @@ def test_labels_are_packed_with_their_tokens():
     assert sorted(found) == sorted(expected)
 
 
+@pytest.mark.parametrize("kind", ["dpo", "kto", "reward", "sft"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_validation_set_may_be_a_list_of_what_the_training_set_has(kind, tmp_path):
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    held = samples(7) if kind == "sft" else (unpaired if kind == "kto" else preferences)(3, 1)
+    losses = []
+    for given in (held, datasets.Dataset.from_list(held)):
+        if kind == "sft":
+            trainset = datasets.Dataset.from_list(samples()).remove_columns("extra")
+            trainer, _, _ = sft(tmp_path, trainset, attached=False, max_length=5)
+        else:
+            trainer = of_preferences(kind, tmp_path)
+        losses.append(adapter.attach(trainer, given).options["validation"]["validation"]().detach())
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("mask", ["completion_mask", "assistant_masks"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_mask_without_labels_is_refused(mask, tmp_path):
+    """As TRL itself refuses it where it prepares nothing: it would train, or validate, on every token."""
+    datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
+    rows = [{mask: [0, *[1] * (len(s["input_ids"]) - 1)], **s} for s in samples()]
+    masked = datasets.Dataset.from_list(rows).remove_columns("extra")
+    with pytest.raises(ValueError, match=rf"expected labels \(-100 where a mask is 0\) beside {mask}, got none"):
+        adapter.pack(masked, 20)
+    labelled = masked.add_column("labels", [[-100, *row["input_ids"][1:]] for row in rows])
+    packed = adapter.pack(labelled, 20)
+    assert mask not in packed.column_names and sum(row.count(-100) for row in packed["labels"]) == len(rows)
+    settings = {"attached": False, "packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": 20}
+    trainer, _, _ = sft(tmp_path, packed, **settings)
+    with pytest.raises(ValueError, match="The held dataset has mask columns but no 'labels'"):
+        adapter.attach(trainer, {"held": masked})
+    adapter.attach(trainer, {"held": labelled})
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_validation_set_is_formatted_as_the_training_set_is(tmp_path):
     datasets, adapter = pytest.importorskip("datasets"), pytest.importorskip("inrun.adapters.trl")
@@ -1240,6 +1275,24 @@ def test_ids_of_tokens_are_runs_of_each_example(held):
     rows = 3
     with pytest.raises(InRunError, match=r"one row of documents \(padding_free\); got one id per token in 3 rows"):
         carry(examples)
+
+
+@pytest.mark.parametrize("ids", [["a", "b"], [["a", "a", "a"], ["b", "b", "c", "c"]]])
+def test_a_row_that_is_left_of_several_is_not_taken_for_their_documents(ids):
+    """By a collator that leaves an example out, or cuts it, and pads to a fixed length."""
+    rows = [[5, 6, 7], [8, 9, 10, 11]]
+    examples = [{"id": i, "input_ids": row} for i, row in zip(ids, rows, strict=True)]
+
+    def carried(*row, **more):
+        return huggingface.CarryIds(lambda _: {"input_ids": torch.tensor([[*row, 0, 0]]), **more}, "id")(examples)["id"]
+
+    assert carried(5, 6, 7, 8, 9, 10, 11)["segments"] == ([0, 3, 9] if ids == ["a", "b"] else [0, 3, 5, 9])
+    for row in ((8, 9, 10, 11, 0, 0, 0), (5, 6, 7, 0, 0, 0, 0), (5, 6, 8, 9, 10, 11, 0)):
+        for positions in ({}, {"position_ids": torch.arange(9)[None]}):
+            with pytest.raises(InRunError, match="1 rows, which is not the examples one after another"):
+                carried(*row, **positions)
+    masked = carried(5, 1, 7, 8, 9, 1, 11, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 0]]))
+    assert masked["ids"][:2] == ["a", "b"]
 
 
 @pytest.mark.parametrize("in_front", [False, True])

@@ -257,10 +257,11 @@ class CarryIds:
                 self.looked_at += 1
             batch[self.column] = {"ids": found * (1 + pairs), "segments": None}
             return batch
-        if rows[0] != 1:
+        if rows[0] != 1 or not _joined(examples, batch):
             raise InRunError(
                 f"{self.column}: expected one id for each row, or a batch that is one row of documents (padding_free); "
                 f"got {'one id per token in' if packed else f'{len(examples)} ids and'} {rows[0]} rows"
+                f"{'' if rows[0] != 1 else ', which is not the examples one after another'}"
             )
         if packed:  # one id for each token; a document is a run of them
             runs = [(i, len(list(run))) for row in found for i, run in itertools.groupby(row)]
@@ -302,6 +303,20 @@ def _holds(row: Tensor, value: Tensor) -> bool:
     if value.dim() != row.dim() or value.shape[1:] != row.shape[1:] or not 0 < len(value) <= len(row):
         return False
     return torch.equal(row[: len(value)], value) or torch.equal(row[len(row) - len(value) :], value)
+
+
+def _joined(examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> bool:
+    """Whether the tokens of a batch's only row, where they are known, are its examples', or positions begin anew where
+    those do: none was left out or cut, and only the row's end is padded."""
+    row = batch.get("input_ids")
+    if not isinstance(row, Tensor) or any("input_ids" not in example for example in examples):
+        return True
+    each = [torch.as_tensor(example["input_ids"], dtype=row.dtype, device=row.device) for example in examples]
+    tokens, positions = torch.cat(each), batch.get("position_ids")
+    if torch.equal(row[0, : len(tokens)], tokens):
+        return True
+    starts = [0, *itertools.accumulate(map(len, each))][:-1]
+    return isinstance(positions, Tensor) and positions.eq(0).nonzero()[: len(each), -1].tolist() == starts
 
 
 class InRunCallback(TrainerCallback):

@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from datasets import Dataset
 from trl.data_utils import pack_dataset
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -57,8 +58,8 @@ def attach(
 ) -> Any:
     """As `huggingface.attach`, for one of these trainers; call it before `train()` and `evaluate()`.
 
-    A validation dataset is prepared (formatted, tokenized, cut, with `precompute_ref_log_probs` run through the
-    reference model) as the trainer's own are, and not packed. Trainers that generate their samples take a callable.
+    A validation dataset, or a list, is prepared (formatted, tokenized, cut, with `precompute_ref_log_probs` run through
+    the reference model) as the trainer's own are, and not packed. Trainers that generate their samples take a callable.
     DPO's "sft", "aot" and "aot_unpaired" and KTO's "kto" losses couple the samples of a batch: of several batches the
     validation loss is the mean of theirs, and a warning says so.
 
@@ -155,20 +156,26 @@ def pack(dataset: Any, max_length: int, *, id_column: str = "sample_id", strateg
     """`trl.pack_dataset`, with the ids.
 
     Args:
-        dataset: a `datasets.Dataset` with `input_ids`, the id column, and perhaps `labels`.
+        dataset: a `datasets.Dataset` with `input_ids`, the id column, and perhaps `labels` (-100 where a mask is 0).
         max_length: tokens of a row; a longer document is cut ("bfd") or split into pieces of one id ("bfd_split").
 
     Returns:
         The packed rows, with one id for each token in the id column.
 
     Raises:
-        ValueError: a column that is missing; a strategy that mixes documents.
+        ValueError: a column that is missing, labels where there are masks; a strategy that mixes documents.
     """
     missing = {"input_ids", id_column} - set(dataset.column_names)
     if missing:
         raise ValueError(
             f"dataset: expected the columns input_ids, of tokens, and {id_column}, got "
             f"{', '.join(dataset.column_names)}"
+        )
+    masks = [name for name in ("completion_mask", "assistant_masks") if name in dataset.column_names]
+    if masks and "labels" not in dataset.column_names:  # the trainer's own refusal cannot see them any more
+        raise ValueError(
+            f"dataset: expected labels (-100 where a mask is 0) beside {' and '.join(masks)}, got none: every token "
+            "would be trained on"
         )
     if strategy not in ("bfd", "bfd_split"):
         raise ValueError(f"strategy: expected 'bfd' or 'bfd_split', got {strategy!r}")
@@ -193,7 +200,13 @@ class _Generated(huggingface.Tracked):
 
 
 def _prepared(trainer: Any, validation: Any, name: str) -> Any:
-    if not hasattr(validation, "column_names") or getattr(trainer, "_skip_prepare_dataset", False):
+    if isinstance(validation, list | tuple) and validation and all(isinstance(each, Mapping) for each in validation):
+        validation = Dataset.from_list([*validation])
+    if not hasattr(validation, "column_names"):
+        return validation
+    if getattr(trainer, "_skip_prepare_dataset", False):
+        if (reject := getattr(trainer, "_reject_skip_prepare_without_labels", None)) is not None:
+            reject({name: validation}, trainer.data_collator)
         return validation
     args: Any = trainer.args
     prepare, precompute = trainer._prepare_dataset, getattr(trainer, "_precompute_ref_logps", None)
