@@ -229,6 +229,8 @@ def test_to_time_the_passes_untracked_changes_nothing(config, monkeypatch):
 
 
 def test_a_second_signal_and_one_after_the_run_act_as_usual():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+
     def quiet() -> list[int]:
         with training._stop_signals() as stop:
             return stop
