@@ -633,8 +633,9 @@ class Tracker:
             self._to_compare = {s.optimizer: COMPARED for s in self.slots if is_plain(s.shard)}
         with self.paused(), called_with(optimizer, args, kwargs):  # what runs here is no batch
             self._rows.verify()
-            step.factor = self._method.before_update(factor, unscale)
+            found = self._method.before_update(factor, unscale)
             self._rows.verify()  # what was computed again
+            step.factor = found
             due = [each for each, left in self._to_compare.items() if left > 0]
             if due and bool(factor):
                 self._expected = expected(self._method.moves(unscale, due))

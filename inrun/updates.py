@@ -56,7 +56,7 @@ UpdateRule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], Tensor]
 
 def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
     """The optimizers of one, of several, or of a container that holds them as its `optimizers` (as torchtitan's); of
-    those that accelerate or Fabric has prepared, or that something that is no optimizer holds, what is inside.
+    those that accelerate or Fabric has prepared, what is inside.
 
     Raises:
         TypeError: no optimizer of torch's kind; InRunError: one of DeepSpeed's, or a wrapper without hooks.
@@ -69,7 +69,9 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
             "holds parts of its own, flattened; take fully_shard, or DDP (DeepSpeed without ZeRO has torch's)"
         )
     given = getattr(given, "optimizers", given)
-    found = tuple(map(_unprepared, given if isinstance(given, Iterable) else (given,)))
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    prepared = [not {cls.__name__ for cls in type(each).__mro__}.isdisjoint(_PREPARED) for each in found]
+    found = tuple(each.optimizer if wrapped else each for each, wrapped in zip(found, prepared, strict=True))
     if others := [each for each in found if not isinstance(each, Optimizer)]:
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, or several, got {type(others[0]).__name__}")
     if others := [each for each in found if not hasattr(each, "_optimizer_step_pre_hooks")]:
@@ -78,12 +80,6 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
             "another without them; give the one it wraps"
         )
     return found
-
-
-def _unprepared(optimizer: Any) -> Any:
-    """What is inside of it, unless it is an optimizer around another with an update of its own, as Lookahead."""
-    prepared = not {cls.__name__ for cls in type(optimizer).__mro__}.isdisjoint(_PREPARED)
-    return getattr(optimizer, "optimizer", optimizer) if prepared or not isinstance(optimizer, Optimizer) else optimizer
 
 
 def groups_of(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:

@@ -1295,6 +1295,29 @@ def test_a_row_that_is_left_of_several_is_not_taken_for_their_documents(ids):
     assert masked["ids"][:2] == ["a", "b"]
 
 
+@pytest.mark.parametrize("two_rows", [False, True])
+@pytest.mark.parametrize(
+    ("name", "tells", "others"),
+    [
+        ("position_ids", [[2, 3, 4, 2, 3, 4, 5, 1, 1]], [[2, 3, 2, 3, 4, 5, 2, 3, 1]]),
+        ("cu_seqlens", [0, 3, 7], [0, 2, 6]),
+    ],
+)
+def test_documents_of_masked_tokens_are_found_where_something_tells(name, tells, others, two_rows):
+    """By positions of RoBERTa's, which begin at 2, or offsets; examples may have a dimension more."""
+    rows = [[5, 6, 7], [8, 9, 10, 11]]
+    examples = [{"id": i, "input_ids": torch.tensor([row] if two_rows else row)} for i, row in enumerate(rows)]
+
+    def carried(tokens, **more):
+        return huggingface.CarryIds(lambda _: {"input_ids": torch.tensor([tokens]), **more}, "id")(examples)["id"]
+
+    masked = [5, 1, 7, 8, 9, 1, 11, 0, 0]
+    assert carried(masked, **{name: torch.tensor(tells)}) == {"ids": [0, 1], "segments": [0, 3, 9]}
+    for more in ({}, {name: torch.tensor(others)}):
+        with pytest.raises(InRunError, match="1 rows, which is not the examples one after another"):
+            carried(masked, **more)
+
+
 @pytest.mark.parametrize("in_front", [False, True])
 def test_rows_are_held_to_their_examples(in_front):
     """Wherever they are padded; of single numbers, as labels are, another order says nothing."""

@@ -1746,6 +1746,31 @@ def test_rows_of_a_batch_that_is_computed_again_are_checked_too(model, method):
         optimizer.step()
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_rows_of_a_batch_are_refused_before_the_update_also_where_it_is_computed_again(flat):
+    """No step is counted, and what would score them is said alike."""
+    model, x = made(MovingTokens, flat), ids(B, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+
+    def loss() -> Tensor:
+        return model(x, torch.ones(B, T)).square().mean()
+
+    notes = []
+    for again in (None, loss):
+        tracker = inrun.track(model, optimizer, "path", validation=loss)
+        with (
+            pytest.raises(inrun.InRunError, match=r"^out.*: expected") as error,
+            tracker.step(range(B), recompute=again),
+        ):
+            loss().backward()
+            optimizer.step()
+        notes.append(getattr(error.value, "__notes__", []))
+        assert tracker.steps == 0
+        tracker.close()
+        optimizer.zero_grad()
+    assert notes[0] == notes[1]
+
+
 @pytest.mark.parametrize("method", ["first", "path"])
 @pytest.mark.parametrize("model", [partial(MovingTokens, False), TokensFirst])
 def test_validation_rows_of_a_batch_are_where_they_are_taken_for(model, method):

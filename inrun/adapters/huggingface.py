@@ -266,7 +266,7 @@ class CarryIds:
         if packed:  # one id for each token; a document is a run of them
             runs = [(i, len(list(run))) for row in found for i, run in itertools.groupby(row)]
         else:
-            runs = [(i, len(e["input_ids"])) for i, e in zip(found, examples, strict=True)]
+            runs = [(i, torch.as_tensor(e["input_ids"]).numel()) for i, e in zip(found, examples, strict=True)]
         offsets = [0, *itertools.accumulate(length for _, length in runs)]
         offsets[-1] = max(offsets[-1], rows[1])  # padding at the row's end, which has no gradient
         batch[self.column] = {"ids": [i for i, _ in runs], "segments": offsets}
@@ -306,17 +306,21 @@ def _holds(row: Tensor, value: Tensor) -> bool:
 
 
 def _joined(examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> bool:
-    """Whether the tokens of a batch's only row, where they are known, are its examples', or positions begin anew where
-    those do: none was left out or cut, and only the row's end is padded."""
+    """Whether the tokens of a batch's only row, where they are known, are its examples', or positions begin anew, or
+    offsets (as `cu_seqlens`) are, where those do: none was left out or cut, and only the row's end is padded."""
     row = batch.get("input_ids")
     if not isinstance(row, Tensor) or any("input_ids" not in example for example in examples):
         return True
-    each = [torch.as_tensor(example["input_ids"], dtype=row.dtype, device=row.device) for example in examples]
+    each = [torch.as_tensor(example["input_ids"], dtype=row.dtype, device=row.device).flatten() for example in examples]
     tokens, positions = torch.cat(each), batch.get("position_ids")
     if torch.equal(row[0, : len(tokens)], tokens):
         return True
-    starts = [0, *itertools.accumulate(map(len, each))][:-1]
-    return isinstance(positions, Tensor) and positions.eq(0).nonzero()[: len(each), -1].tolist() == starts
+    offsets = [0, *itertools.accumulate(map(len, each))]
+    if any(isinstance(x, Tensor) and x.dim() == 1 and x[: len(offsets)].tolist() == offsets for x in batch.values()):
+        return True
+    # They may begin at another number than 0, as RoBERTa's.
+    begun = positions.eq(positions[..., :1]).nonzero() if isinstance(positions, Tensor) else None
+    return begun is not None and begun[: len(each), -1].tolist() == offsets[:-1]
 
 
 class InRunCallback(TrainerCallback):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..errors import InRunError
 from ..ledger import Ledger
@@ -87,6 +88,8 @@ class Loop:
                 f"ledger: expected an empty one for a run that begins at step 0, got steps up to {held}{remedy}"
             )
         model = getattr(model, "_orig_mod", model)  # of torch.compile
+        several = isinstance(optimizer, (list, tuple))
+        optimizer = [_held(each) for each in optimizer] if several else _held(optimizer)
         losses = {name: in_eval_mode(model)(loss) for name, loss in as_losses(validation).items()}
         self.tracker = track(model, optimizer, validation=losses, ledger=self.ledger, **options)
         self.step: Step | None = None
@@ -154,6 +157,11 @@ class Loop:
         """Give the model its classes back and flush the ledger."""
         self.abandon()
         self.tracker.close()
+
+
+def _held(optimizer: Any) -> Any:
+    """The optimizer that something holds which is none itself, as what sets its rate."""
+    return optimizer if isinstance(optimizer, Optimizer) else getattr(optimizer, "optimizer", optimizer)
 
 
 def with_clip(options: Mapping[str, Any], max_norm: float | None) -> dict[str, Any]:
