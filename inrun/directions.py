@@ -46,10 +46,13 @@ def require_supported(optimizer: Optimizer) -> None:
 
 def warn_of_own_step(optimizers: Sequence[Optimizer]) -> None:
     """Say where a subclass of one of `SUPPORTED` has a step of its own."""
+
+    def steps_of(kind: Any) -> tuple[Any, Any]:
+        return inspect.unwrap(kind.step), kind._init_group
+
+    known_steps = [steps_of(c) for c in SUPPORTED]
     for optimizer in optimizers:
-        kind: Any = type(optimizer)
-        steps = [(inspect.unwrap(c.step), c._init_group) for c in SUPPORTED]
-        if (inspect.unwrap(kind.step), kind._init_group) not in steps:
+        if steps_of(type(optimizer)) not in known_steps:
             known = next(c.__name__ for c in reversed(SUPPORTED) if isinstance(optimizer, c))
             warnings.warn(
                 f"optimizer: {type(optimizer).__name__} has a step() of its own, and is taken for {known}. Where its "

@@ -105,12 +105,12 @@ class Tracker:
             else, or in another order.
         keep: where a deferred method's activations wait: "device", or "host" for pinned host memory.
         keep_bytes: bytes that may wait; None for no limit.
-        update: for path methods and an optimizer of another class: "elementwise" says that its step is (which is
-            tried at the first); or its update as a function, `update(grad, param, state, group)`, of what the step
-            adds to the parameter, which autograd must be able to differentiate where it is not elementwise. It is held
-            to the optimizer's first two steps that move something, as is any other update of path methods and
-            "monte_carlo". Of several optimizers a function is asked for the parameters of each, which `group` tells
-            apart.
+        update: for path methods and an optimizer of another class: "elementwise" says that its step is (which is tried
+            at the first); or its update as a function, `update(grad, param, state, group)`, of what the step adds to
+            the parameter, which autograd must be able to differentiate where it is not elementwise. It is held to the
+            optimizer's first two steps that move something (with `check`, of whole parameters), as is any other update
+            of path methods and "monte_carlo". Of several optimizers a function is asked for the parameters of each,
+            which `group` tells apart.
         clip: for path methods and "monte_carlo": the `max_norm` that the loop clips the gradient's norm to. Without it
             the clip coefficient is taken as constant.
         pairwise: ids of the validation samples (of each target, where there are several): one value for each of them,

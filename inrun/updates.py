@@ -69,9 +69,8 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
             "holds parts of its own, flattened; take fully_shard, or DDP (DeepSpeed without ZeRO has torch's)"
         )
     given = getattr(given, "optimizers", given)
-    found = tuple(given) if isinstance(given, Iterable) else (given,)
-    prepared = [not {cls.__name__ for cls in type(each).__mro__}.isdisjoint(_PREPARED) for each in found]
-    found = tuple(each.optimizer if wrapped else each for each, wrapped in zip(found, prepared, strict=True))
+    held = given if isinstance(given, Iterable) else (given,)
+    found = tuple(each.optimizer if _is_prepared(each) else each for each in held)
     if others := [each for each in found if not isinstance(each, Optimizer)]:
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, or several, got {type(others[0]).__name__}")
     if others := [each for each in found if not hasattr(each, "_optimizer_step_pre_hooks")]:
@@ -80,6 +79,10 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
             "another without them; give the one it wraps"
         )
     return found
+
+
+def _is_prepared(optimizer: Any) -> bool:
+    return any(cls.__name__ in _PREPARED for cls in type(optimizer).__mro__)
 
 
 def groups_of(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
@@ -304,9 +307,8 @@ def _step_twin(optimizer: Optimizer, held: Sequence[tuple[Any, Tensor, dict[str,
     of_all = {k: copy.deepcopy(optimizer.state[k]) for k in optimizer.state if not isinstance(k, Tensor)}
     twin.state = defaultdict(dict, {p: state for _, p, state in held if state} | of_all)
     _renumber(twin.state, instead)
-    args, kwargs = _called_with.get(id(optimizer), ((), {}))
     with contextlib.nullcontext() if type(optimizer) in ELEMENTWISE else random_kept():
-        twin.step(*args, **kwargs)
+        _step_as(optimizer, twin)
 
 
 _called_with: dict[int, tuple[tuple, dict[str, Any]]] = {}  # `id` of an optimizer -> what its step is given
@@ -320,6 +322,11 @@ def called_with(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> It
         yield
     finally:
         del _called_with[id(optimizer)]
+
+
+def _step_as(optimizer: Optimizer, twin: Any) -> None:
+    args, kwargs = _called_with.get(id(optimizer), ((), {}))
+    twin.step(*args, **kwargs)
 
 
 def is_plain(param: Tensor) -> bool:
@@ -382,10 +389,9 @@ def joint_updates(optimizer: Optimizer, slots: Sequence[Any], grads: Sequence[Te
     for p, grad in zip(copies, grads, strict=True):
         p.grad = grad.to(p.dtype, copy=True)
     twin = _twin(optimizer, {id(s.param): p for s, p in zip(slots, copies, strict=True)})
-    args, kwargs = _called_with.get(id(optimizer), ((), {}))
     with random_kept():  # which a step may draw, and will draw itself
         try:
-            twin.step(*args, **kwargs)
+            _step_as(optimizer, twin)
         except Exception as error:
             if isinstance(error, (InRunError, torch.OutOfMemoryError)):
                 raise

@@ -131,20 +131,28 @@ class Validation:
     def count_step(self) -> None:
         self.age = {name: None if age is None else age + 1 for name, age in self.age.items()}
 
-    def loss(self, name: str) -> Tensor:
-        """The scalar loss of a target's callable, with its graph; random numbers are left as they were."""
+    @contextmanager
+    def _telling_of_writes(self) -> Iterator[None]:
+        """Warn, once, where the block writes to the weights."""
+        if self._told or not self.ranks.alone or self.ranks.sharded:  # fully_shard does so itself
+            yield
+            return
         before = [s.param._version for s in self.slots]
-        with torch_random_kept():
-            loss = self.losses[name]()
+        yield
         written = [s.name for s, version in zip(self.slots, before, strict=True) if s.param._version != version]
-        if written and not self._told and self.ranks.alone and not self.ranks.sharded:  # as fully_shard does itself
+        if written:
             self._told = True
             warnings.warn(
                 f"validation: expected a loss that leaves the weights as they are, those of {len(written)} parameters "
                 f"were written to: {few(written)}. Where others were put in their place, as by optimizer.eval() of a "
                 "schedule-free optimizer, values are of those",
-                stacklevel=4,
+                stacklevel=6,
             )
+
+    def loss(self, name: str) -> Tensor:
+        """The scalar loss of a target's callable, with its graph; random numbers are left as they were."""
+        with torch_random_kept(), self._telling_of_writes():
+            loss = self.losses[name]()
         if (whole := getattr(loss, "full_tensor", None)) is not None:  # of logits in parts
             loss = whole()
         if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -716,6 +716,22 @@ class CountedNorm(nn.Module):
         return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * self.weight + self.bias
 
 
+def taken_steps(tracker, model, optimizer, x, y, recompute):
+    """A step on each batch; those of the tracker, which is then closed, if there is one."""
+    taken = []
+    for each in x:
+        loss = lambda each=each: loss_of(model, each, y)  # noqa: E731
+        step = tracker.step(range(4), recompute=loss if recompute else None) if tracker else None
+        with step or contextlib.nullcontext():
+            loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        taken += [step] if tracker else []
+    if tracker:
+        tracker.close()
+    return taken
+
+
 def test_what_modules_hold_and_draw_is_what_it_is_without_a_tracker():
     x, y = torch.randn(3, 4, 6).double(), torch.tensor([0, 1, 2, 0])
 
@@ -735,18 +751,8 @@ def test_what_modules_hold_and_draw_is_what_it_is_without_a_tracker():
         tracker = method and inrun.track(
             model, optimizer, method, validation={str(i): validation for i in range(targets)}
         )  # fmt: skip
-        values = []
-        for each in x:
-            loss = lambda each=each: loss_of(model, each, y)  # noqa: E731
-            taken = tracker.step(range(4), recompute=loss if recompute else None) if tracker else None
-            with taken or contextlib.nullcontext():
-                loss().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            if tracker and method != "secant":
-                values.append(taken.values.view(4, -1)[:, 0])
-        if tracker:
-            tracker.close()
+        taken = taken_steps(tracker, model, optimizer, x, y, recompute)
+        values = [step.values.view(4, -1)[:, 0] for step in taken if method != "secant"]
         held = [model[0].calls, model[0].seen, model[1].calls, random.random(), np.random.rand()]
         return held, model.state_dict(), values
 
@@ -815,18 +821,7 @@ def test_generators_that_a_module_holds_draw_as_without_a_tracker(kind):
                 return loss_of(model, x[0], y)
 
         tracker = method and inrun.track(model, optimizer, method, validation=validation)
-        values = []
-        for each in x:
-            loss = lambda each=each: loss_of(model, each, y)  # noqa: E731
-            taken = tracker.step(range(4), recompute=loss if recompute else None) if tracker else None
-            with taken or contextlib.nullcontext():
-                loss().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            if tracker:
-                values.append(taken.values)
-        if tracker:
-            tracker.close()
+        values = [step.values for step in taken_steps(tracker, model, optimizer, x, y, recompute)]
         return list(model.parameters()), values
 
     params, _ = train()
