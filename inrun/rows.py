@@ -17,13 +17,10 @@ Of several processes all make the first or none, as the model may exchange somet
 
 from __future__ import annotations
 
-import math
-import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .calls import Call, called, going_on
 from .distributed import Ranks
 from .errors import InRunError, few
 from .forward_mode import sample_axis
@@ -39,141 +37,11 @@ from .remedies import Shapes, as_code, remedies
 from .restoring import as_it_was, drew_since, in_modes, random_state, setting
 from .shared import as_plain, require_in_range
 
-_PLAIN = (Tensor, int, float, str, torch.dtype, torch.device)
 _INSTEAD = (
     "Name a module around it that returns [B, ...], track(..., through={parameter: module}), or exclude its parameters"
 )
 LEAST = 1e-5  # of the largest mark, by which rounding may change the others
 SAME, OTHER = 1e-3, 1e-2  # of the largest mark: up to the former two are equal, from the latter on they differ
-
-
-class _Call(NamedTuple):
-    """What the model, or a module of it that the loop calls itself, was called with, of how many samples, and its
-    autocast. It is told from other calls by `kwargs` itself: each call has a dict of its own, which is held here."""
-
-    module: nn.Module
-    args: tuple
-    kwargs: dict
-    rows: int
-    autocast: tuple
-
-    def of(self, order: Sequence[int], which: str = "all", but: Tensor | None = None) -> _Call:
-        """The call of these of its samples.
-
-        Args:
-            order: their numbers.
-            which: inputs that have them. "all": tensors of B rows, and lists of B. "first": the first tensor of B rows
-                alone, should another one have B of something else. "flattened": tokens as well, as many of each.
-            but: an input that stays as it is.
-
-        Raises:
-            LookupError: nothing has them.
-            ValueError: a list of B has tensors of B rows: either could be the samples; or a sparse tensor has B.
-        """
-        count = 0
-
-        def changed(x: Any, top: bool = False) -> Any:
-            nonlocal count
-            if isinstance(x, Tensor) and x is but:
-                return x
-            if isinstance(x, Tensor) and _is_no_array(x) and x.dim() and len(x) == self.rows:
-                raise ValueError("a sparse or nested tensor of as many rows as there are samples")
-            if self.is_of_samples(x, parts=which == "flattened") and not (which == "first" and count):
-                count += 1
-                return x.unflatten(0, (self.rows, -1))[list(order)].flatten(0, 1)
-            if isinstance(x, dict):
-                return {name: changed(value) for name, value in x.items()}
-            if type(x) not in (list, tuple):
-                return x
-            leaves = [] if top or len(x) != self.rows else pytree.tree_leaves(x)
-            if not any(isinstance(leaf, Tensor) for leaf in leaves):
-                return type(x)(map(changed, x))
-            if any(map(self.is_of_samples, leaves)):
-                raise ValueError("a list of as many tensors as each has rows")
-            count += 1
-            return type(x)(x[i] for i in order)
-
-        args, kwargs = changed(self.args, top=True), changed(self.kwargs)
-        if not count:
-            raise LookupError("no input has samples")
-        return self._replace(args=args, kwargs=kwargs)
-
-    def is_of_samples(self, x: Any, parts: bool = False) -> bool:
-        if not isinstance(x, Tensor) or _is_no_array(x) or x.dim() == 0 or len(x) == 0:
-            return False
-        return len(x) == self.rows or (parts and len(x) % self.rows == 0)
-
-    def has_samples(self) -> bool:
-        """Whether an input has them, as of `of`."""
-        try:
-            self.of(range(self.rows))
-        except LookupError:
-            return False
-        except ValueError:  # of inputs of which either could
-            pass
-        return True
-
-    def mapped(self, change: Callable[[Any], Any], is_leaf: Callable[[Any], bool] | None = None) -> _Call:
-        """The call with what `change` makes of each of its inputs."""
-        args, kwargs = pytree.tree_map(change, (self.args, self.kwargs), is_leaf=is_leaf)
-        return self._replace(args=args, kwargs=kwargs)
-
-    def twice(self) -> _Call:
-        """The call of all its samples and again all of them, however many rows each has of a tensor."""
-
-        def doubled(x: Any) -> Any:
-            if isinstance(x, Tensor) and x.dim():
-                return torch.cat([x, x])
-            return x + x if type(x) is list else x
-
-        return self.mapped(doubled, is_leaf=lambda x: type(x) is list and len(x) == self.rows)
-
-    def order(self) -> list[int]:
-        """Its samples moved on by one, but one stays: else a model that moves its own on, as by half a batch, would
-        give the same rows, moved on. Where only one is another in an input, as padded, it is one that moves."""
-        every = [self.rows - 1, *range(self.rows - 1)]
-        inputs = [x for x in self.leaves() if self.is_of_samples(x) and not torch.equal(x[every], x)]
-        for stays in reversed(range(self.rows if self.rows > 2 else 0)):
-            others = [i for i in range(self.rows) if i != stays]
-            order = [*others[-1:], *others[:-1]]
-            order.insert(stays, stays)
-            if not any(torch.equal(x[order], x) for x in inputs):
-                return order
-        return every
-
-    def leaves(self) -> list[Any]:
-        return pytree.tree_leaves((self.args, self.kwargs))
-
-    def of_numbers_raised(self) -> _Call | None:
-        """The call with the numbers that are B, which might be how many samples there are, raised by one; None where
-        there are none."""
-        if not any(type(x) is int and x == self.rows for x in self.leaves()):
-            return None
-        return self.mapped(lambda x: x + 1 if type(x) is int and x == self.rows else x)
-
-    def beside_samples(self) -> list[Tensor]:
-        """Inputs of B rows and of floating-point numbers, as images, where another one has B rows as well."""
-        tensors = [x for x in self.leaves() if self.is_of_samples(x)]
-        return [x for x in tensors if x.is_floating_point() and x.dim() > 1] if len(tensors) > 1 else []
-
-    def of_other(self, x: Tensor, rows: Tensor) -> _Call:
-        """The call with numbers of other rows of one input in these of its rows."""
-        mixed = torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x.roll(1, 0), x)
-        return self.mapped(lambda y: mixed if y is x else y)
-
-    def is_plain(self) -> bool:
-        """Whether it can be made again: a cache, say, would take each run in."""
-        return all(x is None or isinstance(x, _PLAIN) for x in self.leaves())
-
-    def sizes(self) -> dict[int, set[tuple[Any, tuple[int, ...]]]]:
-        """Products of sizes that the inputs have beside B, and of which inputs and dimensions each is."""
-        found, inputs = {}, (self.args, self.kwargs)
-        given, _ = pytree.tree_flatten_with_path(inputs, is_leaf=lambda x: type(x) not in (tuple, list, dict))
-        for path, x in (((*path, i), x) for path, one in given for i, x in enumerate(pytree.tree_leaves(one))):
-            axes = range(1, x.dim()) if self.is_of_samples(x) else ()
-            for pick in (pick for n in range(1, len(axes) + 1) for pick in combinations(axes, n)):
-                found.setdefault(math.prod(x.shape[axis] for axis in pick), set()).add((path, pick))
-        return found
 
 
 class _Taken(NamedTuple):
@@ -237,7 +105,7 @@ class Rows:
             self._call = call if wanted and call.is_plain() else known
         return self._call is not None and call is not None and call.kwargs is self._call.kwargs
 
-    def _is_whole(self, call: _Call) -> bool:
+    def _is_whole(self, call: Call) -> bool:
         """Whether it is the model that is called, and not one of its modules."""
         return call.module is self._model
 
@@ -350,7 +218,7 @@ class Rows:
                 "more (for which it is called in the step block, as model(x), and takes such a batch). To be sure, "
                 "make the first step with another number of samples or tokens", stacklevel=6)  # fmt: skip
 
-    def _in_another_order(self, taken: Iterable[_Taken], call: _Call, more: Shapes, which: str) -> list[str]:
+    def _in_another_order(self, taken: Iterable[_Taken], call: Call, more: Shapes, which: str) -> list[str]:
         """Names of modules whose outputs have the samples' rows, but elsewhere, in a run on the samples moved on: the
         same rows as before, not all moved on. Nothing tells of a model that draws random numbers in eval mode; nor of
         modules that are called otherwise in eval mode than they were (`more`), or whose rows are the same ones whatever
@@ -376,7 +244,7 @@ class Rows:
                 swapped.setdefault(name, []).append(call.rows == 2 and _in_each_others_place(before, of_one))
         return sorted(found | {name for name, each in swapped.items() if all(each)})
 
-    def _with_nothing_beside(self, call: _Call) -> tuple[int, Tensor] | None:
+    def _with_nothing_beside(self, call: Call) -> tuple[int, Tensor] | None:
         """A sample that has nothing in an input of as many rows as there are samples, where others have several, and
         this input: as of images, where some samples have none.
 
@@ -397,11 +265,11 @@ class Rows:
                         return int(without.nonzero()[0]), x
         return None
 
-    def _outputs(self, call: _Call) -> dict[Any, Tensor]:
+    def _outputs(self, call: Call) -> dict[Any, Tensor]:
         """Marks of what it returns."""
         return self._marks(call, {call.module})[call.module][0]
 
-    def _verify_tokens(self, call: _Call) -> None:
+    def _verify_tokens(self, call: Call) -> None:
         order = call.order()
         moved = call.mapped(lambda x: x[order] if call.is_of_samples(x) else x)
         pairs = zip(call.leaves(), moved.leaves(), strict=True)
@@ -447,8 +315,8 @@ class Rows:
     def forget(self) -> None:
         """What was asked in a step that is over."""
         self._asked: dict[Any, tuple[tuple[int, ...], set]] = {}  # as `_known`, and their inputs' shapes
-        self._calls: dict[int, tuple[_Call, dict[Any, int]]] = {}  # of the model, and of modules' taps within each
-        self._call: _Call | None = None  # that is made again
+        self._calls: dict[int, tuple[Call, dict[Any, int]]] = {}  # of the model, and of modules' taps within each
+        self._call: Call | None = None  # that is made again
         self._taken: set[_Taken] = set()
         self._later: dict[tuple, set[_Taken]] = {}  # those to which a gradient may come when they are computed again
         self._inside: set[nn.Module] = set()  # the model's modules, once they are asked for
@@ -461,7 +329,7 @@ class Rows:
         samples, if there are any, and the model runs by itself."""
         call, ours = self._call, isinstance(error, InRunError)
         trace = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-        inside = isinstance(error, RuntimeError | ValueError) and any(call and _called(f) is call.module for f in trace)
+        inside = isinstance(error, RuntimeError | ValueError) and any(call and called(f) is call.module for f in trace)
         if call is None or not (ours or inside) or isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
             return
         if not call.has_samples() and any(x.shape[1:2] == (call.rows,) for x in call.leaves() if isinstance(x, Tensor)):
@@ -492,24 +360,13 @@ class Rows:
                 error.add_note('To score such layers by modules around them ("": the model), each of which then runs '
                                f"once more in a step: track(..., through={wanted})")  # fmt: skip
 
-    def _looked_up(self) -> _Call | None:
-        """The model's call that is going on, or where it is not called itself, the outermost of its modules': looked up
-        on the stack, as a hook would be copied and pickled with the model, and a graph be captured anew for it."""
-        frame: Any = sys._getframe()
-        found: Any = None
+    def _looked_up(self) -> Call | None:
+        """What the model, or the outermost of its modules, is being called with."""
         self._inside = self._inside or set(self._model.modules())
-        while frame is not None and (found is None or _called(found) is not self._model):
-            if _called(frame) in self._inside:
-                found = frame
-            frame = frame.f_back
-        if found is None:
-            return None
         device = next(self._model.parameters()).device.type
-        autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False
-        given = found.f_locals
-        return _Call(given["self"], given["args"], given["kwargs"], self.rows, autocast)
+        return going_on(self._model, self._inside, self.rows, device)
 
-    def _run(self, call: _Call, grad_mode: Callable[[], Any]) -> Any:
+    def _run(self, call: Call, grad_mode: Callable[[], Any]) -> Any:
         given = call.mapped(lambda x: x.clone() if isinstance(x, Tensor) else x)
         with self._paused(), as_it_was(self._model), grad_mode(), torch.autocast(*call.autocast), _ids_in_range():
             before = random_state()
@@ -517,7 +374,7 @@ class Rows:
             self._drew = drew_since(before)
             return out
 
-    def _shapes(self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad) -> Shapes:
+    def _shapes(self, modules: Iterable[Any], call: Call, grad_mode: Callable[[], Any] = torch.no_grad) -> Shapes:
         """What modules are given and return in a run; with gradients, those outputs that take one."""
 
         def shapes_of(_: Any, inputs: list[Any], outputs: list[Any]) -> dict[Any, tuple[int, ...]]:
@@ -529,7 +386,7 @@ class Rows:
         return self._noted(shapes_of, modules, call, grad_mode)
 
     def _noted(
-        self, note: Callable[..., Any], modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any]
+        self, note: Callable[..., Any], modules: Iterable[Any], call: Call, grad_mode: Callable[[], Any]
     ) -> dict[Any, list[Any]]:
         """What `note(module, inputs, outputs)` makes of each of the modules' calls in a run, those in no structure."""
         found: dict[Any, list[Any]] = {}
@@ -549,7 +406,7 @@ class Rows:
         return found
 
     def _of_one_more(
-        self, modules: Iterable[Any], call: _Call, grad_mode: Callable[[], Any] = torch.no_grad
+        self, modules: Iterable[Any], call: Call, grad_mode: Callable[[], Any] = torch.no_grad
     ) -> tuple[Shapes, str]:
         """With one sample more, and which of the inputs had it; nothing of a model that takes no other number of
         samples. Several processes try once: they might not all try again."""
@@ -559,7 +416,7 @@ class Rows:
                 return self._shapes(modules, call.of([*range(call.rows), last], which, but), grad_mode), which
         return {}, "all"
 
-    def _marks(self, call: _Call, modules: Iterable[Any]) -> dict[Any, list[dict[Any, Tensor]]]:
+    def _marks(self, call: Call, modules: Iterable[Any]) -> dict[Any, list[dict[Any, Tensor]]]:
         """Two numbers for each row of what modules are called with (None) and of their outputs, in eval mode."""
 
         def of_rows(x: Tensor, axis: int) -> Tensor:
@@ -576,11 +433,6 @@ class Rows:
 
         with in_modes((module, False) for module in self._model.modules()):
             return self._noted(marks_of, modules, call, torch.no_grad)
-
-
-def _called(frame: Any) -> nn.Module | None:
-    """The module whose call a frame is, if it is one's."""
-    return frame.f_locals["self"] if frame.f_code is nn.Module._call_impl.__code__ else None
 
 
 def _ids_in_range() -> AbstractContextManager[None]:
@@ -609,10 +461,6 @@ def _are_in_full(outputs: Any) -> bool:
     """Whether they were computed in float32 or wider."""
     numbers = [y for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor) and y.is_floating_point()]
     return not any(y.dtype.itemsize < 4 or torch.is_autocast_enabled(y.device.type) for y in numbers)
-
-
-def _is_no_array(x: Tensor) -> bool:
-    return x.layout != torch.strided or x.is_nested
 
 
 def _with_samples_moved(marks: Tensor, order: list[int]) -> Tensor:
