@@ -58,9 +58,10 @@ class Case:
         if suite == "dots alone":
             return {"inrun": seconds("dot"), "inrun_pairwise": seconds("pairwise")}
         if suite in ROWS:
-            reads = {"norm": 2, "layer norm": 5}.get(suite, 1)  # of a layer norm with its forward
-            row = cost.Sizes(self.batch, reads * self.tokens, 0, self.inputs)
-            return {} if suite == "embedding" else {"inrun": seconds("rows", row)}
+            # Passes over the tokens: of a layer norm with its forward, of an embedding beside one over the table.
+            passes = {"norm": 2, "layer norm": 5, "embedding": 2}.get(suite, 1)
+            rows = passes * self.batch * self.tokens + (self.outputs if suite == "embedding" else 0)
+            return {"inrun": seconds("rows", cost.Sizes(1, rows, 0, self.inputs))}
         if suite == "squares":
             return {"inrun": seconds("wgrad_dot", replace(sizes, directions=0))}
         if machine.on_gpu:

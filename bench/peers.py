@@ -230,7 +230,8 @@ def loss_of(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
 
 def held_by(model: nn.Module) -> list[Tensor]:
     """A model's parameters, and where it is tracked their directions."""
-    return [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    own = ({**module._parameters, **getattr(module, "_siblings", {})} for module in model.modules())
+    return [p for held in own for p in held.values() if p is not None]
 
 
 class Training:

@@ -63,11 +63,11 @@ def work_of(cell: Row) -> dict[str, tuple[float, ...]]:
 
 
 def chosen(cell: Row, costs: dict[str, dict[str, forms.Cost]], threads: int) -> forms.Choice:
-    """What these costs choose."""
+    """What these costs choose, of the forms that were timed."""
     of_product = costs[cell["product"]]
     if cell["val"] is None:
         return forms.quickest_wgrad(of_product, threads, "native" in cell["seconds"], *sizes_of(cell))
-    return forms.quickest(of_product, threads, work_of(cell))
+    return forms.quickest(of_product, threads, {f: w for f, w in work_of(cell).items() if f in cell["seconds"]})
 
 
 def measure(cell: Row, machine: Machine) -> Row:

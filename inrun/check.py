@@ -60,21 +60,18 @@ def efficiency(
         _require_every_batch(batches)
     lead = directions[0].shape[: directions[0].dim() - slots[0].param.dim()]  # [M], with several targets
     none = torch.zeros(lead, dtype=torch.float32, device=factor.device)
-    expected = {}  # of each slot: <p.grad, D>, the squared rounding, and |p.grad|^2
+    expected = []  # of each slot: <p.grad, D>, |p.grad * D|^2 and |p.grad|^2
     for slot, direction in zip(slots, directions, strict=True):
-        expected[id(slot)] = [none] * 3
-        if (grad := slot.grad) is not None:
-            expected[id(slot)] = [x.to(none) * slot.share for x in _along(grad, direction, unscale, len(lead))]
-    groups = components(slots)
-    scored = []
-    for members in groups:
-        taps = {tap for slot in members for tap in slot.taps}
+        found = [none] * 3 if (grad := slot.grad) is None else _along(grad, direction, unscale, len(lead))
+        expected.append(torch.stack([x.to(none) * slot.share for x in found]))
+    groups = [(members, {tap for slot in members for tap in slot.taps}) for members in components(slots)]
+    scored = []  # of each group: the sum of its scores, of their sizes, and how many there are
+    for _, taps in groups:
         dots = [d.to(none) * factor for batch in batches for tap, d in batch.items() if tap in taps and d is not None]
         sums = (sum((d.sum(0) for d in dots), none), sum((d.abs().sum(0) for d in dots), none))
         scored.append(torch.stack([*sums, none + len(dots)]))
     scores = ranks.over_parts(ranks.sum(torch.stack(scored))).cpu()
-    sums = ranks.over_shards(torch.stack([torch.stack(found) for found in expected.values()])).cpu()
-    of_slot, none = dict(zip(expected, sums, strict=True)), none.cpu()
+    of_slot, none = dict(zip(map(id, slots), ranks.over_shards(torch.stack(expected)).cpu(), strict=True)), none.cpu()
     sizes = torch.stack([size for _, size, _ in scores])
     beside = BESIDE * torch.where(sizes.isfinite(), sizes, torch.zeros_like(sizes)).amax(0)
     if numbers := [s.name for s in slots if s.param.grad is not None and not of_slot[id(s)][2].isfinite().all()]:
@@ -84,11 +81,10 @@ def efficiency(
     met = False  # whether a layer of theirs made scores
     in_full = first and ranks.alone and _multiplied_in_full()
     tells = []
-    for members, (total, size, count) in zip(groups, scores, strict=True):
+    for (members, taps), (total, size, count) in zip(groups, scores, strict=True):
         gradient = sum((of_slot[id(s)][0] for s in members), none)
         rounding = sum((of_slot[id(s)][1].sqrt() for s in members), none)
         shapes = few([f"{s.name} {tuple(s.param.shape)}" for s in members], 20)
-        taps = {tap for slot in members for tap in slot.taps}
         coarse = max((tap.rule.coarse for tap in taps), default=1.0)
         tolerance, off = coarse * (SUM_TOLERANCE * size + ROUNDING * rounding) + NOTHING, (total - gradient).abs()
         full = coarse == 1.0 and all(tap.in_full and not tap.forward_mode for tap in taps)
@@ -123,7 +119,7 @@ def efficiency(
             stacklevel=7,
         )
     everywhere = ranks.sum(torch.tensor(tells, device=factor.device)).tolist()
-    return {s.name for members, n in zip(groups, everywhere, strict=True) if n == ranks.size for s in members}
+    return {s.name for (members, _), n in zip(groups, everywhere, strict=True) if n == ranks.size for s in members}
 
 
 def _multiplied_in_full() -> bool:

@@ -112,7 +112,8 @@ class Deferred(Method):
         if name in ("second", "path_simpson") and not by_callable:
             raise InRunError(f"method {name!r}: expected validation=<callable>, got validation blocks")
         if name in TWO_ENDS and tracker.validations.every != 1:
-            raise ValueError(f"validate_every: expected 1 with method {name!r}, got {tracker.validations.every}")
+            raise ValueError(f"validate_every: expected 1 with method {name!r}, which takes a validation gradient at "
+                             f"the end of each step, got {tracker.validations.every}")  # fmt: skip
         self.tracker, self.name, self.update = tracker, name, update
         self.true_ends = by_callable and name in ("path_secant", "path_simpson") and not pairwise
         self.starts_with_validation = not self.true_ends and not tracker.in_batch
@@ -302,14 +303,14 @@ class Deferred(Method):
         for i, again in enumerate(self._again):
             if again is None:
                 continue
-            budget = Budget(self.budget.where, None)
-            keeper = Keeper(self.tracker.taps, budget, weights_move=self.tracker.ranks.sharded)
-            with self._computed_again(again, self.keeper.layouts[i], keeper.pause):
-                keeper.begin_batch(self.keeper.layouts[i])
-                again.backward()
-            self.budget.peak = max(self.budget.peak, self.budget.bytes + budget.peak)
-            yield keeper, {0: i}
-            keeper.reset()
+            keeper = Keeper(self.tracker.taps, self.budget, weights_move=self.tracker.ranks.sharded)
+            try:
+                with self._computed_again(again, self.keeper.layouts[i], keeper.pause):
+                    keeper.begin_batch(self.keeper.layouts[i])
+                    again.backward()
+                yield keeper, {0: i}
+            finally:
+                keeper.reset()
 
     @contextlib.contextmanager
     def _computed_again(self, batch: _Again, layout: Layout, end: Callable[[], None]) -> Iterator[None]:
@@ -451,40 +452,37 @@ class Deferred(Method):
         ranks, losses, slots = self.tracker.ranks, self.tracker.validations.last_losses, self.tracker.slots
         noise = {name: 16 * torch.finfo(loss.dtype).eps * loss.double() for name, loss in losses.items()}
         drop = {name: self.drop[name].double() for name in start}
-        nothing = torch.zeros((), dtype=torch.float64, device=self.tracker.device)
+        zero = torch.zeros((), dtype=torch.float64, device=self.tracker.device)
 
-        def taken_off(gradients: Gradients) -> Tensor:
-            pairs = [(g, rest, slots[i].share) for i, rest in self._rest.items() if (g := gradients[i]) is not None]
-            sums = ((g * rest).sum(dtype=torch.float64) * share for g, rest, share in pairs)
-            parts = [nothing, *(x.to(nothing.device) for x in sums)]
-            return -ranks.over_shards(torch.stack(parts).sum())
+        def predicted(gradients: Gradients) -> Tensor:
+            """The drop, were the gradient this one all along the step."""
+            moves = ((g * rest, slots[i]) for i, rest in self._rest.items() if (g := gradients[i]) is not None)
+            parts = [move.sum(dtype=zero.dtype).to(zero.device) * slot.share for move, slot in moves]
+            return -ranks.over_shards(torch.stack([zero, *parts]).sum())
 
-        def share(name: str, of: Tensor, instead: Tensor) -> Tensor:
-            """How much of a difference gives the drop; none where rounding hides it, or the loss is the same whatever
+        def how_much(name: str, of: Tensor, more: Tensor) -> Tensor:
+            """The x at which `of + x * more` is the drop; 0 where rounding hides it, or the loss is the same whatever
             its gradient says (as of a surrogate that is compared with itself)."""
-            found = (drop[name] - of) * instead / (instead.square() + noise[name].square())
-            nothing = (instead == 0) | (drop[name] == 0) & (of.abs() > noise[name])  # a loss of 0 has no noise
-            return torch.where(nothing, 0.0, found)
+            found = (drop[name] - of) * more / (more.square() + noise[name].square())
+            untold = (more == 0) | (drop[name] == 0) & (of.abs() > noise[name])  # a loss of 0 has no noise
+            return torch.where(untold, 0.0, found)
 
-        means: dict[str, Tensor] = {}  # of both ends, what they take off
-        shares: dict[str, Tensor] = {}  # how far from the middle between both ends' gradients
+        means: dict[str, Tensor] = {}  # of what both ends predict
+        tilts: dict[str, Tensor] = {}  # how much more than half the end counts, and the start less
         for name in start:
-            a, b = taken_off(start[name]), taken_off(end[name])
+            a, b = predicted(start[name]), predicted(end[name])
             means[name] = (a + b) / 2
-            shares[name] = share(name, means[name], b - a)
-        bent = torch.stack([s.abs() > 1 / 6 for s in shares.values()])
-        if not ranks.sum(bent.int()).any():
-            return [
-                ({name: 0.5 - s for name, s in shares.items()}, start),
-                ({name: 0.5 + s for name, s in shares.items()}, end),
-            ]
-        middle, weights = self._run_back(0.5), {}
-        for (name, s), over in zip(shares.items(), bent, strict=True):
-            w = share(name, means[name], taken_off(middle[name]) - means[name])
-            w = torch.where(over, torch.where((w >= 1 / 3) & (w <= 1), w, 2 / 3), 0.0)
-            s = torch.where(over, 0.0, s)
-            weights[name] = ((1 - w) / 2 - s, w, (1 - w) / 2 + s)
-        return [({name: w[k] for name, w in weights.items()}, g) for k, g in enumerate((start, middle, end))]
+            tilts[name] = how_much(name, means[name], b - a)
+        at, weights = (start, end), {name: [0.5 - x, 0.5 + x] for name, x in tilts.items()}
+        bent = torch.stack([x.abs() > 1 / 6 for x in tilts.values()])
+        if ranks.sum(bent.int()).any():
+            at = start, middle, end = start, self._run_back(0.5), end
+            for (name, x), over in zip(tilts.items(), bent, strict=True):
+                w = how_much(name, means[name], predicted(middle[name]) - means[name])
+                w = torch.where(over, torch.where((w >= 1 / 3) & (w <= 1), w, 2 / 3), 0.0)
+                x = torch.where(over, 0.0, x)
+                weights[name] = [(1 - w) / 2 - x, w, (1 - w) / 2 + x]
+        return [({name: w[k] for name, w in weights.items()}, g) for k, g in enumerate(at)]
 
     def _write_second_order(self, unscale: Any) -> None:
         tracker = self.tracker

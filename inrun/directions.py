@@ -80,9 +80,10 @@ def warn_of_sizes(optimizers: Sequence[Optimizer], validation: Mapping[str, Tens
     else:
         return
     warnings.warn(
-        f"validation({target!r}): its gradient has {ratio:.3g} times the norm of the batch's, whose square it stands "
-        f"in for in Adam's second moment: values of methods 'first' and 'secant' are {off}. Take a mean loss, of a "
-        "batch's samples or more, and for several targets losses of one scale; or 'path'",
+        f"validation({target!r}): its gradient has {ratio:.3g} times the norm of the batch's as the update takes it, "
+        f"whose square it stands in for in Adam's second moment: values of methods 'first' and 'secant' are {off}. "
+        "Take a mean loss, of a batch's samples or more, and for several targets losses of one scale; or 'path', and "
+        "where gradients are clipped, clip=",
         stacklevel=2,
     )
 

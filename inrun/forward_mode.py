@@ -48,7 +48,11 @@ def forward_mode(module: Any, args: tuple, kwargs: dict, uncaptured: bool = Fals
         return _outside(forward_mode)(module, args, kwargs, True)
     layout = tap.layout or Layout(probe.shape[0])
     if forward_ad._current_level >= 0:
-        raise InRunError(f"{tap}: forward-mode scoring inside another forward-mode pass is not supported")
+        raise InRunError(
+            f"{tap}: expected a call outside of forward-mode AD (torch.func.jvp, jacfwd, dual_level), by which it is "
+            "scored itself; got one within. Take what is detached there in torch.no_grad() or tracker.paused(), and "
+            f"what the loss is made of from a call outside; or exclude its parameters ({few(tap.parameters, 20)})"
+        )
     single = probe.dim() == 1
     more = [] if single else [tangents_only(module, args, kwargs, m) for m in range(1, probe.shape[1])]
     if uncaptured:
@@ -195,7 +199,9 @@ def by_sample(module: Any, leaf: int, out: Tensor, layout: Layout) -> Tensor:
     elif packed or out.dim() <= axis or (out.shape[axis] != layout.rows and layout.segments is None):
         expected = "[B, ...]" if axis == 0 else "[N, B, ...]"
         instead = "Name an enclosing module whose outputs are [B, ...] with track(..., through={parameter: module})"
-        if out.dim() == 0 and not tap.name:
+        if out.dim() > 0 and not tap.name:
+            instead = "Let the model return a row of it for each sample, as by expand()"
+        elif not tap.name:
             instead = "Compute the loss outside of the model, from its [B, ...] outputs"
             params = zip(tap.parameters, tap.owned, strict=True)
             if numbers := [full for full, (owner, local) in params if owner._parameters[local].numel() == 1]:
@@ -257,7 +263,7 @@ def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list
         # With a graph, which takes memory, only where what is under `no_grad` inside must be told from the rest.
         grad_mode = torch.set_grad_enabled(tap.sets_grad_mode)
         # Modules inside that forward-mode AD scores too run plainly: theirs is a pass of their own.
-        others = {getattr(each, "_inrun", tap) for each in module.modules()} - {tap} if tap.apart else ()
+        others = {getattr(each, "_inrun", tap) for each in module.modules()} - {tap}
         muted = setting("probe", [(other, None) for other in others if other.forward_mode])
         with grad_mode, random_kept(), state_kept(module), muted, undone(tap.rows.counts()):
             pairs, _ = _carrying(module, args, kwargs, m, lambda: None)
@@ -267,7 +273,7 @@ def tangents_only(module: Any, args: tuple, kwargs: dict, m: int | None) -> list
     tangents: list[Any] = []
     try:
         tangents = uncaptured()
-    except InRunError:  # of what `no_grad` keeps tangents from, as spectral norm's `out=`
+    except RuntimeError:  # of a derivative taken inside, for which there is no graph yet
         if told or not tap.sets_grad_mode:
             raise
     if tap.sets_grad_mode and not told:  # which this run has found
@@ -284,8 +290,9 @@ def refuse_losses_of(grad: Tensor, tap: Tap, nodes: Sequence[Any]) -> Any:
         if any(runs(node) for node in nodes):
             raise InRunError(
                 f"{tap}: expected a loss of the model's outputs, got one of their gradients too (a gradient penalty, "
-                "create_graph=True), which goes with method 'first' without pairwise= only, and with layers that have "
-                "a rule of their own; or detach them"
+                "create_graph=True, or tangents), which goes with method 'first' without pairwise= only, and with "
+                "layers that have a rule of their own; or detach them, or let a module return the gradients, named by "
+                "track(..., through={parameter: module})"
             )
 
     return grad.register_hook(came)
@@ -390,22 +397,23 @@ def _as_backward(tap: Tap) -> Iterator[None]:
 
 
 class _AsBackward(TorchFunctionMode):
-    """Tangents go where gradients do: torch's own also pass `torch.no_grad()`. (Under one outside of the module nothing
-    tells where another begins; then `tap.sets_grad_mode` says that there is one. In a graph nothing does.)
+    """Tangents go where gradients do: torch's own also pass `torch.no_grad()`. (Under one outside of the module they go
+    no further than another; then `tap.sets_grad_mode` says that there is one. In a graph nothing does.)
 
     And torch's norms scale and shift by operations of their own. By theirs, an output in half precision has a float32
     tangent, which the next product refuses; and where the scale carries none, a graph cannot be captured."""
 
     def __init__(self, tap: Tap | None) -> None:
         super().__init__()
-        self.tap, self.told = tap, torch.is_grad_enabled()
+        self.tap = tap
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args, kwargs, pair = list(args), dict(kwargs or {}), []
         if func is torch._C._set_grad_enabled and self.tap is not None:
             self.tap.sets_grad_mode = True
-            if self.told:
-                torch._C._set_fwd_grad_enabled(*args)
+            torch._C._set_fwd_grad_enabled(*args)
+        if func is torch.autograd.grad and self.tap is not None:  # of a graph that is to be there
+            self.tap.sets_grad_mode = True
         if func is Tensor.unflatten:  # whose Python code a graph cannot capture
             func = torch.unflatten
         if func is WEIGHT_NORM:  # without a forward derivative

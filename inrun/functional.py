@@ -210,7 +210,7 @@ class _Linear(torch.autograd.Function):
         segments = by_row(segments, x, acts)
         grad_x = grad @ cast if need_x else None
         bias_dtype = None if bias is None else bias.dtype
-        whole = bias is None or (need_bias and bias_direction is not None)
+        whole = bias is None or bias_direction is not None
         if direction is not None and need_weight and whole and segments is None:
             wide = weight.dtype if weight.dtype is acts.dtype else torch.float32
             found = ops.layer_wgrad_dot(acts, grads, direction, bias_direction, wide)

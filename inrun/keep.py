@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
@@ -119,8 +120,8 @@ class Budget:
         if self.limit is not None and held > self.limit:
             raise InRunError(
                 f"keep: the step's activations and output gradients exceed keep_bytes={self.limit:,} "
-                f"({held:,} so far); allow more, use smaller batches, keep='host', or give "
-                "recompute= to step() or batch(), which keeps nothing"
+                f"({held:,} so far); allow more, use smaller batches, keep='host', or give recompute= to step() or "
+                "batch(), which keeps a batch at a time where the update turns or was clipped, and else nothing"
             )
 
 
@@ -196,6 +197,13 @@ class Keeper:
         if y.requires_grad:
             kept = Kept(module, len(self.layouts) - 1, _unaliased(x)[rows].detach())
             self._hooks.append(_when_it_comes(y, lambda grad: self._arrived(kept, 0, grad, rows)))
+            self._refuse_losses_of_tangents(kept, y)
+
+    def _refuse_losses_of_tangents(self, kept: Kept, y: Tensor) -> None:
+        """As of gradients: a tangent that a forward-mode pass of the user's gives an output is made of weights too."""
+        tangent = forward_ad.unpack_dual(y).tangent if forward_ad._current_level >= 0 else None
+        if tangent is not None and tangent.requires_grad:
+            self._hooks.append(forward_mode.refuse_losses_of(tangent, kept.module._inrun, kept.accumulators))
 
     def _run_module(self, module: Any, plain: Callable, inputs: tuple[tuple, dict]) -> Any:
         if cache := [v for v in pytree.tree_leaves(inputs) if hasattr(v, "get_seq_length")]:
@@ -220,6 +228,7 @@ class Keeper:
                 leaves[i] = leaf.view_as(leaf) if _is_parameter(leaf) else probing.Alias.apply(leaf)
                 hook = _when_it_comes(leaves[i], lambda grad, i=i: self._arrived(kept, i, grad))
                 self._hooks.append(hook)
+                self._refuse_losses_of_tangents(kept, leaves[i])
         return pytree.tree_unflatten(leaves, spec)
 
     def _copy_weights(self, module: Any) -> None:
@@ -374,30 +383,25 @@ class Keeper:
         with self._as_in_its_step(kept), buffers_copied(module), uncheckpointed, torch.enable_grad(), remade:
             params = [get_gradient_edge(owner._parameters[local]) for owner, local in places]
             leaves = pytree.tree_leaves(module.plain(*args, **kwargs))
+        grads = {leaf: grad for leaf, grad in grads.items() if leaves[leaf].requires_grad}  # by its own parameters
         for leaf in [*grads]:
             y = leaves[leaf]
             try:
                 forward_mode.by_sample(module, leaf, y.detach(), self.layouts[kept.batch])
             except InRunError:
-                if y.requires_grad:
-                    ones = torch.ones_like(y)
-                    reached = torch.autograd.grad(y, params, ones, retain_graph=True, allow_unused=True)
-                    if any(g is not None for g in reached):
-                        raise
-                del grads[leaf], rows[leaf]  # what no parameter that is scored is in
+                ones = torch.ones_like(y)
+                reached = torch.autograd.grad(y, params, ones, retain_graph=True, allow_unused=True)
+                if any(g is not None for g in reached):
+                    raise
+                del grads[leaf]  # what no parameter that is scored is in
         names = [id(owner._siblings[local + SUFFIX]) for owner, local in places]
+        ys = [leaves[leaf] for leaf in grads]
         for v in samples:
             only = [torch.zeros_like(grad, memory_format=torch.contiguous_format) for grad in grads.values()]
-            for zeros, grad in zip(only, rows.values(), strict=True):
-                of(zeros if ends is None else zeros.flatten(0, 1), v).copy_(of(grad, v))
-            outputs = [(leaves[leaf], grad) for leaf, grad in zip(grads, only, strict=True)]
-            outputs = [(y, grad) for y, grad in outputs if y.requires_grad]  # by the module's own parameters
-            if outputs:
-                ys, along = zip(*outputs, strict=True)
-                one = torch.autograd.grad(ys, params, along, retain_graph=True, allow_unused=True)
-                yield {name: g for name, g in zip(names, one, strict=True) if g is not None}
-            else:
-                yield {}
+            for zeros, leaf in zip(only, grads, strict=True):
+                of(zeros if ends is None else zeros.flatten(0, 1), v).copy_(of(rows[leaf], v))
+            one = torch.autograd.grad(ys, params, only, retain_graph=True, allow_unused=True)
+            yield {name: g for name, g in zip(names, one, strict=True) if g is not None}
 
     def _document_ends(self, batch: int) -> list[int] | None:
         """Offsets of a batch's documents into its tokens, read from the device once; None where rows are samples."""

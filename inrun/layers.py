@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from inrun_kernels import bias_dot, embedding_dot, norm_dot
@@ -521,14 +522,26 @@ class ForwardModeRule(Holder):
 
 
 def require_unmapped(tap: Tap, *inputs: Any) -> None:
-    """Raise `InRunError` within `torch.vmap`, which takes an axis away: dimension 0 is another one there."""
+    """Raise `InRunError` within `torch.vmap`, which takes an axis away: dimension 0 is another one there. And within
+    other transforms of `torch.func`, whose tensors have no graph to score by, nor do they take autograd functions."""
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if torch.compiler.is_compiling() or functorch.maybe_current_level() is None:
         return
-    if any(isinstance(x, Tensor) and functorch.is_batchedtensor(x) for x in pytree.tree_leaves(inputs)):
+    params = [owner._parameters.get(local) for owner, local in tap.owned]
+    given = [x for x in (*pytree.tree_leaves(inputs), *params) if isinstance(x, Tensor)]
+    transformed = any(functorch.is_functorch_wrapped_tensor(x) for x in given)
+    while wrapped := [x for x in given if functorch.is_functorch_wrapped_tensor(x)]:
+        if any(functorch.is_batchedtensor(x) for x in wrapped):
+            raise InRunError(
+                f"{tap}: expected to be called with a batch, got one of its slices within torch.vmap. Name the module "
+                "that calls it so, or one around it, track(..., through={parameter: module}), or exclude its parameters"
+            )
+        given = [functorch.get_unwrapped(x) for x in wrapped]
+    if transformed if tap.keep is not None else forward_ad._current_level < 0:
         raise InRunError(
-            f"{tap}: expected to be called with a batch, got one of its slices within torch.vmap. Name the module that "
-            "calls it so, or one around it, track(..., through={parameter: module}), or exclude its parameters"
+            f"{tap}: expected a plain call, got one within a transform of torch.func (grad, jacrev, ...). Take what is "
+            "detached there in tracker.paused(); else let a module make that transform, and name it or one around it, "
+            "track(..., through={parameter: module}), or exclude its parameters"
         )
 
 

@@ -107,7 +107,8 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def written_out(x, weight, bias, direction, bias_direction, probe, segments, eps):
         normed = F.layer_norm(x, weight.shape, None, None, eps)
-        return _Affine.written_out(normed, weight, bias, direction, bias_direction, probe, segments)
+        y = _Affine.written_out(normed, weight, bias, direction, bias_direction, probe, segments)
+        return y.to(normed.dtype)  # as torch's, whatever the weight's is
 
     @staticmethod
     def backward(ctx, grad):

@@ -95,6 +95,11 @@ def write_out(on: bool) -> None:
     _writing_out = on
 
 
+def writes_out() -> bool:
+    """Whether a forward-mode pass of ours is going on."""
+    return _writing_out
+
+
 def apply(function: Any, *inputs: Any) -> Tensor:
     # Inside a forward-mode pass the written-out layer carries tangents through torch's own formulas.
     if _writing_out or forward_ad._current_level >= 0:

@@ -66,8 +66,7 @@ def figures(folder: Path) -> dict[str, Any]:
         raise InRunError(f"run: expected values in {folder / 'ledger'}, found none")
     table = runfolder.read_samples(folder / "samples.parquet", totals.schema.field("sample_id").type)
     known = set(table["sample_id"].to_pylist())
-    unknown = [{"sample_id": i} for i in totals["sample_id"].to_pylist() if i not in known]
-    rest = [row | runfolder.UNSAID for row in unknown]
+    rest = [{"sample_id": i} | runfolder.UNSAID for i in totals["sample_id"].to_pylist() if i not in known]
     table = pa.concat_tables([table, pa.Table.from_pylist(rest, table.schema)])
     planted = table["planted"].to_pylist()
     group = runfolder.groups(table["source"], planted)
@@ -83,12 +82,11 @@ def figures(folder: Path) -> dict[str, Any]:
         row = table.slice(int(seen[i]), 1).to_pylist()[0]
         return row | {"value": float(value[i]), "count": int(count[i])}
 
-    sources = []
-    for row in ledger.by_source(groups).to_pylist():
-        size = int((names == row["source"]).sum())
-        positive = float((value[names == row["source"]] > 0).mean())
+    sources = ledger.by_source(groups).drop_columns("target").to_pylist()
+    for row in sources:
+        values = value[names == row["source"]]
+        size, positive = len(values), float((values > 0).mean())
         row |= {"samples": size, "mean_per_sample": row["value"] / size, "positive_share": positive}
-        sources.append({k: v for k, v in row.items() if k != "target"})
     sources.sort(key=lambda row: -row["mean_per_sample"])
     over_time = {(row["source"], row["step"]): row["value"] for row in ledger.over_time(groups, bins=100).to_pylist()}
     starts = sorted({step for _, step in over_time})

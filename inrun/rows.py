@@ -1,18 +1,18 @@
-"""Whether dimension 0 of what a layer is given, or returns, holds the samples: what its size alone cannot tell.
+"""Whether dimension 0 of what a layer is given, or returns, holds the samples: its size alone cannot tell.
 
-Sizes that happen to be B: `[T, ...]` of a layer that goes token by token, or outputs that are stacked layer by layer,
-look like `[B, ...]` where T is B. So before the update of the first step of several samples the model is run once more,
-with its last sample twice: what has B rows still has none of the samples'. And in one process in eval mode, on the
-batch, on the batch with its samples moved on by one (all but one), and on its first sample alone, as often: rows
-that are the same ones, but have not moved on, are in an order of the model's own.
+`[T, ...]`, or outputs that are stacked layer by layer, look like `[B, ...]` where their number happens to be B. So
+before the update of the first step with several samples the model is run again, without gradients:
 
-Rows that are samples' tokens, flattened: `head(h.view(-1, W))`, OPT's blocks. Such a `[B * T, W]` can be scored where
-the samples' rows lie one after the other, which is found out of layers that have as many rows for a sample as an input
-has: the model is run in eval mode on the batch and on the batch with its samples moved on, when the layer's rows must
-have moved on with them. That is so of rows that are as many as the same dimensions of its inputs say, in later steps.
+    its last sample twice                    an output that has B rows still does not hold the samples
+    as it was; all samples but one moved     an output with the same rows as before, which have not moved with the
+    on; the first sample alone, B times      samples, has them in an order of its own (one process, eval mode)
 
-These runs are without gradients, and not within the forward: the user's own contexts around it cannot be entered twice.
-Of several processes all make the first or none, as the model may exchange something in its forward.
+Samples' tokens may be flattened to rows, as by `head(h.view(-1, W))` and in OPT's blocks. Such a `[B * T, W]` is scored
+where a layer has as many rows for a sample as dimensions of an input say, and where these move on with the samples (in
+eval mode). Later steps take the layer's rows for tokens where the same dimensions say how many there are.
+
+All of this comes after the forward: the user's own contexts around it cannot be entered twice. Of several processes all
+make the first run or none, as the model may exchange something in its forward.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ class Rows:
             if more and alone and (elsewhere := self._in_another_order(ours, call, more, which)):
                 raise InRunError(
                     f"{few(elsewhere)}: expected the samples at dimension 0, in the order of the model's input; got "
-                    "rows that did not move on when those samples did, as of a batch that the model sorts: other "
-                    f"samples would have their values. {_INSTEAD}"
+                    "rows that did not move on when those samples did, as of a batch that the model sorts, or of tokens"
+                    f" it picks: other samples would have their values. {_INSTEAD}"
                 )
             told = bool(more) and self._is_whole(call)  # what a module of it is given may be [T, B]
         squares = sorted({f"{one.module._inrun} {one.shape}" for one in self._taken if one.is_square()})
@@ -351,9 +351,13 @@ class Rows:
             try:
                 found = remedies(self._model, whole, more, (call.rows, count), sizes, suspected)
             except LookupError as layer:
-                error.add_note(f"No module around {layer} returns [B, ...], nor does the model: let it return what has "
-                               "the samples in front, as logits, and take the loss outside of it; through= can then "
-                               "name it")  # fmt: skip
+                error.add_note(
+                    f"No module around {layer} returns [B, ...], nor does the model: let it return what has the "
+                    "samples in front, as logits, and take the loss outside of it; through= can then name "
+                    "it. Or exclude its parameters"
+                    if call.has_samples()
+                    else f"No input of the model has {call.rows} rows: expected an id for each sample it is given"
+                )
                 return
             if found:
                 wanted = as_code(list({**self._through, **dict(found)}.items()))
@@ -471,13 +475,13 @@ def _in_disorder(before: Tensor, after: Tensor, of_one: Tensor, order: list[int]
     """Whether rows are those they were before the samples moved on, and not all moved on; `of_one`: of the first sample
     alone, as often.
 
-    Of `tokens` each sample has as many: with another number of them where all are one, they were picked out.
+    Each sample has as many: with another number of them where all are one, they were picked out.
     """
     rows = len(order)
     if before.shape != after.shape or before.shape[1] % rows or (before.shape[1] != rows and not tokens):
         return False
     if of_one.shape != before.shape:
-        return tokens
+        return True
     size = before.abs().amax(1, keepdim=True)
     same = (after.sort(1).values - before.sort(1).values).abs() <= SAME * size
     elsewhere = ((after - _with_samples_moved(before, order)).abs() > OTHER * size).any()

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from . import distributed
+from . import distributed, probing
 from .errors import InRunError
 
 SUFFIX = "_inrun_direction"  # a parameter's direction stands beside it under this name, which no model has
@@ -40,7 +39,7 @@ class Tap:
         self.apart = False  # whether its tangents have a pass of their own, as checkpoints and others inside need
         self.without: set[Any] = set()  # modes in which it was found to have no checkpoints inside
         self.made: list[Any] = []  # weights that hooks make of parameters it scores: owner, name, and what makes one
-        self.sets_grad_mode = False  # whether it does so inside, as by torch.no_grad()
+        self.sets_grad_mode = False  # whether it does so inside, as by torch.no_grad(), or differentiates
         self.configs: list[Any] = []  # of Hugging Face's experts inside
         self.by_row = True  # whether it computes each row of a batch by itself, and holds it at dimension 0
         self.routed = False  # whether its rows are always the tokens of [B, T], flattened
@@ -106,8 +105,8 @@ def as_it_is(x: Tensor) -> Tensor:
 
 def will_have_a_graph() -> bool:
     """Whether what runs without one now is a forward that counts: of an autograd function with a gradient to come, as a
-    reentrant checkpoint's, which has a graph when it is run again; or one that carries tangents."""
-    if forward_ad._current_level >= 0:
+    reentrant checkpoint's, which has a graph when it is run again; or one that carries directions as tangents."""
+    if probing.writes_out():
         return True
     frame: Any = sys._getframe()
     while frame is not None:

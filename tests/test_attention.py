@@ -411,7 +411,7 @@ class Translator(nn.Module):
 
 @pytest.mark.parametrize(
     ("how", "batch"),
-    [("compiled", S), *itertools.product(["first", "path", "norm first", "checkpointed"], [B, S])],
+    [("compiled", S), *itertools.product(["first", "path", "norm first", "nested", "checkpointed"], [B, S])],
 )
 def test_transformers_that_are_given_tokens_first(how, batch):
     """As torch's are by default; where there are as many tokens as samples too."""
@@ -419,6 +419,8 @@ def test_transformers_that_are_given_tokens_first(how, batch):
     for batch_first in (True, False):
         torch.manual_seed(0)
         model = Translator(batch_first, norm_first=how == "norm first").double()
+        if how == "nested":  # as adapters are
+            model.inner.encoder.layers[0].linear2 = nn.Sequential(nn.Linear(9, 2), nn.Linear(2, E)).double()
         x, held = torch.randn(batch, S, E).double(), torch.randn(B + 1, S, E).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
         run = torch.compile(model, backend="eager") if how == "compiled" else model

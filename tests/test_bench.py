@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,3 +33,37 @@ def test_the_hosts_work_is_measured_on_a_gpus_way():
     assert done.returncode == 0, done.stderr[-3000:]
     linears, norms, embeddings, adam = 4 * 3 + 2, 3 * 2, 2, 1  # a bias has a pass of its own; the head has none
     assert f"{linears + norms + embeddings + adam} launches" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench/results").glob("*-regret.json")), ids=lambda p: p.stem)
+def test_costs_are_fitted_from_what_is_committed(path):
+    done = _python("-m", "bench.regret", "--refit", str(path))
+    found = re.findall(r"regret of (\d+) cells: median ([\d.]+)", done)
+    assert sum(int(cells) for cells, _ in found) == len(json.loads(path.read_text()))
+    assert len(found) == 2 and all(float(median) <= 1.1 for _, median in found)
+
+
+def test_every_products_time_is_predicted():
+    said = _python(
+        "-c",
+        "from bench.bench_kernels import Case, SUITES; from bench.measure import Machine; machine = Machine();"
+        "print(all(Case(2, 8, 16, 32).predicted(s, machine)['inrun'] > 0 for s in SUITES))",
+    )
+    assert said.split() == ["True"]
+
+
+def test_directions_count_as_memory_that_is_held():
+    said = _python(
+        "-c",
+        "from bench.bench_step import Case; from bench.peers import InRun;"
+        "step = InRun(Case(2, 8, 64, 1, 32, tied=True).model(), {}); held = {id(x) for x in step.resident()};"
+        "print(all(id(slot.direction) in held for slot in step.tracker.slots))",
+    )
+    assert said.split() == ["True"]
+
+
+def _python(*arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

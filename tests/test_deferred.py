@@ -1633,7 +1633,7 @@ def test_second_order_of_a_weight_norm(seed):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dim"), [((5,), 0), ((5,), -1), ((4, 3), 0), ((4, 3), 1), ((4, 3), -1), ((2, 3, 4), 1)]
+    ("shape", "dim"), [((5,), 0), ((5,), -1), ((4, 3), 0), ((4, 3), 1), ((4, 3), -1), ((2, 3, 4), 1), ((2, 3, 4), -2)]
 )
 def test_a_weight_norm_written_out_is_torchs(shape, dim):
     v = torch.randn(shape, dtype=torch.float64)

@@ -84,6 +84,12 @@ def layer_cases(dtype=torch.float64, shape=(B, T)):
             lambda x, w: F.rms_norm(x, [IN], w, 1e-5),
             lambda x, p, d, probe: IF.rms_norm(x, (IN,), p[0], 1e-5, d[0], probe),
         ),
+        "affine": (
+            rand(*shape, 2, 3),
+            [rand(2, 3), rand(2, 3)],
+            lambda x, w, b: x * w + b,
+            lambda x, p, d, probe: IF.affine(x, p[0], p[1], (d[0], d[1]), probe),
+        ),
         "bias": (
             rand(*shape, IN),
             [rand(IN)],
@@ -138,7 +144,7 @@ def test_gradients_are_torchs_and_the_probes_are_the_dots(name, many, shape):
     def grads_of(run):
         leaves = [p.clone().requires_grad_() for p in params]
         inputs = x.clone().requires_grad_() if x.is_floating_point() else x
-        y = run(inputs, leaves)
+        y = run(inputs, leaves).mul_(1.0)  # what follows may write into it
         (y.sin() * loss_weights(y)).sum().backward()
         return y.detach(), [inputs.grad if inputs.is_floating_point() else None, *(p.grad for p in leaves)]
 
@@ -148,6 +154,12 @@ def test_gradients_are_torchs_and_the_probes_are_the_dots(name, many, shape):
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e)
     torch.testing.assert_close(probe.grad, oracle(x, params, plain, directions, many))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "affine"])
+def test_without_a_probe_a_layer_is_torchs(name):
+    x, params, plain, probed = layer_cases()[name]
+    torch.testing.assert_close(probed(x, params, (*params, None), None), plain(x, *params))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -379,11 +391,13 @@ def test_frozen_and_unscored_parameters(dtype):
     x, params = x.to(dtype), [p.to(dtype) for p in params]
     d = directions_for(params)
     cases = [((False, True), (None, d[1])), ((True, False), (d[0], None)), ((False, False), (d[0], d[1]))]
-    cases += [((True, True), (None, d[1])), ((True, True), (d[0], None))]
+    cases += [((True, True), (None, d[1])), ((True, True), (d[0], None)), ((True, False), (d[0], d[1]))]
     for needs, directions in cases:
         leaves = [p.clone().requires_grad_(n) for p, n in zip(params, needs, strict=True)]
         probe = torch.zeros(B, dtype=dtype, requires_grad=True)
         y = IF.linear(x, leaves[0], leaves[1], directions, probe)
+        input_kept = y.grad_fn.saved_tensors[0].untyped_storage().nbytes() >= x.nbytes
+        assert input_kept == (needs[0] or directions[0] is not None)
         (y * loss_weights(y)).sum().backward()
         per_weight = torch.einsum("bto,bti,oi->b", loss_weights(y), x, d[0])
         per_bias = torch.einsum("bto,o->b", loss_weights(y), d[1])
@@ -396,17 +410,27 @@ def test_frozen_and_unscored_parameters(dtype):
                 torch.testing.assert_close(leaf.grad, grad)
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "affine"])
 @pytest.mark.parametrize("many", [None, 2])
 @pytest.mark.parametrize("alone", [0, 1])
-def test_a_layer_norm_may_have_one_of_both_scored(alone, many):
-    x, params, plain, probed = layer_cases()["layer_norm"]
+def test_a_layer_norm_may_have_one_of_both_scored(alone, many, name):
+    x, params, plain, probed = layer_cases()[name]
     directions = directions_for(params, many)
     probe = torch.zeros((B,) if many is None else (B, many), dtype=torch.float64, requires_grad=True)
     leaves = [p.clone().requires_grad_() for p in params]
     y = probed(x, leaves, [d if i == alone else None for i, d in enumerate(directions)], probe)
     (y.sin() * loss_weights(y)).sum().backward()
+    expected = torch.autograd.grad((plain(x, *leaves).sin() * loss_weights(y)).sum(), leaves)
+    torch.testing.assert_close(tuple(p.grad for p in leaves), expected)
     directions[1 - alone] = torch.zeros_like(directions[1 - alone])
     torch.testing.assert_close(probe.grad, oracle(x, params, plain, directions, many))
+
+
+def test_a_kernel_has_the_gradient_of_a_bias_that_is_not_scored():
+    x, weight, bias = torch.randn(3, 5, 16), torch.rand(16), torch.zeros(16, requires_grad=True)
+    y = IF.layer_norm(x, (16,), weight, bias, 1e-5, (weight, None), torch.zeros(3, requires_grad=True))
+    y.backward(x)
+    torch.testing.assert_close(bias.grad, x.sum((0, 1)))
 
 
 @pytest.mark.parametrize("shape", [(16,), (4, 6), (2, 3, 9), (1, 5)])
@@ -708,6 +732,8 @@ def test_a_probe_direction_or_shape_of_another_size_is_said_in_the_forward():
     probe = torch.zeros(5, requires_grad=True)
     with pytest.raises(RuntimeError, match="normalized_shape"):
         IF.layer_norm(x, (7,), shape, None, directions=(shape, None), probe=probe)
+    with pytest.raises(RuntimeError, match="dtype"):
+        IF.linear(x.double(), weight, None, (weight, None), probe)
 
 
 @pytest.mark.parametrize("of", ["weight", "bias"])

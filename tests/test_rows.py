@@ -242,6 +242,29 @@ class Mapped(nn.Module):
         return self.head(torch.vmap(lambda one: self.inner(one * self.scale).tanh())(self.embed(x)))
 
 
+class Picks(nn.Module):
+    """Where ids are 0, as masked tokens are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x).cumsum(1).tanh()[x == 0])
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_tokens_that_are_picked_are_no_samples_though_as_many(method):
+    """Two of the first sample, none of the next, and one of each other."""
+    model, x = made(Picks), ids(B, 1).clamp(min=1)
+    x[0, :2] = x[2:, 1] = 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    tracker = inrun.track(model, optimizer, method, validation=lambda: model(x).square().mean())
+    with pytest.raises(inrun.InRunError, match="head"), tracker.step(range(B)):
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
 class Loose(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -306,6 +329,19 @@ def test_a_model_that_returns_no_samples_is_asked_to(size):
         step(made(LossAlone), ids(size, 1))
     (note,) = error.value.__notes__
     assert "No module around blocks.0 returns [B, ...], nor does the model: let it return" in note
+
+
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_one_id_too_few_is_not_taken_for_a_model_that_returns_no_samples(method):
+    model = nn.Sequential(nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11))
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1), method)
+    with tracker.validation():
+        loss_of(model, ids(B, 1)).backward()
+    with pytest.raises(ValueError, match=f"B = {B - 1}, the number of sample ids") as error, tracker.step(range(B - 1)):
+        loss_of(model, ids(B, 1, T + 3))
+    assert error.value.__notes__ == [
+        f"No input of the model has {B - 1} rows: expected an id for each sample it is given"
+    ]
 
 
 class Encoder(TokensFirst):

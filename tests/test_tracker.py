@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from models import MODELS, VOCAB, WIDTH, B, Bypass, Counting, data, gpt, gradient, loss_of, make, oracle_values
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import inrun
@@ -1591,6 +1592,44 @@ def test_an_output_whose_rows_are_not_samples_is_refused(method):
         optimizer.step()
 
 
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def raises(_):
+    raise RuntimeError("its own words")
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "words"),
+    [
+        (Squared.apply, inrun.InRunError, r"without forward-mode AD; exclude them \(shift\).*the jvp function"),
+        (lambda x: torch.cdist(x, x, p=1.5), inrun.InRunError, r"without forward-mode AD; .* _cdist_forward"),
+        (raises, RuntimeError, "^its own words$"),
+    ],
+)
+def test_what_a_forward_mode_pass_cannot_is_said_and_other_errors_come_as_they_are(function, error, words):
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(8))
+
+        def forward(self, x):
+            return function(x + self.shift)
+
+    model, x = Shift(), data("mlp")[0]
+    tracker = inrun.track(model, torch.optim.SGD(model.parameters(), lr=0.1), validation=lambda: model.shift.sum())
+    with pytest.raises(error, match=words), tracker.step(range(B)):
+        model(x)
+
+
 def test_nothing_of_the_size_of_per_sample_gradients_is_allocated():
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -1773,9 +1812,15 @@ def test_a_parametrized_layer_is_scored_by_its_output(parametrized):
 
 
 @pytest.mark.parametrize("method", ["first", "path"])
-@pytest.mark.parametrize("change", ["spectral_norm", "weight_norm", "prune", "parametrizations.spectral_norm"])
+@pytest.mark.parametrize(
+    ("change", "checkpointed"),
+    [
+        *((change, False) for change in ("spectral_norm", "weight_norm", "prune")),
+        *(("parametrizations.spectral_norm", checkpointed) for checkpointed in (False, True)),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_weights_that_a_hook_makes_are_scored_as_they_were_in_the_forward(change, method):
+def test_weights_that_a_hook_makes_are_scored_as_they_were_in_the_forward(change, checkpointed, method):
     """Of torch's older norms, and of pruning; and of what writes where nothing takes a gradient, in training mode."""
 
     def made():
@@ -1803,7 +1848,7 @@ def test_weights_that_a_hook_makes_are_scored_as_they_were_in_the_forward(change
         model(x).square().mean().backward()
     model.load_state_dict({**model.state_dict(), **dict(made().named_buffers())})
     with tracker.step(range(B)) as step:
-        model(x).pow(3).mean().backward()
+        (checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)).pow(3).mean().backward()
         optimizer.step()
     close(step.values, want)
 
@@ -2070,6 +2115,20 @@ def test_a_validation_gradient_that_is_far_larger_than_a_batchs_is_said(method):
         told = [str(each.message) for each in said if "in Adam's second moment" in str(each.message)]
         assert len(told) == (scale > 1 and optimizer_of is torch.optim.AdamW)
         assert not told or told[0].startswith("validation('b'): its gradient has")
+
+
+@pytest.mark.parametrize("method", ["first", "secant"])
+def test_one_that_is_far_larger_than_a_clipped_gradient_is_said_so(method):
+    model = make("mlp")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    tracker = inrun.track(model, optimizer, method)
+    with tracker.validation():
+        loss_of(model, *data("mlp", 4, 2)).backward()
+    with pytest.warns(UserWarning, match=r"the batch's as the update takes it.*where gradients are clipped, clip="):  # noqa: SIM117
+        with tracker.step(range(B)):
+            loss_of(model, *data("mlp")).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
 
 
 @pytest.mark.parametrize("beside", [0, 1])  # parameters that SGD has
@@ -2508,6 +2567,31 @@ def test_a_module_that_differentiates_within(method):
     torch.testing.assert_close(step.values.double(), expected, rtol=1e-4, atol=1e-7)
 
 
+class Forces(Differentiates):
+    """As of models that leave it to their caller that gradients are on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad((x @ self.weight).tanh().sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("targets", [("one",), ("one", "two")])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_a_module_that_differentiates_where_gradients_are_on(method, targets):
+    model, optimizer, x, y, expected_now = classifying(Forces, lambda: nn.Linear(WIDTH, VOCAB))
+    expected = expected_now()
+    tracker = inrun.track(model, optimizer, method, targets=targets)
+    for target in targets:
+        with tracker.validation(target):
+            loss_of(model, x[1], y[1]).backward()
+    with tracker.step(range(B)) as step:
+        loss_of(model, x[0], y[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for values in step.values.view(B, -1).unbind(1):
+        torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-7)
+
+
 class Repeated(nn.Module):
     """One layer so many times."""
 
@@ -2596,6 +2680,110 @@ def test_a_gradient_penalty_is_refused_in_its_step_where_scores_would_miss_it(me
         step(lambda loss: (loss + 1e-3 * (penalised(loss, params) - loss)).backward())
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name])
+
+
+class Ruleless(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.weight).tanh().cumsum(-1)
+
+
+def along_input(model, x, way):
+    """Each sample's loss, of the model's outputs and of how they move with its inputs: a target, or a term."""
+    if way.startswith("func"):
+        with torch.no_grad() if way == "func, no gradients" else contextlib.nullcontext():
+            out, moves = torch.func.jvp(model, (x,), (x.cos(),))
+    else:
+        with forward_ad.dual_level():
+            out, moves = forward_ad.unpack_dual(model(forward_ad.make_dual(x, x.cos())))
+    out = model(x) if way == "func, no gradients" else out
+    if way == "term":
+        return out.square().sum(1) + 1e-3 * moves.square().sum(1)
+    return (out - moves.detach()).square().sum(1)
+
+
+@pytest.mark.parametrize("way", ["func", "func, no gradients", "target", "term"])
+@pytest.mark.parametrize("method", ["first", "path"])
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(WIDTH, WIDTH), Ruleless])
+def test_a_loss_with_derivatives_along_inputs(kind, method, way):
+    """Scored, or refused in its step, however small its part of the gradient."""
+    model, _, x, _, _ = classifying(lambda: nn.Linear(WIDTH, WIDTH), nn.Tanh, kind)
+    model, x = model.double(), x.double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def gradient_of(rows):
+        return torch.autograd.grad(along_input(model, rows, way).sum() / B, [*model.parameters()])
+
+    held = gradient_of(x[1])
+    each = [gradient_of(x[0, z : z + 1]) for z in range(B)]
+    expected = [0.1 * sum((g * d).sum() for g, d in zip(one, held, strict=True)) for one in each]
+    tracker = inrun.track(model, optimizer, method)
+    with tracker.validation():
+        along_input(model, x[1], way).mean().backward()
+
+    def step():
+        with tracker.step(range(B)) as step:
+            along_input(model, x[0], way).mean().backward()
+            optimizer.step()
+        return step.values
+
+    has_rule = kind is not Ruleless
+    if way == "func, no gradients" or (has_rule if method == "first" else way == "target"):
+        torch.testing.assert_close(step().double(), torch.stack(expected), rtol=1e-5, atol=1e-9)
+        return
+    without = (
+        "outside of forward-mode AD" if method == "first" else {"func": "a plain call", "term": "gradients too"}[way]
+    )
+    with pytest.raises(inrun.InRunError, match=without):
+        step()
+
+
+class Field(nn.Module):
+    """The gradient of a net, by a transform of `torch.func`."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1, bias=False))
+        self.way = way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way == "grad":
+            return torch.func.grad(lambda x: self.net(x).sum())(x)
+        if self.way == "mapped":
+            return torch.vmap(torch.func.jacrev(lambda one: self.net(one[None])[0, 0]))(x)
+        if self.way == "forward":
+            return torch.vmap(torch.func.jacfwd(lambda one: self.net(one[None])[0, 0]))(x)
+        params = dict(self.net.named_parameters())
+        loss = lambda p: torch.func.functional_call(self.net, p, (x,)).square().mean()  # noqa: E731
+        step = torch.func.grad(loss)(params)
+        return torch.func.functional_call(self.net, {n: p - 0.1 * step[n] for n, p in params.items()}, (x,))
+
+
+@pytest.mark.parametrize("way", ["grad", "mapped", "forward", "of parameters"])
+@pytest.mark.parametrize("method", ["first", "path"])
+def test_layers_within_transforms_of_torch_func_are_refused(method, way):
+    """A module around them takes them along, where its rows are the samples."""
+    model, optimizer, x, y, expected_now = classifying(lambda: Field(way), lambda: nn.LazyLinear(VOCAB))
+    model(x[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(through=None):
+        tracker = inrun.track(model, optimizer, method, validation=lambda: loss_of(model, x[1], y[1]), through=through)
+        with tracker, tracker.step(range(B)) as step:
+            loss_of(model, x[0], y[0]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return step.values.double()
+
+    with pytest.raises(inrun.InRunError, match=r"torch\.vmap" if way in ("mapped", "forward") else r"torch\.func"):
+        step()
+    optimizer.zero_grad()
+    if way in ("grad", "mapped"):
+        expected = expected_now()
+        torch.testing.assert_close(step({"0.*": "0"}), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_what_the_ledger_would_refuse_is_said_before_the_update(tmp_path):
@@ -3574,6 +3762,34 @@ def test_a_forward_mode_pass_normalises_rows_that_hardly_differ_in_float16_weigh
             optimizer.step()
         values.append(step.values.double())
     close(*values, rtol=2e-2)
+
+
+def test_an_output_of_a_forward_mode_pass_is_the_modules_own():
+    """Of a padding row that is not 0, of norms with weights wider than their input, and without a version count."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.norm = nn.Embedding(5, 6, padding_idx=0), nn.LayerNorm(6)
+            self.other, self.scale = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.rand(6))
+            nn.init.normal_(self.table.weight)
+
+        def forward(self, ids, x):
+            other = F.embedding(ids, self.other, padding_idx=0).bfloat16()
+            return self.norm(self.table(ids).bfloat16()) + F.layer_norm(other, (6,), self.scale) + x
+
+    torch.manual_seed(0)
+    model, ids = Mixed(), torch.arange(B * 3).view(B, 3) % 5
+    with torch.inference_mode():
+        x = torch.randn(B, 3, 6).bfloat16()
+    expected = model(ids, x).detach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = inrun.track(model, optimizer, validation=lambda: model(ids, x).mean())
+    with tracker.step(range(B)):
+        found = model(ids, x)
+        found.mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(found, expected)
 
 
 class Standardised(nn.Conv1d):

@@ -322,6 +322,13 @@ def test_they_depend_neither_on_order_nor_on_microbatches_nor_on_what_is_kept(ki
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+def test_a_batch_that_is_computed_again_is_kept_within_the_bound():
+    expected = values("gpt_tied", "adam", recompute=True)
+    with pytest.raises(inrun.InRunError, match="keep_bytes=1,000 "):
+        values("gpt_tied", "adam", recompute=True, keep_bytes=1000)
+    assert torch.equal(values("gpt_tied", "adam", recompute=True, keep_bytes=10**7), expected)
+
+
 def with_conv1d():
     """A GPT whose inner layers hold their weights as `[I, O]`."""
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D

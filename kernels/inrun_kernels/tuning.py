@@ -120,7 +120,7 @@ def _file_name(device: str) -> str:
 def _read(path: Path) -> dict[str, dict]:
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):  # no text, or no JSON
         return {}
 
 

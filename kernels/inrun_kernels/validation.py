@@ -72,7 +72,7 @@ def agree(acts: Tensor, grads: Tensor, val_grad: Tensor, bias_val_grad: Tensor |
     """Whether a layer's operands are as kernels have them: `acts [B,T,I]`, `grads [B,T,O]`, and directions `[O,I]` and
     `[O]`, or with a leading M, in rows of adjacent elements, of the layer's dtype or float32, on one device."""
     shape, dtypes, device = val_grad.shape, (acts.dtype, torch.float32), acts.device
-    if shape[-2:] != (grads.shape[2], acts.shape[2]) or len(shape) > 3 or val_grad.stride(-1) != 1:
+    if shape[-2:] != (grads.shape[2], acts.shape[2]) or len(shape) > 3 or 0 in shape or val_grad.stride(-1) != 1:
         return False
     if acts.dtype is not grads.dtype or val_grad.dtype not in dtypes:
         return False

@@ -366,6 +366,13 @@ def test_launches_come_through_offsets_that_the_device_has_yet_to_refuse():
     assert weight_grad.shape == MATRIX.shape and not weight_grad.any() and dots.shape == (0, 1)
 
 
+def test_no_direction_at_all_is_not_launched_as_squares(monkeypatch):
+    wgrad_dot = pytest.importorskip("inrun_kernels.wgrad_dot")
+    monkeypatch.setattr("inrun_kernels.tiles.ON_CPU", "sm_80")
+    acts, grads, none = ACTS.bfloat16(), GRADS.bfloat16(), MATRIX[None][:0].bfloat16()
+    assert wgrad_dot.launch_layer(acts, grads, none, None, torch.float32) is None
+
+
 def test_a_padding_index_of_another_integer_kind_is_that_integer():
     ids = torch.tensor([[3, 1, 0]])
     grads, table = torch.randn(1, 3, GRADS.shape[2]), torch.randn(TABLE.shape[-2:])

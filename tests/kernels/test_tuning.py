@@ -77,6 +77,10 @@ def test_processes_add_to_one_file_and_a_broken_one_is_made_anew(timed, tmp_path
     k.tune(folder=tmp_path)
     chosen()
     assert tuning._read(path) == mine
+    path.write_bytes(b"\xff")
+    k.tune(folder=tmp_path)
+    chosen()
+    assert tuning._read(path) == mine
 
 
 def test_shapes_that_take_turns_are_each_timed_once(timed, monkeypatch):
