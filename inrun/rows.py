@@ -425,7 +425,7 @@ class Rows:
 
         def of_rows(x: Tensor, axis: int) -> Tensor:
             numbers = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-            rows = numbers.detach().movedim(axis, 0).reshape(x.shape[axis], -1).float()
+            rows = numbers.detach().movedim(axis, 0)[:, None].flatten(1).float()  # there may be none
             weights = torch.arange(rows.shape[1], device=x.device, dtype=torch.float32).cos()
             return torch.stack([rows @ weights, rows.norm(dim=1)])
 

@@ -254,10 +254,12 @@ class Picks(nn.Module):
 
 
 @pytest.mark.parametrize("method", ["first", "path"])
-def test_tokens_that_are_picked_are_no_samples_though_as_many(method):
-    """Two of the first sample, none of the next, and one of each other."""
+@pytest.mark.parametrize(("two", "none"), [(0, 1), (1, 2), (1, 0), (B - 1, 0), (B - 1, 1), (0, B - 1)])
+def test_tokens_that_are_picked_are_no_samples_though_as_many(two, none, method):
+    """Two of a sample, none of another, and one of each other."""
     model, x = made(Picks), ids(B, 1).clamp(min=1)
-    x[0, :2] = x[2:, 1] = 0
+    x[:, 1] = x[two, 0] = 0
+    x[none, 1] = 1
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     tracker = inrun.track(model, optimizer, method, validation=lambda: model(x).square().mean())
     with pytest.raises(inrun.InRunError, match="head"), tracker.step(range(B)):
