@@ -241,6 +241,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
     drop, total = efficiency["run_validation_drop"], efficiency["run_value_sum"]
     lines.append(
         f"Whole run: the values sum to {total:.2f} and the validation loss fell by {drop:.2f}; what lies between is "
-        "the work of old momentum and weight decay, which belong to no sample of a step, and second-order effects."
+        "the work of old momentum and weight decay, which belong to no sample of a step, and what first-order values "
+        "leave out: how the loss bends, clipping, and how its gradient changes until it is taken again."
     )
     return lines
