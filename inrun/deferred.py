@@ -318,8 +318,8 @@ class Deferred(Method):
         buffer stays."""
         tracker = self.tracker
         after = [(p, p.detach().clone()) for p, _ in self._weights]
-        aside = tracker.ranks.aside([*(p for p, _ in batch.trained), *tracker.validations.outside])
-        unseen = tracker.ranks.unseen([p for p, _ in batch.trained])
+        params = [*(p for p, _ in batch.trained), *tracker.validations.outside]
+        aside, unseen = tracker.ranks.aside(params), tracker.ranks.unseen(params)
         tracker.expect(layout)
 
         def put_back() -> None:

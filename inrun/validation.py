@@ -184,7 +184,7 @@ class Validation:
         found: Gradients = []
         try:  # a parameter that is frozen for now may train again before the gradient has served
             with requiring((p, True) for p in tracked), self.ranks.aside([*tracked, *others, *self.outside]):
-                with self.ranks.unseen([*tracked, *others]):
+                with self.ranks.unseen([*tracked, *others, *self.outside]):
                     yield found
                 grads = self.ranks.mean_gradients([p.grad for p in wanted], wanted)
                 if "torch._inductor.cudagraph_trees" in sys.modules:  # what a captured graph made is its next run's
