@@ -330,9 +330,7 @@ class Ranks:
 
     @contextmanager
     def unseen(self, params: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Backward passes of the block leave no mark in DDP's wrapper, called or not: it exchanges no gradients, which
-        its communication hook does not see either, and counts no pass. (A static graph's, or one of DDP's own mixed
-        precision, has to be called, and does.)
+        """Backward passes of the block past DDP's wrapper leave no mark in it.
 
         DDP counts every parameter whose gradient stands when it comes as used, as between `no_sync()` and the next
         synchronised backward; with `find_unused_parameters=True` it would then wait in vain for the gradient of one
@@ -342,26 +340,22 @@ class Ranks:
             yield
             return
         apart: dict[Tensor, Tensor] = {}  # parameter -> its gradients so far
-        reduced = False  # whether the block has called a wrapper that reduces the gradients that stand
-        forward = DistributedDataParallel.forward
+        wrapped = False  # whether the block has called a wrapper, which reduces the gradients that stand
+        forward = DistributedDataParallel._pre_forward
 
-        def called(wrapper: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
-            nonlocal reduced
-            if wrapper.static_graph or wrapper.mixed_precision is not None:
-                reduced = True
-                return forward(wrapper, *args, **kwargs)
-            with torch.no_grad():  # buffers are sent, and inputs moved
-                args, kwargs = wrapper._pre_forward(*args, **kwargs)
-            return wrapper.module(*args, **kwargs)
+        def called(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+            nonlocal wrapped
+            wrapped = True
+            return forward(self, *args, **kwargs)
 
         def take(param: Tensor) -> None:
-            if not reduced and param.grad is not None:
+            if not wrapped and param.grad is not None:
                 apart[param] = apart[param] + param.grad if param in apart else param.grad
                 param.grad = None
 
         handles = [p.register_post_accumulate_grad_hook(take) for p in params if p.requires_grad]
         try:
-            with setting("forward", [(DistributedDataParallel, called)]):
+            with setting("_pre_forward", [(DistributedDataParallel, called)]):
                 yield
         finally:
             for handle in handles:

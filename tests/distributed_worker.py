@@ -33,7 +33,6 @@ from real_models import CASES, error
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -393,41 +392,6 @@ def check_ddp_that_finds_unused_parameters():
         for how, whole in itertools.product(("callable", "bare", "wrapper"), (True, False)):
             for a, b in zip(trained(how, view, to_none, whole), plain, strict=True):
                 close(a, b, 1e-6)
-
-
-def check_ddp_reduces_the_steps_gradients_alone():
-    """Its wrapper may be called in a validation block, and to compute a batch again in one process and not in another:
-    its communication hook sees neither."""
-    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))[4 * RANK : 4 * RANK + 4]
-
-    def trained(wrapped):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
-        called, reduced = DDP(model), []
-
-        def hook(_, bucket):
-            reduced.append(bucket.buffer().numel())
-            return allreduce_hook(dist.group.WORLD, bucket)
-
-        called.register_comm_hook(None, hook)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        tracker, run = inrun.track(model, optimizer, "path"), called if wrapped else model
-        found = []
-        for _ in range(3):
-            with tracker.validation():
-                run(x[:2] + 1).square().mean().backward()
-            again = (lambda: called(x).square().mean()) if wrapped and RANK else None
-            with tracker.step(range(4), recompute=again) as step:
-                called(x).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            found.append(step.values)
-        return reduced, torch.stack(found), *(p.detach().clone() for p in model.parameters())
-
-    (reduced, *others), (expected, *alone) = trained(True), trained(False)
-    assert reduced == expected, (reduced, expected)
-    for a, b in zip(others, alone, strict=True):
-        close(a, b, 1e-5)
 
 
 def prepared(name="gpt_tied", kind="sgd", **options):
