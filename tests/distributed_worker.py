@@ -394,6 +394,32 @@ def check_ddp_that_finds_unused_parameters():
                 close(a, b, 1e-6)
 
 
+def check_a_compiled_ddp_reduces_the_gradients_of_every_step():
+    """A graph that was captured in a validation block, or for a batch that is computed again, is the step's too."""
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))[4 * RANK : 4 * RANK + 4]
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+        called = torch.compile(DDP(model), backend="eager")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        tracker = inrun.track(model, optimizer, "path")
+
+        def loss(called=called):
+            return called(x).square().mean()
+
+        for _ in range(2):
+            with tracker.validation():
+                loss().backward()
+            with tracker.step(range(4), recompute=loss) if again else tracker.paused():
+                loss().backward()
+                for p in model.parameters():
+                    dist.all_reduce(total := p.grad.clone())
+                    close(p.grad, total / WORLD)
+                if again:
+                    optimizer.step()
+                optimizer.zero_grad()
+
+
 def prepared(name="gpt_tied", kind="sgd", **options):
     model = make(name)
     optimizer = OPTIMIZERS[kind](model.parameters())
