@@ -476,7 +476,8 @@ class Deferred(Method):
         at, weights = (start, end), {name: [0.5 - x, 0.5 + x] for name, x in tilts.items()}
         bent = torch.stack([x.abs() > 1 / 6 for x in tilts.values()])
         if ranks.sum(bent.int()).any():
-            at = start, middle, end = start, self._run_back(0.5), end
+            middle = self._run_back(0.5)
+            at = start, middle, end
             for (name, x), over in zip(tilts.items(), bent, strict=True):
                 w = how_much(name, means[name], predicted(middle[name]) - means[name])
                 w = torch.where(over, torch.where((w >= 1 / 3) & (w <= 1), w, 2 / 3), 0.0)

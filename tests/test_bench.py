@@ -16,23 +16,16 @@ ROOT = Path(__file__).parents[1]
 
 def test_whole_steps_pass_their_gate():
     """Ours and every peer, at the short case; each is held to float64."""
-    command = [sys.executable, "-m", "pytest", "bench/bench_step.py", "-q", "--benchmark-disable", "-k", "T32"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+    options = ["-q", "--benchmark-disable", "-k", "T32", "-p", "no:cacheprovider"]
+    said = _python("-m", "pytest", "bench/bench_step.py", *options, OMP_NUM_THREADS="1")
+    assert "passed" in said and "skipped" not in said
 
 
 def test_the_hosts_work_is_measured_on_a_gpus_way():
     """Every layer's launches, which do nothing: of what took another way there would be fewer."""
-    command = [sys.executable, "-m", "bench.bench_host", "--steps", "2", "--layers", "1"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = _python("-m", "bench.bench_host", "--steps", "2", "--layers", "1")
     linears, norms, embeddings, adam = 4 * 3 + 2, 3 * 2, 2, 1  # a bias has a pass of its own; the head has none
-    assert f"{linears + norms + embeddings + adam} launches" in done.stdout, done.stdout
+    assert f"{linears + norms + embeddings + adam} launches" in said, said
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench/results").glob("*-regret.json")), ids=lambda p: p.stem)
@@ -62,8 +55,8 @@ def test_directions_count_as_memory_that_is_held():
     assert said.split() == ["True"]
 
 
-def _python(*arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"])}
+def _python(*arguments: str, **variables: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"]), **variables}
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
